@@ -1,0 +1,75 @@
+// The interface between csrc/mixture.cpp and the kernels, which are one source (mixture_kernels.cpp)
+// compiled once per instruction set.
+//
+// Samples travel in chunks of `chunk` that lie in SIMD lanes: a chunk of z is [D][chunk], a value per
+// sample is [chunk]. A last, partial chunk is filled up with copies of its last sample.
+#pragma once
+
+#include <cstdint>
+
+namespace vmm {
+
+// The components with a finite offset, each one record
+//   offset, m_0 .. m_{D-1}, W_00, W_10, W_11, W_20, ..     (lower triangle of W, by rows)
+// so that l_ij = offset_j - 1/2 |W_j (z_i - m_j)|^2.
+template <class T>
+struct PackedMixture {
+  const T* records;
+  const std::int64_t* component;  // [size] index j of each record among all J components
+  std::int64_t size;
+  std::int64_t dim;
+  std::int64_t record_size() const { return 1 + dim + dim * (dim + 1) / 2; }
+};
+
+// Sums over samples of one component's pair weights w and d = z - m: N, s [D], and M's lower triangle
+// [D (D + 1) / 2], in float64: a chunk's sums are added to the running ones once per chunk.
+inline std::int64_t statistics_size(std::int64_t dim) { return 1 + dim + dim * (dim + 1) / 2; }
+
+template <class T>
+struct Kernels {
+  int chunk;
+
+  // Number of T that `scratch` must hold, for every function below.
+  std::int64_t (*scratch_size)(std::int64_t dim);
+
+  // lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l).
+  void (*log_prob)(const PackedMixture<T>&, const T* z, T* lse, T* expected, T* scratch);
+
+  // Adds to the statistics of records [begin, end) with the weights
+  //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
+  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to grad_z [D][chunk].
+  void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
+                   const T* lse, const T* expected, const T* grad_lse, const T* grad_expected,
+                   double* statistics, T* grad_z, T* scratch);
+
+  // Groups of `group` consecutive components count as one: l_g = log sum_{j in g} exp l_j.
+  // out is [count, groups] by rows, already holding the value of pruned groups.
+  void (*log_joint)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups, const T* z,
+                    int count, T* out, T* scratch);
+  void (*responsibilities)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups,
+                           const T* z, const T* lse, int count, T* out, T* scratch);
+
+  // The group of the highest l_g (the first among equals), its probability, and the entropy in nats
+  // of the probabilities of all groups; lse tells the caller of an overflow.
+  void (*assign)(const PackedMixture<T>&, std::int64_t group, const T* z, std::int64_t* label,
+                 T* probability, T* entropy, T* lse, T* scratch);
+};
+
+// The value below which l_j is cut off, so that differences and sums of them stay finite. An lse at
+// this bound means that every l_j overflowed.
+template <class T>
+constexpr T lowest_log_joint();
+template <>
+constexpr float lowest_log_joint<float>() { return -1e30f; }
+template <>
+constexpr double lowest_log_joint<double>() { return -1e290; }
+
+#define VMM_DECLARE_KERNELS(isa)             \
+  const Kernels<float>& kernels_f32_##isa(); \
+  const Kernels<double>& kernels_f64_##isa();
+VMM_DECLARE_KERNELS(baseline)
+VMM_DECLARE_KERNELS(avx2)
+VMM_DECLARE_KERNELS(avx512)
+#undef VMM_DECLARE_KERNELS
+
+}  // namespace vmm

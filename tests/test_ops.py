@@ -1,0 +1,320 @@
+"""The compiled operations against the reference: values, gradients, precision, hard inputs, errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_mixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmm_fast import _core, ops, reference
+
+ISAS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Force each instruction set in turn."""
+    monkeypatch.setenv("VMM_FAST_ISA", request.param)
+    try:
+        assert _core.instruction_set() == request.param
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def all_outputs(module, mixture, transpose=False, group=1):
+    """Every output of every operation but the label, by name."""
+    lse, expected = module.mixture_log_prob(*mixture, transpose)
+    n, s, m = module.mixture_statistics(*mixture, transpose)
+    _, probability, entropy = module.mixture_assign(*mixture, transpose, group)
+    return {
+        "lse": lse,
+        "expected": expected,
+        "N": n,
+        "s": s,
+        "M": m,
+        "log_joint": module.mixture_log_joint(*mixture, transpose, group),
+        "responsibilities": module.mixture_responsibilities(*mixture, transpose, group),
+        "probability": probability,
+        "entropy": entropy,
+    }
+
+
+def gradients(module, mixture, transpose=False):
+    inputs = [x.detach().clone().requires_grad_() for x in mixture]
+    lse, expected = module.mixture_log_prob(*inputs, transpose)
+    g = torch.linspace(-1, 2, len(lse), dtype=lse.dtype)
+    return torch.autograd.grad((lse * g).sum() + (expected * g.flip(0)).sum(), inputs)
+
+
+def assert_close(actual, expected, **tolerance):
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+shapes = st.tuples(st.integers(0, 140), st.integers(1, 9), st.integers(1, 17))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, transpose=st.booleans(), seed=st.integers(0, 10**6))
+def test_float64_equals_reference(shape, transpose, seed):
+    mixture = random_mixture(*shape, seed=seed)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10}
+    assert_close(
+        all_outputs(ops, mixture, transpose), all_outputs(reference, mixture, transpose), **tolerance
+    )
+    for actual, expected in zip(
+        gradients(ops, mixture, transpose), gradients(reference, mixture, transpose), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, **tolerance)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(300, 12, 10), (65, 6, 33), (1, 3, 1), (2, 1, 130)])
+def test_every_instruction_set(isa, shape, transpose):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        mixture = random_mixture(*shape, dtype=dtype)
+        kwargs = {"rtol": tolerance, "atol": tolerance}
+        assert_close(all_outputs(ops, mixture, transpose), all_outputs(reference, mixture, transpose), **kwargs)
+        for actual, expected in zip(
+            gradients(ops, mixture, transpose), gradients(reference, mixture, transpose), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("group", [2, 3, 12])
+def test_groups(isa, group):
+    mixture = random_mixture(150, 12, 4)
+    assert_close(
+        all_outputs(ops, mixture, group=group), all_outputs(reference, mixture, group=group), rtol=1e-10, atol=1e-10
+    )
+    label, _, _ = ops.mixture_assign(*mixture, False, group)
+    torch.testing.assert_close(label, reference.mixture_assign(*mixture, False, group)[0])
+
+
+def to_double(mixture):
+    return tuple(x.double() for x in mixture)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_float32_error_budget(isa, scale, offset, transpose):
+    """Against float64 on the same numbers we err no more than eager float32 does, plus rounding."""
+    mixture = random_mixture(200, 20, 10, dtype=torch.float32, seed=3)
+    z, centers, whitening, offsets = mixture
+    mixture = (z * scale + offset, centers * scale + offset, whitening / scale, offsets)
+    truth = all_outputs(reference, to_double(mixture), transpose)
+    eager = all_outputs(reference, mixture, transpose)
+    ours = all_outputs(ops, mixture, transpose)
+    true_gradients = gradients(reference, to_double(mixture), transpose)
+    for i, name in enumerate(("grad_z", "grad_centers", "grad_whitening", "grad_offsets")):
+        truth[name] = true_gradients[i]
+        eager[name] = gradients(reference, mixture, transpose)[i]
+        ours[name] = gradients(ops, mixture, transpose)[i]
+    rounding = torch.finfo(torch.float32).eps
+    for name, true in truth.items():
+        budget = 1.5 * (eager[name] - true).abs().max() + 8 * rounding * true.abs().max()
+        assert (ours[name] - true).abs().max() <= budget, name
+
+
+def test_far_tails():
+    """Log-densities down to -1e6: finite, relative accuracy of the dtype, exact assignment."""
+    z, centers, whitening, offsets = random_mixture(50, 8, 5, dtype=torch.float32)
+    z = z * 500
+    lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets)
+    true, true_expected = reference.mixture_log_prob(*to_double((z, centers, whitening, offsets)))
+    assert true.min() < -1e6
+    torch.testing.assert_close(lse.double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected.double(), true_expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pruned_components():
+    """Offsets of -inf: as if the component were not there, with gradients of zero."""
+    mixture = random_mixture(90, 7, 4)
+    kept = torch.tensor([0, 2, 3, 6])
+    pruned = mixture[3].clone()
+    pruned[[1, 4, 5]] = -torch.inf
+    whole = (*mixture[:3], pruned)
+    small = (mixture[0], *(x[kept] for x in mixture[1:]))
+    lse, expected = ops.mixture_log_prob(*whole)
+    torch.testing.assert_close((lse, expected), reference.mixture_log_prob(*small))
+    assert_close(all_outputs(ops, whole), all_outputs(reference, whole), rtol=1e-10, atol=1e-10)
+    grads = gradients(ops, whole)
+    for g, other in zip(grads[1:], gradients(reference, small)[1:], strict=True):
+        torch.testing.assert_close(g[kept], other)
+        assert (g[[1, 4, 5]] == 0).all()
+
+
+def test_duplicate_components_share_the_weight():
+    z, centers, whitening, offsets = random_mixture(30, 1, 3)
+    q = ops.mixture_responsibilities(
+        z, centers.expand(4, 3), whitening.expand(4, 3, 3), offsets.expand(4)
+    )
+    torch.testing.assert_close(q, torch.full_like(q, 0.25))
+
+
+def test_strided_and_expanded_inputs():
+    z, centers, whitening, offsets = random_mixture(40, 6, 4)
+    strided = (z.T.contiguous().T, centers.repeat(1, 2)[:, :4], whitening.mT.contiguous().mT, offsets)
+    assert not any(x.is_contiguous() for x in strided[:3])
+    plain = tuple(x.contiguous() for x in strided)
+    torch.testing.assert_close(gradients(ops, strided), gradients(reference, plain))
+
+
+def test_upper_triangle_is_not_read():
+    z, centers, whitening, offsets = random_mixture(20, 3, 4)
+    dirty = whitening + torch.full_like(whitening, torch.nan).triu(1).nan_to_num(nan=1e9)
+    torch.testing.assert_close(
+        ops.mixture_log_prob(z, centers, dirty, offsets), ops.mixture_log_prob(z, centers, whitening, offsets)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    mixture = random_mixture(30, 5, 4, dtype=dtype)
+    lse, _ = ops.mixture_log_prob(*mixture)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, reference.mixture_log_prob(*(x.float() for x in mixture))[0])
+
+
+def test_gradcheck():
+    mixture = [x.requires_grad_() for x in random_mixture(5, 3, 2)]
+    mixture[2] = mixture[2].detach().tril().requires_grad_()
+    for transpose in (False, True):
+        assert torch.autograd.gradcheck(lambda *x, t=transpose: ops.mixture_log_prob(*x, t), mixture)
+        for function in (ops.mixture_log_joint, ops.mixture_responsibilities):
+            assert torch.autograd.gradcheck(lambda *x, f=function, t=transpose: f(*x, t), mixture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    mixture = random_mixture(20, 4, 3, dtype=dtype)
+    with_grad = tuple(x.clone().requires_grad_() for x in mixture)
+    op = torch.ops.vmm_fast
+    torch.library.opcheck(op.mixture_log_prob, (*mixture, False))
+    torch.library.opcheck(op.mixture_log_prob, (*with_grad, True))
+    torch.library.opcheck(op.mixture_statistics, (*mixture, True))
+    torch.library.opcheck(op.mixture_log_joint, (*mixture, False, 2))
+    torch.library.opcheck(op.mixture_responsibilities, (*mixture, False, 2))
+    torch.library.opcheck(op.mixture_assign, (*mixture, False, 2))
+
+
+def test_compiles_without_graph_breaks():
+    def step(z, centers, whitening, offsets):
+        lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets, True)
+        q = ops.mixture_responsibilities(z.detach(), centers.detach(), whitening.detach(), offsets.detach())
+        return lse.sum() + 2 * expected.sum() + q.sum()
+
+    mixture = [x.requires_grad_() for x in random_mixture(20, 4, 3)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*mixture), mixture), torch.autograd.grad(step(*mixture), mixture)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3000, 40, 10), (3, 3000, 6)])
+def test_same_bits_on_every_run(shape):
+    """Also where threads share out the components instead of the samples (the second shape)."""
+    mixture = random_mixture(*shape, dtype=torch.float32)
+    first, second = (all_outputs(ops, mixture) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    for a, b in zip(gradients(ops, mixture), gradients(ops, mixture), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3000, 40, 10), (3, 3000, 6)])
+def test_thread_count_changes_rounding_alone(shape):
+    mixture = random_mixture(*shape)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gradients(ops, mixture)
+        torch.set_num_threads(3)
+        three = gradients(ops, mixture)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one, three, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivative_is_refused():
+    mixture = [x.requires_grad_() for x in random_mixture(5, 3, 2)]
+    lse, _ = ops.mixture_log_prob(*mixture)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(lse.sum(), mixture, create_graph=True)
+
+
+def test_nothing_of_size_b_times_j_is_stored():
+    """The largest allocation of forward and backward, from the process's own peak memory."""
+    code = """
+import resource, torch
+from vmm_fast import ops
+B, J, D = 40000, 4000, 2
+mixture = [torch.randn(B, D), torch.randn(J, D), torch.eye(D).repeat(J, 1, 1), torch.zeros(J)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lse, expected = ops.mixture_log_prob(*[x.requires_grad_() for x in mixture])
+(lse + expected).sum().backward()
+ops.mixture_statistics(*mixture)
+ops.mixture_assign(*mixture)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert float(out.stdout) < 100  # MiB; one [B, J] float32 matrix would be 610
+
+
+BAD = torch.tensor([1.0, torch.nan])
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "message"),
+    [
+        (0, torch.zeros(3), ValueError, "z must have shape"),
+        (0, torch.zeros(3, 2, dtype=torch.int64), TypeError, "centers must have z's dtype|z must be"),
+        (0, [[0.0, 0.0]], TypeError, "z must be a torch.Tensor"),
+        (0, torch.full((3, 2), torch.nan), ValueError, "z must be finite, but row 0"),
+        (0, torch.tensor([[0.0, 0.0], [0.0, torch.inf]]), ValueError, "z must be finite, but row 1"),
+        (0, torch.full((3, 2), 1e30), ValueError, "z must be near enough"),
+        (1, torch.zeros(4, 3), ValueError, "centers must have shape"),
+        (1, torch.zeros(0, 2), ValueError, "centers must have shape"),
+        (1, torch.zeros(4, 2, dtype=torch.float64), TypeError, "centers must have z's dtype"),
+        (1, torch.full((4, 2), torch.inf), ValueError, "centers must be finite, but component 0"),
+        (2, torch.zeros(4, 2), ValueError, "whitening must have shape"),
+        (2, torch.full((4, 2, 2), torch.nan), ValueError, "whitening must be finite"),
+        (3, torch.zeros(3), ValueError, "offsets must have shape"),
+        (3, torch.full((4,), torch.nan), ValueError, "offsets must be finite or -inf"),
+        (3, torch.full((4,), torch.inf), ValueError, "offsets must be finite or -inf"),
+        (3, torch.full((4,), -torch.inf), ValueError, "offsets are all -inf"),
+        (3, torch.zeros(4, device="meta"), ValueError, "offsets must be on z's device"),
+    ],
+)
+def test_errors_name_the_argument(position, value, error, message):
+    mixture = list(random_mixture(3, 4, 2, dtype=torch.float32))
+    mixture[position] = value
+    functions = [ops.mixture_log_prob, ops.mixture_statistics, ops.mixture_responsibilities, ops.mixture_assign]
+    for function in functions:
+        with pytest.raises(error, match=message):
+            function(*mixture)
+
+
+def test_group_must_divide():
+    with pytest.raises(ValueError, match="pseudo_inputs_per_component must divide J = 4"):
+        ops.mixture_assign(*random_mixture(3, 4, 2), False, 3)
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("VMM_FAST_ISA", "quantum")
+    with pytest.raises(ValueError, match="VMM_FAST_ISA is 'quantum'"):
+        ops.mixture_log_prob(*random_mixture(3, 4, 2))
+
+
+def test_one_openmp_runtime():
+    """The compiled core uses the OpenMP runtime that torch brought."""
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "gomp" in line or "libiomp" in line}
+    assert len(libraries) <= 1, libraries

@@ -1,0 +1,97 @@
+"""The operations of :mod:`vmm_fast.ops` in plain torch: their definition.
+
+Any floating dtype, any device, differentiable any number of times, and of size [B, J]: written to be
+read. Every compiled backend is compared with these functions, and these with scipy in float64.
+
+A whitened mixture has centers m [J, D], lower-triangular A [J, D, D] and offsets c [J]:
+
+    l_ij = c_j - 1/2 |A_j (z_i - m_j)|^2          (``transpose=True``: A_j^T in place of A_j)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "mixture_assign",
+    "mixture_log_joint",
+    "mixture_log_prob",
+    "mixture_responsibilities",
+    "mixture_statistics",
+]
+
+
+def _log_joint(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
+) -> Tensor:
+    """l_ij [B, J]."""
+    d = z[:, None, :] - centers
+    a = whitening.tril()
+    y = torch.einsum("jtr,bjt->bjr" if transpose else "jrt,bjt->bjr", a, d)
+    return offsets - 0.5 * y.square().sum(-1)
+
+
+def mixture_log_prob(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool = False
+) -> tuple[Tensor, Tensor]:
+    """lse_i = log sum_j exp l_ij and expected_i = sum_j q_ij l_ij with q = softmax(l); both [B]."""
+    log_joint = _log_joint(z, centers, whitening, offsets, transpose)
+    # A pruned component (l = -inf) has q = 0 and contributes 0 to the expectation, not 0 * inf.
+    finite = log_joint.masked_fill(log_joint == -torch.inf, 0)
+    return log_joint.logsumexp(-1), (log_joint.softmax(-1) * finite).sum(-1)
+
+
+def mixture_statistics(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """N_j = sum_i q_ij [J], s_j = sum_i q_ij d_ij [J, D], M_j = sum_i q_ij d_ij d_ij^T [J, D, D].
+
+    d_ij = z_i - m_j.
+    """
+    q = _log_joint(z, centers, whitening, offsets, transpose).softmax(-1)
+    d = z[:, None, :] - centers
+    return q.sum(0), torch.einsum("bj,bjr->jr", q, d), torch.einsum("bj,bjr,bjt->jrt", q, d, d)
+
+
+def mixture_log_joint(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool = False,
+    pseudo_inputs_per_component: int = 1,
+) -> Tensor:
+    """l_ic = log sum_k exp l_i(c,k) [B, C]; ``pseudo_inputs_per_component`` neighbours make a c."""
+    log_joint = _log_joint(z, centers, whitening, offsets, transpose)
+    return log_joint.unflatten(-1, (-1, pseudo_inputs_per_component)).logsumexp(-1)
+
+
+def mixture_responsibilities(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool = False,
+    pseudo_inputs_per_component: int = 1,
+) -> Tensor:
+    """softmax(l_ic) over c, [B, C]."""
+    q = _log_joint(z, centers, whitening, offsets, transpose).softmax(-1)
+    return q.unflatten(-1, (-1, pseudo_inputs_per_component)).sum(-1)
+
+
+def mixture_assign(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool = False,
+    pseudo_inputs_per_component: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Most probable c [B] (int64), its probability [B], entropy of the responsibilities [B], nats."""
+    log_joint = mixture_log_joint(
+        z, centers, whitening, offsets, transpose, pseudo_inputs_per_component
+    )
+    q = log_joint.softmax(-1)
+    entropy = -torch.special.xlogy(q, q).sum(-1)
+    return log_joint.argmax(-1), q.amax(-1), entropy.clamp_min(0)
