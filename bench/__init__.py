@@ -1,0 +1,1 @@
+"""Benchmarks of vmm_fast; run ``python -m bench --help``."""

@@ -1,0 +1,100 @@
+"""Files are written whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from vmm_fast._files import write_atomically
+
+
+def test_writes_bytes_and_text(tmp_path):
+    write_atomically(tmp_path / "a.bin", lambda file: file.write(b"\x00\xff"))
+    write_atomically(str(tmp_path / "a.txt"), lambda file: file.write("é\n"), text=True)
+    assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "a.txt").read_bytes() == "é\n".encode()
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.txt"]
+
+
+def test_old_content_stands_until_the_new_is_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    seen = []
+
+    def writer(file):
+        file.write("new")
+        file.flush()
+        seen.append(path.read_text())
+
+    write_atomically(path, writer, text=True)
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failing_writer_changes_nothing(tmp_path, error, old):
+    path = tmp_path / "a.txt"
+    if old is not None:
+        path.write_text(old)
+
+    def writer(file):
+        file.write("half")
+        raise error("stopped")
+
+    with pytest.raises(error, match="stopped"):
+        write_atomically(path, writer, text=True)
+    assert os.listdir(tmp_path) == ([] if old is None else ["a.txt"])
+    if old is not None:
+        assert path.read_text() == old
+
+
+def test_a_failing_replace_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def replace(source, target):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError, match="no"):
+        write_atomically(tmp_path / "a.txt", lambda file: file.write(b"x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_permissions_are_the_old_ones_or_the_usual(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "new", lambda file: file.write(b"x"))
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+    (tmp_path / "new").chmod(0o604)
+    write_atomically(tmp_path / "new", lambda file: file.write(b"y"))
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o604
+
+
+def test_a_symbolic_link_is_followed(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "link", lambda file: file.write(b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+def test_a_relative_path_and_a_long_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_atomically("a", lambda file: file.write(b"x"))
+    name = "ü" * 127  # 254 bytes of the 255 that a name may have
+    write_atomically(name, lambda file: file.write(b"x"))
+    assert sorted(os.listdir(tmp_path)) == ["a", name]
+
+
+def test_errors_name_the_path(tmp_path):
+    calls = []
+    with pytest.raises(FileNotFoundError, match=r"folder that exists.*missing"):
+        write_atomically(tmp_path / "missing" / "a", calls.append)
+    with pytest.raises(IsADirectoryError, match="path must be a file"):
+        write_atomically(tmp_path, calls.append)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="regular file"):
+        write_atomically(fifo, calls.append)
+    assert calls == []

@@ -1,0 +1,479 @@
+"""Stick-breaking weights against scipy, mpmath and brute force."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import optimize, special, stats
+
+from vmm_fast.inference.stick_breaking import (
+    log_stick_breaking_prior,
+    log_weights_to_sticks,
+    stick_breaking_posterior,
+    sticks_to_log_weights,
+)
+
+MIN_CONCENTRATION = 1e-8
+
+counts_strategy = st.lists(
+    st.one_of(
+        st.sampled_from([0.0, 1.0, 3.0, 1e12]),  # zeros, ties, huge
+        st.floats(0.0, 1e4),
+        st.floats(0.0, 1.0),
+    ),
+    min_size=1,
+    max_size=20,
+)
+discounts = st.sampled_from([0.0, 0.3, 0.9])
+concentrations = st.floats(0.01, 100.0)
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def oracle(counts, concentration, discount):
+    """(order, a, b, expected log weights, mean weights) by the definition."""
+    counts = np.asarray(counts, dtype=np.float64)
+    order = np.argsort(-counts, kind="stable")
+    n = counts[order]
+    c = np.arange(1, len(n))
+    a = 1 - discount + n[:-1]
+    tail = np.cumsum(n[::-1].astype(np.longdouble))[::-1][1:].astype(np.float64)
+    b = concentration + c * discount + tail
+    log_v = np.append(special.digamma(a) - special.digamma(a + b), 0.0)
+    log_rest = np.append(0.0, np.cumsum(special.digamma(b) - special.digamma(a + b)))
+    v = stats.beta.mean(a, b)
+    rest = np.append(1.0, np.cumprod(stats.beta.mean(b, a)))
+    expected, mean = np.empty_like(counts), np.empty_like(counts)
+    expected[order] = log_v + log_rest
+    mean[order] = np.append(v, 1.0) * rest
+    return order, a, b, expected, mean
+
+
+def concentration_objective(gamma, sum_log_rest, num_components, discount, shape, rate):
+    """Up to terms without gamma."""
+    c = np.arange(1, num_components)
+    return (
+        (shape - 1) * np.log(gamma)
+        - rate * gamma
+        + gamma * sum_log_rest
+        - np.sum(special.betaln(1 - discount, gamma + c * discount))
+    )
+
+
+def sum_expected_log_rest(posterior):
+    """sum_c E[log(1 - v_c)], which is E[log pi] of the last component."""
+    return posterior.expected_log_weights[posterior.order[-1]].item()
+
+
+@settings(deadline=None)
+@given(counts_strategy, concentrations, discounts)
+@example([5.0], 1.0, 0.0)
+@example([0.0, 0.0], 1.0, 0.3)
+@example([1e12, 1e12, 0.0, 1e-12], 0.5, 0.9)
+def test_posterior_against_scipy(counts, concentration, discount):
+    got = stick_breaking_posterior(double(counts), concentration, discount)
+    order, a, b, expected, mean = oracle(counts, concentration, discount)
+    np.testing.assert_array_equal(got.order, order)
+    np.testing.assert_allclose(got.a, a, rtol=1e-14)
+    np.testing.assert_allclose(got.b, b, rtol=1e-14)
+    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-10, atol=1e-15)
+    assert abs(got.mean_weights.sum().item() - 1) < 1e-13
+    assert abs(got.map_weights.sum().item() - 1) < 1e-13
+    assert (got.map_weights >= 0).all()
+    # Jensen: exp E[log pi] <= E[pi]
+    assert (got.expected_log_weights.exp() <= got.mean_weights * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize(
+    "counts", [(1e12, 1.0), (1e12, 0.0), (0.0, 0.0), (7.0, 1e-9), (9.5, 9.5), (10.0, 0.02)]
+)
+def test_expectations_keep_their_relative_precision(counts, discount):
+    """Where psi(a) - psi(a + b) cancels: mpmath with 60 digits, relative error."""
+    concentration = 1e-3
+    got = stick_breaking_posterior(double(counts), concentration, discount)
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(got.a.item()), mpmath.mpf(got.b.item())
+        log_v = mpmath.digamma(a) - mpmath.digamma(a + b)
+        log_rest = mpmath.digamma(b) - mpmath.digamma(a + b)
+    assert got.expected_log_weights[0].item() == pytest.approx(float(log_v), rel=1e-13, abs=0)
+    assert got.expected_log_weights[1].item() == pytest.approx(float(log_rest), rel=1e-13, abs=0)
+
+
+def test_small_counts_are_not_lost_behind_large_ones():
+    counts = [2.0**53] + [1.0] * 1000
+    got = stick_breaking_posterior(double(counts), 1.0)
+    assert got.b[0].item() == 1001.0
+    assert got.b[-1].item() == 2.0
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_many_components(discount):
+    rng = np.random.default_rng(0)
+    counts = rng.gamma(0.05, 100.0, 100_000)
+    counts[rng.random(100_000) < 0.3] = 0.0
+    got = stick_breaking_posterior(torch.from_numpy(counts), 3.0, discount)
+    order, _, b, expected, mean = oracle(counts, 3.0, discount)
+    np.testing.assert_array_equal(got.order, order)
+    np.testing.assert_allclose(got.b, b, rtol=1e-12)
+    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-9, atol=1e-20)
+    assert abs(got.mean_weights.sum().item() - 1) < 1e-10
+    assert abs(got.map_weights.sum().item() - 1) < 1e-10
+    assert_maximises_concentration(got, discount, 1.0, 1.0)
+
+
+@settings(deadline=None)
+@given(counts_strategy, concentrations, discounts)
+@example([0.0, 0.0], 1.0, 0.0)
+@example([0.0, 0.0, 0.0], 0.5, 0.3)
+@example([1.0, 0.0, 0.0], 5.0, 0.0)
+def test_map_sticks_maximise_their_density(counts, concentration, discount):
+    """Brute force: no v on a fine grid, ends included, has a higher density than the mode."""
+    got = stick_breaking_posterior(double(counts), concentration, discount)
+    weights = got.map_weights[got.order].numpy()
+    rest = np.cumsum(weights[::-1])[::-1]
+    grid = np.concatenate([np.linspace(0, 1, 2001), np.logspace(-15, -3, 200)])
+    for w, r, a, b in zip(weights[:-1], rest[:-1], got.a.numpy(), got.b.numpy(), strict=True):
+        if r < 1e-3:  # too little of the stick left to recover v from the weights
+            break
+        v = min(w / r, 1.0)
+        if a < 1 and b < 1:  # infinite at both ends: the one with more mass
+            assert v == (1.0 if stats.beta.sf(0.5, a, b) >= 0.5 else 0.0)
+            continue
+        # a - 1 and b - 1 may differ from 0 by rounding alone; xlogy has 0 log 0 = 0
+        with np.errstate(divide="ignore"):
+            density = special.xlogy(a - 1, grid) + special.xlog1py(b - 1, -grid)
+            at_mode = special.xlogy(a - 1, v) + special.xlog1py(b - 1, -v)
+        if density.max() == math.inf:
+            assert at_mode == math.inf
+        else:
+            assert at_mode >= density.max() - 1e-9 * (1 + abs(density.max()))
+
+
+@pytest.mark.parametrize(
+    ("counts", "concentration", "discount", "expected"),
+    [
+        ([7.0], 2.0, 0.0, [1.0]),
+        ([4.0, 2.0], 2.0, 0.0, [4 / 7, 3 / 7]),  # a = 5, b = 4
+        ([4.0, 0.0], 1.0, 0.0, [1.0, 0.0]),  # a = 5, b = 1
+        ([4.0, 0.0], 0.5, 0.0, [1.0, 0.0]),  # a = 5, b = 1/2
+        ([0.0, 0.0], 2.0, 0.0, [0.0, 1.0]),  # a = 1, b = 2
+        ([0.0, 0.0], 2.0, 0.5, [0.0, 1.0]),  # a = 1/2, b = 5/2
+        ([0.0, 0.0], 1.0, 0.0, [0.5, 0.5]),  # flat
+        ([0.0, 0.0], 0.5, 0.0, [1.0, 0.0]),  # a = 1, b = 1/2
+        ([0.0, 0.0], 0.25, 0.25, [1.0, 0.0]),  # a = 3/4, b = 1/2: more mass near 1
+        ([0.0, 0.0], 0.125, 0.5, [0.0, 1.0]),  # a = 1/2, b = 5/8: more mass near 0
+        ([0.0, 0.0], 0.25, 0.375, [1.0, 0.0]),  # a = b = 5/8: alike, the larger component
+    ],
+)
+def test_map_weights_at_the_boundaries(counts, concentration, discount, expected):
+    got = stick_breaking_posterior(double(counts), concentration, discount)
+    assert got.map_weights.tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def assert_maximises_concentration(posterior, discount, shape, rate):
+    """The returned value against the root of the derivative (by scipy's digamma) and a search."""
+    size = posterior.order.numel()
+    sum_log_rest = sum_expected_log_rest(posterior)
+    c = np.arange(1, size)
+
+    def derivative(gamma):
+        x = gamma + c * discount
+        return (
+            (shape - 1) / gamma
+            - rate
+            + sum_log_rest
+            + np.sum(special.digamma(x + 1 - discount) - special.digamma(x))
+        )
+
+    if derivative(MIN_CONCENTRATION) < 0:  # shape >= 1: concave in gamma, so the maximum is below
+        assert posterior.concentration == MIN_CONCENTRATION
+        return
+    root = optimize.brentq(derivative, MIN_CONCENTRATION, 1e14, xtol=1e-14, rtol=1e-14)
+    assert posterior.concentration == pytest.approx(root, rel=1e-8)
+
+    def loss(log_gamma):
+        return -concentration_objective(
+            np.exp(log_gamma), sum_log_rest, size, discount, shape, rate
+        )
+
+    bounds = (math.log(root) - 3, math.log(root) + 3)
+    found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+    tolerance = 1e-13 * size * (1 + abs(found.fun))
+    assert loss(math.log(posterior.concentration)) <= found.fun + tolerance
+
+
+@settings(deadline=None)
+@given(
+    counts_strategy, concentrations, discounts, st.sampled_from([1.0, 1.5, 20.0]), concentrations
+)
+def test_concentration_against_scipy(counts, concentration, discount, shape, rate):
+    got = stick_breaking_posterior(double(counts), concentration, discount, (shape, rate))
+    assert_maximises_concentration(got, discount, shape, rate)
+
+
+@settings(deadline=None)
+@given(counts_strategy, concentrations, st.sampled_from([0.2, 1.0, 3.0]), concentrations)
+def test_concentration_is_the_conjugate_mode_without_discount(counts, concentration, shape, rate):
+    got = stick_breaking_posterior(double(counts), concentration, 0.0, (shape, rate))
+    mode = (shape + len(counts) - 2) / (rate - sum_expected_log_rest(got))
+    assert got.concentration == pytest.approx(max(mode, MIN_CONCENTRATION), rel=1e-13)
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 2.0])
+def test_concentration_is_continuous_in_the_discount(shape):
+    counts = double([50.0, 20.0, 4.0, 1.0, 0.0])
+    at_zero = stick_breaking_posterior(counts, 0.7, 0.0, (shape, 1.0)).concentration
+    near_zero = stick_breaking_posterior(counts, 0.7, 1e-13, (shape, 1.0)).concentration
+    assert near_zero == pytest.approx(at_zero, rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [1.1, 3.0])
+@pytest.mark.parametrize("discount", [0.01, 0.3, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize("counts", [[100.0] * 50, [1000.0] + [0.0] * 49, [3.0, 2.0, 1.0]])
+def test_concentration_to_twelve_digits(counts, discount, shape):
+    """The root of the derivative with 40 digits, by mpmath."""
+    rate = 0.01
+    got = stick_breaking_posterior(double(counts), 2.0, discount, (shape, rate))
+    assert got.concentration > 1e-3
+    with mpmath.workdps(40):
+        sum_log_rest = mpmath.mpf(sum_expected_log_rest(got))
+        d = mpmath.mpf(discount)
+
+        def derivative(gamma):
+            xs = [gamma + c * d for c in range(1, len(counts))]
+            terms = [mpmath.digamma(x + 1 - d) - mpmath.digamma(x) for x in xs]
+            return (shape - 1) / gamma - mpmath.mpf(rate) + sum_log_rest + mpmath.fsum(terms)
+
+        guess = mpmath.mpf(got.concentration)
+        root = mpmath.findroot(derivative, (guess * (1 - 1e-6), guess * (1 + 1e-6)))
+    assert got.concentration == pytest.approx(float(root), rel=1e-11)
+
+
+def test_concentration_with_a_prior_unbounded_at_zero():
+    """Shape < 1 and d > 0: the interior maximum if there is one, else the lower bound."""
+    prior = (0.9, 0.1)
+    got = stick_breaking_posterior(double([30.0] * 20), 5.0, 0.3, prior)
+    args = (sum_expected_log_rest(got), 20, 0.3, *prior)
+    at, below, above = (
+        concentration_objective(got.concentration * s, *args) for s in (1.0, 0.999, 1.001)
+    )
+    assert got.concentration > 0.1
+    assert at > below
+    assert at > above
+    got = stick_breaking_posterior(double([30.0, 0.0]), 0.01, 0.3, (0.1, 100.0))
+    assert got.concentration == MIN_CONCENTRATION
+
+
+def test_concentration_of_one_component_is_the_prior_mode():
+    counts = double([3.0])
+    for discount in (0.0, 0.4):
+        got = stick_breaking_posterior(counts, 1.0, discount, (3.0, 4.0))
+        assert got.concentration == pytest.approx(0.5, rel=1e-12)
+        got = stick_breaking_posterior(counts, 1.0, discount, (1.0, 4.0))
+        assert got.concentration == MIN_CONCENTRATION
+
+
+def test_results_follow_the_counts():
+    counts = torch.tensor([0.5, 8.0, 8.0, 3.0])
+    got = stick_breaking_posterior(counts, 1.3, 0.2)
+    wide = stick_breaking_posterior(counts.double(), 1.3, 0.2)
+    assert got.order.tolist() == [1, 2, 3, 0]
+    assert got.order.dtype == torch.int64
+    for name in ("a", "b", "expected_log_weights", "mean_weights", "map_weights"):
+        assert getattr(got, name).dtype == torch.float32
+        torch.testing.assert_close(getattr(got, name), getattr(wide, name).float())
+    assert got.concentration == wide.concentration
+    strided = torch.stack([counts, -counts], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(stick_breaking_posterior(strided, 1.3, 0.2), got, rtol=0, atol=0)
+    expanded = stick_breaking_posterior(torch.ones(1).expand(3), 1.0)
+    assert expanded.order.tolist() == [0, 1, 2]
+    assert not stick_breaking_posterior(counts.requires_grad_(), 1.0).a.requires_grad
+
+
+def test_two_runs_give_the_same_bits():
+    counts = torch.from_numpy(np.random.default_rng(1).gamma(0.3, 50.0, 5000))
+    first, second = (stick_breaking_posterior(counts, 2.0, 0.25) for _ in range(2))
+    for one, other in zip(first[:-1], second[:-1], strict=True):
+        assert torch.equal(one, other)
+    assert first.concentration == second.concentration
+
+
+# Sticks and weights
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.0, 1.0), max_size=20))
+def test_sticks_to_log_weights(sticks):
+    got = sticks_to_log_weights(double(sticks))
+    with np.errstate(divide="ignore"):
+        v = np.append(np.array(sticks, dtype=np.float64), 1.0)
+        expected = np.log(v) + np.append(0.0, np.cumsum(np.log1p(-v[:-1])))
+    np.testing.assert_allclose(got, expected, rtol=1e-13)
+    assert abs(got.exp().sum().item() - 1) < 1e-13
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-6, 1 - 1e-6), max_size=20))
+def test_sticks_survive_the_round_trip(sticks):
+    got = log_weights_to_sticks(sticks_to_log_weights(double(sticks)))
+    np.testing.assert_allclose(got, sticks, rtol=1e-12)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.just(-math.inf), st.floats(-700, 700)), min_size=1, max_size=20).filter(
+        lambda values: max(values) > -math.inf
+    )
+)
+def test_log_weights_to_sticks(log_weights):
+    got = log_weights_to_sticks(double(log_weights)).numpy()
+    w = np.array(log_weights)
+    for c in range(len(w) - 1):
+        rest = special.logsumexp(w[c:])
+        expected = np.exp(w[c] - rest) if rest > -math.inf else 0.0
+        assert got[c] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_far_tails_keep_their_log_weights():
+    sticks = torch.full((5000,), 0.5, dtype=torch.float64)
+    got = sticks_to_log_weights(sticks)  # down to 2^-5000, which is no double
+    assert got[-1].item() == pytest.approx(-5000 * math.log(2), rel=1e-13)
+    np.testing.assert_allclose(log_weights_to_sticks(got), 0.5, rtol=1e-11)
+
+
+def test_sticks_and_weights_keep_dtype():
+    log_weights = sticks_to_log_weights(torch.tensor([0.5, 0.25]))
+    assert log_weights.dtype == torch.float32
+    torch.testing.assert_close(log_weights.exp(), torch.tensor([0.5, 0.125, 0.375]))
+    assert log_weights_to_sticks(log_weights).dtype == torch.float32
+    assert sticks_to_log_weights(torch.empty(0)).tolist() == [0.0]
+    assert log_weights_to_sticks(torch.zeros(1)).tolist() == []
+
+
+# The prior in plain torch
+
+
+def prior_oracle(log_weights, concentration, discount):
+    pi = np.sort(special.softmax(np.asarray(log_weights)))[::-1]
+    rest = np.cumsum(pi[::-1])[::-1]
+    c = np.arange(1, len(pi))
+    v = pi[:-1] / rest[:-1]
+    return stats.beta.logpdf(v, 1 - discount, concentration + c * discount).sum()
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=15), concentrations, discounts)
+@example([1.0, 1.0, 1.0], 2.0, 0.3)
+def test_prior_against_scipy(log_weights, concentration, discount):
+    got = log_stick_breaking_prior(double(log_weights), concentration, discount)
+    expected = prior_oracle(log_weights, concentration, discount)
+    assert got.item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.9])
+def test_prior_float32(discount):
+    log_weights = torch.from_numpy(np.random.default_rng(2).normal(size=2000)).float()
+    got = log_stick_breaking_prior(log_weights, 1.5, discount)
+    assert got.dtype == torch.float32
+    expected = prior_oracle(log_weights.double(), 1.5, discount)
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.9])
+def test_prior_gradients(discount):
+    log_weights = double([0.3, -1.2, 0.9, -0.4, 1.7]).requires_grad_()
+    concentration = double(1.4).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda w, g: log_stick_breaking_prior(w, g, discount), (log_weights, concentration)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("discount", [0.0, 0.3])
+def test_prior_with_pruned_components(discount, dtype):
+    log_weights = torch.tensor([0.3, -math.inf, 0.9, -math.inf, -1000.0], dtype=dtype)
+    log_weights.requires_grad_()
+    concentration = torch.tensor(0.5, requires_grad=True)
+    got = log_stick_breaking_prior(log_weights, concentration, discount)
+    got.backward()
+    assert got.isfinite()
+    assert log_weights.grad.isfinite().all()
+    assert log_weights.grad[[1, 3, 4]].eq(0).all()
+    assert concentration.grad.isfinite()
+    pi = torch.softmax(log_weights.detach().double(), 0).log().clamp(min=-20.0)
+    assert got.item() == pytest.approx(prior_oracle(pi, 0.5, discount), rel=1e-5)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "match"),
+    [
+        ([1.0, 2.0], TypeError, "counts is a list; it must be a tensor"),
+        (torch.tensor([1, 2]), TypeError, "counts has dtype torch.int64"),
+        (torch.ones(2, dtype=torch.float16), TypeError, "must be float32 or float64"),
+        (torch.ones(2, 2), ValueError, r"counts has shape \(2, 2\); it must be one-dimensional"),
+        (torch.ones(0), ValueError, r"counts has shape \(0,\)"),
+        (torch.tensor([1.0, -1.0]), ValueError, "counts has values from -1.0 to 1.0"),
+        (torch.tensor([1.0, math.nan]), ValueError, "counts has values from nan"),
+        (torch.tensor([1.0, math.inf]), ValueError, "must be non-negative and finite"),
+        (double([1.5e308, 1.5e308]), ValueError, "with a finite sum"),
+    ],
+)
+def test_wrong_counts(counts, error, match):
+    with pytest.raises(error, match=match):
+        stick_breaking_posterior(counts, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_wrong_concentration(value):
+    with pytest.raises(ValueError, match=rf"concentration is {value}; it must be finite and gr"):
+        stick_breaking_posterior(torch.ones(2), value)
+    with pytest.raises(ValueError, match=rf"concentration is {value}; it must be finite and gr"):
+        log_stick_breaking_prior(torch.ones(2), value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_wrong_discount(value):
+    with pytest.raises(ValueError, match=rf"discount is {value}; it must lie in \[0, 1\)"):
+        stick_breaking_posterior(torch.ones(2), 1.0, value)
+    with pytest.raises(ValueError, match=rf"discount is {value}; it must lie in \[0, 1\)"):
+        log_stick_breaking_prior(torch.ones(2), 1.0, value)
+
+
+@pytest.mark.parametrize(
+    ("prior", "name"), [((0.0, 1.0), "shape"), ((1.0, -2.0), "rate"), ((math.nan, 1.0), "shape")]
+)
+def test_wrong_concentration_prior(prior, name):
+    with pytest.raises(ValueError, match=f"concentration_prior: {name} is"):
+        stick_breaking_posterior(torch.ones(2), 1.0, concentration_prior=prior)
+
+
+def test_wrong_sticks_and_log_weights():
+    with pytest.raises(ValueError, match=r"sticks has values from -0.5 to 0.5; .* in \[0, 1\]"):
+        sticks_to_log_weights(torch.tensor([0.5, -0.5]))
+    with pytest.raises(ValueError, match="sticks has values from nan"):
+        sticks_to_log_weights(torch.tensor([0.5, math.nan]))
+    with pytest.raises(ValueError, match=r"sticks has shape \(1, 2\); it must be one-dimensional"):
+        sticks_to_log_weights(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="log_weights has the maximum -inf"):
+        log_weights_to_sticks(torch.tensor([-math.inf, -math.inf]))
+    with pytest.raises(ValueError, match="log_weights has the maximum nan"):
+        log_weights_to_sticks(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match=r"log_weights has shape \(0,\)"):
+        log_weights_to_sticks(torch.ones(0))
+    with pytest.raises(TypeError, match=r"log_weights has dtype torch\.int64"):
+        log_stick_breaking_prior(torch.tensor([1, 2]), 1.0)
+    with pytest.raises(ValueError, match="log_weights has shape"):
+        log_stick_breaking_prior(torch.ones(2, 2), 1.0)

@@ -1,0 +1,420 @@
+"""The training loop: exact resume, early stopping, random state, errors, and that it learns."""
+
+import builtins
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from vmm_fast.models import VAE, History, fit
+from vmm_fast.priors import StandardNormalPrior, VMMPrior
+
+N, M, INPUTS = 70, 30, 6
+
+
+def make_data(n=N, seed=0):
+    """Two clusters in INPUTS dimensions, within [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    side = torch.randint(2, (n, 1), generator=generator)
+    return 0.25 + 0.5 * side + 0.2 * torch.rand(n, INPUTS, generator=generator)
+
+
+def make_model(seed=0, **arguments):
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    prior = VMMPrior(make_data(5), latent_dim=2)
+    model = VAE(INPUTS, 2, prior=prior, hidden=(16, 8), **arguments)
+    torch.random.set_rng_state(generator)
+    return model
+
+
+def run(model, **arguments):
+    return fit(model, make_data(), make_data(M, 1), **{"epochs": 4, "batch_size": 16, **arguments})
+
+
+def assert_same_state(a, b):
+    """Equal to the last bit, extra state of the prior's optimizer included."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same_state(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_state(x, y)
+    else:
+        assert a == b
+
+
+def without_seconds(history):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+
+
+def test_history_has_every_quantity():
+    model = make_model()
+    start = model.prior.pseudo_inputs.detach().clone()
+    seen = []
+    history = run(model, on_epoch_end=seen.append)
+    assert isinstance(history, History)
+    assert seen == history == json.loads(history.to_json())
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    for record in history:
+        for part in ("train", "validation"):
+            assert record[f"{part}_elbo"] == pytest.approx(
+                record[f"{part}_log_likelihood"] - record[f"{part}_kl"], abs=1e-4
+            )
+        assert 0 < record["scale"] < 1
+        assert record["seconds"] > 0
+        assert record["concentration"] > 0
+        assert 1 <= record["components_active"] <= 5
+    assert not torch.equal(model.prior.pseudo_inputs, start)  # the empirical-Bayes step was taken
+
+
+def test_without_validation_and_mixture():
+    model = VAE(INPUTS, 2, StandardNormalPrior(2), hidden=(8,), likelihood="bernoulli")
+    history = fit(model, make_data(), epochs=2, batch_size=16, learning_rate=0.02)
+    for name in ("validation_elbo", "scale", "concentration"):
+        assert [record[name] for record in history] == [None, None]
+    assert history.best_epoch is None
+    assert history[1]["train_elbo"] > history[0]["train_elbo"]
+
+
+@pytest.mark.parametrize(("n", "batch_size", "steps"), [(70, 16, 4), (64, 16, 4), (10, 16, 1)])
+def test_batches(n, batch_size, steps, monkeypatch):
+    model = make_model()
+    sizes = []
+    elbo = model.elbo
+    monkeypatch.setattr(model, "elbo", lambda x: sizes.append(x) or elbo(x))
+    fit(model, make_data(n), epochs=2, batch_size=batch_size)
+    assert [len(x) for x in sizes] == [min(n, batch_size)] * (2 * steps)
+    first = torch.cat(sizes[:steps])
+    assert len(first.unique(dim=0)) == len(first)  # no row twice in an epoch
+    assert not torch.equal(first, torch.cat(sizes[steps:]))
+
+
+def test_same_seed_same_bits_other_seed_other_batches():
+    models = [make_model() for _ in range(3)]
+    histories = [run(m, seed=s) for m, s in zip(models, (3, 3, 4), strict=True)]
+    assert_same_state(models[0].state_dict(), models[1].state_dict())
+    assert without_seconds(histories[0]) == without_seconds(histories[1])
+    assert histories[0][0]["train_elbo"] != histories[2][0]["train_elbo"]
+
+
+@pytest.mark.parametrize("scale", ["learnt", "maximum-likelihood"])
+def test_resume_is_exact(tmp_path, scale):
+    whole = make_model(scale=scale)
+    expected = run(whole, checkpoint=tmp_path / "whole.pt")
+    path = tmp_path / "half.pt"
+    run(make_model(scale=scale), epochs=2, checkpoint=path)
+    torch.manual_seed(99)  # whatever the caller does in between
+    resumed = make_model(seed=1, scale=scale)
+    history = run(resumed, checkpoint=path, resume=True)
+    assert without_seconds(history) == without_seconds(expected)
+    assert history.best_epoch == expected.best_epoch
+    assert_same_state(resumed.state_dict(), whole.state_dict())
+
+    # The files agree too, in all but the clock.
+    files = [torch.load(p, weights_only=True) for p in (tmp_path / "whole.pt", path)]
+    for file in files:
+        file["history"] = without_seconds(file["history"])
+    assert_same_state(*files)
+
+
+@pytest.mark.parametrize("kill", [RuntimeError("killed"), KeyboardInterrupt()])
+def test_resume_after_a_kill_is_exact(tmp_path, kill):
+    whole = make_model()
+    expected = run(whole)
+    path = tmp_path / "run.pt"
+
+    def on_epoch_end(record):
+        torch.randn(3)  # a callback's own noise must not reach the training
+        if record["epoch"] == 3:
+            raise kill
+
+    with pytest.raises(type(kill)):
+        run(make_model(), checkpoint=path, on_epoch_end=on_epoch_end)
+    resumed = make_model(seed=1)
+    history = run(resumed, checkpoint=path, resume=True)
+    assert without_seconds(history) == without_seconds(expected)
+    assert_same_state(resumed.state_dict(), whole.state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary file stays
+
+
+def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    save, calls = torch.save, []
+
+    def dying_save(state, file):
+        calls.append(state["epoch"])
+        if len(calls) == 3:
+            file.write(b"half a file")
+            raise KeyboardInterrupt
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", dying_save)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), checkpoint=path)
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_finished_run_resumes_to_more_epochs_only(tmp_path):
+    path = tmp_path / "run.pt"
+    model = make_model()
+    run(model, epochs=2, checkpoint=path)
+    again = make_model(seed=1)
+    assert len(run(again, epochs=2, checkpoint=path, resume=True)) == 2
+    assert_same_state(again.state_dict(), model.state_dict())
+    assert len(run(again, epochs=3, checkpoint=path, resume=True)) == 3
+
+
+def fix_validation(monkeypatch, values):
+    """Let the validation ELBO take given values; return the weights after each epoch."""
+    from vmm_fast.models import training
+
+    weights = []
+
+    def validate(self, x_val):
+        weights.append(copy.deepcopy(self.model.state_dict()))
+        return [values[self.epoch], values[self.epoch], 0.0], None
+
+    monkeypatch.setattr(training._Run, "validate", validate)
+    return weights
+
+
+def test_early_stopping_restores_the_best_weights(monkeypatch):
+    weights = fix_validation(monkeypatch, [-9.0, -5.0, -6.0, -5.5, -1.0])
+    model = make_model()
+    history = run(model, epochs=5, patience=2)
+    assert len(history) == 4
+    assert history.best_epoch == 2
+    assert_same_state(model.state_dict(), weights[1])
+
+
+def test_min_delta_asks_for_more(monkeypatch):
+    fix_validation(monkeypatch, [-9.0, -8.9, -8.8, -1.0])
+    assert len(run(make_model(), patience=2, min_delta=0.5)) == 3
+    assert len(run(make_model(), patience=3, min_delta=0.5)) == 4
+
+
+def test_early_stopping_counts_on_after_resume(tmp_path, monkeypatch):
+    fix_validation(monkeypatch, [-9.0, -5.0, -6.0, -5.5, -1.0])
+    path = tmp_path / "run.pt"
+    run(make_model(), epochs=3, checkpoint=path)
+    model = make_model(seed=1)
+    for _ in range(2):  # a run that stopped early is finished
+        history = run(model, epochs=5, patience=2, checkpoint=path, resume=True)
+        assert len(history) == 4
+        assert history.best_epoch == 2
+
+
+def test_validation_repeats_its_noise(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    monkeypatch.setattr(type(model.prior), "update", lambda *arguments: None)
+    model.scale_mode = "learnt"
+    model.raw_scale = torch.nn.Parameter(torch.zeros(()))
+    history = run(model, epochs=2)
+    assert history[0]["validation_elbo"] == history[1]["validation_elbo"]
+    assert history[0]["train_elbo"] != history[1]["train_elbo"]
+
+
+def test_validation_does_not_disturb_training():
+    with_validation, without = make_model(), make_model()
+    a = run(with_validation)
+    b = fit(without, make_data(), epochs=4, batch_size=16)
+    for name in ("train_elbo", "scale"):
+        assert [record[name] for record in a] == [record[name] for record in b]
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_caller_state_is_untouched(fail):
+    def on_epoch_end(record):
+        torch.manual_seed(1)
+        model.eval()
+        if fail:
+            raise RuntimeError("stop")
+
+    for mode in (True, False):
+        model = make_model().train(mode)
+        before = torch.get_rng_state()
+        if fail:
+            with pytest.raises(RuntimeError, match="stop"):
+                run(model, epochs=2, on_epoch_end=on_epoch_end)
+        else:
+            run(model, epochs=2, on_epoch_end=on_epoch_end)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert {module.training for module in model.modules()} == {mode}
+
+
+def test_transform_of_bytes_and_float64_model():
+    bytes_ = (255 * make_data()).to(torch.uint8)
+    a, b = make_model().double(), make_model().double()
+    fit(a, bytes_, epochs=2, batch_size=16, transform=lambda x: x / 255)
+    fit(b, bytes_ / 255, epochs=2, batch_size=16)
+    assert_same_state(a.state_dict(), b.state_dict())
+    assert a.encoder[0].weight.dtype == torch.float64
+
+
+def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    model = make_model()
+    kl, calls = model.prior.kl, []
+
+    def broken_kl(q, encoder=None, z=None):
+        calls.append(0)
+        value = kl(q, encoder, z=z)
+        return value * math.nan if len(calls) == 10 else value  # 4 + 2 calls an epoch
+
+    monkeypatch.setattr(model.prior, "kl", broken_kl)
+    with pytest.raises(FloatingPointError, match=r"epoch 2, training step 4: KL nan\. Lower learn"):
+        run(model, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == state["best_epoch"] == 1
+    assert all(
+        torch.isfinite(v).all() for v in state["best_weights"].values() if torch.is_tensor(v)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 8}, "batch_size: 16 in the checkpoint, 8 now"),
+        ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
+        ({"learning_rate": 0.1}, r"learning_rate: 0\.001 in the checkpoint, 0\.1 now"),
+        ({"x_train": make_data(71)}, "length of x_train: 70 in the checkpoint, 71 now"),
+        ({"x_val": None}, "length of x_val: 30 in the checkpoint, None now"),
+        ({"model": {"posterior": "diagonal"}}, "posterior='full'.*posterior='diagonal'"),
+        ({"model": {"hidden": (16, 9)}}, r"encoder\.2\.weight: .*\[8, 16\].*\[9, 16\]"),
+        ({"model": {"prior": None}}, "prior: VMMPrior in the checkpoint, StandardNormalPrior now"),
+    ],
+)
+def test_checkpoint_of_other_settings(tmp_path, arguments, message):
+    path = tmp_path / "run.pt"
+    run(make_model(), epochs=1, checkpoint=path)
+    settings = {"hidden": (16, 8), "prior": VMMPrior(make_data(5), latent_dim=2)}
+    model = VAE(INPUTS, 2, **{**settings, **arguments.pop("model", {})})
+    before = copy.deepcopy(model.state_dict())
+    data = {"x_train": make_data(), "x_val": make_data(M, 1)}
+    with pytest.raises(ValueError, match=f"of another run: .*{message}"):
+        fit(
+            model,
+            **{**data, "epochs": 2, "batch_size": 16, **arguments},
+            checkpoint=path,
+            resume=True,
+        )
+    assert_same_state(model.state_dict(), before)
+
+
+def test_checkpoint_errors(tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(FileNotFoundError, match=r"resume=True, but checkpoint .*run\.pt"):
+        run(make_model(), checkpoint=path, resume=True)
+    with pytest.raises(ValueError, match="resume=True needs checkpoint"):
+        run(make_model(), resume=True)
+    with pytest.raises(FileNotFoundError, match="checkpoint's folder"):
+        run(make_model(), checkpoint=tmp_path / "absent" / "run.pt")
+    with pytest.raises(ValueError, match="checkpoint must be a file"):
+        run(make_model(), checkpoint=tmp_path)
+    run(make_model(), epochs=1, checkpoint=path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(truncated, or not"):
+            run(make_model(), checkpoint=path, resume=True)
+    torch.save({"something": 1}, path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(make_model(), checkpoint=path, resume=True)
+
+
+def with_nan(x):
+    x[-1, 0] = math.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1, was 0"),
+        ({"epochs": 1.5}, ValueError, "epochs must be"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, was 0"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"patience": 0}, ValueError, "patience must be"),
+        ({"patience": 2, "x_val": None}, ValueError, "patience .* needs x_val"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
+        ({"learning_rate": math.nan}, ValueError, "learning_rate must be positive"),
+        ({"min_delta": -1.0}, ValueError, "min_delta must be"),
+        ({"x_train": make_data().numpy()}, TypeError, "x_train must be a tensor.*ndarray"),
+        ({"x_train": make_data()[:0]}, ValueError, "x_train must have at least one row"),
+        ({"x_train": make_data()[:, 1:]}, ValueError, r"x_train.*\(6,\).*was \[70, 5\]"),
+        ({"x_train": make_data().long()}, TypeError, "x_train.*int64.*pass x.float.*`transform`"),
+        ({"transform": lambda x: x.long()}, TypeError, "x_train.* after `transform`.*int64"),
+        ({"x_train": with_nan(make_data(9000))}, ValueError, "x_train, rows from 8192: .*finite"),
+        ({"x_val": with_nan(make_data())}, ValueError, "x_val.*finite"),
+    ],
+)
+def test_argument_errors(arguments, error, message):
+    settings = {"x_train": make_data(), "x_val": make_data(M), "epochs": 1, **arguments}
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        fit(model, **settings)
+    assert_same_state(model.state_dict(), before)
+
+
+def test_bernoulli_data_out_of_range():
+    with pytest.raises(ValueError, match=r"x_train.*in \[0, 1\].*Bernoulli"):
+        fit(make_model(likelihood="bernoulli"), 2 * make_data(), epochs=1)
+
+
+def test_progress_fits_a_terminal(capsys, monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    monkeypatch.setenv("COLUMNS", "80")
+    run(make_model(), progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.strip().split("\r")[-1].strip()
+    assert len(last) <= 80
+    for text in ("epoch 4/4", "ELBO", "KL", "clusters", "rows/s", "ETA"):
+        assert text in last
+    run(make_model(), epochs=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_without_tqdm(monkeypatch):
+    real = builtins.__import__
+
+    def without_tqdm(name, *arguments):
+        if name == "tqdm":
+            raise ImportError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    with pytest.raises(ImportError, match=r"pip install vmm-fast\[cli\]"):
+        run(make_model(), progress=True)
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture"])
+def test_training_on_digits_learns(prior):
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    digits = torch.as_tensor(datasets.load_digits().data, dtype=torch.float32) / 8 - 1
+    torch.manual_seed(0)
+    digits = digits[torch.randperm(len(digits))]
+    x, x_val = digits[:1500], digits[1500:]
+    mixture = VMMPrior(x[:10], latent_dim=4) if prior == "mixture" else None
+    model = VAE(64, 4, prior=mixture, hidden=(64, 32))
+    history = fit(model, x, x_val, epochs=15, batch_size=64, learning_rate=3e-3)
+    # The best that a model without latent variables can do: one mean per pixel, one sigma.
+    variance = (x - x.mean(0)).square().mean()
+    floor = (
+        -32 * (x_val - x.mean(0)).square().mean() / variance - 32 * (2 * math.pi * variance).log()
+    )
+    assert history[-1]["validation_elbo"] > float(floor) + 5
+    assert history[-1]["validation_elbo"] > history[0]["validation_elbo"] + 10
+    assert history[-1]["validation_kl"] > 1
+    # Training and validation speak of the same quantity: the averaged scale is the right one.
+    assert abs(history[-1]["validation_elbo"] - history[-1]["train_elbo"]) < 3

@@ -1,0 +1,187 @@
+"""The empirical-Bayes step in closed form: maximum a posteriori from sufficient statistics.
+
+With N_j, s_j, M_j the responsibilities' sums of 1, d and d d^T, d = z - m_j
+(:func:`vmm_fast.ops.mixture_statistics`), the maximiser of the objective of
+:mod:`vmm_fast.inference.map_objective` at fixed responsibilities is
+
+    Lambda_c = (N_c + df - D - 1) (V^-1 + sum_k [N_ck S_ck + M_ck])^-1,   df - D - 1 = 1, V = v I
+    pi_c     proportional to N_c + gamma / C - 1 where that is positive, else at the floor
+    m_c      = (N_c Lambda_c + I)^-1 Lambda_c (N_c m_c + s_c)             (free centers alone)
+    gamma    = argmax log Dirichlet(pi; gamma / C) + log p(1 / gamma)
+
+(Dempster, Laird & Rubin 1977; with a decaying average of the sums over mini-batches, the online EM of
+Cappe & Moulines 2009.) For sticks, weights are the posterior means of
+:mod:`vmm_fast.inference.stick_breaking`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmm_fast import ops
+from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
+from vmm_fast.inference.stick_breaking import stick_breaking_posterior
+from vmm_fast.mixture import Components
+
+__all__ = [
+    "Statistics",
+    "matching_statistics",
+    "maximise_centers",
+    "maximise_concentration",
+    "maximise_precision",
+    "maximise_weights",
+    "statistics",
+]
+
+
+class Statistics(NamedTuple):
+    """Sums over points, per center: N [J], s [J, D] and M [J, D, D], around ``centers`` [J, D]."""
+
+    N: Tensor
+    s: Tensor
+    M: Tensor
+    centers: Tensor
+
+    def around(self, centers: Tensor) -> Statistics:
+        """Give the same sums around other centers."""
+        shift = self.centers - centers
+        cross = self.s[:, :, None] * shift[:, None, :]
+        outer = shift[:, :, None] * shift[:, None, :]
+        second = self.M + cross + cross.mT + self.N[:, None, None] * outer
+        return Statistics(self.N, self.s + self.N[:, None] * shift, second, centers)
+
+    def scaled(self, factor: float) -> Statistics:
+        """Give the sums times ``factor``."""
+        return Statistics(self.N * factor, self.s * factor, self.M * factor, self.centers)
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Add sums taken around the same centers."""
+        return Statistics(self.N + other.N, self.s + other.s, self.M + other.M, self.centers)
+
+    def blended(self, other: Statistics, rate: float) -> Statistics:
+        """Give (1 - rate) self + rate other, both around the same centers."""
+        return self.scaled(1 - rate).plus(other.scaled(rate))
+
+
+def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> Statistics:
+    """Sums over ``z`` [B, D] under softmax(l / temperature), float64.
+
+    A temperature below 1 makes the responsibilities crisper than the posterior (deterministic
+    annealing; Ueda & Nakano 1998).
+    """
+    centers, whitening, offsets, transpose = components.expected
+    sums = ops.mixture_statistics(
+        z, centers, whitening / math.sqrt(temperature), offsets / temperature, transpose
+    )
+    return Statistics(*(x.double() for x in sums), components.centers.detach().double())
+
+
+def matching_statistics(components: Components) -> Statistics:
+    """Sums per point that a sample of the components themselves would have: pi_c / K, 0, Sigma_c."""
+    centers = components.centers.detach().double()
+    per_component = components.pseudo_inputs_per_component
+    mass = (components.weights.double() / per_component).repeat_interleave(per_component)
+    factor = components.precision_cholesky.double()
+    covariance = torch.cholesky_inverse(factor).repeat_interleave(per_component, 0)
+    return Statistics(mass, torch.zeros_like(centers), mass[:, None, None] * covariance, centers)
+
+
+def maximise_precision(
+    sums: Statistics, scale: Tensor | None, previous: Tensor, map_prior: bool
+) -> Tensor:
+    """L_c [C, D, D] of the maximising Lambda_c, in ``previous``'s dtype.
+
+    Without ``map_prior`` it is the maximum-likelihood estimate; a component whose scatter is
+    singular has none and keeps its ``previous`` one.
+    """
+    count, dim = previous.shape[:2]
+    scatter = sums.M
+    if scale is not None:
+        scale = scale.double()
+        factor = torch.diag_embed(scale) if scale.ndim == 2 else scale.tril()
+        scatter = scatter + sums.N[:, None, None] * (factor @ factor.mT)
+    scatter = scatter.unflatten(0, (count, -1)).sum(1)
+    mass = sums.N.unflatten(0, (count, -1)).sum(1)
+    if map_prior:
+        eye = torch.eye(dim, dtype=scatter.dtype, device=scatter.device)
+        scatter = scatter + eye / wishart_scale(count, dim)
+        mass = mass + 1
+    # scatter = U U^T with U upper triangular, so that its inverse has the lower factor U^-T: no
+    # matrix is inverted and factorised again.
+    cholesky, info = torch.linalg.cholesky_ex(scatter.flip((-2, -1)))
+    upper = cholesky.flip((-2, -1))
+    eye = torch.eye(dim, dtype=upper.dtype, device=upper.device).expand_as(upper)
+    inverse = torch.linalg.solve_triangular(upper.mT, eye, upper=False)
+    factor = mass.sqrt()[:, None, None] * inverse
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    sound = (info == 0) & factor.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1)
+    return torch.where(sound[:, None, None], factor.to(previous.dtype), previous)
+
+
+def maximise_centers(sums: Statistics, precision_cholesky: Tensor, map_prior: bool) -> Tensor:
+    """Free centers [C, D]: posterior modes under N(0, I), or means; an empty one stays."""
+    total = sums.N[:, None] * sums.centers + sums.s
+    if not map_prior:
+        centers = torch.where(sums.N[:, None] > 0, total / sums.N[:, None], sums.centers)
+    else:
+        factor = precision_cholesky.double()
+        precision = factor @ factor.mT
+        eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+        system = sums.N[:, None, None] * precision + eye
+        centers = torch.linalg.solve(system, (precision @ total[..., None]))[..., 0]
+    return centers
+
+
+def maximise_weights(
+    mass: Tensor, concentration: float, *, weights: str, discount: float, map_prior: str
+) -> tuple[Tensor, float]:
+    """log pi [C] (float64) and the concentration from the components' masses N_c [C].
+
+    ``map_prior`` "none" gives N_c / N; "fixed" keeps the concentration; "learnt" maximises it.
+    """
+    if map_prior == "none":
+        return (mass / mass.sum()).log().clamp_min(LOG_WEIGHT_FLOOR), concentration
+    if weights == "stick-breaking":
+        posterior = stick_breaking_posterior(mass, concentration, discount)
+        learnt = posterior.concentration if map_prior == "learnt" else concentration
+        return posterior.mean_weights.log().clamp_min(LOG_WEIGHT_FLOOR), learnt
+    excess = mass + concentration / len(mass) - 1
+    alive = excess > 0
+    if not alive.any():  # fewer points than components: nothing to tell them apart by but their mass
+        excess, alive = mass, mass > 0
+    floor = math.exp(LOG_WEIGHT_FLOOR)
+    shares = torch.where(alive, excess, 0)
+    room = 1 - floor * (~alive).sum()
+    log_weights = (shares / shares.sum() * room).log().clamp_min(LOG_WEIGHT_FLOOR)
+    if map_prior == "learnt":
+        concentration = maximise_concentration(log_weights)
+    return log_weights, concentration
+
+
+def maximise_concentration(log_weights: Tensor) -> float:
+    """Argmax over gamma of log Dirichlet(pi; gamma / C) + log p(1 / gamma), alpha = 1/gamma ~ Gamma(1, 1).
+
+    In t = log gamma the derivative is gamma [psi(gamma) - psi(gamma / C) + mean log pi] + 1 / gamma;
+    its single sign change is bracketed and bisected in float64.
+    """
+    count = len(log_weights)
+    mean = float(log_weights.double().clamp_min(LOG_WEIGHT_FLOOR).mean())
+
+    def slope(t: float) -> float:
+        gamma = torch.tensor([math.exp(t), math.exp(t) / count], dtype=torch.float64)
+        psi = torch.digamma(gamma)
+        return float(gamma[0] * (psi[0] - psi[1] + mean) + 1 / gamma[0])
+
+    low, high = math.log(1e-6), math.log(1e6)
+    if slope(high) > 0:  # weights as even as can be: any large gamma will do
+        return math.exp(high)
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+        if high - low < 1e-13:
+            break
+    return math.exp(0.5 * (low + high))

@@ -1,0 +1,136 @@
+"""The empirical-Bayes objective: data term and parameter priors (arXiv 2402.04412, sections 3 and A).
+
+    (1/n) [ sum_i sum_j q_ij l_ij + log p(pi) + log p(alpha) + sum_j log p(mu_j) + sum_c log p(Lambda_c) ]
+
+    pi ~ Dirichlet(a, .., a), a = gamma / C;         alpha = 1 / gamma ~ Gamma(1, 1)
+    (or sticks v_c ~ Beta(1 - d, gamma + c d);       gamma ~ Gamma(1, 1))
+    mu ~ N(0, I), in expectation under q(mu) = N(m, S)
+    Lambda_c ~ Wishart(D + 2, C^(2/D) / (D + 2) I)   so that E[Lambda_c] = C^(2/D) I
+
+Densities are in nats. ``n`` is the batch size in the authors' code, so that the priors weigh N / B
+times more than in maximum a posteriori estimation over the whole data set.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vmm_fast import ops
+from vmm_fast.inference.stick_breaking import log_stick_breaking_prior
+from vmm_fast.mixture import Components
+
+__all__ = [
+    "LOG_WEIGHT_FLOOR",
+    "expected_log_normal",
+    "log_alpha_prior",
+    "log_dirichlet",
+    "log_parameter_prior",
+    "log_wishart",
+    "map_loss",
+    "wishart_scale",
+]
+
+# With a < 1 the Dirichlet density has no upper bound: a weight that falls to zero raises it for ever.
+# Below this log-weight the density counts as constant, so a pruned component's logit stays finite.
+LOG_WEIGHT_FLOOR = -20.0
+
+
+def log_dirichlet(log_weights: Tensor, concentration: Tensor) -> Tensor:
+    """Log-density of Dirichlet(gamma / C) at pi, log pi counted from ``LOG_WEIGHT_FLOOR`` up."""
+    count = log_weights.shape[0]
+    a = concentration / count
+    normaliser = torch.lgamma(concentration) - count * torch.lgamma(a)
+    return normaliser + (a - 1) * log_weights.clamp_min(LOG_WEIGHT_FLOOR).sum()
+
+
+def log_alpha_prior(concentration: Tensor) -> Tensor:
+    """Log-density of alpha = 1 / gamma ~ Gamma(1, 1): a density over alpha, without Jacobian."""
+    return -1 / concentration
+
+
+def expected_log_normal(centers: Tensor, scale: Tensor | None) -> Tensor:
+    """sum_j E_q(mu_j)[log N(mu_j; 0, I)] = sum_j -D/2 log 2 pi - 1/2 |m_j|^2 - 1/2 tr S_j."""
+    squares = centers.square().sum()
+    if scale is not None:
+        squares = squares + (scale if scale.ndim == 2 else scale.tril()).square().sum()
+    return -0.5 * (squares + centers.numel() * math.log(2 * math.pi))
+
+
+def wishart_scale(num_components: int, latent_dim: int) -> float:
+    """The factor v of the Wishart's scale matrix v I."""
+    return num_components ** (2 / latent_dim) / (latent_dim + 2)
+
+
+def log_wishart(precision_cholesky: Tensor) -> Tensor:
+    """sum_c log Wishart(L_c L_c^T; D + 2, v I): scipy.stats.wishart's density, no Cholesky Jacobian."""
+    count, dim = precision_cholesky.shape[:2]
+    factor = precision_cholesky.tril()
+    df, v = dim + 2, wishart_scale(count, dim)
+    normaliser = 0.5 * df * dim * math.log(2 * v) + torch.special.multigammaln(
+        torch.tensor(df / 2, dtype=torch.float64), dim
+    ).item()
+    # (df - D - 1) / 2 logdet(L L^T) = sum log diag L
+    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum()
+    return logdet - 0.5 / v * factor.square().sum() - count * normaliser
+
+
+def log_parameter_prior(
+    components: Components,
+    concentration: Tensor,
+    *,
+    weights: str,
+    discount: float,
+    learnt_concentration: bool,
+) -> Tensor:
+    """Sum of all parameters' log-priors; that of gamma only where gamma is learnt."""
+    if weights == "dirichlet":
+        total = log_dirichlet(components.log_weights, concentration)
+        hyper = log_alpha_prior(concentration)
+    else:
+        total = log_stick_breaking_prior(
+            components.log_weights, concentration, discount, floor=LOG_WEIGHT_FLOOR
+        )
+        hyper = -concentration
+    total = total + expected_log_normal(components.centers, components.scale)
+    total = total + log_wishart(components.precision_cholesky)
+    return total + hyper if learnt_concentration else total
+
+
+def map_loss(
+    components: Components,
+    z: Tensor,
+    log_prior: Tensor | float,
+    *,
+    responsibility_gradient: bool,
+    data_size: int | None,
+) -> Tensor:
+    """Negative objective, a scalar in nats per point.
+
+    Parameters
+    ----------
+    components : Components
+        With gradients to whatever is to be trained.
+    z : Tensor [B, D]
+    log_prior : Tensor (scalar) or float
+        :func:`log_parameter_prior`.
+    responsibility_gradient : bool
+        True: the gradient also runs through q, and l_ij has the weight q_ij (1 + l_ij - sum_k q_ik
+        l_ik), as in the authors' code. False: q_ij, as in expectation maximisation. The value is
+        the same.
+    data_size : int or None
+        n; None for B.
+
+    Raises
+    ------
+    ValueError
+        If ``z`` is empty.
+    """
+    if len(z) == 0:
+        raise ValueError("z must have at least one row, but is empty")
+    lse, expected = ops.mixture_log_prob(z, *components.expected)
+    # d lse / d l_ij = q_ij: the value of the expectation with the gradient of the log-sum-exp.
+    data = expected if responsibility_gradient else lse + (expected - lse).detach()
+    return -data.mean() - log_prior / (data_size or len(z))

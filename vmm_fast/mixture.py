@@ -1,0 +1,414 @@
+"""The prior as a mixture: from posteriors at the pseudo-inputs and precisions to densities.
+
+J = C K Gaussian components, j = c K + k, of which component c's K share a weight pi_c and a precision
+Lambda_c = L_c L_c^T, and each has a center that is itself uncertain, q(mu_j) = N(m_j, S_j), S = s s^T:
+
+    marginal   p(z) = sum_c pi_c 1/K sum_k N(z; m_ck, Lambda_c^-1 + S_ck)
+    expected   l_ck(z) = log pi_c - log K + E_q(mu)[log N(z; mu, Lambda_c^-1)]
+                       = log pi_c - log K + 1/2 logdet(Lambda_c / 2 pi)
+                         - 1/2 |L_c^T (z - m_ck)|^2 - 1/2 tr(Lambda_c S_ck)
+
+(Stirn & Knowles, arXiv 2402.04412.) Without S both are the Gaussian mixture; without Lambda^-1 both
+are the VampPrior (Tomczak & Welling 2018), whose expected form would be -inf and is the exact
+log-joint instead. Both are whitened mixtures for :mod:`vmm_fast.ops`; building them is small next to
+the pairs and is done in float64, so that a badly conditioned precision costs no accuracy here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    constraints,
+)
+
+from vmm_fast import ops
+
+__all__ = ["Assignment", "Components", "MixtureDistribution", "WhitenedMixture"]
+
+
+class WhitenedMixture(NamedTuple):
+    """What :mod:`vmm_fast.ops` takes after z: l_ij = offset_j - 1/2 |A_j (z_i - m_j)|^2."""
+
+    centers: Tensor
+    whitening: Tensor
+    offsets: Tensor
+    transpose: bool
+
+
+class Assignment(NamedTuple):
+    """Most probable component [B] (int64), its probability [B], entropy of all [B] in nats."""
+
+    labels: Tensor
+    probability: Tensor
+    entropy: Tensor
+
+
+def gaussian_parameters(q: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean [B, D] and scale of a Gaussian: diagonal [B, D] or lower triangle [B, D, D].
+
+    Raises
+    ------
+    TypeError
+        If ``q`` is not a Normal (with or without Independent) or a MultivariateNormal.
+    ValueError
+        If its mean is not of shape [B, D].
+    """
+    base = q.base_dist if isinstance(q, Independent) else q
+    if isinstance(base, Normal):
+        mean, scale = base.loc, base.scale
+    elif isinstance(base, MultivariateNormal):
+        mean, scale = base.loc, base.scale_tril
+    else:
+        raise TypeError(
+            "q must be a torch.distributions Normal (with or without Independent) or "
+            f"MultivariateNormal, but is {type(q).__name__}"
+        )
+    if mean.ndim != 2:
+        raise ValueError(f"q must have a mean of shape [B, D], but it has {list(mean.shape)}")
+    return mean, scale
+
+
+def gaussian_entropy(q: Distribution) -> Tensor:
+    """H(q) [B] in nats: D/2 log 2 pi e + log det s."""
+    mean, scale = gaussian_parameters(q)
+    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
+    return diagonal.log().sum(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """A mixture prior at one point in training: densities, responsibilities, samples.
+
+    It is what a trained model keeps: it assigns new points without encoder and pseudo-inputs.
+    Gradients flow to whatever its tensors came from; :meth:`detach` cuts them.
+
+    Parameters
+    ----------
+    centers : Tensor [J, D]
+        m.
+    log_weights : Tensor [C]
+        log pi, normalised; C divides J and K = J / C.
+    precision_cholesky : Tensor [C, D, D] or None
+        L, lower triangular with a positive diagonal; None for Lambda^-1 = 0.
+    scale : Tensor [J, D, D] or [J, D] or None
+        s, lower triangular or diagonal; None for S = 0.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or both ``precision_cholesky`` and ``scale`` are None.
+    """
+
+    centers: Tensor
+    log_weights: Tensor
+    precision_cholesky: Tensor | None = None
+    scale: Tensor | None = None
+    _built: dict = field(default_factory=dict, init=False, repr=False)
+
+    def _values(self) -> tuple[Tensor | None, ...]:
+        return self.centers, self.log_weights, self.precision_cholesky, self.scale
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_built": {}}
+
+    def __post_init__(self) -> None:
+        if self.centers.ndim != 2:
+            raise ValueError(f"centers must have shape [J, D], but has {list(self.centers.shape)}")
+        total, dim = self.centers.shape
+        count = len(self.log_weights)
+        if self.log_weights.ndim != 1 or count < 1 or total % count:
+            raise ValueError(
+                f"log_weights must have shape [C] with C dividing J = {total}, "
+                f"but has {list(self.log_weights.shape)}"
+            )
+        precision, scale = self.precision_cholesky, self.scale
+        if precision is None and scale is None:
+            raise ValueError("precision_cholesky and scale must not both be None")
+        if precision is not None and precision.shape != (count, dim, dim):
+            raise ValueError(
+                f"precision_cholesky must have shape {[count, dim, dim]}, "
+                f"but has {list(precision.shape)}"
+            )
+        if scale is not None and scale.shape not in ((total, dim), (total, dim, dim)):
+            raise ValueError(
+                f"scale must have shape {[total, dim]} or {[total, dim, dim]}, "
+                f"but has {list(scale.shape)}"
+            )
+
+    @property
+    def num_components(self) -> int:
+        """C."""
+        return self.log_weights.shape[0]
+
+    @property
+    def pseudo_inputs_per_component(self) -> int:
+        """K."""
+        return self.centers.shape[0] // self.num_components
+
+    @property
+    def latent_dim(self) -> int:
+        """D."""
+        return self.centers.shape[1]
+
+    @property
+    def weights(self) -> Tensor:
+        """The component weights pi [C]."""
+        return self.log_weights.exp()
+
+    def detach(self) -> Components:
+        """Cut the mixture from the graph."""
+        return self._map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Components:
+        """Move or cast like ``Tensor.to``."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _map(self, function) -> Components:
+        return Components(*(None if v is None else function(v) for v in self._values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by name; ``Components(**state)`` restores them."""
+        names = ("centers", "log_weights", "precision_cholesky", "scale")
+        values = zip(names, self._values(), strict=True)
+        return {name: v.detach() for name, v in values if v is not None}
+
+    # --- the two whitened mixtures -------------------------------------------------------------
+
+    @property
+    def marginal(self) -> WhitenedMixture:
+        """log(pi_c / K) + log N(z; m_ck, Lambda_c^-1 + S_ck) as a whitened mixture."""
+        return self._once("marginal", self._build_marginal)
+
+    @property
+    def expected(self) -> WhitenedMixture:
+        """The expected log-joint as a whitened mixture; the marginal one where either is exact."""
+        if self.precision_cholesky is None or self.scale is None:
+            return self.marginal
+        return self._once("expected", self._build_expected)
+
+    def _once(self, name: str, build: Callable[[], WhitenedMixture]) -> WhitenedMixture:
+        """Build at the first use; what was built without a graph does not serve where one is due."""
+        graph = torch.is_grad_enabled() and any(
+            v is not None and v.requires_grad for v in self._values()
+        )
+        key = (name, graph)
+        if key not in self._built:
+            self._built[key] = build()
+        return self._built[key]
+
+    def _build_marginal(self) -> WhitenedMixture:
+        if self.precision_cholesky is not None and self.scale is not None:
+            covariance = self._covariance
+            cholesky, info = torch.linalg.cholesky_ex(covariance)
+            self._require_positive(info == 0)
+        elif self.precision_cholesky is None:
+            cholesky = _matrix(self.scale.double())
+        else:
+            return self._with_precision(0.0)
+        diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+        self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
+        eye = torch.eye(self.latent_dim, dtype=cholesky.dtype, device=cholesky.device)
+        whitening = torch.linalg.solve_triangular(cholesky, eye, upper=False)
+        offsets = self._log_shares - diagonal.log().sum(-1) - self._log_normaliser
+        return self._whitened(whitening, offsets, transpose=False)
+
+    def _build_expected(self) -> WhitenedMixture:
+        factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
+        scale = self.scale.double()
+        # tr(Lambda S) = |L^T s|^2, never a difference.
+        product = factor.mT * scale[:, None, :] if scale.ndim == 2 else factor.mT @ scale.tril()
+        return self._with_precision(0.5 * product.square().sum((-2, -1)))
+
+    def _with_precision(self, penalty: Tensor | float) -> WhitenedMixture:
+        factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
+        offsets = self._log_shares + diagonal.log().sum(-1) - self._log_normaliser - penalty
+        return self._whitened(factor, offsets, transpose=True)
+
+    def _whitened(self, whitening: Tensor, offsets: Tensor, transpose: bool) -> WhitenedMixture:
+        dtype = self.centers.dtype
+        return WhitenedMixture(self.centers, whitening.to(dtype), offsets.to(dtype), transpose)
+
+    @property
+    def _log_normaliser(self) -> float:
+        return 0.5 * self.latent_dim * math.log(2 * math.pi)
+
+    @property
+    def _log_shares(self) -> Tensor:
+        """log(pi_c / K) for every center [J], float64."""
+        per_component = self.pseudo_inputs_per_component
+        shares = self.log_weights.double() - math.log(per_component)
+        return shares.repeat_interleave(per_component)
+
+    @property
+    def _covariance(self) -> Tensor:
+        """Lambda_c^-1 + S_ck [J, D, D], float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.centers.device)
+        if self.precision_cholesky is not None:
+            factor = self.precision_cholesky.double()
+            eye = torch.eye(self.latent_dim, dtype=factor.dtype, device=factor.device)
+            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+            total = _per_center(inverse.mT @ inverse, self.pseudo_inputs_per_component)
+        if self.scale is not None:
+            scale = _matrix(self.scale.double())
+            total = total + scale @ scale.mT
+        return total
+
+    def _require_positive(self, good: Tensor) -> None:
+        if not good.all():
+            first = int((~good).nonzero()[0, 0])
+            raise ValueError(
+                f"component {first // self.pseudo_inputs_per_component} has no positive-definite "
+                "covariance: precision_cholesky and the scale that the encoder gives its "
+                "pseudo-input must be finite with a positive diagonal"
+            )
+
+    # --- densities -------------------------------------------------------------------------------
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) [B] of the marginal prior, in nats."""
+        return ops.mixture_log_prob(z, *self.marginal)[0]
+
+    def kl(self, q: Distribution, z: Tensor | None = None) -> Tensor:
+        """Estimate KL(q || p) [B] by -H(q) - log p(z), with z ~ q unless given, in nats."""
+        return -gaussian_entropy(q) - self.log_prob(q.rsample() if z is None else z)
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        """Expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
+        return ops.mixture_log_joint(z, *self.expected, self.pseudo_inputs_per_component)
+
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """softmax_c l_c(z) [B, C]."""
+        return ops.mixture_responsibilities(z, *self.expected, self.pseudo_inputs_per_component)
+
+    def assign(self, z: Tensor) -> Assignment:
+        """Most probable component, its probability and the entropy, without a [B, C] matrix."""
+        return Assignment(
+            *ops.mixture_assign(z, *self.expected, self.pseudo_inputs_per_component)
+        )
+
+    def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
+        """Indices of the components with a share over ``threshold``, largest first.
+
+        The share is the fraction of the points ``z`` [B, D] assigned to the component or, without
+        ``z``, its weight.
+        """
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must be in [0, 1), but is {threshold}")
+        if z is None:
+            share = self.weights.detach()
+        else:
+            if len(z) == 0:
+                raise ValueError("z must have at least one row, but is empty")
+            labels = self.assign(z).labels
+            share = labels.bincount(minlength=self.num_components) / len(z)
+        order = share.argsort(descending=True, stable=True)
+        return order[share[order] > threshold]
+
+    # --- samples -----------------------------------------------------------------------------------
+
+    def distribution(self) -> MixtureDistribution:
+        """Give the marginal prior as a torch distribution."""
+        return MixtureDistribution(self)
+
+    def sample(self, n: int, component: int | Tensor | None = None) -> Tensor:
+        """Draw z [n, D] from the marginal prior or from one ``component`` (an index, or [n] of them).
+
+        Raises
+        ------
+        ValueError
+            If ``n`` is negative or ``component`` is outside 0 .. C - 1.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, but is {n}")
+        device, count = self.centers.device, self.num_components
+        if component is None:
+            component = Categorical(logits=self.log_weights.detach()).sample((n,))
+        component = torch.as_tensor(component, device=device).expand(n)
+        if ((component < 0) | (component >= count)).any():
+            raise ValueError(f"component must be in 0 .. {count - 1}, but is {component}")
+        per_component = self.pseudo_inputs_per_component
+        index = component * per_component
+        if per_component > 1:
+            index = index + torch.randint(per_component, (n,), device=device)
+        with torch.no_grad():
+            z = self.centers[index]
+            if self.scale is not None:
+                z = z + _times(self.scale[index], torch.randn_like(z))
+            if self.precision_cholesky is not None:
+                noise = torch.randn_like(z)[..., None]
+                factor = self.precision_cholesky[component]
+                z = z + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[..., 0]
+        return z
+
+
+class MixtureDistribution(Distribution):
+    """The marginal prior of :class:`Components` as a torch distribution over z [D]."""
+
+    arg_constraints = {}  # noqa: RUF012  the base class' name and type
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, components: Components):
+        self.components = components
+        event_shape = torch.Size([components.latent_dim])
+        super().__init__(torch.Size(), event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value) [..] for value [.., D], in nats."""
+        flat = self.components.log_prob(value.reshape(-1, self.components.latent_dim))
+        return flat.reshape(value.shape[:-1])
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw [*sample_shape, D]."""
+        return self.component_sample(None, sample_shape)
+
+    def component_sample(
+        self, component: int | None, sample_shape: torch.Size | tuple[int, ...] = ()
+    ) -> Tensor:
+        """Draw [*sample_shape, D] from one component (None: from all)."""
+        shape = torch.Size(sample_shape)
+        flat = self.components.sample(shape.numel(), component)
+        return flat.reshape(*shape, self.components.latent_dim)
+
+    @property
+    def _shares(self) -> Tensor:
+        return self.components._log_shares.exp()[:, None]
+
+    @property
+    def mean(self) -> Tensor:
+        """sum_j w_j m_j [D]."""
+        centers = self.components.centers
+        return (self._shares * centers.double()).sum(0).to(centers.dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances [D]: sum_j w_j (diag Sigma_j + (m_j - mean)^2)."""
+        centers = self.components.centers
+        spread = (centers.double() - self.mean.double()).square()
+        within = self.components._covariance.diagonal(dim1=-2, dim2=-1)
+        return (self._shares * (within + spread)).sum(0).to(centers.dtype)
+
+
+def _matrix(scale: Tensor) -> Tensor:
+    return torch.diag_embed(scale) if scale.ndim == 2 else scale.tril()
+
+
+def _times(scale: Tensor, x: Tensor) -> Tensor:
+    return scale * x if scale.ndim == 2 else (scale.tril() @ x[..., None])[..., 0]
+
+
+def _per_center(per_component: Tensor, count: int) -> Tensor:
+    return per_component if count == 1 else per_component.repeat_interleave(count, 0)

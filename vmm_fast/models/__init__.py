@@ -1,0 +1,6 @@
+"""A small torch VAE for vectors and images, and its training loop."""
+
+from vmm_fast.models.training import History, fit
+from vmm_fast.models.vae import VAE, ELBOTerms
+
+__all__ = ["VAE", "ELBOTerms", "History", "fit"]

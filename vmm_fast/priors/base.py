@@ -1,0 +1,223 @@
+"""One interface for all priors, and what those with pseudo-inputs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from vmm_fast.mixture import Assignment, Components, MixtureDistribution, gaussian_parameters
+
+__all__ = ["Encoder", "Prior", "PseudoInputs"]
+
+Encoder = Callable[[Any], Distribution]
+
+
+class Prior(nn.Module):
+    """A prior over latent vectors z [D] that is a mixture of Gaussians.
+
+    ``encoder`` is any callable from inputs to a torch.distributions Normal (with or without
+    Independent) or MultivariateNormal; priors without pseudo-inputs ignore it. Densities are in nats.
+
+    Subclasses give :meth:`components` and, if they learn, :meth:`map_loss` and :meth:`update`.
+    """
+
+    latent_dim: int
+
+    def components(self, encoder: Encoder | None = None) -> Components:
+        """Give the mixture once, for repeated use; it has the methods below without ``encoder``.
+
+        Gradients reach the encoder but not the prior's own parameters, unless ``joint=True``.
+        Call its ``detach()`` to keep it.
+        """
+        raise NotImplementedError
+
+    def kl(
+        self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        """Estimate KL(q || p) [B] by -H(q) - log p(z), in nats.
+
+        Parameters
+        ----------
+        q : Distribution
+            Posteriors of a batch, Normal (with or without Independent) or MultivariateNormal.
+        encoder : callable
+        z : Tensor [B, D], optional
+            A sample of q; ``q.rsample()`` unless given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a q that is not Gaussian or does not fit, and as :mod:`vmm_fast.ops` says.
+        """
+        return self.components(encoder).kl(self._check_posterior(q), z)
+
+    def log_prob(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """log p(z) [B] of points z [B, D], in nats."""
+        return self.components(encoder).log_prob(z)
+
+    def log_joint(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """Expected log-joint of every component [B, C], in nats."""
+        return self.components(encoder).log_joint(z)
+
+    def responsibilities(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """Softmax of :meth:`log_joint`: the cluster probabilities [B, C]."""
+        return self.components(encoder).responsibilities(z)
+
+    @torch.no_grad()
+    def assign(self, z: Tensor, encoder: Encoder | None = None) -> Assignment:
+        """Most probable component, its probability and the entropy of all; each [B]."""
+        return self.components(encoder).assign(z)
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, encoder: Encoder | None = None, component: int | Tensor | None = None
+    ) -> Tensor:
+        """Draw z [n, D] from the prior or from one component (an index, or [n] of them)."""
+        return self.components(encoder).sample(n, component)
+
+    @torch.no_grad()
+    def active_components(
+        self, z: Tensor | None = None, encoder: Encoder | None = None, threshold: float = 0.002
+    ) -> Tensor:
+        """Indices of components whose share of the points z (else: weight) exceeds threshold."""
+        return self.components(encoder).active_components(z, threshold)
+
+    def distribution(self, encoder: Encoder | None = None) -> MixtureDistribution:
+        """Give the prior as a ``torch.distributions.Distribution``."""
+        return self.components(encoder).distribution()
+
+    def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """Negative empirical-Bayes objective, a scalar in nats per point."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to learn")
+
+    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
+        """Take one empirical-Bayes step: the prior moves, the network stands still.
+
+        Parameters
+        ----------
+        q_or_z : Distribution or Tensor [B, D]
+            The batch's posteriors, of which one sample is drawn, or a sample of them.
+        encoder : callable
+        """
+
+    def _check_posterior(self, q: Distribution) -> Distribution:
+        mean, _ = gaussian_parameters(q)
+        if mean.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"q must have latent_dim = {self.latent_dim} dimensions, but has {mean.shape[1]}"
+            )
+        return q
+
+    def _latents(self, q_or_z: Distribution | Tensor) -> Tensor:
+        """z [B, D], cut from the graph, from what ``update`` takes."""
+        z = q_or_z if isinstance(q_or_z, Tensor) else self._check_posterior(q_or_z).sample()
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"z must have shape [B, {self.latent_dim}], but has {list(z.shape)}"
+            )
+        if len(z) == 0:
+            raise ValueError("z must have at least one row, but is empty")
+        return z.detach()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let ``prior.logits = tensor`` set a parameter's values; it keeps its identity and dtype."""
+        parameter = self.__dict__.get("_parameters", {}).get(name)
+        if parameter is not None and isinstance(value, Tensor):
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} must have shape {list(parameter.shape)}, but has {list(value.shape)}"
+                )
+            if value.isnan().any():
+                raise ValueError(f"{name} must not hold NaN")
+            with torch.no_grad():
+                parameter.copy_(value)
+            return
+        super().__setattr__(name, value)
+
+
+class PseudoInputs:
+    """Mixin: J learnt inputs whose posteriors are the components' centers.
+
+    ``pseudo_inputs`` is a Parameter [J, ...] or a module whose call gives what the encoder takes.
+    """
+
+    latent_dim: int
+    pseudo_inputs: nn.Parameter | nn.Module
+
+    def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
+        """Register them (a tensor is copied); returns J and the dtype of the prior's parameters."""
+        if isinstance(pseudo_inputs, nn.Module):
+            self.pseudo_inputs = pseudo_inputs
+            with torch.no_grad():
+                first = _first_tensor(pseudo_inputs())
+        elif isinstance(pseudo_inputs, Tensor):
+            first = pseudo_inputs.detach()
+            if not first.is_floating_point():
+                raise TypeError(
+                    f"pseudo_inputs must be of a floating dtype, but is {first.dtype}; "
+                    "convert as you do for the encoder"
+                )
+            if not first.isfinite().all():
+                raise ValueError("pseudo_inputs must be finite, but has a NaN or infinite value")
+            self.pseudo_inputs = nn.Parameter(first.clone())
+        else:
+            raise TypeError(
+                "pseudo_inputs must be a tensor [J, ...] or a torch.nn.Module, "
+                f"but is {type(pseudo_inputs).__name__}"
+            )
+        if first.ndim < 1 or len(first) < 1:
+            raise ValueError(
+                f"pseudo_inputs must have shape [J, ...] with J >= 1, but has {list(first.shape)}"
+            )
+        return len(first), torch.float64 if first.dtype == torch.float64 else torch.float32
+
+    def _encode(
+        self, encoder: Encoder | None, num: int, differentiable: bool
+    ) -> tuple[Tensor, Tensor]:
+        """m [J, D] and s [J, D(, D)]; the pseudo-inputs get a gradient only if asked."""
+        if not callable(encoder):
+            raise TypeError(
+                "encoder must be a callable from inputs to a Gaussian distribution, "
+                f"but is {type(encoder).__name__}"
+            )
+        if isinstance(self.pseudo_inputs, nn.Module):
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                inputs = self.pseudo_inputs()
+        else:
+            inputs = self.pseudo_inputs if differentiable else self.pseudo_inputs.detach()
+        mean, scale = gaussian_parameters(encoder(inputs))
+        if mean.shape != (num, self.latent_dim):
+            raise ValueError(
+                f"encoder must give {num} pseudo-inputs means of shape {[num, self.latent_dim]}, "
+                f"but gave {list(mean.shape)}"
+            )
+        return mean, scale
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    for item in items if isinstance(items, (tuple, list)) or isinstance(value, dict) else ():
+        return _first_tensor(item)
+    raise TypeError(
+        "pseudo_inputs must give a tensor, or a tuple, list or dict of tensors, "
+        f"but gave {type(value).__name__}"
+    )
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for the first argument that is not a finite number above zero."""
+    for name, value in values.items():
+        if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            raise ValueError(f"{name} must be a finite number above 0, but is {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}")

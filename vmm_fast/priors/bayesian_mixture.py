@@ -1,0 +1,345 @@
+"""What VMMPrior and GaussianMixturePrior share: a Bayesian Gaussian mixture but for its centers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import softplus
+
+from vmm_fast import ops
+from vmm_fast.inference import closed_form, map_objective
+from vmm_fast.inference.gradient import PrivateAdam
+from vmm_fast.mixture import Components
+from vmm_fast.priors.base import Encoder, Prior, check_choice, check_positive
+
+__all__ = ["BayesianMixturePrior"]
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    # log(e^x - 1) = x + log(1 - e^-x)
+    return x + torch.log(-torch.expm1(-x))
+
+
+class BayesianMixturePrior(Prior):
+    """Weights, precisions and concentration of a Bayesian mixture, and their empirical-Bayes step.
+
+    Parameters are those of :class:`vmm_fast.VMMPrior`, whose docstring describes them.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        latent_dim: int,
+        *,
+        pseudo_inputs_per_component: int,
+        weights: str,
+        inference: str,
+        responsibility_gradient: bool,
+        data_size: int | None,
+        learning_rate: float,
+        joint: bool,
+        map_prior: str,
+        concentration: float,
+        discount: float,
+        temperature: float,
+        statistics_rate: float,
+        dtype: torch.dtype,
+    ):
+        check_choice("weights", weights, ("dirichlet", "stick-breaking"))
+        check_choice("inference", inference, ("gradient", "closed-form"))
+        check_choice("map_prior", map_prior, ("none", "fixed", "learnt"))
+        check_positive(
+            learning_rate=learning_rate, concentration=concentration, temperature=temperature
+        )
+        if not 0 < statistics_rate <= 1:
+            raise ValueError(f"statistics_rate must be in (0, 1], but is {statistics_rate!r}")
+        if not isinstance(latent_dim, int) or latent_dim < 1:
+            raise ValueError(f"latent_dim must be an integer of at least 1, but is {latent_dim!r}")
+        if data_size is not None and data_size < 1:
+            raise ValueError(f"data_size must be None or at least 1, but is {data_size!r}")
+        if not 0 <= discount < 1 or (discount and weights == "dirichlet"):
+            raise ValueError(
+                "discount must be in [0, 1), and 0 unless weights='stick-breaking', "
+                f"but is {discount!r}"
+            )
+        if joint and inference == "closed-form":
+            raise ValueError("joint=True trains by gradient; it excludes inference='closed-form'")
+        self.latent_dim = latent_dim
+        self.num_components = num_components
+        self.pseudo_inputs_per_component = pseudo_inputs_per_component
+        self.weights, self.inference, self.map_prior = weights, inference, map_prior
+        self.responsibility_gradient = responsibility_gradient
+        self.data_size, self.joint = data_size, joint
+        self.discount, self.temperature = float(discount), float(temperature)
+        self.statistics_rate = float(statistics_rate)
+        self.logits = nn.Parameter(torch.zeros(num_components, dtype=dtype))
+        self.raw_precision = nn.Parameter(
+            torch.zeros(num_components, latent_dim, latent_dim, dtype=dtype)
+        )
+        self.raw_alpha = nn.Parameter(
+            torch.zeros((), dtype=dtype), requires_grad=map_prior == "learnt"
+        )
+        self.precision_cholesky = torch.eye(latent_dim, dtype=dtype).expand(num_components, -1, -1)
+        self.concentration = concentration
+        if inference == "closed-form":
+            self._register_running_statistics(dtype)
+        learnt = self.parameters() if inference == "gradient" else self._gradient_parameters()
+        learnt = list(learnt)
+        self._adam = PrivateAdam(learnt, learning_rate) if learnt and not joint else None
+
+    # --- state -------------------------------------------------------------------------------------
+
+    @property
+    def precision_cholesky(self) -> Tensor:
+        """L [C, D, D], lower triangular with a positive diagonal; Lambda_c = L_c L_c^T. Settable."""
+        raw = self.raw_precision
+        diagonal = softplus(raw.diagonal(dim1=-2, dim2=-1))
+        return raw.tril(-1) + torch.diag_embed(diagonal)
+
+    @precision_cholesky.setter
+    def precision_cholesky(self, value: Tensor) -> None:
+        raw = self.raw_precision
+        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).detach()
+        diagonal = value.diagonal(dim1=-2, dim2=-1)
+        if value.shape != raw.shape:
+            raise ValueError(
+                f"precision_cholesky must have shape {list(raw.shape)}, but has {list(value.shape)}"
+            )
+        if not value.isfinite().all() or not (diagonal > 0).all():
+            raise ValueError("precision_cholesky must be finite with a positive diagonal")
+        if (value.triu(1) != 0).any():
+            raise ValueError("precision_cholesky must be lower triangular")
+        with torch.no_grad():
+            raw.copy_(value.tril(-1) + torch.diag_embed(_inverse_softplus(diagonal)))
+
+    @property
+    def concentration(self) -> Tensor:
+        """The Dirichlet process's concentration gamma, a scalar; alpha = 1 / gamma. Settable."""
+        return 1 / softplus(self.raw_alpha)
+
+    @concentration.setter
+    def concentration(self, value: float | Tensor) -> None:
+        value = torch.as_tensor(value, dtype=torch.float64).detach()
+        if value.ndim or not 0 < value < math.inf:
+            raise ValueError(f"concentration must be a finite number above 0, but is {value}")
+        with torch.no_grad():
+            self.raw_alpha.copy_(_inverse_softplus(1 / value))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Send the two properties to their setters, also when the value is a Parameter."""
+        if name in ("precision_cholesky", "concentration"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Keep the private optimizer's state in ``state_dict``."""
+        return {} if self._adam is None else self._adam.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the private optimizer's state."""
+        if self._adam is not None and state:
+            self._adam.load_state_dict(state)
+
+    # --- the mixture ---------------------------------------------------------------------------------
+
+    def _centers(
+        self, encoder: Encoder | None, differentiable: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Centers m [J, D] and scales s (or None)."""
+        raise NotImplementedError
+
+    def _gradient_parameters(self) -> Iterable[nn.Parameter]:
+        """What still follows a gradient where the rest has a closed form."""
+        raise NotImplementedError
+
+    def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
+        centers, scale = self._centers(encoder, differentiable)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            log_weights = self.logits.log_softmax(-1)
+            precision_cholesky = self.precision_cholesky
+        if not log_weights.max() > -math.inf:
+            raise ValueError("logits must have at least one finite value and no NaN")
+        return Components(
+            centers,
+            log_weights.to(centers.dtype),
+            precision_cholesky.to(centers.dtype),
+            scale,
+        )
+
+    def components(self, encoder: Encoder | None = None) -> Components:
+        """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
+        return self._components(encoder, differentiable=self.joint)
+
+    # --- the empirical-Bayes step --------------------------------------------------------------------
+
+    def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """Negative empirical-Bayes objective, a scalar in nats per point.
+
+        -(1/n) [ sum_i sum_j q_ij l_ij + log p(pi) + log p(alpha) + sum log p(mu) + sum log p(Lambda) ]
+
+        with n = B for the data term; the parameter priors weigh 1 / ``data_size`` (1/B for None).
+        See :mod:`vmm_fast.inference.map_objective` for the densities. ``map_prior="none"`` leaves
+        all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z`` and
+        the encoder; :meth:`update` uses the first alone.
+        """
+        return self._map_loss(self._components(encoder, differentiable=True), z)
+
+    def _map_loss(self, components: Components, z: Tensor) -> Tensor:
+        return map_objective.map_loss(
+            components,
+            z,
+            self._log_parameter_prior(components),
+            responsibility_gradient=self.responsibility_gradient,
+            data_size=self.data_size,
+        )
+
+    def _log_parameter_prior(self, components: Components) -> Tensor | float:
+        if self.map_prior == "none":
+            return 0.0
+        return map_objective.log_parameter_prior(
+            components,
+            self.concentration,
+            weights=self.weights,
+            discount=self.discount,
+            learnt_concentration=self.map_prior == "learnt",
+        )
+
+    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
+        """Take one empirical-Bayes step: the prior moves, the network stands still.
+
+        With ``inference="gradient"``, one Adam step on :meth:`map_loss`. With ``"closed-form"``, one
+        step of online EM: weights, concentration and precisions (and free centers) jump to their
+        maximisers under a decaying average of the batches' statistics; pseudo-inputs take an Adam
+        step. Nothing happens with ``joint=True``.
+
+        Parameters
+        ----------
+        q_or_z : Distribution or Tensor [B, D]
+            The batch's posteriors, of which one sample is drawn, or a sample of them.
+        encoder : callable
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss or a gradient is not finite; the prior has not changed then.
+        """
+        z = self._latents(q_or_z)
+        if self.joint:
+            return
+        with torch.enable_grad():
+            components = self._components(encoder, differentiable=True)
+            loss = self._map_loss(components, z) if self._adam is not None else None
+        if self._adam is not None:
+            self._adam.step(loss)
+        if self.inference == "closed-form":
+            with torch.no_grad():
+                self._online_step(components.detach(), z)
+
+    def _register_running_statistics(self, dtype: torch.dtype) -> None:
+        total, dim = self.num_components * self.pseudo_inputs_per_component, self.latent_dim
+        for name, shape in (("N", ()), ("s", (dim,)), ("M", (dim, dim)), ("centers", (dim,))):
+            self.register_buffer(f"running_{name}", torch.zeros(total, *shape, dtype=torch.float64))
+        self.register_buffer("running_steps", torch.zeros((), dtype=torch.int64))
+
+    def _online_step(self, components: Components, z: Tensor) -> None:
+        """Blend the batch's statistics, per point, into the running ones and maximise."""
+        batch = closed_form.statistics(components, z, self.temperature).scaled(1 / len(z))
+        if self.running_steps == 0:
+            running = closed_form.matching_statistics(components)
+        else:
+            running = closed_form.Statistics(
+                self.running_N, self.running_s, self.running_M, self.running_centers
+            )
+        running = self._carried(running, batch.centers).blended(batch, self.statistics_rate)
+        self._maximise(running.scaled(self.data_size or len(z)), components)
+        for name, value in zip(("N", "s", "M", "centers"), running, strict=True):
+            getattr(self, f"running_{name}").copy_(value)
+        self.running_steps += 1
+
+    def _carried(self, sums: closed_form.Statistics, centers: Tensor) -> closed_form.Statistics:
+        """Old sums, around the centers of now.
+
+        The encoder moves points and centers together, so d = z - m of the past counts as it was.
+        """
+        return sums._replace(centers=centers)
+
+    def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
+        """Set weights, concentration and precisions to their maximisers."""
+        mass = sums.N.unflatten(0, (self.num_components, -1)).sum(1)
+        log_weights, concentration = closed_form.maximise_weights(
+            mass,
+            float(self.concentration),
+            weights=self.weights,
+            discount=self.discount,
+            map_prior=self.map_prior,
+        )
+        self.precision_cholesky = closed_form.maximise_precision(
+            sums, components.scale, components.precision_cholesky, self.map_prior != "none"
+        )
+        self.logits.copy_(log_weights)
+        self.concentration = concentration
+
+    @torch.no_grad()
+    def fit(
+        self,
+        z: Tensor | Iterable[Tensor],
+        encoder: Encoder | None = None,
+        *,
+        max_iterations: int = 100,
+        tolerance: float = 1e-6,
+    ) -> list[float]:
+        """Exact closed-form EM over a whole data set; pseudo-inputs and network stand still.
+
+        Each iteration is one pass for the responsibilities' statistics and one exact M-step with
+        every parameter prior at its full-data weight (n is the number of points).
+
+        Parameters
+        ----------
+        z : Tensor [N, D] or iterable of Tensor [B, D]
+            Points; an iterable is gone through once an iteration and must be repeatable.
+        encoder : callable
+        max_iterations : int
+        tolerance : float
+            Stop when the objective gains less than this, in nats per point.
+
+        Returns
+        -------
+        list of float
+            What EM raises, before each iteration, in nats per point: the mean log-sum-exp of the
+            expected log-joint plus the parameters' log-priors divided by the number of points. It
+            never falls with Dirichlet weights and a temperature of 1.
+
+        Raises
+        ------
+        ValueError
+            If there are no points, or an iterable can be gone through only once.
+        """
+        batches = (z,) if isinstance(z, Tensor) else z
+        if iter(batches) is batches:
+            raise ValueError("z must be repeatable, such as a list or a DataLoader, not an iterator")
+        history: list[float] = []
+        for _ in range(max_iterations):
+            components = self._components(encoder, differentiable=False)
+            sums, count, total = None, 0, 0.0
+            for batch in batches:
+                if len(batch) == 0:
+                    continue
+                part = closed_form.statistics(components, self._latents(batch), self.temperature)
+                sums = part if sums is None else sums.plus(part)
+                lse, _ = ops.mixture_log_prob(batch, *components.expected)
+                total += float(lse.double().sum())
+                count += len(batch)
+            if sums is None:
+                raise ValueError("z must have at least one point, but is empty")
+            log_prior = float(self._log_parameter_prior(components))
+            history.append((total + log_prior) / count)
+            if len(history) > 1 and history[-1] - history[-2] < tolerance:
+                break
+            self._maximise(sums, components)
+        return history

@@ -1,0 +1,107 @@
+"""The Bayesian Gaussian mixture prior: VMMPrior with free centers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vmm_fast.inference import closed_form
+from vmm_fast.mixture import Components
+from vmm_fast.priors.base import Encoder
+from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
+
+__all__ = ["GaussianMixturePrior"]
+
+
+class GaussianMixturePrior(BayesianMixturePrior):
+    """A Bayesian Gaussian mixture: p(z) = sum_c pi_c N(z; m_c, Lambda_c^-1), m_c ~ N(0, I).
+
+    Parameters
+    ----------
+    num_components : int
+        C.
+    latent_dim : int
+        D.
+    centers : Tensor [C, D], optional
+        Initial m; drawn from N(0, I) unless given.
+    weights, inference, responsibility_gradient, data_size, learning_rate, joint, map_prior, \
+    concentration, discount, temperature, statistics_rate
+        As for :class:`vmm_fast.VMMPrior`. Centers have a closed form here too.
+
+    Attributes
+    ----------
+    centers : Parameter [C, D]
+    logits, precision_cholesky, concentration
+        As for :class:`vmm_fast.VMMPrior`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what it was and what it must be.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        latent_dim: int,
+        centers: Tensor | None = None,
+        weights: str = "dirichlet",
+        inference: str = "gradient",
+        responsibility_gradient: bool = True,
+        data_size: int | None = None,
+        learning_rate: float = 1e-3,
+        joint: bool = False,
+        map_prior: str = "learnt",
+        concentration: float = 1.0,
+        discount: float = 0.0,
+        temperature: float = 1.0,
+        statistics_rate: float = 0.003,
+    ):
+        nn.Module.__init__(self)
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(
+                f"num_components must be an integer of at least 1, but is {num_components!r}"
+            )
+        if centers is None:
+            centers = torch.randn(num_components, latent_dim)
+        if centers.shape != (num_components, latent_dim) or not centers.isfinite().all():
+            raise ValueError(
+                f"centers must be finite and of shape {[num_components, latent_dim]}, "
+                f"but has shape {list(centers.shape)}"
+            )
+        self.centers = nn.Parameter(centers.detach().clone())
+        super().__init__(
+            num_components,
+            latent_dim,
+            pseudo_inputs_per_component=1,
+            weights=weights,
+            inference=inference,
+            responsibility_gradient=responsibility_gradient,
+            data_size=data_size,
+            learning_rate=learning_rate,
+            joint=joint,
+            map_prior=map_prior,
+            concentration=concentration,
+            discount=discount,
+            temperature=temperature,
+            statistics_rate=statistics_rate,
+            dtype=self.centers.dtype,
+        )
+
+    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, None]:
+        return (self.centers if differentiable else self.centers.detach()), None
+
+    def _gradient_parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def _carried(self, sums: closed_form.Statistics, centers: Tensor) -> closed_form.Statistics:
+        return sums.around(centers)  # free centers move by themselves, not with the points
+
+    def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
+        centers = closed_form.maximise_centers(
+            sums, components.precision_cholesky, self.map_prior != "none"
+        )
+        super()._maximise(sums.around(centers), components)
+        self.centers.copy_(centers)

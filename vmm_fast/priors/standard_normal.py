@@ -1,0 +1,55 @@
+"""The standard normal prior of the stock VAE (Kingma & Welling 2014)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from vmm_fast.mixture import Components, gaussian_entropy, gaussian_parameters
+from vmm_fast.priors.base import Encoder, Prior, check_positive
+
+__all__ = ["StandardNormalPrior"]
+
+
+class StandardNormalPrior(Prior):
+    """N(0, I) over z [D]: one component and nothing to learn.
+
+    Parameters
+    ----------
+    latent_dim : int
+        D.
+
+    Raises
+    ------
+    ValueError
+        If ``latent_dim`` is not above 0.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        check_positive(latent_dim=latent_dim)
+        self.latent_dim = latent_dim
+        self.num_components = 1
+        # Follows the module's moves, so that components() has its device and dtype.
+        self.register_buffer("_zero", torch.zeros(1, latent_dim), persistent=False)
+
+    def components(self, encoder: Encoder | None = None) -> Components:
+        """Give N(0, I) as a mixture of one."""
+        eye = torch.eye(self.latent_dim, dtype=self._zero.dtype, device=self._zero.device)
+        return Components(self._zero, self._zero[:, 0], eye[None])
+
+    def kl(
+        self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        """KL(q || N(0, I)) [B] in nats, exact unless ``z`` is given.
+
+        -H(q) + D/2 log 2 pi + 1/2 (|m|^2 + tr S), with |z|^2 in place of |m|^2 + tr S for a given z.
+        """
+        mean, scale = gaussian_parameters(self._check_posterior(q))
+        if z is None:
+            square = mean.square().sum(-1) + scale.square().flatten(1).sum(-1)
+        else:
+            square = z.square().sum(-1)
+        constant = self.latent_dim * torch.log(torch.tensor(2 * torch.pi)).item()
+        return 0.5 * (square + constant) - gaussian_entropy(q)

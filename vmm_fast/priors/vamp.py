@@ -1,0 +1,90 @@
+"""The VampPrior (Tomczak & Welling 2018, arXiv 1705.07120)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from vmm_fast import ops
+from vmm_fast.inference.gradient import PrivateAdam
+from vmm_fast.mixture import Components
+from vmm_fast.priors.base import Encoder, Prior, PseudoInputs, check_positive
+
+__all__ = ["VampPrior"]
+
+
+class VampPrior(PseudoInputs, Prior):
+    """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
+
+    Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that it
+    can be compared as a clustering, each pseudo-input counts as a component here (C = K), and the
+    log-joint is exact: log 1/K + log N(z; m_k, S_k).
+
+    Parameters
+    ----------
+    pseudo_inputs : Tensor [K, ...] or Module
+        Initial pseudo-inputs (copied), or a module whose call gives what the encoder takes.
+    latent_dim : int
+        D.
+    learning_rate : float
+        Of the private Adam of :meth:`update`.
+    joint : bool
+        Let :meth:`kl` train the pseudo-inputs together with the network, as the VampPrior's authors
+        do; then :meth:`update` does nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what it was and what it must be.
+    """
+
+    def __init__(
+        self,
+        pseudo_inputs: Tensor | nn.Module,
+        latent_dim: int,
+        learning_rate: float = 1e-3,
+        joint: bool = False,
+    ):
+        super().__init__()
+        check_positive(learning_rate=learning_rate, latent_dim=latent_dim)
+        self.latent_dim, self.joint = latent_dim, joint
+        self.num_components, _ = self._set_pseudo_inputs(pseudo_inputs)
+        parameters = list(self.parameters())
+        self._adam = PrivateAdam(parameters, learning_rate) if parameters and not joint else None
+
+    def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
+        centers, scale = self._encode(encoder, self.num_components, differentiable)
+        uniform = torch.zeros(self.num_components, dtype=centers.dtype, device=centers.device)
+        return Components(centers, uniform.log_softmax(-1), None, scale)
+
+    def components(self, encoder: Encoder | None = None) -> Components:
+        """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
+        return self._components(encoder, differentiable=self.joint)
+
+    def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
+        """Give -1/B sum_i log p(z_i), a scalar in nats per point."""
+        if len(z) == 0:
+            raise ValueError("z must have at least one row, but is empty")
+        lse, _ = ops.mixture_log_prob(z, *self._components(encoder, differentiable=True).marginal)
+        return -lse.mean()
+
+    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
+        """Move the pseudo-inputs one Adam step down :meth:`map_loss`; nothing with ``joint=True``."""
+        z = self._latents(q_or_z)
+        if self._adam is None:
+            return
+        with torch.enable_grad():
+            loss = self.map_loss(z, encoder)
+        self._adam.step(loss)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Keep the private optimizer's state in ``state_dict``."""
+        return {} if self._adam is None else self._adam.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the private optimizer's state."""
+        if self._adam is not None and state:
+            self._adam.load_state_dict(state)
