@@ -9,6 +9,10 @@ import torch
 import vmm_fast  # noqa: F401  registers the ops
 
 
+# Small problems: threads would cost more than they give, most of all on a busy machine.
+torch.set_num_threads(1)
+
+
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
     """z [B, D], centers [J, D], well-conditioned lower-triangular whitening, offsets [J]."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,15 @@ from vmm_fast.priors import StandardNormalPrior, VMMPrior
 N, M, INPUTS = 70, 30, 6
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nets this small only lose time on several threads, much of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_data(n=N, seed=0):
     """Two clusters in INPUTS dimensions, within [0, 1]."""
     generator = torch.Generator().manual_seed(seed)

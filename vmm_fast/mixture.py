@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import (
-    Categorical,
     Distribution,
     Independent,
     MultivariateNormal,
@@ -267,7 +266,7 @@ class Components:
         return total
 
     def _require_positive(self, good: Tensor) -> None:
-        if not good.all():
+        if not torch.compiler.is_compiling() and not good.all():
             first = int((~good).nonzero()[0, 0])
             raise ValueError(
                 f"component {first // self.pseudo_inputs_per_component} has no positive-definite "
@@ -334,8 +333,8 @@ class Components:
         if n < 0:
             raise ValueError(f"n must be at least 0, but is {n}")
         device, count = self.centers.device, self.num_components
-        if component is None:
-            component = Categorical(logits=self.log_weights.detach()).sample((n,))
+        if component is None:  # multinomial() refuses n = 0
+            component = self.weights.detach().multinomial(max(n, 1), replacement=True)[:n]
         component = torch.as_tensor(component, device=device).expand(n)
         if ((component < 0) | (component >= count)).any():
             raise ValueError(f"component must be in 0 .. {count - 1}, but is {component}")

@@ -7,7 +7,11 @@ With N_j, s_j, M_j the responsibilities' sums of 1, d and d d^T, d = z - m_j
     Lambda_c = (N_c + df - D - 1) (V^-1 + sum_k [N_ck S_ck + M_ck])^-1,   df - D - 1 = 1, V = v I
     pi_c     proportional to N_c + gamma / C - 1 where that is positive, else at the floor
     m_c      = (N_c Lambda_c + I)^-1 Lambda_c (N_c m_c + s_c)             (free centers alone)
-    gamma    = argmax log Dirichlet(pi; gamma / C) + log p(1 / gamma)
+    gamma    = argmax log p(N_1, .., N_C | gamma) + log p(1 / gamma), weights integrated out
+
+The last departs from the joint maximum over (pi, gamma), which does not exist: with even weights the
+Dirichlet density grows without bound in gamma, and a large gamma keeps the weights even. Counts given
+gamma follow the Dirichlet-multinomial law, whose maximum follows the counts (Minka 2000).
 
 (Dempster, Laird & Rubin 1977; with a decaying average of the sums over mini-batches, the online EM of
 Cappe & Moulines 2009.) For sticks, weights are the posterior means of
@@ -149,6 +153,8 @@ def maximise_weights(
         posterior = stick_breaking_posterior(mass, concentration, discount)
         learnt = posterior.concentration if map_prior == "learnt" else concentration
         return posterior.mean_weights.log().clamp_min(LOG_WEIGHT_FLOOR), learnt
+    if map_prior == "learnt":
+        concentration = maximise_concentration(mass)
     excess = mass + concentration / len(mass) - 1
     alive = excess > 0
     if not alive.any():  # fewer points than components: nothing to tell them apart by but their mass
@@ -156,32 +162,29 @@ def maximise_weights(
     floor = math.exp(LOG_WEIGHT_FLOOR)
     shares = torch.where(alive, excess, 0)
     room = 1 - floor * (~alive).sum()
-    log_weights = (shares / shares.sum() * room).log().clamp_min(LOG_WEIGHT_FLOOR)
-    if map_prior == "learnt":
-        concentration = maximise_concentration(log_weights)
-    return log_weights, concentration
+    return (shares / shares.sum() * room).log().clamp_min(LOG_WEIGHT_FLOOR), concentration
 
 
-def maximise_concentration(log_weights: Tensor) -> float:
-    """Argmax over gamma of log Dirichlet(pi; gamma / C) + log p(1 / gamma), alpha = 1/gamma ~ Gamma(1, 1).
+def maximise_concentration(mass: Tensor) -> float:
+    """Argmax over gamma of the Dirichlet-multinomial log-likelihood of N_c [C] plus log p(1 / gamma).
 
-    In t = log gamma the derivative is gamma [psi(gamma) - psi(gamma / C) + mean log pi] + 1 / gamma;
-    its single sign change is bracketed and bisected in float64.
+    log Gamma(gamma) - log Gamma(N + gamma) + sum_c [log Gamma(N_c + gamma / C) - log Gamma(gamma / C)]
+    - 1 / gamma, with alpha = 1 / gamma ~ Gamma(1, 1). The slope in log gamma is bisected in float64
+    between 1e-6 and 1e6; counts more even than any gamma explains give the upper end.
     """
-    count = len(log_weights)
-    mean = float(log_weights.double().clamp_min(LOG_WEIGHT_FLOOR).mean())
+    mass = mass.double()
+    count, total = len(mass), mass.sum()
 
     def slope(t: float) -> float:
-        gamma = torch.tensor([math.exp(t), math.exp(t) / count], dtype=torch.float64)
-        psi = torch.digamma(gamma)
-        return float(gamma[0] * (psi[0] - psi[1] + mean) + 1 / gamma[0])
+        gamma = torch.as_tensor(math.exp(t), dtype=torch.float64, device=mass.device)
+        a = gamma / count
+        shares = (torch.digamma(mass + a) - torch.digamma(a)).mean()
+        return float(gamma * (torch.digamma(gamma) - torch.digamma(total + gamma) + shares) + 1 / gamma)
 
     low, high = math.log(1e-6), math.log(1e6)
-    if slope(high) > 0:  # weights as even as can be: any large gamma will do
+    if slope(high) > 0:
         return math.exp(high)
-    for _ in range(100):
+    while high - low > 1e-10:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-        if high - low < 1e-13:
-            break
     return math.exp(0.5 * (low + high))

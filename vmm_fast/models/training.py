@@ -190,7 +190,7 @@ class _Run:
             "length of x_train": len(x_train),
             "length of x_val": None if x_val is None else len(x_val),
             "model": model.extra_repr(),
-            "prior": type(model.prior).__name__,
+            "prior": repr(model.prior),
             **{
                 f"model's {name}": f"{value.dtype} {list(value.shape)}"
                 for name, value in model.state_dict().items()

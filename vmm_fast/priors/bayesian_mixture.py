@@ -146,6 +146,15 @@ class BayesianMixturePrior(Prior):
         if self._adam is not None and state:
             self._adam.load_state_dict(state)
 
+    def extra_repr(self) -> str:
+        """Name the settings, which ``state_dict`` does not hold."""
+        names = (
+            "weights", "inference", "responsibility_gradient", "data_size", "joint", "map_prior",
+            "discount", "temperature", "statistics_rate",
+        )
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.num_components}, {self.latent_dim}, {settings}"
+
     # --- the mixture ---------------------------------------------------------------------------------
 
     def _centers(
@@ -163,7 +172,7 @@ class BayesianMixturePrior(Prior):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             log_weights = self.logits.log_softmax(-1)
             precision_cholesky = self.precision_cholesky
-        if not log_weights.max() > -math.inf:
+        if not torch.compiler.is_compiling() and not log_weights.max() > -math.inf:
             raise ValueError("logits must have at least one finite value and no NaN")
         return Components(
             centers,
@@ -313,7 +322,7 @@ class BayesianMixturePrior(Prior):
         list of float
             What EM raises, before each iteration, in nats per point: the mean log-sum-exp of the
             expected log-joint plus the parameters' log-priors divided by the number of points. It
-            never falls with Dirichlet weights and a temperature of 1.
+            never falls with Dirichlet weights of a fixed concentration and a temperature of 1.
 
         Raises
         ------

@@ -53,3 +53,7 @@ class StandardNormalPrior(Prior):
             square = z.square().sum(-1)
         constant = self.latent_dim * torch.log(torch.tensor(2 * torch.pi)).item()
         return 0.5 * (square + constant) - gaussian_entropy(q)
+
+    def extra_repr(self) -> str:
+        """Name the settings."""
+        return str(self.latent_dim)

@@ -88,3 +88,7 @@ class VampPrior(PseudoInputs, Prior):
         """Restore the private optimizer's state."""
         if self._adam is not None and state:
             self._adam.load_state_dict(state)
+
+    def extra_repr(self) -> str:
+        """Name the settings."""
+        return f"{self.num_components}, {self.latent_dim}, joint={self.joint}"

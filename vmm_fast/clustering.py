@@ -1,0 +1,334 @@
+"""From rows to clusters: train a VAE with a VampPrior mixture, assign every row, write the results.
+
+A tenth of the rows is held out. The network ends with the weights of the epoch whose validation ELBO
+was best, and training stops when that has long not improved: true labels play no part. Clusters are
+the mixture's components, numbered by how many rows they hold, so 0 is the largest.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vmm_fast
+from vmm_fast._files import write_atomically
+from vmm_fast.data import Data, InputError, Scaling
+from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
+from vmm_fast.mixture import Components
+from vmm_fast.models import VAE, History, fit
+
+__all__ = ["Clusterer", "Clustering", "Settings", "train"]
+
+LEAST_ROWS = 10  # one is held out and nine are trained on
+PATIENCE_STEPS = 400
+CHUNK = 4096  # rows that are encoded together
+TSNE_ROWS = 2000
+SAMPLES = 10  # of each component, in the picture
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on besides its data."""
+
+    epochs: int
+    latent_dim: int
+    components: int
+    batch_size: int
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    @classmethod
+    def suited_to(cls, data: Data, **given: Any) -> Settings:
+        """Fill in what was not given (None) by the size of the data.
+
+        Raises
+        ------
+        InputError
+            If there are too few rows, or more components than rows to start them from.
+        """
+        rows = len(data.values)
+        if rows < LEAST_ROWS:
+            raise InputError(f"must have at least {LEAST_ROWS} rows to be clustered, has {rows}")
+        training = rows - _held_out(rows)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        batch_size = chosen.get("batch_size", 256 if rows >= 20_000 else min(128, max(16, rows // 8)))
+        if chosen.get("components", 0) > training:
+            raise InputError(
+                f"--components must be at most {training}, the rows that are trained on, is "
+                f"{chosen['components']}"
+            )
+        suited: dict[str, Any] = {
+            # Enough steps for few rows, enough passes for many.
+            "epochs": max(20, -(-2100 // max(1, training // batch_size))),
+            "latent_dim": min(10, data.values[0].numel()),
+            "components": min(100, max(2, training // 30)),
+            "batch_size": batch_size,
+        }
+        return cls(**{**suited, **chosen})
+
+
+def _held_out(rows: int) -> int:
+    return max(1, rows // 10)
+
+
+def _hidden(values: int) -> tuple[int, ...]:
+    """Widths of the encoder's layers: the paper's, and smaller ones for small inputs."""
+    return (500, 500, 2000) if values >= 256 else (256, 256, 512)
+
+
+class Assigned(NamedTuple):
+    """Per row: latent mean [N, D], cluster [N], its probability, entropy of all (nats)."""
+
+    z: Tensor
+    labels: Tensor
+    probability: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Clusterer:
+    """All that is needed to assign new rows: scaling, network and mixture.
+
+    Attributes
+    ----------
+    network : VAE
+        In evaluation mode; its own prior plays no part.
+    components : Components
+        The mixture, its components numbered by the rows they held in training.
+    scaling : Scaling
+    """
+
+    network: VAE
+    components: Components
+    scaling: Scaling
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> Assigned:
+        """Assign rows [N, *shape] in the units of the training data."""
+        parts = []
+        for rows in values.split(CHUNK):
+            z = self.network.encode(self.scaling.apply(rows)).mean
+            parts.append((z, *self.components.assign(z)))
+        return Assigned(*map(torch.cat, zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def representatives(self, z: Tensor) -> Tensor:
+        """Index of each component's most probable row [C], given latent means [N, D]."""
+        best = torch.full((self.components.num_components,), -1.0)
+        index = torch.zeros(len(best), dtype=torch.int64)
+        for number, rows in enumerate(z.split(CHUNK)):
+            top, at = self.components.responsibilities(rows).max(0)
+            index = torch.where(top > best, at + number * CHUNK, index)
+            best = torch.maximum(top, best)
+        return index
+
+    @torch.no_grad()
+    def samples(self, component: int, n: int) -> Tensor:
+        """Decoder means of draws from one component [n, *shape], scaled as the network sees data."""
+        return self.network.decode(self.components.sample(n, component))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values alone: ``torch.load(path, weights_only=True)`` reads it."""
+        hidden = [layer.out_features for layer in self.network.encoder[:-1:2]]
+        return {
+            "vmm_fast": "clusterer 1",
+            "network": {
+                "input_shape": list(self.network.input_shape),
+                "latent_dim": self.network.latent_dim,
+                "hidden": hidden,
+            },
+            "weights": self.network.state_dict(),
+            "components": self.components.state_dict(),
+            "scaling": self.scaling.state_dict(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
+        """Restore from what `state_dict` gave; further entries are ignored."""
+        network = VAE(**state["network"])
+        network.load_state_dict(state["weights"])
+        return cls(network.eval(), Components(**state["components"]), Scaling(**state["scaling"]))
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A finished run."""
+
+    data: Data
+    settings: Settings
+    clusterer: Clusterer
+    history: History
+    assigned: Assigned
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of the rows that each component holds [C]."""
+        count = self.assigned.labels.bincount(minlength=self.settings.components)
+        return count / len(self.assigned.labels)
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything that is known of the run, for JSON; ``scores`` is None without true labels."""
+        best = self.history.best_epoch
+        assert best is not None  # there always are validation data
+        scores = None
+        if self.data.labels is not None:
+            index = self.clusterer.representatives(self.assigned.z)
+            scores = clustering_scores_from_assignment(
+                self.assigned.labels, self.data.labels, index
+            ).as_dict()
+        record = self.history[best - 1]
+        return {
+            "rows": len(self.data.values),
+            "rows_held_out": _held_out(len(self.data.values)),
+            "shape": list(self.data.values.shape[1:]),
+            "scaling": "images" if self.data.images else "columns",
+            "constant_columns": self.clusterer.scaling.constant,
+            "settings": asdict(self.settings),
+            "epochs": len(self.history),
+            "best_epoch": best,
+            "training_seconds": sum(row["seconds"] for row in self.history),
+            "validation_elbo": record["validation_elbo"],
+            "validation_log_likelihood": record["validation_log_likelihood"],
+            "validation_kl": record["validation_kl"],
+            "components_used": int((self.shares > 0).sum()),
+            "components_active": int((self.shares > ACTIVE_SHARE).sum()),
+            "scores": scores,
+            "history": list(self.history),
+        }
+
+    def write_table(self, path: Path) -> None:
+        """Write clusters.csv: a line per row, in the order of the input."""
+        _, labels, probability, entropy = (column.tolist() for column in self.assigned)
+
+        def write(file: Any) -> None:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["index", "cluster", "probability", "entropy"])
+            for index, row in enumerate(zip(labels, probability, entropy, strict=True)):
+                table.writerow([index, row[0], f"{row[1]:.6f}", f"{row[2]:.6f}"])
+
+        write_atomically(path, write, text=True)
+
+    def write_model(self, path: Path) -> None:
+        """Write model.pt, which `Clusterer.from_state_dict` takes."""
+        state = {**self.clusterer.state_dict(), "settings": asdict(self.settings)}
+        write_atomically(path, lambda file: torch.save(state, file))
+
+    def write_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
+        """Write metrics.json."""
+        text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+        write_atomically(path, lambda file: file.write(text), text=True)
+
+    def write_pictures(self, folder: Path) -> None:
+        """Write latent.png, samples.png, training.png and weights.png."""
+        from vmm_fast import plots
+
+        rows = np.random.default_rng(self.settings.seed).permutation(len(self.data.values))
+        rows = np.sort(rows[:TSNE_ROWS])
+        plots.plot_latent(
+            self.assigned.z[rows],
+            self.assigned.labels[rows],
+            None if self.data.labels is None else self.data.labels[rows],
+            path=folder / "latent.png",
+            projection="tsne",
+            seed=self.settings.seed,
+        )
+        weights = self.clusterer.components.weights
+        active = (self.shares > ACTIVE_SHARE).nonzero()[:, 0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            samples = torch.stack([self.clusterer.samples(int(c), SAMPLES) for c in active])
+        pictures = self.data.pictures(samples)
+        if pictures is None:
+            pictures = samples.flatten(2)
+        else:
+            pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        plots.plot_component_samples(
+            pictures, weights[active], folder / "samples.png", components=active
+        )
+        plots.plot_training_curves(self.history, folder / "training.png")
+        plots.plot_component_weights(weights, self.shares, folder / "weights.png")
+
+
+def train(
+    data: Data,
+    settings: Settings,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    on_epoch_end: Callable[[dict[str, Any]], object] | None = None,
+) -> Clustering:
+    """Train and assign every row; see `vmm_fast.models.fit` for the arguments.
+
+    Raises
+    ------
+    InputError
+        If the data cannot be scaled, or the checkpoint is damaged or of another run.
+    FloatingPointError
+        If training diverges.
+    """
+    scaling = Scaling.of(data)
+    shape = tuple(data.values.shape[1:])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        order = torch.randperm(len(data.values))
+        held_out = _held_out(len(order))
+        x_val, x_train = data.values[order[:held_out]], data.values[order[held_out:]]
+        start = torch.randperm(len(x_train))[: settings.components]
+        prior = vmm_fast.VMMPrior(
+            scaling.apply(x_train[start]), settings.latent_dim, data_size=len(x_train)
+        )
+        network = {
+            "input_shape": shape,
+            "latent_dim": settings.latent_dim,
+            "hidden": _hidden(data.values[0].numel()),
+        }
+        model = VAE(**network, prior=prior)
+
+    steps = max(1, len(x_train) // settings.batch_size)
+    try:
+        history = fit(
+            model,
+            x_train,
+            x_val,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            patience=max(5, PATIENCE_STEPS // steps),
+            seed=settings.seed,
+            transform=scaling.apply,
+            checkpoint=checkpoint,
+            resume=resume,
+            progress=progress,
+            on_epoch_end=on_epoch_end,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+    model.eval()
+    bare = VAE(**network)
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("prior.")}
+    bare.load_state_dict(weights)
+    with torch.no_grad():
+        components = model.prior.components(model.encode).detach()
+    clusterer = Clusterer(bare.eval(), components, scaling)
+    labels = clusterer.assign(data.values).labels
+    clusterer = Clusterer(bare, _by_size(components, labels), scaling)
+    return Clustering(data, settings, clusterer, history, clusterer.assign(data.values))
+
+
+def _by_size(components: Components, labels: Tensor) -> Components:
+    """Renumber components (K = 1) by the rows they hold, and those that hold as many by weight."""
+    by_weight = components.log_weights.argsort(descending=True, stable=True)
+    counts = labels.bincount(minlength=components.num_components)[by_weight]
+    order = by_weight[counts.argsort(descending=True, stable=True)]
+    return Components(**{name: value[order] for name, value in components.state_dict().items()})
