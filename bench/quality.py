@@ -1,8 +1,8 @@
 """How well each prior clusters real images: curves of scores against epochs, one run per call.
 
-A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST, selects nothing by
-labels, and after every epoch scores the 10,000 test images. It writes one JSON file with the curve,
-the command, versions and date; ``--plot`` draws all runs that lie in the results folder.
+A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST, selects nothing
+by labels, and after every epoch scores the 10,000 test images. It writes one JSON file with the
+curve, the command, versions and date; ``--plot`` draws all runs that lie in the results folder.
 """
 
 from __future__ import annotations
@@ -71,12 +71,14 @@ def environment() -> dict[str, str]:
     """Everything about the machine that a figure may depend on."""
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     ).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
     return {
         "revision": revision,
         "date": date.today().isoformat(),
@@ -93,7 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
     torch.manual_seed(args.seed)
     x, y = (
-        torch.from_numpy(part["images"].reshape(-1, 784)).float() / 127.5 - 1 for part in (train, test)
+        torch.from_numpy(part["images"].reshape(-1, 784)).float() / 127.5 - 1
+        for part in (train, test)
     )
     prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
     model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale)
@@ -107,15 +110,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             epoch["test"] = score(model, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
-        shown = {k: epoch[k] for k in ("epoch", "seconds_since_start", "validation_elbo", "validation_kl")}
+        shown = {
+            k: epoch[k]
+            for k in ("epoch", "seconds_since_start", "validation_elbo", "validation_kl")
+        }
         for k in ("accuracy", "accuracy_majority", "nmi", "nmi_merged", "components_active"):
             shown[k] = epoch.get("test", {}).get(k, float("nan"))
         print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()), flush=True)
         model.train()
 
     history = fit(
-        model, x, y, epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        seed=args.seed, on_epoch_end=on_epoch_end, checkpoint=args.checkpoint, resume=args.resume,
+        model,
+        x,
+        y,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        on_epoch_end=on_epoch_end,
+        checkpoint=args.checkpoint,
+        resume=args.resume,
     )
     model.eval()
     return {
@@ -139,8 +153,11 @@ def plot(folder: Path) -> Path:
     if not records:
         raise FileNotFoundError(f"no mnist-*.json in {folder}")
     panels = (
-        ("accuracy", "accuracy (most probable point)"), ("nmi", "NMI"), ("ari", "ARI"),
-        ("nmi_merged", "NMI, merged by label"), ("components_active", "components over 0.2 %"),
+        ("accuracy", "accuracy (most probable point)"),
+        ("nmi", "NMI"),
+        ("ari", "ARI"),
+        ("nmi_merged", "NMI, merged by label"),
+        ("components_active", "components over 0.2 %"),
         ("validation_elbo", "validation ELBO (nats)"),
     )
     figure = Figure(figsize=(12, 6.5), layout="constrained", dpi=120)
@@ -150,17 +167,27 @@ def plot(folder: Path) -> Path:
         for ax, (key, title) in zip(axes.flat, panels, strict=True):
             points = [
                 (e["epoch"], e[key] if key in e else e["test"][key])
-                for e in record["curve"] if key in e or "test" in e
+                for e in record["curve"]
+                if key in e or "test" in e
             ]
             label = path.stem.removeprefix("mnist-")
             if label == "normal" and key == "accuracy":  # k-means has no most probable point
-                points = [(e["epoch"], e["test"]["accuracy_majority"]) for e in record["curve"] if "test" in e]
+                points = [
+                    (e["epoch"], e["test"]["accuracy_majority"])
+                    for e in record["curve"]
+                    if "test" in e
+                ]
             ax.plot(*zip(*points, strict=True), label=label, lw=1.5)
             ax.set_title(title, fontsize=10, loc="left")
             ax.set_xlabel("epoch", fontsize=9)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
-    elbos = [e["validation_elbo"] for p in records for e in json.loads(p.read_text())["curve"] if e["epoch"] > 2]
+    elbos = [
+        e["validation_elbo"]
+        for p in records
+        for e in json.loads(p.read_text())["curve"]
+        if e["epoch"] > 2
+    ]
     axes.flat[5].set_ylim(min(elbos), max(elbos) + 15)
     axes.flat[0].legend(fontsize=8, frameon=False)
     out = folder / "mnist.png"
@@ -170,26 +197,40 @@ def plot(folder: Path) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``python -m bench quality``."""
-    default = os.environ.get("VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    default = os.environ.get(
+        "VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
+    )
     parser.add_argument("--prior", choices=PRIORS, default="vmm")
     parser.add_argument("--name", help="of the result file; the prior's name unless given")
-    parser.add_argument("--data", default=str(default), help="folder with mnist_train.npz, mnist_test.npz")
+    parser.add_argument(
+        "--data", default=str(default), help="folder with mnist_train.npz, mnist_test.npz"
+    )
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--prior-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--prior-weight", choices=("data", "batch"), default="data",
-                        help="divide the parameter priors by the number of images or by the batch size")
-    parser.add_argument("--true-em", action="store_true", help="no gradient through the responsibilities")
+    parser.add_argument(
+        "--prior-weight",
+        choices=("data", "batch"),
+        default="data",
+        help="divide the parameter priors by the number of images or by the batch size",
+    )
+    parser.add_argument(
+        "--true-em", action="store_true", help="no gradient through the responsibilities"
+    )
     parser.add_argument("--components", type=int, default=100)
     parser.add_argument("--latent-dim", type=int, default=10)
     parser.add_argument("--posterior", choices=("full", "diagonal"), default="full")
-    parser.add_argument("--scale", choices=("maximum-likelihood", "learnt"), default="maximum-likelihood")
+    parser.add_argument(
+        "--scale", choices=("maximum-likelihood", "learnt"), default="maximum-likelihood"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", help="file to keep the run in after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files")
-    parser.add_argument("--plot", action="store_true", help="draw the runs in --out and train nothing")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw the runs in --out and train nothing"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,5 +1,5 @@
-// Python bindings of csrc/mixture.h. Arguments are addresses and sizes: vmm_fast/ops.py checks shapes,
-// dtypes and devices before it takes an address.
+// Python bindings of csrc/mixture.h. Arguments are addresses and sizes: vmm_fast/ops.py checks
+// shapes, dtypes and devices before it takes an address.
 #include <pybind11/pybind11.h>
 
 #include "mixture.h"
@@ -12,56 +12,78 @@ using std::int64_t;
 using Address = std::uintptr_t;
 
 template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-
-template <class T>
-vmm::Mixture<T> mixture(Address centers, Address whitening, Address offsets, int64_t J, int64_t D, bool transpose) {
-  return {pointer<const T>(centers), pointer<const T>(whitening), pointer<const T>(offsets), J, D, transpose};
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
 template <class T>
-vmm::Samples<T> samples(Address z, int64_t B) { return {pointer<const T>(z), B}; }
+vmm::Mixture<T> mixture(Address centers, Address whitening, Address offsets, int64_t J, int64_t D,
+                        bool transpose) {
+  return {pointer<const T>(centers),
+          pointer<const T>(whitening),
+          pointer<const T>(offsets),
+          J,
+          D,
+          transpose};
+}
 
-// One function a dtype, told apart by its suffix. The order of arguments is that of ops.py: z, centers,
-// whitening, offsets, B, J, D, transpose, threads; then what belongs to the operation; then outputs.
+template <class T>
+vmm::Samples<T> samples(Address z, int64_t B) {
+  return {pointer<const T>(z), B};
+}
+
+// One function a dtype, told apart by its suffix. The order of arguments is that of ops.py: z,
+// centers, whitening, offsets, B, J, D, transpose, threads; then what belongs to the operation;
+// then outputs.
 template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("log_prob" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           Address lse, Address expected) {
-          vmm::log_prob<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(lse), pointer<T>(expected));
-        }, nogil);
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, Address lse, Address expected) {
+          vmm::log_prob<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(lse),
+                           pointer<T>(expected));
+        },
+        nogil);
   m.def(("log_prob_backward" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           Address lse, Address expected, Address grad_lse, Address grad_expected, Address grad_z,
-           Address grad_centers, Address grad_whitening, Address grad_offsets) {
-          vmm::log_prob_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<const T>(lse),
-                                    pointer<const T>(expected), pointer<const T>(grad_lse),
-                                    pointer<const T>(grad_expected), pointer<T>(grad_z), pointer<T>(grad_centers),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, Address lse, Address expected, Address grad_lse, Address grad_expected,
+           Address grad_z, Address grad_centers, Address grad_whitening, Address grad_offsets) {
+          vmm::log_prob_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads,
+                                    pointer<const T>(lse), pointer<const T>(expected),
+                                    pointer<const T>(grad_lse), pointer<const T>(grad_expected),
+                                    pointer<T>(grad_z), pointer<T>(grad_centers),
                                     pointer<T>(grad_whitening), pointer<T>(grad_offsets));
-        }, nogil);
+        },
+        nogil);
   m.def(("statistics" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           Address N, Address s, Address M) {
-          vmm::statistics<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(N), pointer<T>(s), pointer<T>(M));
-        }, nogil);
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, Address N, Address s, Address M) {
+          vmm::statistics<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(N),
+                             pointer<T>(s), pointer<T>(M));
+        },
+        nogil);
   m.def(("log_joint" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           int64_t group, Address out) {
-          vmm::log_joint<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads, pointer<T>(out));
-        }, nogil);
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, int64_t group, Address out) {
+          vmm::log_joint<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+                            pointer<T>(out));
+        },
+        nogil);
   m.def(("responsibilities" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           int64_t group, Address out) {
-          vmm::responsibilities<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads, pointer<T>(out));
-        }, nogil);
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, int64_t group, Address out) {
+          vmm::responsibilities<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+                                   pointer<T>(out));
+        },
+        nogil);
   m.def(("assign" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t, int threads,
-           int64_t group, Address label, Address probability, Address entropy) {
-          vmm::assign<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads, pointer<int64_t>(label),
-                         pointer<T>(probability), pointer<T>(entropy));
-        }, nogil);
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, int64_t group, Address label, Address probability, Address entropy) {
+          vmm::assign<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+                         pointer<int64_t>(label), pointer<T>(probability), pointer<T>(entropy));
+        },
+        nogil);
 }
 
 }  // namespace

@@ -42,9 +42,11 @@ Isa current_isa() {
   if (!wanted || !*wanted) return best;
   for (int isa = kBaseline; isa <= best; isa++)
     if (!std::strcmp(wanted, kIsaNames[isa])) return static_cast<Isa>(isa);
-  throw std::invalid_argument(std::string("VMM_FAST_ISA is '") + wanted +
-                              "', which is not an instruction set of this machine; it must be one of "
-                              "baseline, avx2, avx512, up to " + kIsaNames[best]);
+  throw std::invalid_argument(
+      std::string("VMM_FAST_ISA is '") + wanted +
+      "', which is not an instruction set of this machine; it must be one of "
+      "baseline, avx2, avx512, up to " +
+      kIsaNames[best]);
 }
 
 template <class T>
@@ -53,20 +55,26 @@ template <>
 const Kernels<float>& kernels<float>() {
   switch (current_isa()) {
 #ifdef VMM_HAVE_avx512
-    case kAvx512: return kernels_f32_avx512();
-    case kAvx2: return kernels_f32_avx2();
+    case kAvx512:
+      return kernels_f32_avx512();
+    case kAvx2:
+      return kernels_f32_avx2();
 #endif
-    default: return kernels_f32_baseline();
+    default:
+      return kernels_f32_baseline();
   }
 }
 template <>
 const Kernels<double>& kernels<double>() {
   switch (current_isa()) {
 #ifdef VMM_HAVE_avx512
-    case kAvx512: return kernels_f64_avx512();
-    case kAvx2: return kernels_f64_avx2();
+    case kAvx512:
+      return kernels_f64_avx512();
+    case kAvx2:
+      return kernels_f64_avx2();
 #endif
-    default: return kernels_f64_baseline();
+    default:
+      return kernels_f64_baseline();
   }
 }
 
@@ -80,8 +88,8 @@ template <class T>
 using Buffer = std::unique_ptr<T[], AlignedDelete>;
 template <class T>
 Buffer<T> make_buffer(int64_t size) {
-  return Buffer<T>(static_cast<T*>(
-      ::operator new(static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64))));
+  return Buffer<T>(static_cast<T*>(::operator new(
+      static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64))));
 }
 
 template <class T>
@@ -120,7 +128,8 @@ class Packed {
       component_.push_back(j);
     }
     if (component_.empty())
-      throw std::invalid_argument("offsets are all -inf, so that every component is pruned; at least one must be finite");
+      throw std::invalid_argument(
+          "offsets are all -inf, so that every component is pruned; at least one must be finite");
   }
   PackedMixture<T> view() const {
     return {records_.data(), component_.data(), static_cast<int64_t>(component_.size()), dim_};
@@ -157,7 +166,8 @@ int useful_threads(int threads, double pairs, int64_t dim) {
   return static_cast<int>(std::max(1.0, std::min<double>(threads, work / kWorkWorthAThread)));
 }
 
-// Chunks of samples in lanes; remembers the first row that is not finite or whose density overflows.
+// Chunks of samples in lanes; remembers the first row that is not finite or whose density
+// overflows.
 template <class T>
 class Chunks {
  public:
@@ -166,7 +176,9 @@ class Chunks {
 
   int64_t number() const { return (samples_.count + chunk_ - 1) / chunk_; }
   int64_t first(int64_t k) const { return k * chunk_; }
-  int count(int64_t k) const { return static_cast<int>(std::min<int64_t>(chunk_, samples_.count - first(k))); }
+  int count(int64_t k) const {
+    return static_cast<int>(std::min<int64_t>(chunk_, samples_.count - first(k)));
+  }
 
   // Returns the first row that is not finite, else kNone.
   int64_t load(int64_t k, T* lanes) const {
@@ -210,15 +222,19 @@ struct Faults {
   void raise() const {
     const int64_t bad = *std::min_element(not_finite.begin(), not_finite.end());
     if (bad != kNone)
-      throw std::invalid_argument("z must be finite, but row " + std::to_string(bad) + " has a NaN or infinite value");
+      throw std::invalid_argument("z must be finite, but row " + std::to_string(bad) +
+                                  " has a NaN or infinite value");
     const int64_t far = *std::min_element(overflow.begin(), overflow.end());
     if (far != kNone)
-      throw std::invalid_argument("z must be near enough to a center for its log-density to be representable, but that of row " +
-                                  std::to_string(far) + " overflows the dtype");
+      throw std::invalid_argument(
+          "z must be near enough to a center for its log-density to be representable, but that of "
+          "row " +
+          std::to_string(far) + " overflows the dtype");
   }
 };
 
-// The frame of every operation: for each chunk body(thread, k, z in lanes, scratch) -> lse in lanes or null.
+// The frame of every operation: for each chunk body(thread, k, z in lanes, scratch) -> lse in lanes
+// or null.
 template <class T, class Body>
 void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
                     const Kernels<T>& kernel, int threads, Body body) {
@@ -241,14 +257,16 @@ void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedM
 
 // Sums over all samples, [size, statistics_size] in float64.
 template <class T>
-Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
-                          const Kernels<T>& kernel, int threads, const T* lse, const T* expected,
-                          const T* grad_lse, const T* grad_expected, T* grad_z) {
+Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
+                          const PackedMixture<T>& packed, const Kernels<T>& kernel, int threads,
+                          const T* lse, const T* expected, const T* grad_lse,
+                          const T* grad_expected, T* grad_z) {
   const Chunks<T> chunks(mixture, samples, kernel.chunk);
   const int64_t D = mixture.dim, size = packed.size * statistics_size(D);
   threads = useful_threads(threads, 3.0 * samples.count * packed.size, D);
-  // Threads share out either samples (each has sums of its own) or components (each has a grad_z of its
-  // own): whichever needs less memory for the copies. Both are added up in the order of threads.
+  // Threads share out either samples (each has sums of its own) or components (each has a grad_z of
+  // its own): whichever needs less memory for the copies. Both are added up in the order of
+  // threads.
   const bool over_components = size > samples.count * D && packed.size >= threads;
   threads = static_cast<int>(std::max<int64_t>(
       1, std::min<int64_t>(threads, over_components ? packed.size : chunks.number())));
@@ -259,33 +277,39 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples, const P
   const int64_t grad_size = samples.count * D;
   auto grads = make_buffer<T>(grad_size * grad_copies);
 
-  parallel_ranges(over_components ? packed.size : chunks.number(), threads, [&](int thread, int64_t begin, int64_t end) {
-    const int64_t chunk = kernel.chunk;
-    const auto z = make_buffer<T>(D * chunk), grad = make_buffer<T>(D * chunk);
-    const auto rows = make_buffer<T>(4 * chunk), scratch = make_buffer<T>(kernel.scratch_size(D));
-    T *lse_k = rows.get(), *expected_k = lse_k + chunk, *grad_lse_k = expected_k + chunk, *grad_expected_k = grad_lse_k + chunk;
-    T* target = grad_copies ? grads.get() + thread * grad_size : grad_z;
-    double* sum = sums.get() + (over_components ? 0 : thread * size);
-    const int64_t j_begin = over_components ? begin : 0, j_end = over_components ? end : packed.size;
-    const int64_t k_begin = over_components ? 0 : begin, k_end = over_components ? chunks.number() : end;
-    for (int64_t k = k_begin; k < k_end; k++) {
-      chunks.load(k, z.get());
-      const int n = chunks.count(k);
-      const int64_t first = chunks.first(k);
-      // The filling repeats the last sample, with weights of zero.
-      chunks.gather(k, lse, lse[first + n - 1], lse_k);
-      chunks.gather(k, expected, expected[first + n - 1], expected_k);
-      chunks.gather(k, grad_lse, T(0), grad_lse_k);
-      chunks.gather(k, grad_expected, T(0), grad_expected_k);
-      if (target) std::fill(grad.get(), grad.get() + D * chunk, T(0));
-      kernel.backward(packed, j_begin, j_end, z.get(), lse_k, expected_k, grad_lse_k, grad_expected_k,
-                      sum, target ? grad.get() : nullptr, scratch.get());
-      if (target)
-        for (int64_t r = 0; r < D; r++)
-          for (int i = 0; i < n; i++)
-            target[(first + i) * D + turned(mixture.transpose, D, r)] = grad[r * chunk + i];
-    }
-  });
+  parallel_ranges(
+      over_components ? packed.size : chunks.number(), threads,
+      [&](int thread, int64_t begin, int64_t end) {
+        const int64_t chunk = kernel.chunk;
+        const auto z = make_buffer<T>(D * chunk), grad = make_buffer<T>(D * chunk);
+        const auto rows = make_buffer<T>(4 * chunk),
+                   scratch = make_buffer<T>(kernel.scratch_size(D));
+        T *lse_k = rows.get(), *expected_k = lse_k + chunk, *grad_lse_k = expected_k + chunk,
+          *grad_expected_k = grad_lse_k + chunk;
+        T* target = grad_copies ? grads.get() + thread * grad_size : grad_z;
+        double* sum = sums.get() + (over_components ? 0 : thread * size);
+        const int64_t j_begin = over_components ? begin : 0,
+                      j_end = over_components ? end : packed.size;
+        const int64_t k_begin = over_components ? 0 : begin,
+                      k_end = over_components ? chunks.number() : end;
+        for (int64_t k = k_begin; k < k_end; k++) {
+          chunks.load(k, z.get());
+          const int n = chunks.count(k);
+          const int64_t first = chunks.first(k);
+          // The filling repeats the last sample, with weights of zero.
+          chunks.gather(k, lse, lse[first + n - 1], lse_k);
+          chunks.gather(k, expected, expected[first + n - 1], expected_k);
+          chunks.gather(k, grad_lse, T(0), grad_lse_k);
+          chunks.gather(k, grad_expected, T(0), grad_expected_k);
+          if (target) std::fill(grad.get(), grad.get() + D * chunk, T(0));
+          kernel.backward(packed, j_begin, j_end, z.get(), lse_k, expected_k, grad_lse_k,
+                          grad_expected_k, sum, target ? grad.get() : nullptr, scratch.get());
+          if (target)
+            for (int64_t r = 0; r < D; r++)
+              for (int i = 0; i < n; i++)
+                target[(first + i) * D + turned(mixture.transpose, D, r)] = grad[r * chunk + i];
+        }
+      });
 
   for (int copy = 1; copy < sum_copies; copy++)
     for (int64_t i = 0; i < size; i++) sums[i] += sums[copy * size + i];
@@ -308,12 +332,13 @@ void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse
   const Kernels<T>& kernel = kernels<T>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-    alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
-    kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
-    std::copy(lse_k, lse_k + chunks.count(k), lse + chunks.first(k));
-    std::copy(expected_k, expected_k + chunks.count(k), expected + chunks.first(k));
-    return chunks.overflowed(k, lse_k);
-  });
+                      alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
+                      kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
+                      std::copy(lse_k, lse_k + chunks.count(k), lse + chunks.first(k));
+                      std::copy(expected_k, expected_k + chunks.count(k),
+                                expected + chunks.first(k));
+                      return chunks.overflowed(k, lse_k);
+                    });
 }
 
 template <class T>
@@ -323,8 +348,8 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
   const int64_t D = mixture.dim, J = mixture.num_components;
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse, expected, grad_lse,
-                                  grad_expected, grad_z);
+  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse, expected,
+                                  grad_lse, grad_expected, grad_z);
   std::fill(grad_centers, grad_centers + J * D, T(0));
   std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
   std::fill(grad_offsets, grad_offsets + J, T(0));
@@ -345,14 +370,16 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
     }
     for (int64_t t = 0; t < D; t++) {
       double total = 0;
-      for (int64_t r = t; r < D; r++) total += static_cast<double>(W[r * (r + 1) / 2 + t]) * whitened[r];
+      for (int64_t r = t; r < D; r++)
+        total += static_cast<double>(W[r * (r + 1) / 2 + t]) * whitened[r];
       grad_centers[out * D + turned(mixture.transpose, D, t)] = static_cast<T>(total);
     }
     T* grad_A = grad_whitening + out * D * D;
     for (int64_t r = 0; r < D; r++)
       for (int64_t t = 0; t <= r; t++) {
         double total = 0;
-        for (int64_t u = 0; u <= r; u++) total -= static_cast<double>(W[r * (r + 1) / 2 + u]) * M[u * D + t];
+        for (int64_t u = 0; u <= r; u++)
+          total -= static_cast<double>(W[r * (r + 1) / 2 + u]) * M[u * D + t];
         grad_A[mixture.transpose ? (D - 1 - t) * D + D - 1 - r : r * D + t] = static_cast<T>(total);
       }
   }
@@ -363,12 +390,13 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
-  const auto lse = make_buffer<T>(B), expected = make_buffer<T>(B), ones = make_buffer<T>(B), zeros = make_buffer<T>(B);
+  const auto lse = make_buffer<T>(B), expected = make_buffer<T>(B), ones = make_buffer<T>(B),
+             zeros = make_buffer<T>(B);
   log_prob<T>(mixture, samples, threads, lse.get(), expected.get());
   std::fill(ones.get(), ones.get() + B, T(1));
   std::fill(zeros.get(), zeros.get() + B, T(0));
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse.get(), expected.get(),
-                                  ones.get(), zeros.get(), nullptr);
+  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse.get(),
+                                  expected.get(), ones.get(), zeros.get(), nullptr);
   std::fill(N, N + J, T(0));
   std::fill(s, s + J * D, T(0));
   std::fill(M, M + J * D * D, T(0));
@@ -376,10 +404,12 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N
     const double* sum = sums.get() + j * statistics_size(D);
     const int64_t out = view.component[j];
     N[out] = static_cast<T>(*sum++);
-    for (int64_t r = 0; r < D; r++) s[out * D + turned(mixture.transpose, D, r)] = static_cast<T>(*sum++);
+    for (int64_t r = 0; r < D; r++)
+      s[out * D + turned(mixture.transpose, D, r)] = static_cast<T>(*sum++);
     for (int64_t r = 0; r < D; r++)
       for (int64_t t = 0; t <= r; t++) {
-        const int64_t row = turned(mixture.transpose, D, r), column = turned(mixture.transpose, D, t);
+        const int64_t row = turned(mixture.transpose, D, r),
+                      column = turned(mixture.transpose, D, t);
         M[(out * D + row) * D + column] = M[(out * D + column) * D + row] = static_cast<T>(*sum++);
       }
   }
@@ -393,52 +423,57 @@ void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-    kernel.log_joint(packed.view(), group, groups, z, chunks.count(k), out + chunks.first(k) * groups, scratch);
-    return kNone;
-  });
+                      kernel.log_joint(packed.view(), group, groups, z, chunks.count(k),
+                                       out + chunks.first(k) * groups, scratch);
+                      return kNone;
+                    });
 }
 
 template <class T>
-void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads, T* out) {
+void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
+                      T* out) {
   const Packed<T> packed(mixture);
   const Kernels<T>& kernel = kernels<T>();
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, T(0));
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-    alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
-    kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
-    kernel.responsibilities(packed.view(), group, groups, z, lse_k, chunks.count(k),
-                            out + chunks.first(k) * groups, scratch);
-    return chunks.overflowed(k, lse_k);
-  });
+                      alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
+                      kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
+                      kernel.responsibilities(packed.view(), group, groups, z, lse_k,
+                                              chunks.count(k), out + chunks.first(k) * groups,
+                                              scratch);
+                      return chunks.overflowed(k, lse_k);
+                    });
 }
 
 template <class T>
-void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads, int64_t* label,
-            T* probability, T* entropy) {
+void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
+            int64_t* label, T* probability, T* entropy) {
   const Packed<T> packed(mixture);
   const Kernels<T>& kernel = kernels<T>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-    alignas(64) T probability_k[1024 / sizeof(T)], entropy_k[1024 / sizeof(T)], lse_k[1024 / sizeof(T)];
-    int64_t label_k[1024 / sizeof(T)];
-    kernel.assign(packed.view(), group, z, label_k, probability_k, entropy_k, lse_k, scratch);
-    const int n = chunks.count(k);
-    std::copy(label_k, label_k + n, label + chunks.first(k));
-    std::copy(probability_k, probability_k + n, probability + chunks.first(k));
-    std::copy(entropy_k, entropy_k + n, entropy + chunks.first(k));
-    return chunks.overflowed(k, lse_k);
-  });
+                      alignas(64) T probability_k[1024 / sizeof(T)], entropy_k[1024 / sizeof(T)],
+                          lse_k[1024 / sizeof(T)];
+                      int64_t label_k[1024 / sizeof(T)];
+                      kernel.assign(packed.view(), group, z, label_k, probability_k, entropy_k,
+                                    lse_k, scratch);
+                      const int n = chunks.count(k);
+                      std::copy(label_k, label_k + n, label + chunks.first(k));
+                      std::copy(probability_k, probability_k + n, probability + chunks.first(k));
+                      std::copy(entropy_k, entropy_k + n, entropy + chunks.first(k));
+                      return chunks.overflowed(k, lse_k);
+                    });
 }
 
-#define VMM_INSTANTIATE(T)                                                                                     \
-  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*);                                       \
-  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*, const T*,         \
-                                     const T*, T*, T*, T*, T*);                                                \
-  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                                 \
-  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                                 \
-  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                          \
+#define VMM_INSTANTIATE(T)                                                                   \
+  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*);                     \
+  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*, \
+                                     const T*, const T*, T*, T*, T*, T*);                    \
+  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);               \
+  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);               \
+  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);        \
   template void assign<T>(const Mixture<T>&, Samples<T>, int64_t, int, int64_t*, T*, T*);
 VMM_INSTANTIATE(float)
 VMM_INSTANTIATE(double)

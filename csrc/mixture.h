@@ -3,12 +3,13 @@
 //   l_ij = c_j - 1/2 |A_j (z_i - m_j)|^2                (transpose: A_j^T in place of A_j)
 //   lse_i = log sum_j exp l_ij,   q_ij = exp(l_ij - lse_i),   expected_i = sum_j q_ij l_ij
 //
-// z [B, D], centers m [J, D], whitening A [J, D, D] of which the lower triangle is read, offsets c [J].
-// c_j = -inf prunes component j. Extra memory is O(threads (D + J D^2)) or O(threads B D), whichever is
-// less; nothing of size B x J is stored unless it is what was asked for.
+// z [B, D], centers m [J, D], whitening A [J, D, D] of which the lower triangle is read, offsets c
+// [J]. c_j = -inf prunes component j. Extra memory is O(threads (D + J D^2)) or O(threads B D),
+// whichever is less; nothing of size B x J is stored unless it is what was asked for.
 //
-// Every function throws std::invalid_argument, naming the argument, for values that are not finite and
-// for a z whose log-density overflows T. The same input gives the same bits at one thread count.
+// Every function throws std::invalid_argument, naming the argument, for values that are not finite
+// and for a z whose log-density overflows T. The same input gives the same bits at one thread
+// count.
 #pragma once
 
 #include <cstdint>
@@ -34,19 +35,22 @@ struct Samples {
 template <class T>
 void log_prob(const Mixture<T>&, Samples<T>, int threads, T* lse, T* expected);
 
-// With w_ij = q_ij (grad_lse_i + grad_expected_i (1 + l_ij - expected_i)), d = z_i - m_j, and the sums
-// N_j = sum_i w, s_j = sum_i w d, M_j = sum_i w d d^T:
-//   grad_z_i = -sum_j w A^T A d,  grad_centers = A^T A s,  grad_whitening = -tril(A M),  grad_offsets = N.
+// With w_ij = q_ij (grad_lse_i + grad_expected_i (1 + l_ij - expected_i)), d = z_i - m_j, and the
+// sums N_j = sum_i w, s_j = sum_i w d, M_j = sum_i w d d^T:
+//   grad_z_i = -sum_j w A^T A d,  grad_centers = A^T A s,  grad_whitening = -tril(A M),
+//   grad_offsets = N.
 template <class T>
 void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* lse, const T* expected,
                        const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,
                        T* grad_whitening, T* grad_offsets);
 
-// N [J], s [J, D], M [J, D, D] above with w = q: the backward's sums for grad_lse = 1 (Fisher's identity).
+// N [J], s [J, D], M [J, D, D] above with w = q: the backward's sums for grad_lse = 1 (Fisher's
+// identity).
 template <class T>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T* N, T* s, T* M);
 
-// Below, `group` consecutive components count as one: l_ig = log sum_{j in g} exp l_ij. [B, J / group]
+// Below, `group` consecutive components count as one: l_ig = log sum_{j in g} exp l_ij. [B, J /
+// group]
 template <class T>
 void log_joint(const Mixture<T>&, Samples<T>, std::int64_t group, int threads, T* out);
 template <class T>
@@ -57,8 +61,8 @@ template <class T>
 void assign(const Mixture<T>&, Samples<T>, std::int64_t group, int threads, std::int64_t* label,
             T* probability, T* entropy);
 
-// The instruction set in use: "avx512", "avx2" or "baseline"; the best that the machine has, or the one
-// that the environment variable VMM_FAST_ISA names.
+// The instruction set in use: "avx512", "avx2" or "baseline"; the best that the machine has, or the
+// one that the environment variable VMM_FAST_ISA names.
 const char* instruction_set();
 
 }  // namespace vmm

@@ -1,15 +1,15 @@
-// The whitened mixture's kernels, for one instruction set: the build compiles this file once per set,
-// with VMM_ISA its name and VMM_VECTOR_BYTES the width of its registers.
+// The whitened mixture's kernels, for one instruction set: the build compiles this file once per
+// set, with VMM_ISA its name and VMM_VECTOR_BYTES the width of its registers.
 //
 //   l_ij = c_j - 1/2 |W_j (z_i - m_j)|^2,    W_j lower triangular
 //
-// Samples lie in SIMD lanes, so that a component's numbers are broadcast and no lane is ever idle for
-// a small D. Subtracting before whitening keeps the precision of centres far from the origin. The
-// log-sum-exp is accumulated online (Milakov & Gimelshein 2018) and the backward pass recomputes l,
-// so that nothing of size B x J exists.
+// Samples lie in SIMD lanes, so that a component's numbers are broadcast and no lane is ever idle
+// for a small D. Subtracting before whitening keeps the precision of centres far from the origin.
+// The log-sum-exp is accumulated online (Milakov & Gimelshein 2018) and the backward pass
+// recomputes l, so that nothing of size B x J exists.
 //
-// Everything lives in an unnamed namespace and no standard template is instantiated: the linker must
-// never pick one instruction set's copy of a shared inline function for another's.
+// Everything lives in an unnamed namespace and no standard template is instantiated: the linker
+// must never pick one instruction set's copy of a shared inline function for another's.
 #include "mixture_kernels.h"
 
 #include <math.h>
@@ -47,17 +47,21 @@ struct Simd {
   static constexpr int lanes = VMM_VECTOR_BYTES / sizeof(T);
 };
 
-constexpr int kGroup = 4;          // vectors in flight: hides the latency of a multiply-add
+constexpr int kGroup = 4;  // vectors in flight: hides the latency of a multiply-add
 constexpr int kVectorsPerChunk = 8;
 
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
 template <class T>
-Vec<T> broadcast(T x) { return x - Vec<T>{}; }
+Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
 
 template <class T>
-Vec<T> max(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
 
 template <class T>
 T sum(Vec<T> x) {
@@ -124,14 +128,19 @@ inline Vec<float>& at(float* p) { return *reinterpret_cast<Vec<float>*>(p); }
 inline Vec<double>& at(double* p) { return *reinterpret_cast<Vec<double>*>(p); }
 
 template <class T>
-constexpr int chunk_size() { return kVectorsPerChunk * Simd<T>::lanes; }
+constexpr int chunk_size() {
+  return kVectorsPerChunk * Simd<T>::lanes;
+}
 template <class T>
-constexpr int group_size() { return kGroup * Simd<T>::lanes; }
+constexpr int group_size() {
+  return kGroup * Simd<T>::lanes;
+}
 
 // l for one group of kGroup vectors. z points at the group's lanes of a chunk [D][chunk]; d (and y,
 // unless null) receive z - m and W (z - m) with the same stride.
 template <class T>
-void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* d, T* y, Vec<T>* l) {
+void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* d, T* y,
+                     Vec<T>* l) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int stride = chunk_size<T>();
   Vec<T> square[kGroup] = {};
@@ -139,7 +148,8 @@ void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* 
   for (int64_t r = 0; r < dim; r++) {
     const T center = component.center[r];
     Vec<T> row[kGroup] = {};
-    for (int v = 0; v < kGroup; v++) at(d + r * stride + v * lanes) = at(z + r * stride + v * lanes) - center;
+    for (int v = 0; v < kGroup; v++)
+      at(d + r * stride + v * lanes) = at(z + r * stride + v * lanes) - center;
     for (int64_t t = 0; t <= r; t++, w++) {
       const T a = *w;
       for (int v = 0; v < kGroup; v++) row[v] += a * at(d + t * stride + v * lanes);
@@ -159,7 +169,7 @@ struct OnlineSoftmax {
   Vec<T> max_ = broadcast<T>(lowest_log_joint<T>()), sum_ = {}, weighted_ = {};
   void add(Vec<T> l) {
     const Vec<T> top = max<T>(max_, l);
-    const Vec<T> gap = max_ - l;                     // one exp: of the smaller one
+    const Vec<T> gap = max_ - l;  // one exp: of the smaller one
     const Vec<T> e = exp<T>(gap > 0 ? -gap : gap);
     const auto newer = l > max_;
     const Vec<T> scale = newer ? e : broadcast<T>(1);
@@ -177,7 +187,9 @@ struct OnlineSoftmax {
 };
 
 template <class T>
-int64_t scratch_size(int64_t dim) { return (2 * dim + 1) * chunk_size<T>(); }
+int64_t scratch_size(int64_t dim) {
+  return (2 * dim + 1) * chunk_size<T>();
+}
 
 template <class T>
 void log_prob(const PackedMixture<T>& mixture, const T* z, T* lse, T* expected, T* scratch) {
@@ -222,7 +234,8 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
       for (int v = 0; v < kGroup; v++) {
         const int i = first + v * lanes;
         const Vec<T> p = exp<T>(l[v] - at(lse + i));
-        const Vec<T> w = p * (at(grad_lse + i) + at(grad_expected + i) * (1 + l[v] - at(expected + i)));
+        const Vec<T> w =
+            p * (at(grad_lse + i) + at(grad_expected + i) * (1 + l[v] - at(expected + i)));
         at(weight + i) = w;
         const auto nonzero = w != 0;
         for (int k = 0; k < lanes; k++) negligible &= !nonzero[k];
@@ -250,7 +263,8 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
     for (int64_t r = 0; r < dim; r++) *out++ += dot(weight, d + r * chunk);
     T* weighted = y;
     for (int64_t r = 0; r < dim; r++) {
-      for (int v = 0; v < chunk; v += lanes) at(weighted + v) = at(weight + v) * at(d + r * chunk + v);
+      for (int v = 0; v < chunk; v += lanes)
+        at(weighted + v) = at(weight + v) * at(d + r * chunk + v);
       for (int64_t t = 0; t <= r; t++) *out++ += dot(weighted, d + t * chunk);
     }
   }
@@ -282,8 +296,8 @@ void grouped_log_joint(const PackedMixture<T>& mixture, int64_t begin, int64_t e
 }
 
 template <class T>
-void log_joint(const PackedMixture<T>& mixture, int64_t group, int64_t groups, const T* z, int count,
-               T* out, T* scratch) {
+void log_joint(const PackedMixture<T>& mixture, int64_t group, int64_t groups, const T* z,
+               int count, T* out, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   for_each_group(mixture, group, [&](int64_t g, int64_t begin, int64_t end) {
     for (int first = 0; first < count; first += group_size<T>()) {
@@ -339,9 +353,8 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {
-    chunk_size<T>(), scratch_size<T>, log_prob<T>,         backward<T>,
-    log_joint<T>,    responsibilities<T>, assign<T>};
+constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<T>, backward<T>,
+                                log_joint<T>,    responsibilities<T>, assign<T>};
 
 }  // namespace
 

@@ -1,8 +1,8 @@
-// The interface between csrc/mixture.cpp and the kernels, which are one source (mixture_kernels.cpp)
-// compiled once per instruction set.
+// The interface between csrc/mixture.cpp and the kernels, which are one source
+// (mixture_kernels.cpp) compiled once per instruction set.
 //
-// Samples travel in chunks of `chunk` that lie in SIMD lanes: a chunk of z is [D][chunk], a value per
-// sample is [chunk]. A last, partial chunk is filled up with copies of its last sample.
+// Samples travel in chunks of `chunk` that lie in SIMD lanes: a chunk of z is [D][chunk], a value
+// per sample is [chunk]. A last, partial chunk is filled up with copies of its last sample.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ struct PackedMixture {
   std::int64_t record_size() const { return 1 + dim + dim * (dim + 1) / 2; }
 };
 
-// Sums over samples of one component's pair weights w and d = z - m: N, s [D], and M's lower triangle
-// [D (D + 1) / 2], in float64: a chunk's sums are added to the running ones once per chunk.
+// Sums over samples of one component's pair weights w and d = z - m: N, s [D], and M's lower
+// triangle [D (D + 1) / 2], in float64: a chunk's sums are added to the running ones once per
+// chunk.
 inline std::int64_t statistics_size(std::int64_t dim) { return 1 + dim + dim * (dim + 1) / 2; }
 
 template <class T>
@@ -60,9 +61,13 @@ struct Kernels {
 template <class T>
 constexpr T lowest_log_joint();
 template <>
-constexpr float lowest_log_joint<float>() { return -1e30f; }
+constexpr float lowest_log_joint<float>() {
+  return -1e30f;
+}
 template <>
-constexpr double lowest_log_joint<double>() { return -1e290; }
+constexpr double lowest_log_joint<double>() {
+  return -1e290;
+}
 
 #define VMM_DECLARE_KERNELS(isa)             \
   const Kernels<float>& kernels_f32_##isa(); \

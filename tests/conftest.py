@@ -8,7 +8,6 @@ import torch
 
 import vmm_fast  # noqa: F401  registers the ops
 
-
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
 
@@ -22,7 +21,12 @@ def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0
 
     whitening = 0.3 * normal(components, dim, dim).tril()
     whitening.diagonal(dim1=-2, dim2=-1).abs_().add_(0.5)
-    tensors = (normal(num, dim) * spread, normal(components, dim) * spread, whitening, normal(components))
+    tensors = (
+        normal(num, dim) * spread,
+        normal(components, dim) * spread,
+        whitening,
+        normal(components),
+    )
     return tuple(t.to(dtype) for t in tensors)
 
 

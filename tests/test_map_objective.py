@@ -93,7 +93,11 @@ def test_map_loss_is_the_objective(scale, data_size, map_prior):
     for j, m in enumerate(components.centers.numpy()):
         precision = factor[j // k] @ factor[j // k].T
         normal = scipy.stats.multivariate_normal(m, np.linalg.inv(precision))
-        joint[:, j] = np.log(pi[j // k] / k) + normal.logpdf(z.numpy()) - 0.5 * np.trace(precision @ s[j] @ s[j].T)
+        joint[:, j] = (
+            np.log(pi[j // k] / k)
+            + normal.logpdf(z.numpy())
+            - 0.5 * np.trace(precision @ s[j] @ s[j].T)
+        )
     data = (scipy.special.softmax(joint, 1) * joint).sum(1).mean()
 
     wishart = scipy.stats.wishart(df=d + 2, scale=c ** (2 / d) / (d + 2) * np.eye(d))

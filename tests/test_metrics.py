@@ -29,7 +29,7 @@ from vmm_fast.metrics import (
     importance_weighted_log_prob,
 )
 
-# --- clustering -----------------------------------------------------------------------------------
+# --- clustering ---
 
 # Component 0 holds points 0, 1, 2 (labels a, a, b) and its most probable point is 2, a "b";
 # component 1 holds points 3, 4 (b, b); component 2 holds none; component 3 holds point 5 (a).
@@ -213,7 +213,7 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
         clustering_scores(np.ones((1, 1)), [0])
 
 
-# --- ELBO surgery ---------------------------------------------------------------------------------
+# --- ELBO surgery ---
 
 
 def random_posteriors(n, dim, kind, dtype=torch.float64, seed=0):
@@ -409,7 +409,7 @@ def test_a_prior_of_the_wrong_shape_is_named():
         elbo_surgery([Normal(torch.zeros(2, 1), 1.0)], Normal(0.0, 1.0))
 
 
-# --- importance weighting: probabilistic PCA, whose log p(x) and posterior are exact --------------
+# --- importance weighting: probabilistic PCA, whose log p(x) and posterior are exact ---
 
 
 class PPCA(torch.nn.Module):

@@ -31,7 +31,9 @@ def random_components(c=4, k=1, d=3, scale="full", precision=True, dtype=torch.f
         matrix.diagonal(dim1=-2, dim2=-1).abs_().add_(0.5)
         return matrix
 
-    s = {"full": factor(c * k), "diagonal": factor(c * k).diagonal(dim1=-2, dim2=-1), None: None}[scale]
+    s = {"full": factor(c * k), "diagonal": factor(c * k).diagonal(dim1=-2, dim2=-1), None: None}[
+        scale
+    ]
     values = (
         torch.randn(c * k, d, generator=g, dtype=torch.float64),
         torch.randn(c, generator=g, dtype=torch.float64).log_softmax(-1),
@@ -79,18 +81,21 @@ def test_marginal_density(case):
     shares = np.repeat(components.log_weights.numpy() - math.log(k), k)
     expected = scipy.special.logsumexp(np.stack(columns, 1) + shares, axis=1)
     np.testing.assert_allclose(components.log_prob(z), expected, **TIGHT)
-    np.testing.assert_allclose(components.distribution().log_prob(z[:, None])[:, 0], expected, **TIGHT)
+    np.testing.assert_allclose(
+        components.distribution().log_prob(z[:, None])[:, 0], expected, **TIGHT
+    )
 
 
 @pytest.mark.parametrize("case", CASES[:3])
 def test_expected_log_joint(case):
-    """E_q(mu)[log N(z; mu, Lambda^-1)] by the closed form of two Gaussians, from scipy's densities."""
+    """E_q(mu)[log N(z; mu, Lambda^-1)], put together from scipy's densities."""
     components = random_components(**case)
     inverse, s = covariances(components)
     k = components.pseudo_inputs_per_component
     z = torch.randn(20, components.latent_dim, dtype=torch.float64) * 2
     columns = [
-        scipy.stats.multivariate_normal(m, a).logpdf(z.numpy()).reshape(-1) - 0.5 * np.trace(np.linalg.solve(a, b))
+        scipy.stats.multivariate_normal(m, a).logpdf(z.numpy()).reshape(-1)
+        - 0.5 * np.trace(np.linalg.solve(a, b))
         for m, a, b in zip(components.centers.numpy(), inverse, s, strict=True)
     ]
     joint = np.stack(columns, 1) + np.repeat(components.log_weights.numpy() - math.log(k), k)
@@ -122,7 +127,11 @@ def test_kl(full):
     components = random_components(c=3, k=2, d=2)
     mean = torch.randn(5, 2, dtype=torch.float64)
     scale = torch.rand(5, 2, dtype=torch.float64) + 0.2
-    q = MultivariateNormal(mean, scale_tril=torch.diag_embed(scale)) if full else Normal(mean, scale)
+    q = (
+        MultivariateNormal(mean, scale_tril=torch.diag_embed(scale))
+        if full
+        else Normal(mean, scale)
+    )
     inverse, s = covariances(components)
     mixture = MixtureSameFamily(
         Categorical(components.weights.repeat_interleave(2)),
@@ -139,12 +148,17 @@ def test_kl(full):
 
 def test_kl_of_a_single_gaussian_is_right_on_average():
     components = random_components(c=1, d=2, scale=None)
-    q = MultivariateNormal(torch.zeros(4000, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+    q = MultivariateNormal(
+        torch.zeros(4000, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    )
     inverse, _ = covariances(components)
     p = MultivariateNormal(components.centers[0], torch.as_tensor(inverse[0]))
     torch.manual_seed(0)
     values = components.kl(q)
-    true = kl_divergence(MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)), p)
+    true = kl_divergence(
+        MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)),
+        p,
+    )
     assert abs(values.mean() - true) < 5 * values.std() / math.sqrt(len(values))
 
 
@@ -165,7 +179,9 @@ def test_mean_variance_and_samples(case):
     samples = distribution.sample((300, 200)).reshape(-1, components.latent_dim).numpy()
     error = np.sqrt(np.diag(covariance) / len(samples))
     assert (abs(samples.mean(0) - mean) < 5 * error).all()
-    np.testing.assert_allclose(np.cov(samples.T).reshape(covariance.shape), covariance, atol=0.08 * covariance.max())
+    np.testing.assert_allclose(
+        np.cov(samples.T).reshape(covariance.shape), covariance, atol=0.08 * covariance.max()
+    )
     one = components.sample(50_000, component=0).numpy()
     np.testing.assert_allclose(one.mean(0), centers[:k].mean(0), atol=0.06)
 
@@ -183,7 +199,9 @@ def test_component_samples():
 
 def test_active_components():
     components = Components(
-        torch.tensor([[0.0], [10.0], [20.0]]), torch.tensor([0.6, 0.399, 0.001]).log(), torch.ones(3, 1, 1)
+        torch.tensor([[0.0], [10.0], [20.0]]),
+        torch.tensor([0.6, 0.399, 0.001]).log(),
+        torch.ones(3, 1, 1),
     )
     assert components.active_components().tolist() == [0, 1]
     assert components.active_components(threshold=0).tolist() == [0, 1, 2]
@@ -199,7 +217,9 @@ def test_zero_weight_component():
     log_weights = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).log()
     three = random_components(c=3)
     pruned = Components(three.centers, log_weights, three.precision_cholesky, three.scale)
-    two = Components(three.centers[:2], log_weights[:2], three.precision_cholesky[:2], three.scale[:2])
+    two = Components(
+        three.centers[:2], log_weights[:2], three.precision_cholesky[:2], three.scale[:2]
+    )
     z = torch.randn(10, 3, dtype=torch.float64)
     torch.testing.assert_close(pruned.log_prob(z), two.log_prob(z), **TIGHT)
     assert (pruned.responsibilities(z)[:, 2] == 0).all()
@@ -211,9 +231,18 @@ def test_badly_conditioned_precision_in_float32():
     """Condition number 1e12: float32 results as accurate as the float32 inputs allow."""
     torch.manual_seed(0)
     rotation, _ = torch.linalg.qr(torch.randn(3, 4, 4, dtype=torch.float64))
-    precision = rotation @ torch.diag(torch.tensor([1e-6, 1.0, 1e3, 1e6], dtype=torch.float64)) @ rotation.mT
+    precision = (
+        rotation
+        @ torch.diag(torch.tensor([1e-6, 1.0, 1e3, 1e6], dtype=torch.float64))
+        @ rotation.mT
+    )
     factor = torch.linalg.cholesky((precision + precision.mT) / 2).float()
-    torch.testing.assert_close(torch.linalg.cond((factor.double() @ factor.double().mT)).max().item(), 1e12, rtol=0.5, atol=0)
+    torch.testing.assert_close(
+        torch.linalg.cond(factor.double() @ factor.double().mT).max().item(),
+        1e12,
+        rtol=0.5,
+        atol=0,
+    )
     weights = torch.full((3,), 1 / 3).log()
     centers, z = torch.randn(3, 4), torch.randn(20, 4)
     for scale in (None, torch.full((3, 4), 1e-3), torch.full((3, 4), 1.0)):
@@ -255,8 +284,14 @@ def test_state_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision_cholesky": torch.zeros(4, 3, 3, dtype=torch.float64)}, "component 0 has no positive-definite"),
-        ({"precision_cholesky": torch.full((4, 3, 3), math.nan, dtype=torch.float64)}, "no positive-definite"),
+        (
+            {"precision_cholesky": torch.zeros(4, 3, 3, dtype=torch.float64)},
+            "component 0 has no positive-definite",
+        ),
+        (
+            {"precision_cholesky": torch.full((4, 3, 3), math.nan, dtype=torch.float64)},
+            "no positive-definite",
+        ),
         ({"scale": torch.full((4, 3, 3), math.nan, dtype=torch.float64)}, "no positive-definite"),
         ({"precision_cholesky": torch.eye(3)}, "precision_cholesky must have shape"),
         ({"scale": torch.ones(3, 3)}, "scale must have shape"),
@@ -279,7 +314,7 @@ def test_gaussian_parameters():
         torch.testing.assert_close(gaussian_entropy(q), Normal(mean, scale).entropy().sum(-1))
     q = MultivariateNormal(mean, scale_tril=torch.diag_embed(scale))
     torch.testing.assert_close(gaussian_entropy(q), q.entropy())
-    with pytest.raises(TypeError, match="q must be a torch.distributions Normal"):
+    with pytest.raises(TypeError, match="q must be a torch"):
         gaussian_parameters(torch.distributions.Laplace(mean, scale))
     with pytest.raises(ValueError, match="mean of shape"):
         gaussian_parameters(Normal(mean[0], scale[0]))

@@ -1,6 +1,7 @@
 """The priors' interface, gradients, empirical-Bayes steps, state and errors."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -69,7 +70,7 @@ def vmm(count=8, **settings):
     return perturb(VMMPrior(inputs(count), D, **settings))
 
 
-# --- values and gradients against plain torch ------------------------------------------------------
+# --- values and gradients against plain torch ---
 
 
 def plain_kl(prior, q, z, encoder, pseudo_inputs, logits, factor):
@@ -97,16 +98,23 @@ def test_kl_value_and_gradients(kind, joint, k):
     q = encoder(inputs())
     z = q.rsample()
     factor = prior.precision_cholesky
-    ours, theirs = prior.kl(q, encoder, z), plain_kl(prior, q, z, encoder, prior.pseudo_inputs, prior.logits, factor)
+    ours, theirs = (
+        prior.kl(q, encoder, z),
+        plain_kl(prior, q, z, encoder, prior.pseudo_inputs, prior.logits, factor),
+    )
     torch.testing.assert_close(ours, theirs, **TIGHT)
     weights = torch.linspace(0.5, 2, len(z), dtype=z.dtype)
     network = list(encoder.parameters())
-    grads = [torch.autograd.grad((x * weights).sum(), network, retain_graph=True) for x in (ours, theirs)]
+    grads = [
+        torch.autograd.grad((x * weights).sum(), network, retain_graph=True) for x in (ours, theirs)
+    ]
     torch.testing.assert_close(*grads, **TIGHT)
     parameters = [prior.pseudo_inputs, prior.logits, prior.raw_precision]
     mine = torch.autograd.grad((ours * weights).sum(), parameters, allow_unused=True)
     if joint:
-        torch.testing.assert_close(mine, torch.autograd.grad((theirs * weights).sum(), parameters), **TIGHT)
+        torch.testing.assert_close(
+            mine, torch.autograd.grad((theirs * weights).sum(), parameters), **TIGHT
+        )
     else:
         assert mine == (None, None, None)
 
@@ -124,9 +132,15 @@ def plain_map_loss(prior, z, posterior, logits, factor, gamma, responsibility_gr
     joint = joint + (log_pi - math.log(k)).repeat_interleave(k) - 0.5 * trace
     q = joint.softmax(-1)
     data = ((q if responsibility_gradient else q.detach()) * joint).sum(-1).mean()
-    log_prior = torch.distributions.Dirichlet(torch.full((c,), 1.0).double() * gamma / c).log_prob(log_pi.exp())
+    log_prior = torch.distributions.Dirichlet(torch.full((c,), 1.0).double() * gamma / c).log_prob(
+        log_pi.exp()
+    )
     log_prior = log_prior - 1 / gamma
-    log_prior = log_prior + Normal(torch.zeros(()).double(), 1).log_prob(mean).sum() - 0.5 * s.square().sum()
+    log_prior = (
+        log_prior
+        + Normal(torch.zeros(()).double(), 1).log_prob(mean).sum()
+        - 0.5 * s.square().sum()
+    )
     scale = c ** (2 / D) / (D + 2) * torch.eye(D, dtype=torch.float64)
     wishart = torch.distributions.Wishart(torch.tensor(D + 2.0).double(), covariance_matrix=scale)
     return -data - (log_prior + wishart.log_prob(factor @ factor.mT).sum()) / n
@@ -139,12 +153,20 @@ def plain_map_loss(prior, z, posterior, logits, factor, gamma, responsibility_gr
 def test_map_loss_gradients(kind, responsibility_gradient, k, data_size):
     encoder = Encoder(kind)
     prior = vmm(
-        pseudo_inputs_per_component=k, responsibility_gradient=responsibility_gradient, data_size=data_size
+        pseudo_inputs_per_component=k,
+        responsibility_gradient=responsibility_gradient,
+        data_size=data_size,
     )
     z = encoder(inputs()).rsample().detach().requires_grad_()
     theirs = plain_map_loss(
-        prior, z, encoder(prior.pseudo_inputs), prior.logits, prior.precision_cholesky,
-        prior.concentration, responsibility_gradient, data_size or len(z),
+        prior,
+        z,
+        encoder(prior.pseudo_inputs),
+        prior.logits,
+        prior.precision_cholesky,
+        prior.concentration,
+        responsibility_gradient,
+        data_size or len(z),
     )
     ours = prior.map_loss(z, encoder)
     torch.testing.assert_close(ours, theirs, **TIGHT)
@@ -168,13 +190,16 @@ def test_gradient_weights_of_both_rules():
         torch.testing.assert_close(actual, expected.detach(), **TIGHT)
 
 
-@pytest.mark.parametrize("make", [
-    vmm,
-    lambda: vmm(pseudo_inputs_per_component=4),
-    lambda: VampPrior(inputs(5), D),
-    lambda: perturb(GaussianMixturePrior(4, D, centers=torch.randn(4, D, dtype=torch.float64))),
-    lambda: StandardNormalPrior(D).double(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        vmm,
+        lambda: vmm(pseudo_inputs_per_component=4),
+        lambda: VampPrior(inputs(5), D),
+        lambda: perturb(GaussianMixturePrior(4, D, centers=torch.randn(4, D, dtype=torch.float64))),
+        lambda: StandardNormalPrior(D).double(),
+    ],
+)
 def test_one_interface(make):
     """Every prior: shapes, consistency of the methods with each other and with components()."""
     prior, encoder = make(), Encoder()
@@ -233,19 +258,22 @@ def test_standard_normal_kl_is_exact():
         torch.testing.assert_close(prior.kl(q, z=z), -full.entropy() - prior.log_prob(z))
 
 
-# --- the empirical-Bayes steps -----------------------------------------------------------------------
+# --- the empirical-Bayes steps ---
 
 
-@pytest.mark.parametrize("settings", [
-    {"inference": "gradient"},
-    {"inference": "closed-form"},
-    {"inference": "gradient", "weights": "stick-breaking", "discount": 0.2},
-    {"inference": "closed-form", "weights": "stick-breaking"},
-    {"inference": "gradient", "map_prior": "none"},
-    {"inference": "closed-form", "map_prior": "none"},
-    {"inference": "closed-form", "map_prior": "fixed", "temperature": 0.5},
-    {"inference": "closed-form", "pseudo_inputs_per_component": 2},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inference": "gradient"},
+        {"inference": "closed-form"},
+        {"inference": "gradient", "weights": "stick-breaking", "discount": 0.2},
+        {"inference": "closed-form", "weights": "stick-breaking"},
+        {"inference": "gradient", "map_prior": "none"},
+        {"inference": "closed-form", "map_prior": "none"},
+        {"inference": "closed-form", "map_prior": "fixed", "temperature": 0.5},
+        {"inference": "closed-form", "pseudo_inputs_per_component": 2},
+    ],
+)
 def test_update_moves_the_prior_and_nothing_else(settings):
     encoder, prior = Encoder(), vmm(data_size=200, learning_rate=1e-2, **settings)
     optimizer = torch.optim.Adam([*encoder.parameters(), *prior.parameters()])
@@ -288,7 +316,9 @@ def test_joint_has_no_private_step():
     encoder, prior = Encoder(), vmm(joint=True)
     before = copy.deepcopy(prior.state_dict())
     prior.update(encoder(inputs()), encoder)
-    assert all(torch.equal(before[k], v) for k, v in prior.state_dict().items() if k != "_extra_state")
+    assert all(
+        torch.equal(before[k], v) for k, v in prior.state_dict().items() if k != "_extra_state"
+    )
 
 
 def test_non_finite_step_changes_nothing():
@@ -309,17 +339,24 @@ def test_fit_never_loses_and_ends_at_a_stationary_point(map_prior):
     centers = torch.tensor([[4.0, 0, 0], [-4, 0, 0], [0, 5, 0]], dtype=torch.float64)
     z = (centers[:, None] + torch.randn(3, 60, D, dtype=torch.float64)).flatten(0, 1)
     prior = GaussianMixturePrior(
-        3, D, centers=z[[0, 60, 120]], data_size=len(z), responsibility_gradient=False, map_prior=map_prior
+        3,
+        D,
+        centers=z[[0, 60, 120]],
+        data_size=len(z),
+        responsibility_gradient=False,
+        map_prior=map_prior,
     )
     history = prior.fit(z, max_iterations=300, tolerance=1e-13)
     assert history[-1] > history[0] + 0.1
-    assert min(b - a for a, b in zip(history, history[1:], strict=False)) > -1e-10
+    assert min(b - a for a, b in itertools.pairwise(history)) > -1e-10
     parameters = [prior.centers, prior.logits, prior.raw_precision]
     for gradient in torch.autograd.grad(prior.map_loss(z), parameters):
         assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("counts", [[70.0, 20, 9, 1, 0], [20.0, 20, 20, 20, 21], [1000.0, 0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "counts", [[70.0, 20, 9, 1, 0], [20.0, 20, 20, 20, 21], [1000.0, 0, 0, 0, 0]]
+)
 def test_closed_form_concentration(counts):
     """Against scipy's bounded minimiser on the Dirichlet-multinomial likelihood."""
     counts = np.array(counts)
@@ -327,10 +364,16 @@ def test_closed_form_concentration(counts):
     def loss(t):
         gamma = np.exp(t)
         a = gamma / len(counts)
-        likelihood = gammaln(gamma) - gammaln(counts.sum() + gamma) + (gammaln(counts + a) - gammaln(a)).sum()
+        likelihood = (
+            gammaln(gamma)
+            - gammaln(counts.sum() + gamma)
+            + (gammaln(counts + a) - gammaln(a)).sum()
+        )
         return -likelihood + 1 / gamma
 
-    best = scipy.optimize.minimize_scalar(loss, bounds=np.log([1e-6, 1e6]), method="bounded", options={"xatol": 1e-9})
+    best = scipy.optimize.minimize_scalar(
+        loss, bounds=np.log([1e-6, 1e6]), method="bounded", options={"xatol": 1e-9}
+    )
     actual = closed_form.maximise_concentration(torch.tensor(counts))
     assert loss(np.log(actual)) <= best.fun + 1e-9 * abs(best.fun)
 
@@ -349,7 +392,9 @@ def test_concentration_follows_the_counts():
 def test_fit_in_batches_is_fit_at_once():
     z = torch.randn(100, D, dtype=torch.float64)
     whole, parts = (GaussianMixturePrior(3, D, centers=z[:3]) for _ in range(2))
-    torch.testing.assert_close(whole.fit(z, max_iterations=5), parts.fit(list(z.split(33)), max_iterations=5))
+    torch.testing.assert_close(
+        whole.fit(z, max_iterations=5), parts.fit(list(z.split(33)), max_iterations=5)
+    )
     torch.testing.assert_close(whole.precision_cholesky, parts.precision_cholesky)
     with pytest.raises(ValueError, match="repeatable"):
         whole.fit(iter(z.split(33)))
@@ -386,8 +431,12 @@ def test_online_steps_approach_the_exact_fit():
         for batch in z[torch.randperm(500)].split(100):
             online.update(batch)
     torch.testing.assert_close(online.centers, exact.centers, rtol=0, atol=0.1)
-    torch.testing.assert_close(online.logits.softmax(-1), exact.logits.softmax(-1), rtol=0, atol=0.03)
-    torch.testing.assert_close(online.precision_cholesky, exact.precision_cholesky, rtol=0, atol=0.15)
+    torch.testing.assert_close(
+        online.logits.softmax(-1), exact.logits.softmax(-1), rtol=0, atol=0.03
+    )
+    torch.testing.assert_close(
+        online.precision_cholesky, exact.precision_cholesky, rtol=0, atol=0.15
+    )
 
 
 def test_empty_components_are_pruned_not_broken():
@@ -396,7 +445,9 @@ def test_empty_components_are_pruned_not_broken():
     centers = torch.cat([z[:2], torch.full((3, D), 80.0, dtype=torch.float64)])
     for weights in ("dirichlet", "stick-breaking"):
         for map_prior in ("none", "fixed", "learnt"):
-            prior = GaussianMixturePrior(5, D, centers=centers, weights=weights, map_prior=map_prior)
+            prior = GaussianMixturePrior(
+                5, D, centers=centers, weights=weights, map_prior=map_prior
+            )
             prior.fit(z)
             pi = prior.logits.softmax(-1)
             assert pi.isfinite().all() and prior.precision_cholesky.isfinite().all()
@@ -405,7 +456,7 @@ def test_empty_components_are_pruned_not_broken():
             assert prior.log_prob(z).isfinite().all()
 
 
-# --- state --------------------------------------------------------------------------------------------
+# --- state ---
 
 
 def test_state_is_readable_and_settable():
@@ -441,9 +492,14 @@ def test_pruning_by_hand():
 
 
 @pytest.mark.parametrize("inference", ["gradient", "closed-form"])
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), "state_dict",
-])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda p: pickle.loads(pickle.dumps(p)),
+        "state_dict",
+    ],
+)
 def test_copies_go_on_alike(copied, inference):
     """A copy, a pickle and a loaded state take the same next steps, the private Adam's included."""
     encoder, prior = Encoder(), vmm(inference=inference)
@@ -489,7 +545,9 @@ def test_pseudo_inputs_from_a_module():
         assert prior.num_components == 8
         before = prior.pseudo_inputs.linear.weight.clone()
         kl = prior.kl(encoder(inputs()), encoder).sum()
-        assert torch.autograd.grad(kl, prior.pseudo_inputs.linear.weight, allow_unused=True) == (None,)
+        assert torch.autograd.grad(kl, prior.pseudo_inputs.linear.weight, allow_unused=True) == (
+            None,
+        )
         prior.update(encoder(inputs()), encoder)
         assert not torch.equal(before, prior.pseudo_inputs.linear.weight)
 
@@ -527,7 +585,11 @@ def test_few_points(size):
         for _ in range(5):
             prior.update(encoder(inputs(points)), encoder)
         assert prior.kl(encoder(inputs(points)), encoder).isfinite().all()
-        assert prior.responsibilities(torch.randn(4, D).double(), encoder).sum(-1).allclose(torch.ones(4).double())
+        assert (
+            prior.responsibilities(torch.randn(4, D).double(), encoder)
+            .sum(-1)
+            .allclose(torch.ones(4).double())
+        )
 
 
 def test_one_dimension():
@@ -541,27 +603,33 @@ def test_one_dimension():
         assert prior.kl(encoder(inputs()), encoder).isfinite().all()
 
 
-# --- errors --------------------------------------------------------------------------------------------
+# --- errors ---
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"weights": "uniform"}, "weights must be one of 'dirichlet', 'stick-breaking', but is 'uniform'"),
-    ({"inference": "mcmc"}, "inference must be one of"),
-    ({"map_prior": True}, "map_prior must be one of"),
-    ({"pseudo_inputs_per_component": 3}, "pseudo_inputs_per_component must divide"),
-    ({"pseudo_inputs_per_component": 0}, "pseudo_inputs_per_component must divide"),
-    ({"latent_dim": 0}, "latent_dim must be an integer"),
-    ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
-    ({"concentration": math.inf}, "concentration must be a finite number above 0"),
-    ({"temperature": 0}, "temperature must be"),
-    ({"statistics_rate": 0}, "statistics_rate must be in"),
-    ({"data_size": 0}, "data_size must be None or at least 1"),
-    ({"discount": 0.5}, "discount must be in"),
-    ({"discount": 1.0, "weights": "stick-breaking"}, "discount must be in"),
-    ({"joint": True, "inference": "closed-form"}, "joint=True trains by gradient"),
-    ({"pseudo_inputs": torch.full((4, 2), math.nan)}, "pseudo_inputs must be finite"),
-    ({"pseudo_inputs": torch.zeros(0, 2)}, "pseudo_inputs must have shape"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"weights": "uniform"},
+            "weights must be one of 'dirichlet', 'stick-breaking', but is 'uniform'",
+        ),
+        ({"inference": "mcmc"}, "inference must be one of"),
+        ({"map_prior": True}, "map_prior must be one of"),
+        ({"pseudo_inputs_per_component": 3}, "pseudo_inputs_per_component must divide"),
+        ({"pseudo_inputs_per_component": 0}, "pseudo_inputs_per_component must divide"),
+        ({"latent_dim": 0}, "latent_dim must be an integer"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
+        ({"concentration": math.inf}, "concentration must be a finite number above 0"),
+        ({"temperature": 0}, "temperature must be"),
+        ({"statistics_rate": 0}, "statistics_rate must be in"),
+        ({"data_size": 0}, "data_size must be None or at least 1"),
+        ({"discount": 0.5}, "discount must be in"),
+        ({"discount": 1.0, "weights": "stick-breaking"}, "discount must be in"),
+        ({"joint": True, "inference": "closed-form"}, "joint=True trains by gradient"),
+        ({"pseudo_inputs": torch.full((4, 2), math.nan)}, "pseudo_inputs must be finite"),
+        ({"pseudo_inputs": torch.zeros(0, 2)}, "pseudo_inputs must have shape"),
+    ],
+)
 def test_constructor_errors(settings, message):
     arguments = {"pseudo_inputs": torch.zeros(4, 2), "latent_dim": 2, **settings}
     with pytest.raises(ValueError, match=message):
@@ -575,7 +643,7 @@ def test_type_errors():
         VMMPrior([[0.0]], 1)
     with pytest.raises(TypeError, match="encoder must be a callable"):
         vmm().log_prob(torch.zeros(1, D).double())
-    with pytest.raises(TypeError, match="q must be a torch.distributions Normal"):
+    with pytest.raises(TypeError, match="q must be a torch"):
         vmm().kl(torch.zeros(3, D), Encoder())
 
 
@@ -621,5 +689,64 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     parameters = list(encoder.parameters())
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(x, noise), parameters), torch.autograd.grad(step(x, noise), parameters)
+        torch.autograd.grad(compiled(x, noise), parameters),
+        torch.autograd.grad(step(x, noise), parameters),
     )
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("rule", [True, False])
+def test_map_loss_gradients_in_closed_form(full, rule):
+    """With w the rule's weights and N, s, M their sums of 1, d and d d^T:
+
+    m: -Lambda s / B + m / n;   s_j: N Lambda s_j / B + s_j / n (lower triangle, or diagonal);
+    L: -[N diag(1/L) - tril((M + N S) L)] / B - [diag(1/L) - L / v] / n;
+    gamma: -[psi(gamma) - psi(gamma/C) + mean log pi + 1/gamma^2] / n.
+    """
+    c, n, b = 4, 300, 50
+    prior = vmm(c, responsibility_gradient=rule, data_size=n)
+    m = torch.randn(c, D, dtype=torch.float64, requires_grad=True)
+    s = 0.3 * torch.randn(c, D, D, dtype=torch.float64).tril()
+    s.diagonal(dim1=-2, dim2=-1).abs_().add_(0.2)
+    s = (s if full else s.diagonal(dim1=-2, dim2=-1).clone()).requires_grad_()
+    z = torch.randn(b, D, dtype=torch.float64)
+
+    def encoder(x):
+        return MultivariateNormal(m, scale_tril=s) if full else Normal(m, s)
+
+    targets = [m, s, prior.raw_precision, prior.raw_alpha]
+    grads = torch.autograd.grad(prior.map_loss(z, encoder), targets)
+    with torch.no_grad():
+        joint = prior.log_joint(z, encoder)
+        q = joint.softmax(-1)
+        w = q * (1 + joint - (q * joint).sum(-1, keepdim=True)) if rule else q
+        d = z[:, None] - m
+        mass, first = w.sum(0), torch.einsum("bc,bcr->cr", w, d)
+        second = torch.einsum("bc,bcr,bct->crt", w, d, d)
+        factor, gamma = prior.precision_cholesky, prior.concentration
+        precision = factor @ factor.mT
+        matrix = s if full else torch.diag_embed(s)
+        inverse = torch.diag_embed(1 / factor.diagonal(dim1=-2, dim2=-1))
+        v = c ** (2 / D) / (D + 2)
+        weighted = mass[:, None, None]
+        expected_s = weighted * (precision @ matrix) / b + matrix / n
+        data = weighted * inverse - ((second + weighted * (matrix @ matrix.mT)) @ factor).tril()
+        expected_l = -data / b - (inverse - factor / v) / n
+        # Through softplus on the diagonal: its derivative is 1 - exp(-softplus).
+        slope = 1 - torch.exp(-factor.diagonal(dim1=-2, dim2=-1))
+        expected_raw = expected_l.tril(-1) + torch.diag_embed(
+            expected_l.diagonal(dim1=-2, dim2=-1) * slope
+        )
+        mean_log_pi = prior.logits.log_softmax(-1).mean()
+        expected_gamma = (
+            -(torch.digamma(gamma) - torch.digamma(gamma / c) + mean_log_pi + gamma**-2) / n
+        )
+        # gamma = 1 / softplus(raw)
+        expected_raw_alpha = expected_gamma * -(gamma**2) * (1 - torch.exp(-1 / gamma))
+    expected = (
+        -(precision @ first[..., None])[..., 0] / b + m.detach() / n,
+        expected_s.tril() if full else expected_s.diagonal(dim1=-2, dim2=-1),
+        expected_raw,
+        expected_raw_alpha,
+    )
+    torch.testing.assert_close(grads, expected, **TIGHT)

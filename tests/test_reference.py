@@ -42,7 +42,9 @@ def test_against_scipy(shape, transpose):
     np.testing.assert_allclose(s, np.einsum("bj,bjd->jd", q, d), **TOLERANCE)
     np.testing.assert_allclose(m, np.einsum("bj,bjd,bje->jde", q, d, d), **TOLERANCE)
 
-    np.testing.assert_allclose(reference.mixture_responsibilities(*mixture, transpose), q, **TOLERANCE)
+    np.testing.assert_allclose(
+        reference.mixture_responsibilities(*mixture, transpose), q, **TOLERANCE
+    )
     label, probability, entropy = reference.mixture_assign(*mixture, transpose)
     np.testing.assert_array_equal(label, q.argmax(1))
     np.testing.assert_allclose(probability, q.max(1), **TOLERANCE)
@@ -53,7 +55,9 @@ def test_grouping_sums_over_neighbours():
     mixture = random_mixture(6, 12, 3)
     joint = scipy_log_joint(*mixture, False).reshape(6, 4, 3)
     np.testing.assert_allclose(
-        reference.mixture_log_joint(*mixture, False, 3), scipy.special.logsumexp(joint, axis=2), **TOLERANCE
+        reference.mixture_log_joint(*mixture, False, 3),
+        scipy.special.logsumexp(joint, axis=2),
+        **TOLERANCE,
     )
     np.testing.assert_allclose(
         reference.mixture_responsibilities(*mixture, False, 3),
@@ -67,7 +71,9 @@ def test_gaussian_mixture_density():
     z, centers, whitening, logits = random_mixture(9, 6, 4)
     scale_tril = torch.linalg.inv(whitening)
     log_pi = logits.log_softmax(-1)
-    offsets = log_pi - 2 * math.log(2 * math.pi) + whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    offsets = (
+        log_pi - 2 * math.log(2 * math.pi) + whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    )
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(logits=logits),
         torch.distributions.MultivariateNormal(centers, scale_tril=scale_tril),

@@ -1,6 +1,6 @@
 """vmm_fast: the VampPrior Mixture Model as a drop-in, compiled prior for torch VAEs."""
 
-import torch  # noqa: F401, I001  first: it loads the OpenMP runtime that the compiled core then shares
+import torch  # noqa: F401  first: it loads the OpenMP runtime that the compiled core then shares
 
 from vmm_fast import ops
 from vmm_fast.mixture import Assignment, Components

@@ -1,8 +1,8 @@
 """From rows to clusters: train a VAE with a VampPrior mixture, assign every row, write the results.
 
-A tenth of the rows is held out. The network ends with the weights of the epoch whose validation ELBO
-was best, and training stops when that has long not improved: true labels play no part. Clusters are
-the mixture's components, numbered by how many rows they hold, so 0 is the largest.
+A tenth of the rows is held out. The network ends with the weights of the epoch whose validation
+ELBO was best, and training stops when that has long not improved: true labels play no part.
+Clusters are the mixture's components, numbered by how many rows they hold, so 0 is the largest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vmm_fast.models import VAE, History, fit
 __all__ = ["Clusterer", "Clustering", "Settings", "train"]
 
 LEAST_ROWS = 10  # one is held out and nine are trained on
-PATIENCE_STEPS = 400
+PATIENCE_STEPS = 1000
 CHUNK = 4096  # rows that are encoded together
 TSNE_ROWS = 2000
 SAMPLES = 10  # of each component, in the picture
@@ -60,7 +60,9 @@ class Settings:
             raise InputError(f"must have at least {LEAST_ROWS} rows to be clustered, has {rows}")
         training = rows - _held_out(rows)
         chosen = {name: value for name, value in given.items() if value is not None}
-        batch_size = chosen.get("batch_size", 256 if rows >= 20_000 else min(128, max(16, rows // 8)))
+        batch_size = chosen.get(
+            "batch_size", 256 if rows >= 20_000 else min(128, max(16, rows // 8))
+        )
         if chosen.get("components", 0) > training:
             raise InputError(
                 f"--components must be at most {training}, the rows that are trained on, is "
@@ -70,7 +72,7 @@ class Settings:
             # Enough steps for few rows, enough passes for many.
             "epochs": max(20, -(-2100 // max(1, training // batch_size))),
             "latent_dim": min(10, data.values[0].numel()),
-            "components": min(100, max(2, training // 30)),
+            "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
         }
         return cls(**{**suited, **chosen})
@@ -133,18 +135,18 @@ class Clusterer:
 
     @torch.no_grad()
     def samples(self, component: int, n: int) -> Tensor:
-        """Decoder means of draws from one component [n, *shape], scaled as the network sees data."""
+        """Decode draws from one component [n, *shape], scaled as the network sees data."""
         return self.network.decode(self.components.sample(n, component))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values alone: ``torch.load(path, weights_only=True)`` reads it."""
-        hidden = [layer.out_features for layer in self.network.encoder[:-1:2]]
+        layers = [layer for layer in self.network.encoder if isinstance(layer, torch.nn.Linear)]
         return {
             "vmm_fast": "clusterer 1",
             "network": {
                 "input_shape": list(self.network.input_shape),
                 "latent_dim": self.network.latent_dim,
-                "hidden": hidden,
+                "hidden": [layer.out_features for layer in layers[:-1]],
             },
             "weights": self.network.state_dict(),
             "components": self.components.state_dict(),
@@ -260,6 +262,7 @@ class Clustering:
 
 def train(
     data: Data,
+    scaling: Scaling,
     settings: Settings,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -272,11 +275,10 @@ def train(
     Raises
     ------
     InputError
-        If the data cannot be scaled, or the checkpoint is damaged or of another run.
+        If the checkpoint is damaged or of another run.
     FloatingPointError
         If training diverges.
     """
-    scaling = Scaling.of(data)
     shape = tuple(data.values.shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -287,12 +289,8 @@ def train(
         prior = vmm_fast.VMMPrior(
             scaling.apply(x_train[start]), settings.latent_dim, data_size=len(x_train)
         )
-        network = {
-            "input_shape": shape,
-            "latent_dim": settings.latent_dim,
-            "hidden": _hidden(data.values[0].numel()),
-        }
-        model = VAE(**network, prior=prior)
+        hidden = _hidden(data.values[0].numel())
+        model = VAE(shape, settings.latent_dim, prior, hidden)
 
     steps = max(1, len(x_train) // settings.batch_size)
     try:
@@ -315,7 +313,7 @@ def train(
         raise InputError(str(error)) from error
 
     model.eval()
-    bare = VAE(**network)
+    bare = VAE(shape, settings.latent_dim, hidden=hidden)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("prior.")}
     bare.load_state_dict(weights)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import array
 import csv
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ class Scaling:
         return x.double() * self.scale.to(x.device) + self.offset.to(x.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name; ``Scaling(**state)`` restores them."""
+        """Give the tensors by name; ``Scaling(**state)`` restores them."""
         return {"offset": self.offset, "scale": self.scale}
 
 
@@ -147,9 +146,9 @@ def read(path: str | os.PathLike[str]) -> Data:
     ----------
     path : str or os.PathLike
         In a .npz the array is called ``images``, ``x`` or ``X``, or is the only one but for the
-        labels, ``labels`` or ``y``. A .csv has numeric columns, an optional header, and with a header
-        an optional column ``label``, ``labels`` or ``y``; a first column without a name holds the
-        rows' names and is left out, as is usual for tables written by pandas and R.
+        labels, ``labels`` or ``y``. A .csv has numeric columns, an optional header, and with a
+        header an optional column ``label``, ``labels`` or ``y`` (but x and y are a point); a first
+        column without a name holds the rows' names, as pandas and R write them, and is left out.
 
     Returns
     -------
@@ -236,10 +235,9 @@ def make_data(
 
 def _as_torch_takes_it(values: np.ndarray) -> np.ndarray:
     """Native, contiguous, and uint8, float32 or float64, whichever holds every value."""
+    dtype: type = np.float32 if np.can_cast(values.dtype, np.float32) else np.float64
     if values.dtype == np.uint8:
         dtype = np.uint8
-    else:
-        dtype = np.float32 if np.can_cast(values.dtype, np.float32) else np.float64
     return np.ascontiguousarray(values, dtype=dtype)
 
 
@@ -293,9 +291,7 @@ def _read_npz(path: Path) -> Data:
             name = others[0]
         else:
             held = ", ".join(archive.files) or "none"
-            raise InputError(
-                f"must hold one array, or one called images, x or X; holds {held}"
-            )
+            raise InputError(f"must hold one array, or one called images, x or X; holds {held}")
         values = _member(archive, name)
         labels = None if label_name is None else _member(archive, label_name)
     return make_data(values, labels, images=name == IMAGE_NAME, name=f"array {name!r}")
@@ -363,7 +359,8 @@ def _parse_csv(file: Any) -> Data:
             labels.append(row[label_at].strip())
         count += 1
     if count == 0:
-        raise InputError("must have rows of numbers, has " + ("a header alone" if header else "none"))
+        held = "a header alone" if header else "none"
+        raise InputError(f"must have rows of numbers, has {held}")
     matrix = np.frombuffer(values, dtype=np.float64).reshape(count, len(used))
     return make_data(matrix, np.array(labels) if labels else None, name="the table", notes=notes)
 

@@ -1,7 +1,7 @@
 """The prior as a mixture: from posteriors at the pseudo-inputs and precisions to densities.
 
-J = C K Gaussian components, j = c K + k, of which component c's K share a weight pi_c and a precision
-Lambda_c = L_c L_c^T, and each has a center that is itself uncertain, q(mu_j) = N(m_j, S_j), S = s s^T:
+J = C K Gaussian components, j = c K + k, of which component c's K share a weight pi_c and a
+precision Lambda_c = L_c L_c^T, and each has an uncertain center, q(mu_j) = N(m_j, S_j), S = s s^T:
 
     marginal   p(z) = sum_c pi_c 1/K sum_k N(z; m_ck, Lambda_c^-1 + S_ck)
     expected   l_ck(z) = log pi_c - log K + E_q(mu)[log N(z; mu, Lambda_c^-1)]
@@ -10,8 +10,8 @@ Lambda_c = L_c L_c^T, and each has a center that is itself uncertain, q(mu_j) = 
 
 (Stirn & Knowles, arXiv 2402.04412.) Without S both are the Gaussian mixture; without Lambda^-1 both
 are the VampPrior (Tomczak & Welling 2018), whose expected form would be -inf and is the exact
-log-joint instead. Both are whitened mixtures for :mod:`vmm_fast.ops`; building them is small next to
-the pairs and is done in float64, so that a badly conditioned precision costs no accuracy here.
+log-joint instead. Both are whitened mixtures for :mod:`vmm_fast.ops`; building them is small next
+to the pairs and is done in float64, so that a badly conditioned precision costs no accuracy here.
 """
 
 from __future__ import annotations
@@ -174,7 +174,12 @@ class Components:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def _map(self, function) -> Components:
-        return Components(*(None if v is None else function(v) for v in self._values()))
+        centers, log_weights, *rest = self._values()
+        return Components(
+            function(centers),
+            function(log_weights),
+            *(None if v is None else function(v) for v in rest),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name; ``Components(**state)`` restores them."""
@@ -182,7 +187,7 @@ class Components:
         values = zip(names, self._values(), strict=True)
         return {name: v.detach() for name, v in values if v is not None}
 
-    # --- the two whitened mixtures -------------------------------------------------------------
+    # --- the two whitened mixtures ---
 
     @property
     def marginal(self) -> WhitenedMixture:
@@ -197,7 +202,7 @@ class Components:
         return self._once("expected", self._build_expected)
 
     def _once(self, name: str, build: Callable[[], WhitenedMixture]) -> WhitenedMixture:
-        """Build at the first use; what was built without a graph does not serve where one is due."""
+        """Build at the first use; what was built without a graph is not reused where one is due."""
         graph = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in self._values()
         )
@@ -207,14 +212,13 @@ class Components:
         return self._built[key]
 
     def _build_marginal(self) -> WhitenedMixture:
-        if self.precision_cholesky is not None and self.scale is not None:
-            covariance = self._covariance
-            cholesky, info = torch.linalg.cholesky_ex(covariance)
-            self._require_positive(info == 0)
-        elif self.precision_cholesky is None:
+        if self.scale is None:
+            return self._with_precision(0.0)
+        if self.precision_cholesky is None:
             cholesky = _matrix(self.scale.double())
         else:
-            return self._with_precision(0.0)
+            cholesky, info = torch.linalg.cholesky_ex(self._covariance)
+            self._require_positive(info == 0)
         diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
         self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
         eye = torch.eye(self.latent_dim, dtype=cholesky.dtype, device=cholesky.device)
@@ -223,6 +227,7 @@ class Components:
         return self._whitened(whitening, offsets, transpose=False)
 
     def _build_expected(self) -> WhitenedMixture:
+        assert self.precision_cholesky is not None and self.scale is not None
         factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
         scale = self.scale.double()
         # tr(Lambda S) = |L^T s|^2, never a difference.
@@ -230,6 +235,7 @@ class Components:
         return self._with_precision(0.5 * product.square().sum((-2, -1)))
 
     def _with_precision(self, penalty: Tensor | float) -> WhitenedMixture:
+        assert self.precision_cholesky is not None
         factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
@@ -274,7 +280,7 @@ class Components:
                 "pseudo-input must be finite with a positive diagonal"
             )
 
-    # --- densities -------------------------------------------------------------------------------
+    # --- densities ---
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) [B] of the marginal prior, in nats."""
@@ -294,9 +300,7 @@ class Components:
 
     def assign(self, z: Tensor) -> Assignment:
         """Most probable component, its probability and the entropy, without a [B, C] matrix."""
-        return Assignment(
-            *ops.mixture_assign(z, *self.expected, self.pseudo_inputs_per_component)
-        )
+        return Assignment(*ops.mixture_assign(z, *self.expected, self.pseudo_inputs_per_component))
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
         """Indices of the components with a share over ``threshold``, largest first.
@@ -316,14 +320,14 @@ class Components:
         order = share.argsort(descending=True, stable=True)
         return order[share[order] > threshold]
 
-    # --- samples -----------------------------------------------------------------------------------
+    # --- samples ---
 
     def distribution(self) -> MixtureDistribution:
         """Give the marginal prior as a torch distribution."""
         return MixtureDistribution(self)
 
     def sample(self, n: int, component: int | Tensor | None = None) -> Tensor:
-        """Draw z [n, D] from the marginal prior or from one ``component`` (an index, or [n] of them).
+        """Draw z [n, D] from the prior or from one ``component`` (an index, or [n] of them).
 
         Raises
         ------
@@ -370,12 +374,12 @@ class MixtureDistribution(Distribution):
         flat = self.components.log_prob(value.reshape(-1, self.components.latent_dim))
         return flat.reshape(value.shape[:-1])
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw [*sample_shape, D]."""
         return self.component_sample(None, sample_shape)
 
     def component_sample(
-        self, component: int | None, sample_shape: torch.Size | tuple[int, ...] = ()
+        self, component: int | None, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
     ) -> Tensor:
         """Draw [*sample_shape, D] from one component (None: from all)."""
         shape = torch.Size(sample_shape)

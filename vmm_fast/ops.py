@@ -13,8 +13,8 @@ other devices run the reference. Nothing of size [B, J] is stored by :func:`mixt
 backward recomputes), :func:`mixture_statistics` and :func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
-or devices, for values that are not finite, and for a z so far from every center that its log-density
-overflows the dtype.
+or devices, for values that are not finite, and for a z so far from every center that its
+log-density overflows the dtype.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLOATS = {torch.float32: "float32", torch.float64: "float64"}
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-# --- the border: everything is checked here, once ---------------------------------------------------
+# --- the border: everything is checked here, once ---
 
 
 def _check(
@@ -71,9 +71,8 @@ def _check(
             f"pseudo_inputs_per_component must divide J = {components}, but is {per_component}"
         )
     if z.dtype in _HALVES or centers.dtype in _HALVES:
-        z, centers, whitening, offsets = arguments = tuple(
-            a.float() if a.dtype in _HALVES else a for a in arguments
-        )
+        z, centers, whitening, offsets = (a.float() if a.dtype in _HALVES else a for a in arguments)
+        arguments = (z, centers, whitening, offsets)
     for name, value in zip(("centers", "whitening", "offsets"), arguments[1:], strict=True):
         if value.dtype != z.dtype:
             raise TypeError(f"{name} must have z's dtype {z.dtype}, but has {value.dtype}")
@@ -95,12 +94,10 @@ def _check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor
         raise ValueError("offsets are all -inf, so that every component is pruned")
 
 
-# --- the compiled core: addresses and sizes ---------------------------------------------------------
+# --- the compiled core: addresses and sizes ---
 
 
-def _core_call(
-    name: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], transpose: bool, *rest: Any
-) -> None:
+def _core_call(name: str, inputs: tuple[Tensor, ...], transpose: bool, *rest: Any) -> None:
     """Call an operation of the compiled core; ``rest`` are tensors (by address) and integers."""
     inputs = tuple(x.contiguous() for x in inputs)
     z, centers = inputs[:2]
@@ -134,7 +131,7 @@ def _log_prob_backward_cpu(
     lse: Tensor,
     expected: Tensor,
     transpose: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = (z, centers, whitening, offsets)
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     upstream = (grad_lse.contiguous(), grad_expected.contiguous())
@@ -144,7 +141,7 @@ def _log_prob_backward_cpu(
 
 def _statistics_cpu(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     out = tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (offsets, centers, whitening)
@@ -184,7 +181,7 @@ def _assign_cpu(
     return out
 
 
-# --- the torch ops: schema, implementation, fake, autograd ------------------------------------------
+# --- the torch ops: schema, implementation, fake, autograd ---
 
 _MIXTURE = "Tensor z, Tensor centers, Tensor whitening, Tensor offsets"
 _GROUPED = f"{_MIXTURE}, bool transpose, int pseudo_inputs_per_component"
@@ -243,9 +240,7 @@ def _(z, centers, whitening, offsets, transpose):
 
 
 @torch.library.register_fake("vmm_fast::mixture_log_prob_backward", lib=_library)
-def _(
-    grad_lse, grad_expected, z, centers, whitening, offsets, lse, expected, transpose
-):
+def _(grad_lse, grad_expected, z, centers, whitening, offsets, lse, expected, transpose):
     return tuple(x.new_empty(x.shape) for x in (z, centers, whitening, offsets))
 
 
@@ -293,7 +288,7 @@ torch.library.register_autograd(
 
 
 class _LogProb(torch.autograd.Function):
-    """The same autograd without the op's dispatch, which costs more than the kernel at small sizes."""
+    """The same autograd without the op's dispatch, which costs more than a small kernel."""
 
     @staticmethod
     def forward(ctx, z, centers, whitening, offsets, transpose):
@@ -311,7 +306,7 @@ class _LogProb(torch.autograd.Function):
         ), None
 
 
-# --- the public functions ---------------------------------------------------------------------------
+# --- the public functions ---
 
 
 def mixture_log_prob(
@@ -319,8 +314,8 @@ def mixture_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and expectation of the log-joint, in nats.
 
-    lse_i = log sum_j exp l_ij and expected_i = sum_j q_ij l_ij with q = softmax(l). Their difference
-    is the entropy of the assignment q_i.
+    lse_i = log sum_j exp l_ij and expected_i = sum_j q_ij l_ij with q = softmax(l). Their
+    difference is the entropy of the assignment q_i.
 
     Differentiable once in all tensors: with w_ij = q_ij (g_i + h_i (1 + l_ij - expected_i)) for
     upstream gradients g of lse and h of expected, and N, s, M the sums of
@@ -397,8 +392,8 @@ def mixture_log_joint(
 ) -> Tensor:
     """Log-joint of every component, l_ic = log sum_k exp l_i(c,k), in nats.
 
-    Components are runs of ``pseudo_inputs_per_component`` neighbours j = c K + k. Where a gradient is
-    asked for, the reference computes it.
+    Components are runs of ``pseudo_inputs_per_component`` neighbours j = c K + k. Where a gradient
+    is asked for, the reference computes it.
 
     Parameters
     ----------
@@ -417,8 +412,9 @@ def mixture_log_joint(
     TypeError, ValueError
         As the module says.
     """
-    return _grouped("mixture_log_joint", z, centers, whitening, offsets, transpose,
-                    pseudo_inputs_per_component)
+    return _grouped(
+        "mixture_log_joint", z, centers, whitening, offsets, transpose, pseudo_inputs_per_component
+    )
 
 
 def mixture_responsibilities(
@@ -441,8 +437,15 @@ def mixture_responsibilities(
     TypeError, ValueError
         As the module says.
     """
-    return _grouped("mixture_responsibilities", z, centers, whitening, offsets, transpose,
-                    pseudo_inputs_per_component)
+    return _grouped(
+        "mixture_responsibilities",
+        z,
+        centers,
+        whitening,
+        offsets,
+        transpose,
+        pseudo_inputs_per_component,
+    )
 
 
 def _grouped(name, z, centers, whitening, offsets, transpose, per_component) -> Tensor:

@@ -1,7 +1,7 @@
 """The operations of :mod:`vmm_fast.ops` in plain torch: their definition.
 
-Any floating dtype, any device, differentiable any number of times, and of size [B, J]: written to be
-read. Every compiled backend is compared with these functions, and these with scipy in float64.
+Any floating dtype, any device, differentiable any number of times, and of size [B, J]: written to
+be read. Every compiled backend is compared with these functions, and these with scipy in float64.
 
 A whitened mixture has centers m [J, D], lower-triangular A [J, D, D] and offsets c [J]:
 
@@ -88,7 +88,7 @@ def mixture_assign(
     transpose: bool = False,
     pseudo_inputs_per_component: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Most probable c [B] (int64), its probability [B], entropy of the responsibilities [B], nats."""
+    """Most probable c [B] (int64), its probability [B], entropy of all [B] in nats."""
     log_joint = mixture_log_joint(
         z, centers, whitening, offsets, transpose, pseudo_inputs_per_component
     )

@@ -9,12 +9,12 @@ With N_j, s_j, M_j the responsibilities' sums of 1, d and d d^T, d = z - m_j
     m_c      = (N_c Lambda_c + I)^-1 Lambda_c (N_c m_c + s_c)             (free centers alone)
     gamma    = argmax log p(N_1, .., N_C | gamma) + log p(1 / gamma), weights integrated out
 
-The last departs from the joint maximum over (pi, gamma), which does not exist: with even weights the
-Dirichlet density grows without bound in gamma, and a large gamma keeps the weights even. Counts given
-gamma follow the Dirichlet-multinomial law, whose maximum follows the counts (Minka 2000).
+The last departs from the joint maximum over (pi, gamma), which does not exist: with even weights
+the Dirichlet density grows without bound in gamma, and a large gamma keeps the weights even. Counts
+given gamma follow the Dirichlet-multinomial law, whose maximum follows the counts (Minka 2000).
 
-(Dempster, Laird & Rubin 1977; with a decaying average of the sums over mini-batches, the online EM of
-Cappe & Moulines 2009.) For sticks, weights are the posterior means of
+(Dempster, Laird & Rubin 1977; with a decaying average of the sums over mini-batches, the online EM
+of Cappe & Moulines 2009.) For sticks, weights are the posterior means of
 :mod:`vmm_fast.inference.stick_breaking`.
 """
 
@@ -81,14 +81,16 @@ def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> S
     sums = ops.mixture_statistics(
         z, centers, whitening / math.sqrt(temperature), offsets / temperature, transpose
     )
-    return Statistics(*(x.double() for x in sums), components.centers.detach().double())
+    n, s, m = (x.double() for x in sums)
+    return Statistics(n, s, m, components.centers.detach().double())
 
 
 def matching_statistics(components: Components) -> Statistics:
-    """Sums per point that a sample of the components themselves would have: pi_c / K, 0, Sigma_c."""
+    """Sums per point that a sample of the components would have: pi_c / K, 0, pi_c / K Sigma_c."""
     centers = components.centers.detach().double()
     per_component = components.pseudo_inputs_per_component
     mass = (components.weights.double() / per_component).repeat_interleave(per_component)
+    assert components.precision_cholesky is not None
     factor = components.precision_cholesky.double()
     covariance = torch.cholesky_inverse(factor).repeat_interleave(per_component, 0)
     return Statistics(mass, torch.zeros_like(centers), mass[:, None, None] * covariance, centers)
@@ -157,7 +159,9 @@ def maximise_weights(
         concentration = maximise_concentration(mass)
     excess = mass + concentration / len(mass) - 1
     alive = excess > 0
-    if not alive.any():  # fewer points than components: nothing to tell them apart by but their mass
+    if (
+        not alive.any()
+    ):  # fewer points than components: nothing to tell them apart by but their mass
         excess, alive = mass, mass > 0
     floor = math.exp(LOG_WEIGHT_FLOOR)
     shares = torch.where(alive, excess, 0)
@@ -166,9 +170,9 @@ def maximise_weights(
 
 
 def maximise_concentration(mass: Tensor) -> float:
-    """Argmax over gamma of the Dirichlet-multinomial log-likelihood of N_c [C] plus log p(1 / gamma).
+    """Maximiser of the Dirichlet-multinomial log-likelihood of N_c [C] plus log p(1 / gamma).
 
-    log Gamma(gamma) - log Gamma(N + gamma) + sum_c [log Gamma(N_c + gamma / C) - log Gamma(gamma / C)]
+    lgamma(gamma) - lgamma(N + gamma) + sum_c [lgamma(N_c + gamma / C) - lgamma(gamma / C)]
     - 1 / gamma, with alpha = 1 / gamma ~ Gamma(1, 1). The slope in log gamma is bisected in float64
     between 1e-6 and 1e6; counts more even than any gamma explains give the upper end.
     """
@@ -179,7 +183,9 @@ def maximise_concentration(mass: Tensor) -> float:
         gamma = torch.as_tensor(math.exp(t), dtype=torch.float64, device=mass.device)
         a = gamma / count
         shares = (torch.digamma(mass + a) - torch.digamma(a)).mean()
-        return float(gamma * (torch.digamma(gamma) - torch.digamma(total + gamma) + shares) + 1 / gamma)
+        return float(
+            gamma * (torch.digamma(gamma) - torch.digamma(total + gamma) + shares) + 1 / gamma
+        )
 
     low, high = math.log(1e-6), math.log(1e6)
     if slope(high) > 0:

@@ -51,12 +51,12 @@ class PrivateAdam:
         self._follow_parameters()
         kept = [p.grad for p in parameters]
         try:
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = g
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
             self._adam.step()
         finally:
-            for p, g in zip(parameters, kept, strict=True):
-                p.grad = g
+            for p, old in zip(parameters, kept, strict=True):
+                p.grad = old
 
     def _follow_parameters(self) -> None:
         """Move the moments to where Module.to() has moved the parameters."""

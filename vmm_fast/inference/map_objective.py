@@ -1,6 +1,7 @@
-"""The empirical-Bayes objective: data term and parameter priors (arXiv 2402.04412, sections 3 and A).
+"""The empirical-Bayes objective of Stirn & Knowles (arXiv 2402.04412): data and parameter priors.
 
-    (1/n) [ sum_i sum_j q_ij l_ij + log p(pi) + log p(alpha) + sum_j log p(mu_j) + sum_c log p(Lambda_c) ]
+    (1/n) [ sum_i sum_j q_ij l_ij
+            + log p(pi) + log p(alpha) + sum_j log p(mu_j) + sum_c log p(Lambda_c) ]
 
     pi ~ Dirichlet(a, .., a), a = gamma / C;         alpha = 1 / gamma ~ Gamma(1, 1)
     (or sticks v_c ~ Beta(1 - d, gamma + c d);       gamma ~ Gamma(1, 1))
@@ -33,8 +34,8 @@ __all__ = [
     "wishart_scale",
 ]
 
-# With a < 1 the Dirichlet density has no upper bound: a weight that falls to zero raises it for ever.
-# Below this log-weight the density counts as constant, so a pruned component's logit stays finite.
+# With a < 1 the Dirichlet density has no upper bound: a weight that falls to zero raises it for
+# ever. Below this log-weight the density counts as constant, so that logits stay finite.
 LOG_WEIGHT_FLOOR = -20.0
 
 
@@ -65,13 +66,14 @@ def wishart_scale(num_components: int, latent_dim: int) -> float:
 
 
 def log_wishart(precision_cholesky: Tensor) -> Tensor:
-    """sum_c log Wishart(L_c L_c^T; D + 2, v I): scipy.stats.wishart's density, no Cholesky Jacobian."""
+    """sum_c log Wishart(L_c L_c^T; D + 2, v I); a density over Lambda, no Cholesky Jacobian."""
     count, dim = precision_cholesky.shape[:2]
     factor = precision_cholesky.tril()
     df, v = dim + 2, wishart_scale(count, dim)
-    normaliser = 0.5 * df * dim * math.log(2 * v) + torch.special.multigammaln(
-        torch.tensor(df / 2, dtype=torch.float64), dim
-    ).item()
+    normaliser = (
+        0.5 * df * dim * math.log(2 * v)
+        + torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), dim).item()
+    )
     # (df - D - 1) / 2 logdet(L L^T) = sum log diag L
     logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum()
     return logdet - 0.5 / v * factor.square().sum() - count * normaliser
@@ -95,6 +97,7 @@ def log_parameter_prior(
         )
         hyper = -concentration
     total = total + expected_log_normal(components.centers, components.scale)
+    assert components.precision_cholesky is not None
     total = total + log_wishart(components.precision_cholesky)
     return total + hyper if learnt_concentration else total
 

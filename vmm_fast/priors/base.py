@@ -20,7 +20,8 @@ class Prior(nn.Module):
     """A prior over latent vectors z [D] that is a mixture of Gaussians.
 
     ``encoder`` is any callable from inputs to a torch.distributions Normal (with or without
-    Independent) or MultivariateNormal; priors without pseudo-inputs ignore it. Densities are in nats.
+    Independent) or MultivariateNormal; priors without pseudo-inputs ignore it. Densities are in
+    nats.
 
     Subclasses give :meth:`components` and, if they learn, :meth:`map_loss` and :meth:`update`.
     """
@@ -116,15 +117,13 @@ class Prior(nn.Module):
         """z [B, D], cut from the graph, from what ``update`` takes."""
         z = q_or_z if isinstance(q_or_z, Tensor) else self._check_posterior(q_or_z).sample()
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(
-                f"z must have shape [B, {self.latent_dim}], but has {list(z.shape)}"
-            )
+            raise ValueError(f"z must have shape [B, {self.latent_dim}], but has {list(z.shape)}")
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
         return z.detach()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let ``prior.logits = tensor`` set a parameter's values; it keeps its identity and dtype."""
+        """Let ``prior.logits = tensor`` set a parameter's values; it stays the same parameter."""
         parameter = self.__dict__.get("_parameters", {}).get(name)
         if parameter is not None and isinstance(value, Tensor):
             if value.shape != parameter.shape:

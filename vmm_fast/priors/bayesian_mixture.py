@@ -87,16 +87,16 @@ class BayesianMixturePrior(Prior):
         self.precision_cholesky = torch.eye(latent_dim, dtype=dtype).expand(num_components, -1, -1)
         self.concentration = concentration
         if inference == "closed-form":
-            self._register_running_statistics(dtype)
+            self._register_running_statistics()
         learnt = self.parameters() if inference == "gradient" else self._gradient_parameters()
         learnt = list(learnt)
         self._adam = PrivateAdam(learnt, learning_rate) if learnt and not joint else None
 
-    # --- state -------------------------------------------------------------------------------------
+    # --- state ---
 
     @property
     def precision_cholesky(self) -> Tensor:
-        """L [C, D, D], lower triangular with a positive diagonal; Lambda_c = L_c L_c^T. Settable."""
+        """L [C, D, D], lower triangular, positive diagonal; Lambda_c = L_c L_c^T. Settable."""
         raw = self.raw_precision
         diagonal = softplus(raw.diagonal(dim1=-2, dim2=-1))
         return raw.tril(-1) + torch.diag_embed(diagonal)
@@ -149,13 +149,20 @@ class BayesianMixturePrior(Prior):
     def extra_repr(self) -> str:
         """Name the settings, which ``state_dict`` does not hold."""
         names = (
-            "weights", "inference", "responsibility_gradient", "data_size", "joint", "map_prior",
-            "discount", "temperature", "statistics_rate",
+            "weights",
+            "inference",
+            "responsibility_gradient",
+            "data_size",
+            "joint",
+            "map_prior",
+            "discount",
+            "temperature",
+            "statistics_rate",
         )
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_components}, {self.latent_dim}, {settings}"
 
-    # --- the mixture ---------------------------------------------------------------------------------
+    # --- the mixture ---
 
     def _centers(
         self, encoder: Encoder | None, differentiable: bool
@@ -185,17 +192,18 @@ class BayesianMixturePrior(Prior):
         """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
         return self._components(encoder, differentiable=self.joint)
 
-    # --- the empirical-Bayes step --------------------------------------------------------------------
+    # --- the empirical-Bayes step ---
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
         """Negative empirical-Bayes objective, a scalar in nats per point.
 
-        -(1/n) [ sum_i sum_j q_ij l_ij + log p(pi) + log p(alpha) + sum log p(mu) + sum log p(Lambda) ]
+        -(1/n) [ sum_i sum_j q_ij l_ij
+                 + log p(pi) + log p(alpha) + sum log p(mu) + sum log p(Lambda) ]
 
         with n = B for the data term; the parameter priors weigh 1 / ``data_size`` (1/B for None).
         See :mod:`vmm_fast.inference.map_objective` for the densities. ``map_prior="none"`` leaves
-        all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z`` and
-        the encoder; :meth:`update` uses the first alone.
+        all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z``
+        and the encoder; :meth:`update` uses the first alone.
         """
         return self._map_loss(self._components(encoder, differentiable=True), z)
 
@@ -222,10 +230,10 @@ class BayesianMixturePrior(Prior):
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Take one empirical-Bayes step: the prior moves, the network stands still.
 
-        With ``inference="gradient"``, one Adam step on :meth:`map_loss`. With ``"closed-form"``, one
-        step of online EM: weights, concentration and precisions (and free centers) jump to their
-        maximisers under a decaying average of the batches' statistics; pseudo-inputs take an Adam
-        step. Nothing happens with ``joint=True``.
+        With ``inference="gradient"``, one Adam step on :meth:`map_loss`. With ``"closed-form"``,
+        one step of online EM: weights, concentration and precisions (and free centers) jump to
+        their maximisers under a decaying average of the batches' statistics; pseudo-inputs take
+        an Adam step. Nothing happens with ``joint=True``.
 
         Parameters
         ----------
@@ -243,14 +251,19 @@ class BayesianMixturePrior(Prior):
             return
         with torch.enable_grad():
             components = self._components(encoder, differentiable=True)
-            loss = self._map_loss(components, z) if self._adam is not None else None
-        if self._adam is not None:
-            self._adam.step(loss)
+            if self._adam is not None:
+                self._adam.step(self._map_loss(components, z))
         if self.inference == "closed-form":
             with torch.no_grad():
                 self._online_step(components.detach(), z)
 
-    def _register_running_statistics(self, dtype: torch.dtype) -> None:
+    running_N: Tensor
+    running_s: Tensor
+    running_M: Tensor
+    running_centers: Tensor
+    running_steps: Tensor
+
+    def _register_running_statistics(self) -> None:
         total, dim = self.num_components * self.pseudo_inputs_per_component, self.latent_dim
         for name, shape in (("N", ()), ("s", (dim,)), ("M", (dim, dim)), ("centers", (dim,))):
             self.register_buffer(f"running_{name}", torch.zeros(total, *shape, dtype=torch.float64))
@@ -280,6 +293,7 @@ class BayesianMixturePrior(Prior):
 
     def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
         """Set weights, concentration and precisions to their maximisers."""
+        assert components.precision_cholesky is not None
         mass = sums.N.unflatten(0, (self.num_components, -1)).sum(1)
         log_weights, concentration = closed_form.maximise_weights(
             mass,
@@ -331,7 +345,9 @@ class BayesianMixturePrior(Prior):
         """
         batches = (z,) if isinstance(z, Tensor) else z
         if iter(batches) is batches:
-            raise ValueError("z must be repeatable, such as a list or a DataLoader, not an iterator")
+            raise ValueError(
+                "z must be repeatable, such as a list or a DataLoader, not an iterator"
+            )
         history: list[float] = []
         for _ in range(max_iterations):
             components = self._components(encoder, differentiable=False)

@@ -100,6 +100,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
         return sums.around(centers)  # free centers move by themselves, not with the points
 
     def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
+        assert components.precision_cholesky is not None
         centers = closed_form.maximise_centers(
             sums, components.precision_cholesky, self.map_prior != "none"
         )

@@ -31,6 +31,7 @@ class StandardNormalPrior(Prior):
         check_positive(latent_dim=latent_dim)
         self.latent_dim = latent_dim
         self.num_components = 1
+        self._zero: Tensor
         # Follows the module's moves, so that components() has its device and dtype.
         self.register_buffer("_zero", torch.zeros(1, latent_dim), persistent=False)
 
@@ -44,7 +45,7 @@ class StandardNormalPrior(Prior):
     ) -> Tensor:
         """KL(q || N(0, I)) [B] in nats, exact unless ``z`` is given.
 
-        -H(q) + D/2 log 2 pi + 1/2 (|m|^2 + tr S), with |z|^2 in place of |m|^2 + tr S for a given z.
+        -H(q) + D/2 log 2 pi + 1/2 (|m|^2 + tr S); for a given z, |z|^2 in place of |m|^2 + tr S.
         """
         mean, scale = gaussian_parameters(self._check_posterior(q))
         if z is None:

@@ -19,9 +19,9 @@ __all__ = ["VampPrior"]
 class VampPrior(PseudoInputs, Prior):
     """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
 
-    Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that it
-    can be compared as a clustering, each pseudo-input counts as a component here (C = K), and the
-    log-joint is exact: log 1/K + log N(z; m_k, S_k).
+    Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that
+    it can be compared as a clustering, each pseudo-input counts as a component here (C = K), and
+    the log-joint is exact: log 1/K + log N(z; m_k, S_k).
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class VampPrior(PseudoInputs, Prior):
         return -lse.mean()
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Move the pseudo-inputs one Adam step down :meth:`map_loss`; nothing with ``joint=True``."""
+        """Move the pseudo-inputs an Adam step down :meth:`map_loss`; not with ``joint=True``."""
         z = self._latents(q_or_z)
         if self._adam is None:
             return
