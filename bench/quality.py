@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.data)
     train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
     torch.manual_seed(args.seed)
+    train = {name: train[name][: args.images] for name in ("images", "labels")}
     x, y = (
         torch.from_numpy(part["images"].reshape(-1, 784)).float() / 127.5 - 1
         for part in (train, test)
@@ -145,52 +146,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def plot(folder: Path) -> Path:
-    """Draw the curves of all runs in a folder into one picture."""
+PANELS = (
+    ("accuracy", "accuracy (most probable point)"),
+    ("accuracy_majority", "accuracy (majority)"),
+    ("nmi", "NMI"),
+    ("nmi_merged", "NMI, clusters merged by majority label"),
+    ("ari", "adjusted Rand index"),
+    ("components_active", "components over 0.2 %"),
+    ("validation_elbo", "validation ELBO (nats)"),
+    ("validation_kl", "validation KL (nats)"),
+)
+
+
+def plot(folder: Path, prefix: str) -> Path:
+    """Draw the curves of all runs of a prefix into one picture, ``prefix.png``."""
     from matplotlib.figure import Figure
 
-    records = sorted(folder.glob("mnist-*.json"))
+    records = {
+        path.stem.removeprefix(f"{prefix}-"): json.loads(path.read_text())["curve"]
+        for path in sorted(folder.glob(f"{prefix}-*.json"))
+    }
     if not records:
-        raise FileNotFoundError(f"no mnist-*.json in {folder}")
-    panels = (
-        ("accuracy", "accuracy (most probable point)"),
-        ("nmi", "NMI"),
-        ("ari", "ARI"),
-        ("nmi_merged", "NMI, merged by label"),
-        ("components_active", "components over 0.2 %"),
-        ("validation_elbo", "validation ELBO (nats)"),
-    )
-    figure = Figure(figsize=(12, 6.5), layout="constrained", dpi=120)
-    axes = figure.subplots(2, 3)
-    for path in records:
-        record = json.loads(path.read_text())
-        for ax, (key, title) in zip(axes.flat, panels, strict=True):
-            points = [
-                (e["epoch"], e[key] if key in e else e["test"][key])
-                for e in record["curve"]
-                if key in e or "test" in e
-            ]
-            label = path.stem.removeprefix("mnist-")
-            if label == "normal" and key == "accuracy":  # k-means has no most probable point
-                points = [
-                    (e["epoch"], e["test"]["accuracy_majority"])
-                    for e in record["curve"]
-                    if "test" in e
-                ]
-            ax.plot(*zip(*points, strict=True), label=label, lw=1.5)
-            ax.set_title(title, fontsize=10, loc="left")
-            ax.set_xlabel("epoch", fontsize=9)
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
-    elbos = [
-        e["validation_elbo"]
-        for p in records
-        for e in json.loads(p.read_text())["curve"]
-        if e["epoch"] > 2
-    ]
-    axes.flat[5].set_ylim(min(elbos), max(elbos) + 15)
-    axes.flat[0].legend(fontsize=8, frameon=False)
-    out = folder / "mnist.png"
+        raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
+    figure = Figure(figsize=(15, 6.5), layout="constrained", dpi=110)
+    for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
+        for name, curve in records.items():
+            rows = [{**epoch, **epoch.get("test", {})} for epoch in curve]
+            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+            ax.plot(*zip(*points, strict=True), label=name, lw=1.5)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel("epoch", fontsize=9)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    out = folder / f"{prefix}.png"
     write_atomically(out, lambda file: figure.savefig(file, format="png"))
     return out
 
@@ -201,10 +190,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
     )
     parser.add_argument("--prior", choices=PRIORS, default="vmm")
-    parser.add_argument("--name", help="of the result file; the prior's name unless given")
+    parser.add_argument(
+        "--name", help="of the result file, PREFIX-NAME.json; the prior's unless given"
+    )
     parser.add_argument(
         "--data", default=str(default), help="folder with mnist_train.npz, mnist_test.npz"
     )
+    parser.add_argument(
+        "--prefix", default="mnist", help="of the result files that belong together"
+    )
+    parser.add_argument("--images", type=int, help="train on the first so many; all unless given")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -229,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files")
     parser.add_argument(
-        "--plot", action="store_true", help="draw the runs in --out and train nothing"
+        "--plot", action="store_true", help="draw the runs of --prefix in --out; train nothing"
     )
 
 
@@ -237,9 +232,9 @@ def main(args: argparse.Namespace) -> None:
     """Run and write, or plot."""
     folder = Path(args.out)
     if args.plot:
-        print(plot(folder))
+        print(plot(folder, args.prefix))
         return
     record = run(args)
-    path = folder / f"mnist-{args.name or args.prior}.json"
+    path = folder / f"{args.prefix}-{args.name or args.prior}.json"
     write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
     print(path)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import array
 import csv
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -166,20 +167,21 @@ def read(path: str | os.PathLike[str]) -> Data:
         kind = f"ends in {path.suffix}" if path.suffix else "has no suffix"
         raise InputError(f"{path}: must be a .npz, .npy or .csv file, {kind}")
     try:
-        with open(path, "rb") as file:
-            empty = not file.read(1)
+        # An open file: numpy forgets to close the one that it opens itself when that is damaged.
+        file = open(path, "rb")  # noqa: SIM115  closed below
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: must be a file, is a folder") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if empty:
-        raise InputError(f"{path}: is empty, must hold data")
-    try:
-        return reader(path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    with file:
+        try:
+            if not file.peek(1):
+                raise InputError("is empty, must hold data")
+            return reader(file)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 def make_data(
@@ -255,11 +257,11 @@ def _check_labels(labels: np.ndarray, rows: int) -> np.ndarray:
     return labels
 
 
-def _load(path: Path, what: str) -> Any:
+def _load(file: BinaryIO) -> Any:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(file, allow_pickle=False)
     except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
-        raise InputError(_damaged(what, error)) from None
+        raise InputError(_damaged("the file", error)) from None
 
 
 def _damaged(what: str, error: Exception) -> str:
@@ -269,16 +271,16 @@ def _damaged(what: str, error: Exception) -> str:
     return f"{what} cannot be read, is damaged or of another format ({detail})"
 
 
-def _read_npy(path: Path) -> Data:
-    values = _load(path, "the file")
+def _read_npy(file: BinaryIO) -> Data:
+    values = _load(file)
     if not isinstance(values, np.ndarray):
         values.close()
         raise InputError("is a .npz archive, must be called so")
     return make_data(values, name="the array")
 
 
-def _read_npz(path: Path) -> Data:
-    archive = _load(path, "the file")
+def _read_npz(file: BinaryIO) -> Data:
+    archive = _load(file)
     if isinstance(archive, np.ndarray):
         raise InputError("is a single .npy array, must be called so")
     with archive:
@@ -307,18 +309,18 @@ def _member(archive: Any, name: str) -> np.ndarray:
     return value
 
 
-def _read_csv(path: Path) -> Data:
+def _read_csv(file: BinaryIO) -> Data:
     try:
         # A byte-order mark, as spreadsheets write it, would otherwise be part of the first name.
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return _parse_csv(file)
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            return _parse_csv(text)
     except UnicodeDecodeError:
         raise InputError("must be text in UTF-8, is something else") from None
     except (csv.Error, OSError) as error:
         raise InputError(f"cannot be read as a table: {error}") from None
 
 
-def _parse_csv(file: Any) -> Data:
+def _parse_csv(file: TextIO) -> Data:
     start = file.readline()
     file.seek(0)
     delimiter = max(",;\t", key=start.count)
