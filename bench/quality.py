@@ -170,15 +170,16 @@ def plot(folder: Path, prefix: str) -> Path:
         raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
     figure = Figure(figsize=(15, 6.5), layout="constrained", dpi=110)
     for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
-        for name, curve in records.items():
+        for color, (name, curve) in enumerate(records.items()):
             rows = [{**epoch, **epoch.get("test", {})} for epoch in curve]
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-            ax.plot(*zip(*points, strict=True), label=name, lw=1.5)
+            x, y = zip(*points, strict=True) if points else ((), ())
+            ax.plot(x, y, color=f"C{color}", label=name, lw=1.5)
         ax.set_title(title, fontsize=10, loc="left")
         ax.set_xlabel("epoch", fontsize=9)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.axes[3].legend(fontsize=8, frameon=False)
     out = folder / f"{prefix}.png"
     write_atomically(out, lambda file: figure.savefig(file, format="png"))
     return out
