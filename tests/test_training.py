@@ -299,7 +299,11 @@ def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch)
         ({"x_val": None}, "length of x_val: 30 in the checkpoint, None now"),
         ({"model": {"posterior": "diagonal"}}, "posterior='full'.*posterior='diagonal'"),
         ({"model": {"hidden": (16, 9)}}, r"encoder\.2\.weight: .*\[8, 16\].*\[9, 16\]"),
-        ({"model": {"prior": None}}, "prior: VMMPrior in the checkpoint, StandardNormalPrior now"),
+        ({"model": {"prior": None}}, r"prior: VMMPrior\(.* in the checkpoint, StandardNormalPrior"),
+        (
+            {"model": {"prior": VMMPrior(torch.zeros(5, INPUTS), 2, data_size=99)}},
+            "prior: .*data_size=None.* in the checkpoint, .*data_size=99",
+        ),
     ],
 )
 def test_checkpoint_of_other_settings(tmp_path, arguments, message):
