@@ -40,20 +40,19 @@ void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("log_prob" + suffix).c_str(),
         [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, Address lse, Address expected) {
+           int threads, Address lse, Address expected, Address softmax) {
           vmm::log_prob<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(lse),
-                           pointer<T>(expected));
+                           pointer<T>(expected), pointer<T>(softmax));
         },
         nogil);
   m.def(("log_prob_backward" + suffix).c_str(),
         [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, Address lse, Address expected, Address grad_lse, Address grad_expected,
-           Address grad_z, Address grad_centers, Address grad_whitening, Address grad_offsets) {
-          vmm::log_prob_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads,
-                                    pointer<const T>(lse), pointer<const T>(expected),
-                                    pointer<const T>(grad_lse), pointer<const T>(grad_expected),
-                                    pointer<T>(grad_z), pointer<T>(grad_centers),
-                                    pointer<T>(grad_whitening), pointer<T>(grad_offsets));
+           int threads, Address softmax, Address grad_lse, Address grad_expected, Address grad_z,
+           Address grad_centers, Address grad_whitening, Address grad_offsets) {
+          vmm::log_prob_backward<T>(
+              mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<const T>(softmax),
+              pointer<const T>(grad_lse), pointer<const T>(grad_expected), pointer<T>(grad_z),
+              pointer<T>(grad_centers), pointer<T>(grad_whitening), pointer<T>(grad_offsets));
         },
         nogil);
   m.def(("statistics" + suffix).c_str(),

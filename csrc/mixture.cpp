@@ -57,6 +57,8 @@ const Kernels<float>& kernels<float>() {
 #ifdef VMM_HAVE_avx512
     case kAvx512:
       return kernels_f32_avx512();
+#endif
+#ifdef VMM_HAVE_avx2
     case kAvx2:
       return kernels_f32_avx2();
 #endif
@@ -70,6 +72,8 @@ const Kernels<double>& kernels<double>() {
 #ifdef VMM_HAVE_avx512
     case kAvx512:
       return kernels_f64_avx512();
+#endif
+#ifdef VMM_HAVE_avx2
     case kAvx2:
       return kernels_f64_avx2();
 #endif
@@ -92,6 +96,15 @@ Buffer<T> make_buffer(int64_t size) {
       static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64))));
 }
 
+// One value per sample of a chunk, on the stack: no kernel's chunk is wider than 8 vectors of 64
+// bytes.
+template <class T>
+constexpr int kMaxChunk = 8 * 64 / sizeof(T);
+template <class T>
+struct Lanes {
+  alignas(64) T data[kMaxChunk<T>];
+};
+
 template <class T>
 bool all_finite(const T* values, int64_t count) {
   // x - x is 0 for a finite x and NaN else: no branch in the loop.
@@ -109,8 +122,7 @@ class Packed {
  public:
   explicit Packed(const Mixture<T>& mixture) : dim_(mixture.dim) {
     const int64_t D = dim_, J = mixture.num_components;
-    const PackedMixture<T> shape{nullptr, nullptr, 0, D};
-    records_.reserve(static_cast<std::size_t>(J * shape.record_size()));
+    records_.reserve(static_cast<std::size_t>(J * record_size(D)));
     for (int64_t j = 0; j < J; j++) {
       const T c = mixture.offsets[j];
       if (c == -std::numeric_limits<T>::infinity()) continue;
@@ -204,9 +216,10 @@ class Chunks {
     std::fill(lanes + n, lanes + chunk_, rest);
   }
 
-  int64_t overflowed(int64_t k, const T* lse) const {
+  // The first row of which every l was cut off, else kNone.
+  int64_t overflowed(int64_t k, const T* max) const {
     for (int i = 0; i < count(k); i++)
-      if (!(lse[i] > lowest_log_joint<T>() / 2)) return first(k) + i;
+      if (!(max[i] > kLowestLogJoint<T>)) return first(k) + i;
     return kNone;
   }
 
@@ -227,28 +240,30 @@ struct Faults {
     const int64_t far = *std::min_element(overflow.begin(), overflow.end());
     if (far != kNone)
       throw std::invalid_argument(
-          "z must be near enough to a center for its log-density to be representable, but that of "
-          "row " +
-          std::to_string(far) + " overflows the dtype");
+          "z must be near enough to a center for its log-density to be representable, but row " +
+          std::to_string(far) + " is too far from all for its dtype");
   }
 };
 
-// The frame of every operation: for each chunk body(thread, k, z in lanes, scratch) -> lse in lanes
-// or null.
+// The frame of the forward operations: body(chunks, k, z in lanes, scratch) for each chunk k; it
+// returns the first row whose density overflowed, or kNone.
 template <class T, class Body>
 void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
                     const Kernels<T>& kernel, int threads, Body body) {
   const Chunks<T> chunks(mixture, samples, kernel.chunk);
   threads = useful_threads(threads, static_cast<double>(samples.count) * packed.size, mixture.dim);
   Faults faults(threads);
+  // Allocated here: an exception must not leave a parallel region.
+  const int64_t z_size = mixture.dim * kernel.chunk,
+                scratch_size = kernel.scratch_size(mixture.dim);
+  const auto z = make_buffer<T>(threads * z_size), scratch = make_buffer<T>(threads * scratch_size);
   parallel_ranges(chunks.number(), threads, [&](int thread, int64_t begin, int64_t end) {
-    const auto z = make_buffer<T>(mixture.dim * kernel.chunk);
-    const auto scratch = make_buffer<T>(kernel.scratch_size(mixture.dim));
+    T* z_k = z.get() + thread * z_size;
     for (int64_t k = begin; k < end; k++) {
-      const int64_t bad = chunks.load(k, z.get());
+      const int64_t bad = chunks.load(k, z_k);
       faults.not_finite[thread] = std::min(faults.not_finite[thread], bad);
       if (bad != kNone) return;
-      const int64_t far = body(chunks, k, z.get(), scratch.get());
+      const int64_t far = body(chunks, k, z_k, scratch.get() + thread * scratch_size);
       faults.overflow[thread] = std::min(faults.overflow[thread], far);
     }
   });
@@ -259,8 +274,7 @@ void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedM
 template <class T>
 Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                           const PackedMixture<T>& packed, const Kernels<T>& kernel, int threads,
-                          const T* lse, const T* expected, const T* grad_lse,
-                          const T* grad_expected, T* grad_z) {
+                          const T* softmax, const T* grad_lse, const T* grad_expected, T* grad_z) {
   const Chunks<T> chunks(mixture, samples, kernel.chunk);
   const int64_t D = mixture.dim, size = packed.size * statistics_size(D);
   threads = useful_threads(threads, 3.0 * samples.count * packed.size, D);
@@ -276,16 +290,16 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
   std::fill(sums.get(), sums.get() + size * sum_copies, 0.0);
   const int64_t grad_size = samples.count * D;
   auto grads = make_buffer<T>(grad_size * grad_copies);
+  // Allocated here: an exception must not leave a parallel region.
+  const int64_t chunk = kernel.chunk, B = samples.count;
+  const int64_t buffer_size = (2 * D + 5) * chunk + kernel.scratch_size(D);
+  const auto buffers = make_buffer<T>(threads * buffer_size);
 
   parallel_ranges(
       over_components ? packed.size : chunks.number(), threads,
       [&](int thread, int64_t begin, int64_t end) {
-        const int64_t chunk = kernel.chunk;
-        const auto z = make_buffer<T>(D * chunk), grad = make_buffer<T>(D * chunk);
-        const auto rows = make_buffer<T>(4 * chunk),
-                   scratch = make_buffer<T>(kernel.scratch_size(D));
-        T *lse_k = rows.get(), *expected_k = lse_k + chunk, *grad_lse_k = expected_k + chunk,
-          *grad_expected_k = grad_lse_k + chunk;
+        T* z = buffers.get() + thread * buffer_size;
+        T *grad = z + D * chunk, *rows = grad + D * chunk, *scratch = rows + 5 * chunk;
         T* target = grad_copies ? grads.get() + thread * grad_size : grad_z;
         double* sum = sums.get() + (over_components ? 0 : thread * size);
         const int64_t j_begin = over_components ? begin : 0,
@@ -293,17 +307,18 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
         const int64_t k_begin = over_components ? 0 : begin,
                       k_end = over_components ? chunks.number() : end;
         for (int64_t k = k_begin; k < k_end; k++) {
-          chunks.load(k, z.get());
+          chunks.load(k, z);
           const int n = chunks.count(k);
-          const int64_t first = chunks.first(k);
+          const int64_t first = chunks.first(k), last = first + n - 1;
           // The filling repeats the last sample, with weights of zero.
-          chunks.gather(k, lse, lse[first + n - 1], lse_k);
-          chunks.gather(k, expected, expected[first + n - 1], expected_k);
-          chunks.gather(k, grad_lse, T(0), grad_lse_k);
-          chunks.gather(k, grad_expected, T(0), grad_expected_k);
-          if (target) std::fill(grad.get(), grad.get() + D * chunk, T(0));
-          kernel.backward(packed, j_begin, j_end, z.get(), lse_k, expected_k, grad_lse_k,
-                          grad_expected_k, sum, target ? grad.get() : nullptr, scratch.get());
+          for (int row = 0; row < 3; row++)
+            chunks.gather(k, softmax + row * B, softmax[row * B + last], rows + row * chunk);
+          chunks.gather(k, grad_lse, T(0), rows + 3 * chunk);
+          chunks.gather(k, grad_expected, T(0), rows + 4 * chunk);
+          if (target) std::fill(grad, grad + D * chunk, T(0));
+          kernel.backward(packed, j_begin, j_end, z, {rows, rows + chunk, rows + 2 * chunk},
+                          rows + 3 * chunk, rows + 4 * chunk, sum, target ? grad : nullptr,
+                          scratch);
           if (target)
             for (int64_t r = 0; r < D; r++)
               for (int i = 0; i < n; i++)
@@ -327,29 +342,36 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
 const char* instruction_set() { return kIsaNames[current_isa()]; }
 
 template <class T>
-void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected) {
+void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected,
+              T* softmax) {
   const Packed<T> packed(mixture);
   const Kernels<T>& kernel = kernels<T>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-                      alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
-                      kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
-                      std::copy(lse_k, lse_k + chunks.count(k), lse + chunks.first(k));
-                      std::copy(expected_k, expected_k + chunks.count(k),
-                                expected + chunks.first(k));
-                      return chunks.overflowed(k, lse_k);
+                      Lanes<T> max, log_sum, gap;
+                      kernel.log_prob(packed.view(), z, {max.data, log_sum.data, gap.data},
+                                      scratch);
+                      for (int i = 0; i < chunks.count(k); i++) {
+                        const int64_t row = chunks.first(k) + i;
+                        lse[row] = max.data[i] + log_sum.data[i];
+                        expected[row] = max.data[i] + gap.data[i];
+                        softmax[row] = max.data[i];
+                        softmax[samples.count + row] = log_sum.data[i];
+                        softmax[2 * samples.count + row] = gap.data[i];
+                      }
+                      return chunks.overflowed(k, max.data);
                     });
 }
 
 template <class T>
-void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int threads, const T* lse,
-                       const T* expected, const T* grad_lse, const T* grad_expected, T* grad_z,
-                       T* grad_centers, T* grad_whitening, T* grad_offsets) {
+void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int threads, const T* softmax,
+                       const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,
+                       T* grad_whitening, T* grad_offsets) {
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
   const int64_t D = mixture.dim, J = mixture.num_components;
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse, expected,
-                                  grad_lse, grad_expected, grad_z);
+  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, grad_lse,
+                                  grad_expected, grad_z);
   std::fill(grad_centers, grad_centers + J * D, T(0));
   std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
   std::fill(grad_offsets, grad_offsets + J, T(0));
@@ -358,7 +380,7 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
     const double* N = sums.get() + j * statistics_size(D);
     const double* s = N + 1;
     const double* packed_M = s + D;
-    const T* W = view.records + j * view.record_size() + 1 + D;
+    const T* W = view.records + j * record_size(D) + 1 + D;
     const int64_t out = view.component[j];
     grad_offsets[out] = static_cast<T>(*N);
     for (int64_t r = 0; r < D; r++) {
@@ -390,13 +412,14 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
-  const auto lse = make_buffer<T>(B), expected = make_buffer<T>(B), ones = make_buffer<T>(B),
-             zeros = make_buffer<T>(B);
-  log_prob<T>(mixture, samples, threads, lse.get(), expected.get());
-  std::fill(ones.get(), ones.get() + B, T(1));
-  std::fill(zeros.get(), zeros.get() + B, T(0));
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, lse.get(),
-                                  expected.get(), ones.get(), zeros.get(), nullptr);
+  const auto rows = make_buffer<T>(7 * B);
+  T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *ones = softmax + 3 * B,
+    *zeros = ones + B;
+  log_prob<T>(mixture, samples, threads, lse, expected, softmax);
+  std::fill(ones, ones + B, T(1));
+  std::fill(zeros, zeros + B, T(0));
+  const auto sums =
+      accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, ones, zeros, nullptr);
   std::fill(N, N + J, T(0));
   std::fill(s, s + J * D, T(0));
   std::fill(M, M + J * D * D, T(0));
@@ -438,12 +461,13 @@ void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t gro
   std::fill(out, out + samples.count * groups, T(0));
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-                      alignas(64) T lse_k[1024 / sizeof(T)], expected_k[1024 / sizeof(T)];
-                      kernel.log_prob(packed.view(), z, lse_k, expected_k, scratch);
-                      kernel.responsibilities(packed.view(), group, groups, z, lse_k,
+                      Lanes<T> max, log_sum, gap;
+                      const Softmax<T> softmax{max.data, log_sum.data, gap.data};
+                      kernel.log_prob(packed.view(), z, softmax, scratch);
+                      kernel.responsibilities(packed.view(), group, groups, z, softmax,
                                               chunks.count(k), out + chunks.first(k) * groups,
                                               scratch);
-                      return chunks.overflowed(k, lse_k);
+                      return chunks.overflowed(k, max.data);
                     });
 }
 
@@ -454,23 +478,23 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
   const Kernels<T>& kernel = kernels<T>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-                      alignas(64) T probability_k[1024 / sizeof(T)], entropy_k[1024 / sizeof(T)],
-                          lse_k[1024 / sizeof(T)];
-                      int64_t label_k[1024 / sizeof(T)];
-                      kernel.assign(packed.view(), group, z, label_k, probability_k, entropy_k,
-                                    lse_k, scratch);
+                      Lanes<T> probability_k, entropy_k, max;
+                      int64_t label_k[kMaxChunk<T>];
+                      kernel.assign(packed.view(), group, z, label_k, probability_k.data,
+                                    entropy_k.data, max.data, scratch);
                       const int n = chunks.count(k);
-                      std::copy(label_k, label_k + n, label + chunks.first(k));
-                      std::copy(probability_k, probability_k + n, probability + chunks.first(k));
-                      std::copy(entropy_k, entropy_k + n, entropy + chunks.first(k));
-                      return chunks.overflowed(k, lse_k);
+                      const int64_t first = chunks.first(k);
+                      std::copy(label_k, label_k + n, label + first);
+                      std::copy(probability_k.data, probability_k.data + n, probability + first);
+                      std::copy(entropy_k.data, entropy_k.data + n, entropy + first);
+                      return chunks.overflowed(k, max.data);
                     });
 }
 
 #define VMM_INSTANTIATE(T)                                                                   \
-  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*);                     \
+  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                 \
   template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*, \
-                                     const T*, const T*, T*, T*, T*, T*);                    \
+                                     const T*, T*, T*, T*, T*);                              \
   template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);               \
   template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);               \
   template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);        \

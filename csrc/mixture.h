@@ -32,15 +32,17 @@ struct Samples {
   std::int64_t count;  // B
 };
 
+// softmax [3, B] is for the backward: max_j l_ij, lse - max and expected - max, which float32 keeps
+// apart far more exactly than their sums.
 template <class T>
-void log_prob(const Mixture<T>&, Samples<T>, int threads, T* lse, T* expected);
+void log_prob(const Mixture<T>&, Samples<T>, int threads, T* lse, T* expected, T* softmax);
 
 // With w_ij = q_ij (grad_lse_i + grad_expected_i (1 + l_ij - expected_i)), d = z_i - m_j, and the
 // sums N_j = sum_i w, s_j = sum_i w d, M_j = sum_i w d d^T:
 //   grad_z_i = -sum_j w A^T A d,  grad_centers = A^T A s,  grad_whitening = -tril(A M),
 //   grad_offsets = N.
 template <class T>
-void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* lse, const T* expected,
+void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* softmax,
                        const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,
                        T* grad_whitening, T* grad_offsets);
 

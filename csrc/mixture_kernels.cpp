@@ -114,7 +114,7 @@ struct Component {
   const T* center;
   const T* whitening;
   Component(const PackedMixture<T>& mixture, int64_t index) {
-    const T* record = mixture.records + index * mixture.record_size();
+    const T* record = mixture.records + index * record_size(mixture.dim);
     offset = record[0];
     center = record + 1;
     whitening = record + 1 + mixture.dim;
@@ -159,14 +159,14 @@ void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* 
       for (int v = 0; v < kGroup; v++) at(y + r * stride + v * lanes) = row[v];
   }
   for (int v = 0; v < kGroup; v++)
-    l[v] = max<T>(component.offset - T(0.5) * square[v], broadcast<T>(lowest_log_joint<T>()));
+    l[v] = max<T>(component.offset - T(0.5) * square[v], broadcast<T>(kLowestLogJoint<T>));
 }
 
 // (max, sum of exp(l - max), sum of exp(l - max) (l - max)): associative, and the difference of
 // log-sum-exp and expectation, the entropy, is had without cancellation.
 template <class T>
 struct OnlineSoftmax {
-  Vec<T> max_ = broadcast<T>(lowest_log_joint<T>()), sum_ = {}, weighted_ = {};
+  Vec<T> max_ = broadcast<T>(kLowestLogJoint<T>), sum_ = {}, weighted_ = {};
   void add(Vec<T> l) {
     const Vec<T> top = max<T>(max_, l);
     const Vec<T> gap = max_ - l;  // one exp: of the smaller one
@@ -192,7 +192,7 @@ int64_t scratch_size(int64_t dim) {
 }
 
 template <class T>
-void log_prob(const PackedMixture<T>& mixture, const T* z, T* lse, T* expected, T* scratch) {
+void log_prob(const PackedMixture<T>& mixture, const T* z, Softmax<T> out, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   for (int first = 0; first < chunk_size<T>(); first += group_size<T>()) {
     OnlineSoftmax<T> softmax[kGroup];
@@ -202,8 +202,10 @@ void log_prob(const PackedMixture<T>& mixture, const T* z, T* lse, T* expected, 
       for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
     }
     for (int v = 0; v < kGroup; v++) {
-      at(lse + first + v * lanes) = softmax[v].max_ + softmax[v].log_sum();
-      at(expected + first + v * lanes) = softmax[v].max_ + softmax[v].weighted_ / softmax[v].sum_;
+      const int i = first + v * lanes;
+      at(out.max + i) = softmax[v].max_;
+      at(out.log_sum + i) = softmax[v].log_sum();
+      at(out.gap + i) = softmax[v].weighted_ / softmax[v].sum_;
     }
   }
 }
@@ -216,8 +218,8 @@ T dot(const T* a, const T* b) {
 }
 
 template <class T>
-void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z, const T* lse,
-              const T* expected, const T* grad_lse, const T* grad_expected, double* statistics,
+void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z,
+              Softmax<T> softmax, const T* grad_lse, const T* grad_expected, double* statistics,
               T* grad_z, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
@@ -233,9 +235,10 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
       log_joint_group<T>(component, dim, z + first, d + first, y + first, l);
       for (int v = 0; v < kGroup; v++) {
         const int i = first + v * lanes;
-        const Vec<T> p = exp<T>(l[v] - at(lse + i));
+        const Vec<T> below = l[v] - at(softmax.max + i);
+        const Vec<T> p = exp<T>(below - at(softmax.log_sum + i));
         const Vec<T> w =
-            p * (at(grad_lse + i) + at(grad_expected + i) * (1 + l[v] - at(expected + i)));
+            p * (at(grad_lse + i) + at(grad_expected + i) * (1 + below - at(softmax.gap + i)));
         at(weight + i) = w;
         const auto nonzero = w != 0;
         for (int k = 0; k < lanes; k++) negligible &= !nonzero[k];
@@ -244,7 +247,11 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
     if (negligible) continue;  // a far-off component: all its weights are exactly 0
 
     for (int64_t r = 0; r < dim; r++)
-      for (int v = 0; v < chunk; v += lanes) at(y + r * chunk + v) *= at(weight + v);
+      for (int v = 0; v < chunk; v += lanes) {
+        // A far-off component's y may be infinite; its weight of 0 must win.
+        const Vec<T> w = at(weight + v);
+        at(y + r * chunk + v) = w != 0 ? at(y + r * chunk + v) * w : w;
+      }
     if (grad_z)
       for (int first = 0; first < chunk; first += group_size<T>())
         for (int64_t t = 0; t < dim; t++) {
@@ -311,7 +318,7 @@ void log_joint(const PackedMixture<T>& mixture, int64_t group, int64_t groups, c
 
 template <class T>
 void responsibilities(const PackedMixture<T>& mixture, int64_t group, int64_t groups, const T* z,
-                      const T* lse, int count, T* out, T* scratch) {
+                      Softmax<T> softmax, int count, T* out, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   for_each_group(mixture, group, [&](int64_t g, int64_t begin, int64_t end) {
     for (int first = 0; first < count; first += group_size<T>()) {
@@ -319,7 +326,10 @@ void responsibilities(const PackedMixture<T>& mixture, int64_t group, int64_t gr
       for (int64_t j = begin; j < end; j++) {
         Vec<T> l[kGroup];
         log_joint_group<T>(Component<T>(mixture, j), mixture.dim, z + first, scratch, nullptr, l);
-        for (int v = 0; v < kGroup; v++) p[v] += exp<T>(l[v] - at(lse + first + v * lanes));
+        for (int v = 0; v < kGroup; v++) {
+          const int i = first + v * lanes;
+          p[v] += exp<T>((l[v] - at(softmax.max + i)) - at(softmax.log_sum + i));
+        }
       }
       for (int i = 0; i < group_size<T>() && first + i < count; i++)
         out[(first + i) * groups + g] = p[i / lanes][i % lanes];
@@ -329,7 +339,7 @@ void responsibilities(const PackedMixture<T>& mixture, int64_t group, int64_t gr
 
 template <class T>
 void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t* label,
-            T* probability, T* entropy, T* lse, T* scratch) {
+            T* probability, T* entropy, T* max, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   for (int first = 0; first < chunk_size<T>(); first += group_size<T>()) {
     OnlineSoftmax<T> softmax[kGroup];
@@ -344,10 +354,10 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
     for (int v = 0; v < kGroup; v++) {
       const int i = first + v * lanes;
       const Vec<T> log_sum = softmax[v].log_sum();
-      at(lse + i) = softmax[v].max_ + log_sum;
+      at(max + i) = softmax[v].max_;
       at(probability + i) = 1 / softmax[v].sum_;
       // Rounding may leave a tiny negative number where one group has all the probability.
-      at(entropy + i) = max<T>(log_sum - softmax[v].weighted_ / softmax[v].sum_, Vec<T>{});
+      at(entropy + i) = vmm::max<T>(log_sum - softmax[v].weighted_ / softmax[v].sum_, Vec<T>{});
     }
   }
 }

@@ -18,13 +18,27 @@ struct PackedMixture {
   const std::int64_t* component;  // [size] index j of each record among all J components
   std::int64_t size;
   std::int64_t dim;
-  std::int64_t record_size() const { return 1 + dim + dim * (dim + 1) / 2; }
 };
+
+// Length of a record, and of a component's sums. Internal linkage, here and below: this header is
+// compiled once per instruction set and the linker must not mix the copies.
+static inline std::int64_t record_size(std::int64_t dim) { return 1 + dim + dim * (dim + 1) / 2; }
 
 // Sums over samples of one component's pair weights w and d = z - m: N, s [D], and M's lower
 // triangle [D (D + 1) / 2], in float64: a chunk's sums are added to the running ones once per
 // chunk.
-inline std::int64_t statistics_size(std::int64_t dim) { return 1 + dim + dim * (dim + 1) / 2; }
+static inline std::int64_t statistics_size(std::int64_t dim) { return record_size(dim); }
+
+// What the online log-sum-exp of a chunk leaves, [chunk] each:
+//   lse = max + log_sum,   expected = max + gap
+// Kept apart, since adding them rounds to the magnitude of max: exp(l - lse) would lose in float32
+// what exp((l - max) - log_sum) keeps.
+template <class T>
+struct Softmax {
+  T* max;
+  T* log_sum;
+  T* gap;
+};
 
 template <class T>
 struct Kernels {
@@ -34,40 +48,32 @@ struct Kernels {
   std::int64_t (*scratch_size)(std::int64_t dim);
 
   // lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l).
-  void (*log_prob)(const PackedMixture<T>&, const T* z, T* lse, T* expected, T* scratch);
+  void (*log_prob)(const PackedMixture<T>&, const T* z, Softmax<T>, T* scratch);
 
   // Adds to the statistics of records [begin, end) with the weights
   //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
   // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to grad_z [D][chunk].
   void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
-                   const T* lse, const T* expected, const T* grad_lse, const T* grad_expected,
-                   double* statistics, T* grad_z, T* scratch);
+                   Softmax<T>, const T* grad_lse, const T* grad_expected, double* statistics,
+                   T* grad_z, T* scratch);
 
   // Groups of `group` consecutive components count as one: l_g = log sum_{j in g} exp l_j.
   // out is [count, groups] by rows, already holding the value of pruned groups.
   void (*log_joint)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups, const T* z,
                     int count, T* out, T* scratch);
   void (*responsibilities)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups,
-                           const T* z, const T* lse, int count, T* out, T* scratch);
+                           const T* z, Softmax<T>, int count, T* out, T* scratch);
 
   // The group of the highest l_g (the first among equals), its probability, and the entropy in nats
-  // of the probabilities of all groups; lse tells the caller of an overflow.
+  // of the probabilities of all groups; max tells the caller of an overflow.
   void (*assign)(const PackedMixture<T>&, std::int64_t group, const T* z, std::int64_t* label,
-                 T* probability, T* entropy, T* lse, T* scratch);
+                 T* probability, T* entropy, T* max, T* scratch);
 };
 
-// The value below which l_j is cut off, so that differences and sums of them stay finite. An lse at
+// The value below which l_j is cut off, so that differences and sums of them stay finite. A max at
 // this bound means that every l_j overflowed.
 template <class T>
-constexpr T lowest_log_joint();
-template <>
-constexpr float lowest_log_joint<float>() {
-  return -1e30f;
-}
-template <>
-constexpr double lowest_log_joint<double>() {
-  return -1e290;
-}
+constexpr T kLowestLogJoint = sizeof(T) == 4 ? T(-1e30) : T(-1e290);
 
 #define VMM_DECLARE_KERNELS(isa)             \
   const Kernels<float>& kernels_f32_##isa(); \

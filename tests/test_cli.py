@@ -28,7 +28,7 @@ def small_and_quick(monkeypatch):
     """One thread, small networks, and t-SNE of few points: what is tested is the command."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(vmm_fast.clustering, "_hidden", lambda values: (16, 12))
+    monkeypatch.setattr(vmm_fast.clustering, "_hidden", lambda rows: (16, 12))
     monkeypatch.setattr(vmm_fast.clustering, "TSNE_ROWS", 40)
     yield
     torch.set_num_threads(threads)
@@ -333,6 +333,19 @@ def test_constant_columns_and_large_offsets(tmp_path, capsys):
     scaled = scaling.apply(data.values)
     assert (scaled[:, 1] == 0).all()
     np.testing.assert_allclose(scaled.std(0, correction=0), [1, 0, 1, 1, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("value, images", [(255, True), (256, False), (0.5, False), (-1, False)])
+def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
+    x = np.arange(20 * 64).reshape(20, 64) % 17.0
+    x[3, 5] = value
+    np.save(tmp_path / "x.npy", x)
+    data = read(tmp_path / "x.npy")
+    assert data.images == images and bool(data.notes) == images
+    pictures = data.pictures(data.values)
+    assert (None if pictures is None else pictures.shape) == ((20, 8, 8) if images else None)
+    np.save(tmp_path / "x.npy", x[:, :63])
+    assert not read(tmp_path / "x.npy").images
 
 
 # --- tables --------------------------------------------------------------------------------------

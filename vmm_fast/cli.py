@@ -48,8 +48,9 @@ FILE is one of
         label, labels or y
 
 Arrays are [rows, columns], or images [rows, height, width] with channels first,
-last or not at all. Images, uint8 and what is called images are scaled by their
-minimum and maximum to [-1, 1], all other columns to mean 0 and standard deviation 1.
+last or not at all. Images are scaled by their minimum and maximum to [-1, 1], other
+columns each to mean 0 and standard deviation 1. For images are also taken: uint8, an
+array called images, and square rows (8 x 8 or more) of whole numbers from 0 to 255.
 True labels are used for scores alone.
 """
 
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(
         demo,
         ("--seed", "N", _whole(0), "of all randomness (default: 0)"),
-        ("--epochs", "N", _whole(1), "most passes over the images (default: 60)"),
+        ("--epochs", "N", _whole(1), "most passes over the images (default: 40)"),
     )
     demo.set_defaults(run=_demo)
 
@@ -132,7 +133,12 @@ def _parser() -> argparse.ArgumentParser:
         ("--epochs", "N", _whole(1), "most passes over the rows (default: 20 or more)"),
         ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10, at most the columns)"),
         ("--components", "C", _whole(1), "most clusters (default: rows / 20, in 10 to 100)"),
-        ("--batch-size", "B", _whole(1), "rows per step (default: rows / 8, in 16 to 256)"),
+        (
+            "--batch-size",
+            "B",
+            _whole(1),
+            "rows per step (default: rows / 8, in 16 to 64; 256 from 20,000 rows on)",
+        ),
         ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
     )
     existing = cluster.add_mutually_exclusive_group()

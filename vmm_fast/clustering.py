@@ -30,6 +30,7 @@ __all__ = ["Clusterer", "Clustering", "Settings", "train"]
 
 LEAST_ROWS = 10  # one is held out and nine are trained on
 PATIENCE_STEPS = 1000
+MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
 TSNE_ROWS = 2000
 SAMPLES = 10  # of each component, in the picture
@@ -61,7 +62,7 @@ class Settings:
         training = rows - _held_out(rows)
         chosen = {name: value for name, value in given.items() if value is not None}
         batch_size = chosen.get(
-            "batch_size", 256 if rows >= 20_000 else min(128, max(16, rows // 8))
+            "batch_size", 256 if rows >= MANY_ROWS else min(64, max(16, rows // 8))
         )
         if chosen.get("components", 0) > training:
             raise InputError(
@@ -70,7 +71,7 @@ class Settings:
             )
         suited: dict[str, Any] = {
             # Enough steps for few rows, enough passes for many.
-            "epochs": max(20, -(-2100 // max(1, training // batch_size))),
+            "epochs": max(20, -(-2800 // max(1, training // batch_size))),
             "latent_dim": min(10, data.values[0].numel()),
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
@@ -82,9 +83,9 @@ def _held_out(rows: int) -> int:
     return max(1, rows // 10)
 
 
-def _hidden(values: int) -> tuple[int, ...]:
-    """Widths of the encoder's layers: the paper's, and smaller ones for small inputs."""
-    return (500, 500, 2000) if values >= 256 else (256, 256, 512)
+def _hidden(rows: int) -> tuple[int, ...]:
+    """Widths of the encoder's layers: the paper's, or two that learn in fewer steps."""
+    return (500, 500, 2000) if rows >= MANY_ROWS else (512, 256)
 
 
 class Assigned(NamedTuple):
@@ -243,7 +244,6 @@ class Clustering:
             projection="tsne",
             seed=self.settings.seed,
         )
-        weights = self.clusterer.components.weights
         active = (self.shares > ACTIVE_SHARE).nonzero()[:, 0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
@@ -254,9 +254,10 @@ class Clustering:
         else:
             pictures = (pictures / 2 + 0.5).clamp(0, 1)
         plots.plot_component_samples(
-            pictures, weights[active], folder / "samples.png", components=active
+            pictures, self.shares[active], folder / "samples.png", components=active
         )
         plots.plot_training_curves(self.history, folder / "training.png")
+        weights = self.clusterer.components.weights
         plots.plot_component_weights(weights, self.shares, folder / "weights.png")
 
 
@@ -287,9 +288,13 @@ def train(
         x_val, x_train = data.values[order[:held_out]], data.values[order[held_out:]]
         start = torch.randperm(len(x_train))[: settings.components]
         prior = vmm_fast.VMMPrior(
-            scaling.apply(x_train[start]), settings.latent_dim, data_size=len(x_train)
+            scaling.apply(x_train[start]),
+            settings.latent_dim,
+            data_size=len(x_train),
+            # In fewer steps the weights would not follow the shares, and no component would go.
+            learning_rate=1e-3 if len(data.values) >= MANY_ROWS else 4e-3,
         )
-        hidden = _hidden(data.values[0].numel())
+        hidden = _hidden(len(data.values))
         model = VAE(shape, settings.latent_dim, prior, hidden)
 
     steps = max(1, len(x_train) // settings.batch_size)

@@ -199,7 +199,8 @@ def make_data(
     values : array [N, V], [N, H, W] or [N, H, W, channels]; numbers
     labels : array [N], optional
     images : bool
-        Take [N, V] for flattened images. It is so in any case for uint8 and for more dimensions.
+        Take [N, V] for flattened images. It is so in any case for uint8, for more dimensions, and
+        for squares of at least 8 x 8 whole numbers from 0 to 255.
     name : str
         Of the values in messages.
 
@@ -226,13 +227,26 @@ def make_data(
                 f"{name} must be finite, has {values[start + row][tuple(place)]} in row "
                 f"{start + row}, column {at} (counted from 0); mend or leave out such rows"
             )
+    notes = list(notes or [])
     images = images or values.ndim > 2 or values.dtype == np.uint8
+    if not images and _looks_like_pixels(values):
+        images = True
+        notes.append("square rows of whole numbers from 0 to 255: taken for flattened images")
     return Data(
         torch.from_numpy(_as_torch_takes_it(values)),
         None if labels is None else _check_labels(labels, len(values)),
         images,
-        notes or [],
+        notes,
     )
+
+
+def _looks_like_pixels(values: np.ndarray) -> bool:
+    """Whether rows [N, V] are images of at least 8 x 8 whole numbers from 0 to 255."""
+    side = round(values.shape[1] ** 0.5)
+    if side < 8 or side * side != values.shape[1]:
+        return False
+    blocks = (values[i : i + CHUNK] for i in range(0, len(values), CHUNK))
+    return all(((b >= 0) & (b <= 255) & (b == np.floor(b))).all() for b in blocks)
 
 
 def _as_torch_takes_it(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ For a Gaussian mixture, A = chol(Sigma)^-1 and c = log pi - D/2 log 2 pi + log d
 triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
 On CPUs, float32 and float64 run in the compiled core; float16 and bfloat16 are computed in float32;
-other devices run the reference. Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
+other devices run the reference (which does not look for overflow). Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
 backward recomputes), :func:`mixture_statistics` and :func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
@@ -48,6 +48,10 @@ def _check(
     for name, value in zip(("z", "centers", "whitening", "offsets"), arguments, strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if value.dtype not in _FLOATS and value.dtype not in _HALVES:
+            raise TypeError(
+                f"{name} must be float64, float32, float16 or bfloat16, but is {value.dtype}"
+            )
     if z.ndim != 2 or z.shape[1] < 1:
         raise ValueError(f"z must have shape [B, D] with D >= 1, but has {list(z.shape)}")
     dim = z.shape[1]
@@ -70,7 +74,7 @@ def _check(
         raise ValueError(
             f"pseudo_inputs_per_component must divide J = {components}, but is {per_component}"
         )
-    if z.dtype in _HALVES or centers.dtype in _HALVES:
+    if any(a.dtype in _HALVES for a in arguments):
         z, centers, whitening, offsets = (a.float() if a.dtype in _HALVES else a for a in arguments)
         arguments = (z, centers, whitening, offsets)
     for name, value in zip(("centers", "whitening", "offsets"), arguments[1:], strict=True):
@@ -78,8 +82,6 @@ def _check(
             raise TypeError(f"{name} must have z's dtype {z.dtype}, but has {value.dtype}")
         if value.device != z.device:
             raise ValueError(f"{name} must be on z's device {z.device}, but is on {value.device}")
-    if z.dtype not in _FLOATS:
-        raise TypeError(f"z must be of a floating dtype, but is {z.dtype}")
     return arguments
 
 
@@ -115,10 +117,11 @@ def _core_call(name: str, inputs: tuple[Tensor, ...], transpose: bool, *rest: An
 
 def _log_prob_cpu(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor]:
-    lse, expected = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-    _core_call("log_prob", (z, centers, whitening, offsets), transpose, lse, expected)
-    return lse, expected
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = z.shape[0]
+    out = (z.new_empty(size), z.new_empty(size), z.new_empty(3, size))
+    _core_call("log_prob", (z, centers, whitening, offsets), transpose, *out)
+    return out
 
 
 def _log_prob_backward_cpu(
@@ -128,14 +131,13 @@ def _log_prob_backward_cpu(
     centers: Tensor,
     whitening: Tensor,
     offsets: Tensor,
-    lse: Tensor,
-    expected: Tensor,
+    softmax: Tensor,
     transpose: bool,
 ) -> tuple[Tensor, ...]:
     inputs = (z, centers, whitening, offsets)
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     upstream = (grad_lse.contiguous(), grad_expected.contiguous())
-    _core_call("log_prob_backward", inputs, transpose, lse, expected, *upstream, *grads)
+    _core_call("log_prob_backward", inputs, transpose, softmax, *upstream, *grads)
     return grads
 
 
@@ -187,10 +189,13 @@ _MIXTURE = "Tensor z, Tensor centers, Tensor whitening, Tensor offsets"
 _GROUPED = f"{_MIXTURE}, bool transpose, int pseudo_inputs_per_component"
 
 _library = torch.library.Library("vmm_fast", "DEF")
-_library.define(f"mixture_log_prob({_MIXTURE}, bool transpose) -> (Tensor lse, Tensor expected)")
+# softmax [3, B] is for the backward: max_j l_ij, lse - max, expected - max (csrc/mixture.h).
 _library.define(
-    f"mixture_log_prob_backward(Tensor grad_lse, Tensor grad_expected, {_MIXTURE}, Tensor lse, "
-    "Tensor expected, bool transpose) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"mixture_log_prob({_MIXTURE}, bool transpose) -> (Tensor lse, Tensor expected, Tensor softmax)"
+)
+_library.define(
+    f"mixture_log_prob_backward(Tensor grad_lse, Tensor grad_expected, {_MIXTURE}, "
+    "Tensor softmax, bool transpose) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(f"mixture_statistics({_MIXTURE}, bool transpose) -> (Tensor N, Tensor s, Tensor M)")
 _library.define(f"mixture_log_joint({_GROUPED}) -> Tensor")
@@ -206,8 +211,13 @@ def _with_values_checked(function):
     return checked
 
 
+def _log_prob_reference(z, centers, whitening, offsets, transpose):
+    lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
+
+
 def _log_prob_backward_reference(
-    grad_lse, grad_expected, z, centers, whitening, offsets, lse, expected, transpose
+    grad_lse, grad_expected, z, centers, whitening, offsets, softmax, transpose
 ):
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (z, centers, whitening, offsets)]
@@ -216,7 +226,7 @@ def _log_prob_backward_reference(
 
 
 _IMPLEMENTATIONS = {
-    "mixture_log_prob": (_log_prob_cpu, _with_values_checked(reference.mixture_log_prob)),
+    "mixture_log_prob": (_log_prob_cpu, _with_values_checked(_log_prob_reference)),
     "mixture_log_prob_backward": (_log_prob_backward_cpu, _log_prob_backward_reference),
     "mixture_statistics": (_statistics_cpu, _with_values_checked(reference.mixture_statistics)),
     "mixture_log_joint": (
@@ -231,16 +241,17 @@ _IMPLEMENTATIONS = {
 }
 for _name, (_cpu, _elsewhere) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _elsewhere, "CUDA")
+    _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vmm_fast::mixture_log_prob", lib=_library)
 def _(z, centers, whitening, offsets, transpose):
-    return z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+    size = z.shape[0]
+    return z.new_empty(size), z.new_empty(size), z.new_empty(3, size)
 
 
 @torch.library.register_fake("vmm_fast::mixture_log_prob_backward", lib=_library)
-def _(grad_lse, grad_expected, z, centers, whitening, offsets, lse, expected, transpose):
+def _(grad_lse, grad_expected, z, centers, whitening, offsets, softmax, transpose):
     return tuple(x.new_empty(x.shape) for x in (z, centers, whitening, offsets))
 
 
@@ -263,10 +274,10 @@ def _(z, centers, whitening, offsets, transpose, pseudo_inputs_per_component):
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.transpose = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _backward(ctx, grad_lse, grad_expected):
+def _backward(ctx, grad_lse, grad_expected, _):
     saved = ctx.saved_tensors
     backward = torch.ops.vmm_fast.mixture_log_prob_backward
     return *backward(grad_lse, grad_expected, *saved, ctx.transpose), None
@@ -292,10 +303,10 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, centers, whitening, offsets, transpose):
-        output = _log_prob_cpu(z, centers, whitening, offsets, transpose)
+        lse, expected, softmax = _log_prob_cpu(z, centers, whitening, offsets, transpose)
         ctx.transpose = transpose
-        ctx.save_for_backward(z, centers, whitening, offsets, *output)
-        return output
+        ctx.save_for_backward(z, centers, whitening, offsets, softmax)
+        return lse, expected
 
     @staticmethod
     def backward(ctx, grad_lse, grad_expected):
@@ -351,7 +362,7 @@ def mixture_log_prob(
     z, centers, whitening, offsets = _check(z, centers, whitening, offsets)
     if z.is_cpu and not torch.compiler.is_compiling():
         return _LogProb.apply(z, centers, whitening, offsets, transpose)
-    return torch.ops.vmm_fast.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return torch.ops.vmm_fast.mixture_log_prob(z, centers, whitening, offsets, transpose)[:2]
 
 
 def mixture_statistics(
@@ -451,7 +462,8 @@ def mixture_responsibilities(
 def _grouped(name, z, centers, whitening, offsets, transpose, per_component) -> Tensor:
     inputs = _check(z, centers, whitening, offsets, per_component)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        _check_values(*inputs)
+        if not torch.compiler.is_compiling():
+            _check_values(*inputs)
         return getattr(reference, name)(*inputs, transpose, per_component)
     return getattr(torch.ops.vmm_fast, name)(*inputs, transpose, per_component)
 

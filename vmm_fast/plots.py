@@ -214,6 +214,8 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
     order = np.argsort(-mass, kind="stable")
     x = np.arange(len(mass))
     figure = _figure(9, 3.6)
+    from matplotlib.patheffects import withStroke
+
     ax = figure.subplots()
     _tidy(ax)
     ax.bar(x, 100 * mass[order], width=0.8, color=PRIMARY, label="prior weight", zorder=2)
@@ -232,6 +234,9 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
     ax.annotate(
         f"active above {_percent(ACTIVE_SHARE)}",
         (1, 100 * ACTIVE_SHARE),
+        zorder=5,
+        # The text may lie on bars.
+        path_effects=[withStroke(linewidth=2, foreground="white")],
         xycoords=ax.get_yaxis_transform(),
         xytext=(-2, 3),
         textcoords="offset points",

@@ -64,7 +64,10 @@ def mixture_log_joint(
 ) -> Tensor:
     """l_ic = log sum_k exp l_i(c,k) [B, C]; ``pseudo_inputs_per_component`` neighbours make a c."""
     log_joint = _log_joint(z, centers, whitening, offsets, transpose)
-    return log_joint.unflatten(-1, (-1, pseudo_inputs_per_component)).logsumexp(-1)
+    grouped = log_joint.unflatten(-1, (-1, pseudo_inputs_per_component))
+    # The gradient of a log-sum-exp over nothing but -inf would be NaN; that of a constant is 0.
+    pruned = (grouped == -torch.inf).all(-1)
+    return grouped.masked_fill(pruned[..., None], 0).logsumexp(-1).masked_fill(pruned, -torch.inf)
 
 
 def mixture_responsibilities(
