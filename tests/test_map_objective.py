@@ -86,7 +86,7 @@ def test_map_loss_is_the_objective(scale, data_size, map_prior):
     prior.concentration = 2.5
     z = torch.randn(b, d, dtype=torch.float64)
 
-    factor, pi = components.precision_cholesky.numpy(), components.weights.numpy()
+    factor, pi = components.precision_cholesky.numpy(), components.component_weights.numpy()
     s = components.scale.numpy()
     s = np.stack([np.diag(x) for x in s]) if scale == "diagonal" else s
     joint = np.empty((b, c * k))

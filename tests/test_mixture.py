@@ -134,7 +134,7 @@ def test_kl(full):
     )
     inverse, s = covariances(components)
     mixture = MixtureSameFamily(
-        Categorical(components.weights.repeat_interleave(2)),
+        Categorical(components.component_weights.repeat_interleave(2)),
         MultivariateNormal(components.centers, torch.as_tensor(inverse + s)),
     )
     z = torch.randn(5, 2, dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_mean_variance_and_samples(case):
     components = random_components(**case)
     inverse, s = covariances(components)
     k = components.pseudo_inputs_per_component
-    shares = np.repeat(components.weights.numpy() / k, k)
+    shares = np.repeat(components.component_weights.numpy() / k, k)
     centers = components.centers.numpy()
     mean = shares @ centers
     second = np.einsum("j,jab->ab", shares, inverse + s + centers[:, :, None] * centers[:, None, :])
@@ -192,6 +192,10 @@ def test_component_samples():
     assert z.shape == (6, 3)
     assert components.distribution().component_sample(2, (4, 5)).shape == (4, 5, 3)
     assert components.sample(0).shape == (0, 3)
+    with pytest.raises(ValueError, match="component must be an integer or a tensor of 2"):
+        components.sample(2, component=1.5)
+    with pytest.raises(ValueError, match="n must be an integer"):
+        components.sample(2.5)
     for bad in (3, -1):
         with pytest.raises(ValueError, match=r"component must be in 0 \.\. 2"):
             components.sample(2, component=bad)
@@ -244,16 +248,23 @@ def test_badly_conditioned_precision_in_float32():
         atol=0,
     )
     weights = torch.full((3,), 1 / 3).log()
-    centers, z = torch.randn(3, 4), torch.randn(20, 4)
-    for scale in (None, torch.full((3, 4), 1e-3), torch.full((3, 4), 1.0)):
+    centers = torch.randn(3, 4)
+    for scale in (
+        None,
+        torch.full((3, 4), 1e-7),
+        torch.full((3, 4), 1e-3),
+        torch.full((3, 4), 1.0),
+    ):
         components = Components(centers, weights, factor, scale)
         exact = components.to(torch.float64)
+        z = torch.cat([torch.randn(20, 4), components.sample(20)])
         for got, true in (
             (components.log_prob(z), exact.log_prob(z.double())),
             (components.log_joint(z), exact.log_joint(z.double())),
         ):
             assert got.isfinite().all()
-            torch.testing.assert_close(got.double(), true, rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(got.double(), true, rtol=2e-5, atol=2e-4)
+            assert got.dtype == torch.float32
 
 
 def test_graph_is_built_where_it_is_due():

@@ -253,9 +253,10 @@ def test_standard_normal_kl_is_exact():
         normal = Independent(Normal(torch.zeros(D).double(), 1.0), 1)
         if kind == "full":
             normal = MultivariateNormal(torch.zeros(D).double(), torch.eye(D).double())
-        torch.testing.assert_close(prior.kl(q), kl_divergence(full, normal))
+        torch.testing.assert_close(prior.kl(q), kl_divergence(full, normal), rtol=1e-12, atol=1e-12)
         z = q.rsample()
-        torch.testing.assert_close(prior.kl(q, z=z), -full.entropy() - prior.log_prob(z))
+        expected = -full.entropy() - prior.log_prob(z)
+        torch.testing.assert_close(prior.kl(q, z=z), expected, rtol=1e-12, atol=1e-12)
 
 
 # --- the empirical-Bayes steps ---
@@ -326,8 +327,10 @@ def test_non_finite_step_changes_nothing():
     before = copy.deepcopy(prior.state_dict())
     with torch.no_grad():
         encoder.linear.weight.mul_(1e200)
-    with pytest.raises((FloatingPointError, ValueError)):
+    with pytest.raises(ValueError, match="no positive-definite"):
         prior.update(torch.randn(9, D, dtype=torch.float64), encoder)
+    with pytest.raises(FloatingPointError, match="the prior is unchanged"):
+        prior._adam.step(prior.logits.sum() * torch.inf)
     after = prior.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k != "_extra_state")
 
@@ -479,16 +482,50 @@ def test_state_is_readable_and_settable():
 
 
 def test_pruning_by_hand():
-    encoder, prior = Encoder(), vmm()
+    encoder = Encoder()
+    for inference in ("gradient", "closed-form"):
+        for weights in ("dirichlet", "stick-breaking"):
+            prior = vmm(inference=inference, weights=weights)
+            logits = prior.logits.detach().clone()
+            logits[3] = -torch.inf
+            prior.logits = logits
+            z = encoder(inputs()).sample()
+            assert (prior.responsibilities(z, encoder)[:, 3] == 0).all()
+            for _ in range(3):
+                prior.update(z, encoder)
+            prior.fit(z, encoder)
+            assert prior.logits[3] == -torch.inf and prior.logits[:3].isfinite().all()
+            assert prior.kl(encoder(inputs()), encoder).isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradients_beside_a_pruned_component(k):
+    encoder, prior = Encoder(), vmm(pseudo_inputs_per_component=k, joint=True)
     logits = prior.logits.detach().clone()
-    logits[3] = -torch.inf
+    logits[1] = -torch.inf
     prior.logits = logits
+    z = encoder(inputs()).sample().requires_grad_()
+    live = [c for c in range(prior.num_components) if c != 1]
+    for method in (prior.log_joint, prior.responsibilities):
+        total = method(z, encoder)[:, live].sum() + prior.kl(encoder(inputs()), encoder).sum()
+        for gradient in torch.autograd.grad(total, [z, prior.pseudo_inputs, *encoder.parameters()]):
+            assert gradient.isfinite().all()
+
+
+def test_frozen_parameters_stand_still():
+    encoder = Encoder()
     z = encoder(inputs()).sample()
-    assert (prior.responsibilities(z, encoder)[:, 3] == 0).all()
-    for _ in range(3):
+    for inference in ("gradient", "closed-form"):
+        prior = vmm(inference=inference).requires_grad_(False)
+        before = copy.deepcopy(prior.state_dict())
         prior.update(z, encoder)
-    assert prior.logits[3] == -torch.inf and prior.logits[:3].isfinite().all()
-    assert prior.kl(encoder(inputs()), encoder).isfinite().all()
+        prior.fit(z, encoder)
+        for name, value in prior.named_parameters():
+            assert torch.equal(before[name], value), name
+        prior.raw_precision.requires_grad_(True)
+        prior.update(z, encoder)
+        assert not torch.equal(before["raw_precision"], prior.raw_precision)
+        assert torch.equal(before["logits"], prior.logits)
 
 
 @pytest.mark.parametrize("inference", ["gradient", "closed-form"])
@@ -509,7 +546,7 @@ def test_copies_go_on_alike(copied, inference):
     if copied == "state_dict":
         other = vmm(inference=inference)
         other.update(batches[5], encoder)
-        other.load_state_dict(copy.deepcopy(prior.state_dict()))
+        other.load_state_dict(prior.state_dict())
     else:
         other = copied(prior)
     for z in batches[3:]:
@@ -562,17 +599,28 @@ def test_input_is_not_touched():
 
 
 def test_autocast():
-    """Half-precision latents are taken; arithmetic is float32."""
+    """Half-precision encoder outputs are taken; arithmetic and the prior's state are float32."""
     encoder, prior = Encoder("diagonal", torch.float32), VMMPrior(inputs(8, torch.float32), D)
+    perturb(prior)
     x = inputs(20, torch.float32)
-    exact = prior.kl(encoder(x), encoder, z=encoder(x).mean)
     with torch.autocast("cpu", torch.bfloat16):
-        q = encoder(x)
+        q, at_pseudo_inputs = encoder(x), encoder(prior.pseudo_inputs)
         assert q.mean.dtype == torch.bfloat16
-        kl = prior.kl(q, encoder, z=q.mean)
+        z = q.mean
+        kl, loss = prior.kl(q, encoder, z=z), prior.map_loss(z, encoder)
+        assert prior.sample(3, encoder).dtype == torch.float32
+        prior_before = copy.deepcopy(prior)
         prior.update(q, encoder)
-    assert kl.dtype == torch.float32
-    torch.testing.assert_close(kl, exact, rtol=0.05, atol=0.2)
+
+    def same_outputs(inputs):
+        base = (q if inputs is x else at_pseudo_inputs).base_dist
+        return Normal(base.loc.float(), base.scale.float())
+
+    # The same encoder outputs in float32: nothing else may have been rounded.
+    assert kl.dtype == loss.dtype == torch.float32
+    exact = prior_before.kl(same_outputs(x), same_outputs, z=z.float())
+    torch.testing.assert_close(kl, exact)
+    torch.testing.assert_close(loss, prior_before.map_loss(z.float(), same_outputs))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 5)])
@@ -616,13 +664,16 @@ def test_one_dimension():
         ({"inference": "mcmc"}, "inference must be one of"),
         ({"map_prior": True}, "map_prior must be one of"),
         ({"pseudo_inputs_per_component": 3}, "pseudo_inputs_per_component must divide"),
-        ({"pseudo_inputs_per_component": 0}, "pseudo_inputs_per_component must divide"),
+        ({"pseudo_inputs_per_component": 0}, "pseudo_inputs_per_component must be an integer"),
         ({"latent_dim": 0}, "latent_dim must be an integer"),
+        ({"latent_dim": True}, "latent_dim must be an integer"),
+        ({"data_size": 2.5}, "data_size must be an integer"),
+        ({"responsibility_gradient": "no"}, "responsibility_gradient must be True or False"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
         ({"concentration": math.inf}, "concentration must be a finite number above 0"),
         ({"temperature": 0}, "temperature must be"),
         ({"statistics_rate": 0}, "statistics_rate must be in"),
-        ({"data_size": 0}, "data_size must be None or at least 1"),
+        ({"data_size": 0}, "data_size must be an integer of at least 1"),
         ({"discount": 0.5}, "discount must be in"),
         ({"discount": 1.0, "weights": "stick-breaking"}, "discount must be in"),
         ({"joint": True, "inference": "closed-form"}, "joint=True trains by gradient"),
@@ -649,6 +700,16 @@ def test_type_errors():
 
 def test_shape_errors():
     encoder, prior = Encoder(), vmm()
+    q = encoder(inputs(6))
+    for kind in (prior, StandardNormalPrior(D).double()):
+        for z in (torch.zeros(1, D), torch.zeros(6, 9)):
+            with pytest.raises(ValueError, match="z must have q's shape"):
+                kind.kl(q, encoder, z=z.double())
+        bad = Normal(torch.zeros(6, D).double(), -torch.ones(6, D).double(), validate_args=False)
+        with pytest.raises(ValueError, match="q must be finite with a positive scale, but row 0"):
+            kind.kl(bad, encoder, z=torch.zeros(6, D).double())
+        with pytest.raises(ValueError, match="finite"):
+            kind.kl(q, encoder, z=torch.full((6, D), math.nan).double())
     with pytest.raises(ValueError, match="q must have latent_dim = 3 dimensions, but has 2"):
         prior.kl(Normal(torch.zeros(4, 2), torch.ones(4, 2)), encoder)
     with pytest.raises(ValueError, match=r"z must have shape \[B, 3\]"):
@@ -683,7 +744,8 @@ def test_compiles_without_graph_breaks():
     def step(x, noise):
         q = encoder(x)
         z = q.loc + (q.scale_tril @ noise[..., None])[..., 0]
-        return prior.kl(q, encoder, z=z).mean()
+        crisp = prior.responsibilities(z, encoder).square().sum(-1)
+        return (prior.kl(q, encoder, z=z) + crisp + prior.log_joint(z, encoder).sum(-1)).mean()
 
     x, noise = inputs(), torch.randn(40, D, dtype=torch.float64)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -257,7 +257,7 @@ class Clustering:
             pictures, self.shares[active], folder / "samples.png", components=active
         )
         plots.plot_training_curves(self.history, folder / "training.png")
-        weights = self.clusterer.components.weights
+        weights = self.clusterer.components.component_weights
         plots.plot_component_weights(weights, self.shares, folder / "weights.png")
 
 

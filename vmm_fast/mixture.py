@@ -36,6 +36,12 @@ from vmm_fast import ops
 __all__ = ["Assignment", "Components", "MixtureDistribution", "WhitenedMixture"]
 
 
+# A float32 whitening matrix A of this condition number or more (as bounded from below by its norm
+# over its smallest diagonal element) loses digits of |A (z - m)|^2 that a user would miss: such a
+# mixture is evaluated in float64, whatever the dtype of the points.
+_FLOAT32_CONDITION = 1e4
+
+
 class WhitenedMixture(NamedTuple):
     """What :mod:`vmm_fast.ops` takes after z: l_ij = offset_j - 1/2 |A_j (z_i - m_j)|^2."""
 
@@ -75,7 +81,38 @@ def gaussian_parameters(q: Distribution) -> tuple[Tensor, Tensor]:
         )
     if mean.ndim != 2:
         raise ValueError(f"q must have a mean of shape [B, D], but it has {list(mean.shape)}")
+    if mean.dtype in (torch.float16, torch.bfloat16):  # autocast: arithmetic is in float32
+        mean, scale = mean.float(), scale.float()
     return mean, scale
+
+
+def check_kl(kl: Tensor) -> Tensor:
+    """Return a KL estimate unless q made it NaN or infinite: z and the prior were checked before.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite.
+    """
+    if not torch.compiler.is_compiling() and not kl.isfinite().all():
+        row = int((~kl.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
+    return kl
+
+
+def check_sample(z: Tensor, mean: Tensor) -> Tensor:
+    """Return z if it has the shape of q's mean.
+
+    Raises
+    ------
+    ValueError
+        If it has another.
+    """
+    if z.shape != mean.shape:
+        raise ValueError(
+            f"z must have q's shape [B, D] = {list(mean.shape)}, but has {list(z.shape)}"
+        )
+    return z
 
 
 def gaussian_entropy(q: Distribution) -> Tensor:
@@ -161,9 +198,13 @@ class Components:
         return self.centers.shape[1]
 
     @property
-    def weights(self) -> Tensor:
-        """The component weights pi [C]."""
+    def component_weights(self) -> Tensor:
+        """The weights pi [C]."""
         return self.log_weights.exp()
+
+    def _result(self, z: Tensor) -> torch.dtype:
+        """Results have the components' dtype, or float64 if the points do."""
+        return torch.promote_types(self.centers.dtype, z.dtype)
 
     def detach(self) -> Components:
         """Cut the mixture from the graph."""
@@ -206,7 +247,8 @@ class Components:
         graph = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in self._values()
         )
-        key = (name, graph)
+        # Tensors made in inference mode cannot enter a graph later.
+        key = (name, graph, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
         if key not in self._built:
             self._built[key] = build()
         return self._built[key]
@@ -232,7 +274,9 @@ class Components:
         scale = self.scale.double()
         # tr(Lambda S) = |L^T s|^2, never a difference.
         product = factor.mT * scale[:, None, :] if scale.ndim == 2 else factor.mT @ scale.tril()
-        return self._with_precision(0.5 * product.square().sum((-2, -1)))
+        penalty = 0.5 * product.square().sum((-2, -1))
+        self._require_positive(penalty.isfinite())
+        return self._with_precision(penalty)
 
     def _with_precision(self, penalty: Tensor | float) -> WhitenedMixture:
         assert self.precision_cholesky is not None
@@ -244,7 +288,14 @@ class Components:
 
     def _whitened(self, whitening: Tensor, offsets: Tensor, transpose: bool) -> WhitenedMixture:
         dtype = self.centers.dtype
-        return WhitenedMixture(self.centers, whitening.to(dtype), offsets.to(dtype), transpose)
+        if not torch.compiler.is_compiling():
+            diagonal = whitening.detach().diagonal(dim1=-2, dim2=-1)
+            spread = whitening.detach().norm(dim=(-2, -1)) / diagonal.amin(-1)
+            if (spread > _FLOAT32_CONDITION).any():
+                dtype = torch.float64
+        return WhitenedMixture(
+            self.centers.to(dtype), whitening.to(dtype), offsets.to(dtype), transpose
+        )
 
     @property
     def _log_normaliser(self) -> float:
@@ -284,23 +335,41 @@ class Components:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) [B] of the marginal prior, in nats."""
-        return ops.mixture_log_prob(z, *self.marginal)[0]
+        mixture = self.marginal
+        return ops.mixture_log_prob(z.to(mixture.centers.dtype), *mixture)[0].to(self._result(z))
 
     def kl(self, q: Distribution, z: Tensor | None = None) -> Tensor:
         """Estimate KL(q || p) [B] by -H(q) - log p(z), with z ~ q unless given, in nats."""
-        return -gaussian_entropy(q) - self.log_prob(q.rsample() if z is None else z)
+        mean, _ = gaussian_parameters(q)
+        z = q.rsample() if z is None else check_sample(z, mean)
+        return check_kl(-gaussian_entropy(q) - self.log_prob(z))
 
     def log_joint(self, z: Tensor) -> Tensor:
         """Expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
-        return ops.mixture_log_joint(z, *self.expected, self.pseudo_inputs_per_component)
+        mixture = self.expected
+        z_ = z.to(mixture.centers.dtype)
+        joint = ops.mixture_log_joint(z_, *mixture, self.pseudo_inputs_per_component)
+        return joint.to(self._result(z))
+
+    def log_joint_expectation(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over all l_ck(z) and their expectation under softmax(l); both [B], nats."""
+        mixture = self.expected
+        lse, expected = ops.mixture_log_prob(z.to(mixture.centers.dtype), *mixture)
+        return lse.to(self._result(z)), expected.to(self._result(z))
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """softmax_c l_c(z) [B, C]."""
-        return ops.mixture_responsibilities(z, *self.expected, self.pseudo_inputs_per_component)
+        mixture = self.expected
+        z_ = z.to(mixture.centers.dtype)
+        q = ops.mixture_responsibilities(z_, *mixture, self.pseudo_inputs_per_component)
+        return q.to(self._result(z))
 
     def assign(self, z: Tensor) -> Assignment:
         """Most probable component, its probability and the entropy, without a [B, C] matrix."""
-        return Assignment(*ops.mixture_assign(z, *self.expected, self.pseudo_inputs_per_component))
+        mixture = self.expected
+        z_ = z.to(mixture.centers.dtype)
+        label, *rest = ops.mixture_assign(z_, *mixture, self.pseudo_inputs_per_component)
+        return Assignment(label, *(x.to(self._result(z)) for x in rest))
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
         """Indices of the components with a share over ``threshold``, largest first.
@@ -311,7 +380,7 @@ class Components:
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must be in [0, 1), but is {threshold}")
         if z is None:
-            share = self.weights.detach()
+            share = self.component_weights.detach()
         else:
             if len(z) == 0:
                 raise ValueError("z must have at least one row, but is empty")
@@ -334,14 +403,19 @@ class Components:
         ValueError
             If ``n`` is negative or ``component`` is outside 0 .. C - 1.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, but is {n}")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n must be an integer of at least 0, but is {n!r}")
         device, count = self.centers.device, self.num_components
         if component is None:  # multinomial() refuses n = 0
-            component = self.weights.detach().multinomial(max(n, 1), replacement=True)[:n]
-        component = torch.as_tensor(component, device=device).expand(n)
+            component = self.component_weights.detach().multinomial(max(n, 1), replacement=True)[:n]
+        component = torch.as_tensor(component, device=device)
+        if component.dtype not in (torch.int64, torch.int32) or component.shape not in ((), (n,)):
+            raise ValueError(
+                f"component must be an integer or a tensor of {n} integers, but is {component}"
+            )
         if ((component < 0) | (component >= count)).any():
             raise ValueError(f"component must be in 0 .. {count - 1}, but is {component}")
+        component = component.expand(n)
         per_component = self.pseudo_inputs_per_component
         index = component * per_component
         if per_component > 1:

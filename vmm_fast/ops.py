@@ -9,7 +9,8 @@ For a Gaussian mixture, A = chol(Sigma)^-1 and c = log pi - D/2 log 2 pi + log d
 triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
 On CPUs, float32 and float64 run in the compiled core; float16 and bfloat16 are computed in float32;
-other devices run the reference (which does not look for overflow). Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
+other devices run the reference (which does not look for overflow).
+Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
 backward recomputes), :func:`mixture_statistics` and :func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes

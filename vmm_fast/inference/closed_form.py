@@ -79,7 +79,11 @@ def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> S
     """
     centers, whitening, offsets, transpose = components.expected
     sums = ops.mixture_statistics(
-        z, centers, whitening / math.sqrt(temperature), offsets / temperature, transpose
+        z.to(centers.dtype),
+        centers,
+        whitening / math.sqrt(temperature),
+        offsets / temperature,
+        transpose,
     )
     n, s, m = (x.double() for x in sums)
     return Statistics(n, s, m, components.centers.detach().double())
@@ -89,7 +93,7 @@ def matching_statistics(components: Components) -> Statistics:
     """Sums per point that a sample of the components would have: pi_c / K, 0, pi_c / K Sigma_c."""
     centers = components.centers.detach().double()
     per_component = components.pseudo_inputs_per_component
-    mass = (components.weights.double() / per_component).repeat_interleave(per_component)
+    mass = (components.component_weights.double() / per_component).repeat_interleave(per_component)
     assert components.precision_cholesky is not None
     factor = components.precision_cholesky.double()
     covariance = torch.cholesky_inverse(factor).repeat_interleave(per_component, 0)
@@ -123,8 +127,10 @@ def maximise_precision(
     eye = torch.eye(dim, dtype=upper.dtype, device=upper.device).expand_as(upper)
     inverse = torch.linalg.solve_triangular(upper.mT, eye, upper=False)
     factor = mass.sqrt()[:, None, None] * inverse
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    sound = (info == 0) & factor.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1)
+    # A pivot that is rounding noise of the points' dtype is no evidence of a spread.
+    pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
+    largest = scatter.diagonal(dim1=-2, dim2=-1).amax(-1)
+    sound = (info == 0) & (pivots.amin(-1) > torch.finfo(previous.dtype).eps * largest)
     return torch.where(sound[:, None, None], factor.to(previous.dtype), previous)
 
 

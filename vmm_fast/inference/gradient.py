@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,8 @@ class PrivateAdam:
             If the loss or a gradient is not finite; nothing has changed then.
         """
         parameters = [p for p in self._parameters if p.requires_grad]
+        if not parameters:
+            return
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         given = [loss.detach(), *(g for g in gradients if g is not None)]
         if not all(bool(g.isfinite().all()) for g in given):
@@ -72,4 +75,4 @@ class PrivateAdam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._adam.load_state_dict(state)
+        self._adam.load_state_dict(copy.deepcopy(state))  # torch would share the moments

@@ -19,7 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-from vmm_fast import ops
 from vmm_fast.inference.stick_breaking import log_stick_breaking_prior
 from vmm_fast.mixture import Components
 
@@ -42,9 +41,12 @@ LOG_WEIGHT_FLOOR = -20.0
 def log_dirichlet(log_weights: Tensor, concentration: Tensor) -> Tensor:
     """Log-density of Dirichlet(gamma / C) at pi, log pi counted from ``LOG_WEIGHT_FLOOR`` up."""
     count = log_weights.shape[0]
-    a = concentration / count
-    normaliser = torch.lgamma(concentration) - count * torch.lgamma(a)
-    return normaliser + (a - 1) * log_weights.clamp_min(LOG_WEIGHT_FLOOR).sum()
+    gamma = concentration.double()  # differences of lgamma at a large gamma
+    normaliser = torch.lgamma(gamma) - count * torch.lgamma(gamma / count)
+    value = (
+        normaliser + (gamma / count - 1) * log_weights.clamp_min(LOG_WEIGHT_FLOOR).double().sum()
+    )
+    return value.to(log_weights.dtype)
 
 
 def log_alpha_prior(concentration: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def map_loss(
     """
     if len(z) == 0:
         raise ValueError("z must have at least one row, but is empty")
-    lse, expected = ops.mixture_log_prob(z, *components.expected)
+    lse, expected = components.log_joint_expectation(z)
     # d lse / d l_ij = q_ij: the value of the expectation with the gradient of the log-sum-exp.
     data = expected if responsibility_gradient else lse + (expected - lse).detach()
     return -data.mean() - log_prior / (data_size or len(z))

@@ -188,6 +188,7 @@ class _Run:
             "learning_rate": learning_rate,
             "seed": seed,
             "length of x_train": len(x_train),
+            "sum of x_train": float(x_train.sum(dtype=torch.float64)),
             "length of x_val": None if x_val is None else len(x_val),
             "model": model.extra_repr(),
             "prior": repr(model.prior),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -209,11 +211,26 @@ def _first_tensor(value: Any) -> Tensor:
     )
 
 
-def check_positive(**values: float) -> None:
-    """Raise ValueError for the first argument that is not a finite number above zero."""
-    for name, value in values.items():
-        if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-            raise ValueError(f"{name} must be a finite number above 0, but is {value!r}")
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise ValueError unless it is a finite number above zero."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, but is {value!r}")
+    return number
+
+
+def check_integer(name: str, value: int) -> int:
+    """Return ``value`` as an int, or raise ValueError unless it is an integer of at least 1."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
+    return number
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from vmm_fast import ops
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, Prior, check_choice, check_positive
+from vmm_fast.priors.base import Encoder, Prior, check_choice, check_integer, check_positive
 
 __all__ = ["BayesianMixturePrior"]
 
@@ -53,15 +52,11 @@ class BayesianMixturePrior(Prior):
         check_choice("weights", weights, ("dirichlet", "stick-breaking"))
         check_choice("inference", inference, ("gradient", "closed-form"))
         check_choice("map_prior", map_prior, ("none", "fixed", "learnt"))
-        check_positive(
-            learning_rate=learning_rate, concentration=concentration, temperature=temperature
-        )
+        self.learning_rate = check_positive("learning_rate", learning_rate)
+        self.temperature = check_positive("temperature", temperature)
+        check_positive("concentration", concentration)
         if not 0 < statistics_rate <= 1:
             raise ValueError(f"statistics_rate must be in (0, 1], but is {statistics_rate!r}")
-        if not isinstance(latent_dim, int) or latent_dim < 1:
-            raise ValueError(f"latent_dim must be an integer of at least 1, but is {latent_dim!r}")
-        if data_size is not None and data_size < 1:
-            raise ValueError(f"data_size must be None or at least 1, but is {data_size!r}")
         if not 0 <= discount < 1 or (discount and weights == "dirichlet"):
             raise ValueError(
                 "discount must be in [0, 1), and 0 unless weights='stick-breaking', "
@@ -69,13 +64,17 @@ class BayesianMixturePrior(Prior):
             )
         if joint and inference == "closed-form":
             raise ValueError("joint=True trains by gradient; it excludes inference='closed-form'")
-        self.latent_dim = latent_dim
+        if not isinstance(responsibility_gradient, bool):
+            raise ValueError(
+                f"responsibility_gradient must be True or False, but is {responsibility_gradient!r}"
+            )
+        latent_dim = self.latent_dim = check_integer("latent_dim", latent_dim)
         self.num_components = num_components
         self.pseudo_inputs_per_component = pseudo_inputs_per_component
         self.weights, self.inference, self.map_prior = weights, inference, map_prior
         self.responsibility_gradient = responsibility_gradient
-        self.data_size, self.joint = data_size, joint
-        self.discount, self.temperature = float(discount), float(temperature)
+        self.data_size = None if data_size is None else check_integer("data_size", data_size)
+        self.joint, self.discount = joint, float(discount)
         self.statistics_rate = float(statistics_rate)
         self.logits = nn.Parameter(torch.zeros(num_components, dtype=dtype))
         self.raw_precision = nn.Parameter(
@@ -90,7 +89,7 @@ class BayesianMixturePrior(Prior):
             self._register_running_statistics()
         learnt = self.parameters() if inference == "gradient" else self._gradient_parameters()
         learnt = list(learnt)
-        self._adam = PrivateAdam(learnt, learning_rate) if learnt and not joint else None
+        self._adam = PrivateAdam(learnt, self.learning_rate) if learnt and not joint else None
 
     # --- state ---
 
@@ -153,6 +152,7 @@ class BayesianMixturePrior(Prior):
             "inference",
             "responsibility_gradient",
             "data_size",
+            "learning_rate",
             "joint",
             "map_prior",
             "discount",
@@ -295,18 +295,23 @@ class BayesianMixturePrior(Prior):
         """Set weights, concentration and precisions to their maximisers."""
         assert components.precision_cholesky is not None
         mass = sums.N.unflatten(0, (self.num_components, -1)).sum(1)
+        kept = self.logits > -math.inf  # a pruned component stays pruned
         log_weights, concentration = closed_form.maximise_weights(
-            mass,
+            mass[kept],
             float(self.concentration),
             weights=self.weights,
             discount=self.discount,
             map_prior=self.map_prior,
         )
-        self.precision_cholesky = closed_form.maximise_precision(
-            sums, components.scale, components.precision_cholesky, self.map_prior != "none"
-        )
-        self.logits.copy_(log_weights)
-        self.concentration = concentration
+        # A parameter that was frozen by requires_grad_(False) stands still here as well.
+        if self.raw_precision.requires_grad:
+            self.precision_cholesky = closed_form.maximise_precision(
+                sums, components.scale, components.precision_cholesky, self.map_prior != "none"
+            )
+        if self.logits.requires_grad:
+            self.logits[kept] = log_weights.to(self.logits.dtype)
+        if self.raw_alpha.requires_grad:
+            self.concentration = concentration
 
     @torch.no_grad()
     def fit(
@@ -357,7 +362,7 @@ class BayesianMixturePrior(Prior):
                     continue
                 part = closed_form.statistics(components, self._latents(batch), self.temperature)
                 sums = part if sums is None else sums.plus(part)
-                lse, _ = ops.mixture_log_prob(batch, *components.expected)
+                lse, _ = components.log_joint_expectation(batch)
                 total += float(lse.double().sum())
                 count += len(batch)
             if sums is None:

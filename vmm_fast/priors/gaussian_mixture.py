@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmm_fast.inference import closed_form
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder
+from vmm_fast.priors.base import Encoder, check_integer
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 
 __all__ = ["GaussianMixturePrior"]
@@ -60,12 +60,12 @@ class GaussianMixturePrior(BayesianMixturePrior):
         statistics_rate: float = 0.003,
     ):
         nn.Module.__init__(self)
-        if not isinstance(num_components, int) or num_components < 1:
-            raise ValueError(
-                f"num_components must be an integer of at least 1, but is {num_components!r}"
-            )
+        num_components = check_integer("num_components", num_components)
+        latent_dim = check_integer("latent_dim", latent_dim)
         if centers is None:
             centers = torch.randn(num_components, latent_dim)
+        if not isinstance(centers, Tensor) or not centers.is_floating_point():
+            raise TypeError("centers must be a tensor of a floating dtype")
         if centers.shape != (num_components, latent_dim) or not centers.isfinite().all():
             raise ValueError(
                 f"centers must be finite and of shape {[num_components, latent_dim]}, "
@@ -104,5 +104,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
         centers = closed_form.maximise_centers(
             sums, components.precision_cholesky, self.map_prior != "none"
         )
+        if not self.centers.requires_grad:
+            centers = sums.centers
         super()._maximise(sums.around(centers), components)
         self.centers.copy_(centers)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from vmm_fast.mixture import Components, gaussian_entropy, gaussian_parameters
-from vmm_fast.priors.base import Encoder, Prior, check_positive
+from vmm_fast.mixture import (
+    Components,
+    check_kl,
+    check_sample,
+    gaussian_entropy,
+    gaussian_parameters,
+)
+from vmm_fast.priors.base import Encoder, Prior, check_integer
 
 __all__ = ["StandardNormalPrior"]
 
@@ -23,13 +31,12 @@ class StandardNormalPrior(Prior):
     Raises
     ------
     ValueError
-        If ``latent_dim`` is not above 0.
+        If ``latent_dim`` is no integer of at least 1.
     """
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        check_positive(latent_dim=latent_dim)
-        self.latent_dim = latent_dim
+        self.latent_dim = check_integer("latent_dim", latent_dim)
         self.num_components = 1
         self._zero: Tensor
         # Follows the module's moves, so that components() has its device and dtype.
@@ -51,9 +58,9 @@ class StandardNormalPrior(Prior):
         if z is None:
             square = mean.square().sum(-1) + scale.square().flatten(1).sum(-1)
         else:
-            square = z.square().sum(-1)
-        constant = self.latent_dim * torch.log(torch.tensor(2 * torch.pi)).item()
-        return 0.5 * (square + constant) - gaussian_entropy(q)
+            square = check_sample(z, mean).square().sum(-1)
+        constant = self.latent_dim * math.log(2 * math.pi)
+        return check_kl(0.5 * (square + constant) - gaussian_entropy(q))
 
     def extra_repr(self) -> str:
         """Name the settings."""

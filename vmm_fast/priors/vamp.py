@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from vmm_fast import ops
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, Prior, PseudoInputs, check_positive
+from vmm_fast.priors.base import Encoder, Prior, PseudoInputs, check_integer, check_positive
 
 __all__ = ["VampPrior"]
 
@@ -49,11 +48,13 @@ class VampPrior(PseudoInputs, Prior):
         joint: bool = False,
     ):
         super().__init__()
-        check_positive(learning_rate=learning_rate, latent_dim=latent_dim)
-        self.latent_dim, self.joint = latent_dim, joint
+        self.learning_rate = check_positive("learning_rate", learning_rate)
+        self.latent_dim, self.joint = check_integer("latent_dim", latent_dim), joint
         self.num_components, _ = self._set_pseudo_inputs(pseudo_inputs)
         parameters = list(self.parameters())
-        self._adam = PrivateAdam(parameters, learning_rate) if parameters and not joint else None
+        self._adam = (
+            PrivateAdam(parameters, self.learning_rate) if parameters and not joint else None
+        )
 
     def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
         centers, scale = self._encode(encoder, self.num_components, differentiable)
@@ -68,8 +69,7 @@ class VampPrior(PseudoInputs, Prior):
         """Give -1/B sum_i log p(z_i), a scalar in nats per point."""
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
-        lse, _ = ops.mixture_log_prob(z, *self._components(encoder, differentiable=True).marginal)
-        return -lse.mean()
+        return -self._components(encoder, differentiable=True).log_prob(z).mean()
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Move the pseudo-inputs an Adam step down :meth:`map_loss`; not with ``joint=True``."""
@@ -91,4 +91,7 @@ class VampPrior(PseudoInputs, Prior):
 
     def extra_repr(self) -> str:
         """Name the settings."""
-        return f"{self.num_components}, {self.latent_dim}, joint={self.joint}"
+        return (
+            f"{self.num_components}, {self.latent_dim}, learning_rate={self.learning_rate}, "
+            f"joint={self.joint}"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from vmm_fast.priors.base import Encoder, PseudoInputs
+from vmm_fast.priors.base import Encoder, PseudoInputs, check_integer
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 
 __all__ = ["VMMPrior"]
@@ -71,6 +71,11 @@ class VMMPrior(PseudoInputs, BayesianMixturePrior):
     ------
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
+
+    Notes
+    -----
+    The encoder is called on the pseudo-inputs in the mode it is in: in training mode, running
+    statistics of a batch normalisation see them too.
     """
 
     def __init__(
@@ -92,7 +97,10 @@ class VMMPrior(PseudoInputs, BayesianMixturePrior):
     ):
         nn.Module.__init__(self)
         total, dtype = self._set_pseudo_inputs(pseudo_inputs)
-        if pseudo_inputs_per_component < 1 or total % pseudo_inputs_per_component:
+        pseudo_inputs_per_component = check_integer(
+            "pseudo_inputs_per_component", pseudo_inputs_per_component
+        )
+        if total % pseudo_inputs_per_component:
             raise ValueError(
                 f"pseudo_inputs_per_component must divide the number of pseudo-inputs {total}, "
                 f"but is {pseudo_inputs_per_component}"
