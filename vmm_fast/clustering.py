@@ -315,10 +315,7 @@ def train(
             on_epoch_end=on_epoch_end,
         )
     except ValueError as error:
-        if str(error).startswith("checkpoint"):
-            raise InputError(str(error)) from error
-        # The data are finite, so what an operation complains of has come from the training.
-        raise FloatingPointError(f"{error}; lower the learning rate") from error
+        raise InputError(str(error)) from error
 
     model.eval()
     bare = VAE(shape, settings.latent_dim, hidden=hidden)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vmm_fast import ops
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
+from vmm_fast.inference.processes import sum_over_processes
 from vmm_fast.inference.stick_breaking import stick_breaking_posterior
 from vmm_fast.mixture import Components
 
@@ -39,6 +40,7 @@ __all__ = [
     "maximise_precision",
     "maximise_weights",
     "statistics",
+    "summed_over_processes",
 ]
 
 
@@ -87,6 +89,13 @@ def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> S
     )
     n, s, m = (x.double() for x in sums)
     return Statistics(n, s, m, components.centers.detach().double())
+
+
+def summed_over_processes(sums: Statistics, *numbers: float) -> tuple[Statistics, list[float]]:
+    """Give the sums, and ``numbers`` that go with them, over all processes."""
+    extra = torch.tensor(numbers, dtype=torch.float64, device=sums.N.device)
+    sum_over_processes((sums.N, sums.s, sums.M, extra))
+    return sums, extra.tolist()
 
 
 def matching_statistics(components: Components) -> Statistics:

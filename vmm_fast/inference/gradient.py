@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmm_fast.inference.processes import sum_over_processes
+
 __all__ = ["PrivateAdam"]
 
 
@@ -16,7 +18,7 @@ class PrivateAdam:
     """Adam (Kingma & Ba 2015) that belongs to a prior.
 
     A step leaves every ``.grad`` as it was, so that it neither disturbs nor is disturbed by the
-    model's own optimizer.
+    model's own optimizer. Gradients are averaged over the processes of ``torch.distributed``.
 
     Parameters
     ----------
@@ -45,6 +47,8 @@ class PrivateAdam:
         if not parameters:
             return
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        processes = sum_over_processes(g for g in gradients if g is not None)
+        gradients = tuple(g if g is None else g / processes for g in gradients)
         given = [loss.detach(), *(g for g in gradients if g is not None)]
         if not all(bool(g.isfinite().all()) for g in given):
             raise FloatingPointError(

@@ -260,14 +260,15 @@ class _Run:
         totals = [0.0] * 3
         for step in range(steps):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            terms = model.elbo(self.batch(self.x_train[rows]))
-            elbo = terms.elbo.mean()
-            values = torch.stack([elbo, terms.log_likelihood.mean(), terms.kl.mean()]).tolist()
-            self.check_finite(values, f"epoch {self.epoch + 1}, training step {step + 1}")
-            self.optimizer.zero_grad()
-            (-elbo).backward()
-            self.optimizer.step()
-            model.prior.update(terms.z.detach(), model.encode)
+            with self.diverging(f"training step {step + 1}"):
+                terms = model.elbo(self.batch(self.x_train[rows]))
+                elbo = terms.elbo.mean()
+                values = torch.stack([elbo, terms.log_likelihood.mean(), terms.kl.mean()]).tolist()
+                self.check_finite(values)
+                self.optimizer.zero_grad()
+                (-elbo).backward()
+                self.optimizer.step()
+                model.prior.update(terms.z.detach(), model.encode)
             totals = [total + value for total, value in zip(totals, values, strict=True)]
         return [total / steps for total in totals]
 
@@ -277,27 +278,35 @@ class _Run:
         model = self.model
         model.eval()
         totals, means = [0.0] * 3, []
-        with _own_random_state(model):
+        with _own_random_state(model), self.diverging("validation"):
             _seed_noise(self.seed, self.device)
             for start in range(0, len(x_val), self.batch_size):
                 terms = model.elbo(self.batch(x_val[start : start + self.batch_size]))
                 sums = torch.stack([term.sum() for term in terms[:3]]).tolist()
                 totals = [total + value for total, value in zip(totals, sums, strict=True)]
                 means.append(terms.q.mean)
-        values = [total / len(x_val) for total in totals]
-        self.check_finite(values, f"epoch {self.epoch + 1}, validation")
-        components = model.prior.components(model.encode)
-        return values, len(components.active_components(torch.cat(means)))
+            values = [total / len(x_val) for total in totals]
+            self.check_finite(values)
+            components = model.prior.components(model.encode)
+            return values, len(components.active_components(torch.cat(means)))
 
-    def check_finite(self, values: list[float], where: str) -> None:
+    def check_finite(self, values: list[float]) -> None:
         names = ("log-likelihood", "KL")
         bad = [f"{n} {v}" for n, v in zip(names, values[1:], strict=True) if not math.isfinite(v)]
         if bad:
+            raise FloatingPointError(" and ".join(bad))
+
+    @contextmanager
+    def diverging(self, where: str) -> Iterator[None]:
+        """Say where and what to do; data were checked, so a ValueError is a diverged network's."""
+        try:
+            yield
+        except (FloatingPointError, ValueError) as error:
             raise FloatingPointError(
-                f"{where}: {' and '.join(bad)}. Lower learning_rate (of `fit` or of the prior), or "
-                "bring the data to a range near [-1, 1]; a checkpoint, if asked for, holds the "
-                "last complete epoch and the best weights so far"
-            )
+                f"epoch {self.epoch + 1}, {where}: {error}. Lower learning_rate (of `fit` or of "
+                "the prior), or bring the data to a range near [-1, 1]; a checkpoint, if asked "
+                "for, holds the last complete epoch and the best weights so far"
+            ) from error
 
     def state(self) -> dict[str, Any]:
         return {
@@ -447,11 +456,11 @@ def _progress_bar(
 
     def show(record: dict[str, Any]) -> None:
         of = "train" if record["validation_elbo"] is None else "validation"
-        text = f"ELBO {record[f'{of}_elbo']:.1f} KL {record[f'{of}_kl']:.1f} "
+        fields = [f"ELBO {record[f'{of}_elbo']:.1f}", f"KL {record[f'{of}_kl']:.1f}"]
         if record["components_active"] is not None:
-            text += f"clusters {record['components_active']} "
-        text += f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s "
-        bar.set_description_str(text, refresh=False)
+            fields.append(f"{record['components_active']} clusters")
+        fields.append(f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s, ")
+        bar.set_description_str(", ".join(fields), refresh=False)
         bar.update()
 
     with bar:

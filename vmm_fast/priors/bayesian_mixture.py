@@ -271,7 +271,9 @@ class BayesianMixturePrior(Prior):
 
     def _online_step(self, components: Components, z: Tensor) -> None:
         """Blend the batch's statistics, per point, into the running ones and maximise."""
-        batch = closed_form.statistics(components, z, self.temperature).scaled(1 / len(z))
+        sums = closed_form.statistics(components, z, self.temperature)
+        sums, (count,) = closed_form.summed_over_processes(sums, len(z))
+        batch = sums.scaled(1 / count)
         if self.running_steps == 0:
             running = closed_form.matching_statistics(components)
         else:
@@ -279,7 +281,7 @@ class BayesianMixturePrior(Prior):
                 self.running_N, self.running_s, self.running_M, self.running_centers
             )
         running = self._carried(running, batch.centers).blended(batch, self.statistics_rate)
-        self._maximise(running.scaled(self.data_size or len(z)), components)
+        self._maximise(running.scaled(self.data_size or count), components)
         for name, value in zip(("N", "s", "M", "centers"), running, strict=True):
             getattr(self, f"running_{name}").copy_(value)
         self.running_steps += 1
@@ -356,7 +358,8 @@ class BayesianMixturePrior(Prior):
         history: list[float] = []
         for _ in range(max_iterations):
             components = self._components(encoder, differentiable=False)
-            sums, count, total = None, 0, 0.0
+            sums: closed_form.Statistics | None = None
+            count, total = 0.0, 0.0
             for batch in batches:
                 if len(batch) == 0:
                     continue
@@ -367,6 +370,7 @@ class BayesianMixturePrior(Prior):
                 count += len(batch)
             if sums is None:
                 raise ValueError("z must have at least one point, but is empty")
+            sums, (count, total) = closed_form.summed_over_processes(sums, count, total)
             log_prior = float(self._log_parameter_prior(components))
             history.append((total + log_prior) / count)
             if len(history) > 1 and history[-1] - history[-2] < tolerance:
