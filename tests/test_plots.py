@@ -97,7 +97,7 @@ def test_latent_in_two_dimensions_is_drawn_as_it_is(tmp_path, rng, figures):
     (ax,) = figures[0].axes
     drawn = np.asarray(ax.collections[0].get_offsets())
     assert set(map(tuple, drawn)) == set(map(tuple, z))
-    assert ax.get_title() == "3 clusters, 2 of them active"
+    assert ax.get_title() == "3 clusters (grey: up to 0.2 % of the points)"
     assert sorted(written(ax)) == ["7", "70"]
     colors = {
         tuple(p): c[:3] for p, c in zip(drawn, ax.collections[0].get_facecolors(), strict=True)

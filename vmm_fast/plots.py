@@ -109,7 +109,7 @@ def plot_latent(
     _write_at_medians(axes[0], plane, group_of, [str(g) for g in groups], np.flatnonzero(active))
     title = f"{len(groups)} clusters" if len(groups) != 1 else "1 cluster"
     if not active.all():
-        title += f", {active.sum()} of them active"
+        title += f" (grey: up to {_percent(ACTIVE_SHARE)} of the points)"
     axes[0].set_title(title)
 
     if labels is not None:
