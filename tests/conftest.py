@@ -1,9 +1,5 @@
-"""Shared by all tests: small random mixtures, and where real data lies."""
+"""Shared by all tests: small random mixtures."""
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
 
 import vmm_fast  # noqa: F401  registers the ops
@@ -28,12 +24,3 @@ def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0
         normal(components),
     )
     return tuple(t.to(dtype) for t in tensors)
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("VMM_FAST_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set VMM_FAST_DATA to its folder")
-    return folder
