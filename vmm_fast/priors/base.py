@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Assignment, Components, MixtureDistribution, gaussian_parameters
 
-__all__ = ["Encoder", "Prior", "PseudoInputs"]
+__all__ = ["Encoder", "LearntPrior", "Prior", "PseudoInputs"]
 
 Encoder = Callable[[Any], Distribution]
 
@@ -138,6 +139,21 @@ class Prior(nn.Module):
                 parameter.copy_(value)
             return
         super().__setattr__(name, value)
+
+
+class LearntPrior(Prior):
+    """A prior with an empirical-Bayes step of its own."""
+
+    _adam: PrivateAdam | None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Keep the private optimizer's state in ``state_dict``."""
+        return {} if self._adam is None else self._adam.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the private optimizer's state."""
+        if self._adam is not None and state:
+            self._adam.load_state_dict(state)
 
 
 class PseudoInputs:

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, Prior, check_choice, check_integer, check_positive
+from vmm_fast.priors.base import Encoder, LearntPrior, check_choice, check_integer, check_positive
 
 __all__ = ["BayesianMixturePrior"]
 
@@ -24,7 +24,7 @@ def _inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
-class BayesianMixturePrior(Prior):
+class BayesianMixturePrior(LearntPrior):
     """Weights, precisions and concentration of a Bayesian mixture, and their empirical-Bayes step.
 
     Parameters are those of :class:`vmm_fast.VMMPrior`, whose docstring describes them.
@@ -135,15 +135,6 @@ class BayesianMixturePrior(Prior):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Keep the private optimizer's state in ``state_dict``."""
-        return {} if self._adam is None else self._adam.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the private optimizer's state."""
-        if self._adam is not None and state:
-            self._adam.load_state_dict(state)
 
     def extra_repr(self) -> str:
         """Name the settings, which ``state_dict`` does not hold."""

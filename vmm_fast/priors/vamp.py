@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, Prior, PseudoInputs, check_integer, check_positive
+from vmm_fast.priors.base import Encoder, LearntPrior, PseudoInputs, check_integer, check_positive
 
 __all__ = ["VampPrior"]
 
 
-class VampPrior(PseudoInputs, Prior):
+class VampPrior(PseudoInputs, LearntPrior):
     """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
 
     Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that
@@ -79,15 +77,6 @@ class VampPrior(PseudoInputs, Prior):
         with torch.enable_grad():
             loss = self.map_loss(z, encoder)
         self._adam.step(loss)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Keep the private optimizer's state in ``state_dict``."""
-        return {} if self._adam is None else self._adam.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the private optimizer's state."""
-        if self._adam is not None and state:
-            self._adam.load_state_dict(state)
 
     def extra_repr(self) -> str:
         """Name the settings."""
