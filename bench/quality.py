@@ -29,6 +29,7 @@ from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignmen
 from vmm_fast.models import VAE, fit
 
 RESULTS = Path(__file__).parent / "results"
+PLACES = ("data", "out", "checkpoint")  # options that name a file or folder
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 
 
@@ -65,6 +66,18 @@ def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
     with torch.no_grad():
         responsibilities = model.prior.responsibilities(z, model.encode)
     return clustering_scores(responsibilities, labels).as_dict()
+
+
+def command(arguments: list[str]) -> str:
+    """Give the command that repeats a run, without the places on this machine."""
+    kept: list[str] = []
+    options = iter(arguments)
+    for option in options:
+        if option.removeprefix("--") in PLACES:
+            next(options)
+        elif option != "--resume":
+            kept.append(option)
+    return "python -m bench " + shlex.join(kept)
 
 
 def environment() -> dict[str, str]:
@@ -134,9 +147,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     model.eval()
     return {
-        "command": "python -m bench " + shlex.join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
         **environment(),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out", "run")},
+        "settings": {k: v for k, v in vars(args).items() if k not in (*PLACES, "run")},
         "best_epoch": history.best_epoch,
         "final": {
             "train": score(model, x, train["labels"]),
