@@ -268,6 +268,8 @@ def test_resume_is_refused_for_another_run(npy, tmp_path, capsys, no_pictures):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     error = complaint(capsys, cluster(npy, out, "--resume", "--seed", 9))
     assert "--seed must be 0 as in the run that --resume goes on with, is 9" in error
+    error = complaint(capsys, cluster(npy, out, "--resume", "--epochs", 1))
+    assert "--epochs must be at least" in error
     other = tmp_path / "other.npy"
     np.save(other, vectors(seed=1)[0])
     assert "another input" in complaint(capsys, cluster(other, out, "--resume"))
@@ -359,7 +361,7 @@ def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
         ("1\t2\r\n3\t4\r\n", (2, 2), None, False),
         ("label,a,b\nu,1,2\nv,3,4\n", (2, 2), ["u", "v"], False),
         ('"a","y"\n"1.5","7"\n"2","8"\n', (2, 1), ["7", "8"], False),
-        ("x,y\n1,2\n3,4\n", (2, 2), None, False),  # a point in the plane
+        ("x,y\n1,2\n3,4\n", (2, 2), None, True),  # a point in the plane
         (",a,b\n0,1,2\n1,3,4\n", (2, 2), None, True),  # as pandas writes a table
         ("0,1\n5,6\n7,8\n", (2, 2), None, False),  # pandas again: columns without names
         ('"","a"\n"row 1",1\n"row 2",2\n', (2, 1), None, True),  # as R writes a table
@@ -371,6 +373,26 @@ def test_tables(tmp_path, text, shape, labels, noted):
     assert data.values.shape == shape
     assert (None if data.labels is None else data.labels.tolist()) == labels
     assert bool(data.notes) == noted
+
+
+def test_no_label_is_trained_on(tmp_path):
+    """Whatever further name the truth goes by, it is left out, and the reader is told."""
+    rows = "\n".join(f"{i % 3},{i % 3},{i / 7},{-i}" for i in range(12))
+    (tmp_path / "x.csv").write_text(f"labels,y,a,b\n{rows}\n")
+    data = read(tmp_path / "x.csv")
+    assert data.values.shape == (12, 2) and len(data.labels) == 12
+    assert any("'y' is named like a label too" in note for note in data.notes)
+    np.savez(
+        tmp_path / "x.npz", x=np.arange(24.0).reshape(12, 2), label=np.arange(12), z=np.ones(3)
+    )
+    data = read(tmp_path / "x.npz")
+    assert data.labels.tolist() == list(range(12)) and data.notes == ["arrays left out: z"]
+
+
+def test_a_closed_stderr_is_no_obstacle(npy, tmp_path, no_pictures, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cluster(npy, tmp_path / "out") == 0
+    assert cli.main(["cluster", "absent.npy", "--out", str(tmp_path / "other")]) == 2
 
 
 # --- what cannot be used -------------------------------------------------------------------------
@@ -422,8 +444,18 @@ def bad_files(folder):
         archive.writestr("x", "no array")
     cases["zip"] = (folder / "zip.npz", "no array")
     case("objects npy", ".npy", np.array([[1, "a"], [{}, None]], dtype=object), "Python objects")
-    case("objects npz", ".npz", {"x": x.astype(object)}, "array 'x' holds Python objects")
-    case("object labels", ".npz", {"x": x, "y": labels.astype(object)}, "'y' holds Python objects")
+    case(
+        "objects npz",
+        ".npz",
+        {"x": x.astype(object)},
+        "array 'x' is damaged or holds Python objects",
+    )
+    case(
+        "object labels",
+        ".npz",
+        {"x": x, "y": labels.astype(object)},
+        "'y' is damaged or holds Python objects",
+    )
     case("two arrays", ".npz", {"a": x, "b": x}, "one called images, x or X; holds a, b")
     case("no array", ".npz", {}, "holds none")
     case("npy as npz", ".npz", x, "")

@@ -313,6 +313,14 @@ def test_first_gradient_step_is_adams():
         torch.testing.assert_close((p - old)[moved], -1e-2 * g.sign()[moved], rtol=2e-3, atol=0)
 
 
+def test_update_in_inference_mode():
+    encoder, prior = Encoder(), vmm()
+    before = prior.logits.detach().clone()
+    with torch.inference_mode():
+        prior.update(encoder(inputs()), encoder)
+    assert not torch.equal(before, prior.logits)
+
+
 def test_joint_has_no_private_step():
     encoder, prior = Encoder(), vmm(joint=True)
     before = copy.deepcopy(prior.state_dict())

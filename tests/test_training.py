@@ -289,6 +289,34 @@ def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch)
     )
 
 
+def test_checkpoint_of_other_data(tmp_path):
+    """The same rows in another order are other data, for training and for validation."""
+    path = tmp_path / "run.pt"
+    run(make_model(), epochs=1, checkpoint=path)
+    for name, (x_train, x_val) in {
+        "x_train": (make_data().flip(0), make_data(M, 1)),
+        "x_val": (make_data(), make_data(M, 1).flip(0)),
+    }.items():
+        with pytest.raises(ValueError, match=f"of another run: checksum of {name}"):
+            fit(
+                make_model(),
+                x_train,
+                x_val,
+                epochs=2,
+                batch_size=16,
+                checkpoint=path,
+                resume=True,
+            )
+
+
+def test_what_does_not_fit_together_is_no_divergence():
+    with pytest.raises(ValueError, match="prior must have latent_dim = 2 dimensions, has 3"):
+        VAE(INPUTS, 2, VMMPrior(make_data(5), latent_dim=3))
+    model = VAE(INPUTS, 2, VMMPrior(torch.zeros(5, INPUTS + 1), latent_dim=2))
+    with pytest.raises(ValueError, match="x must have shape"):
+        fit(model, make_data(), epochs=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ RESULTS = {
     "clusters.csv": "cluster, its probability and the entropy (nats) of every row",
     "metrics.json": "scores, settings and training history",
     "model.pt": "network, scaling and mixture: assigns new rows",
-    "latent.png": "latent space (t-SNE), coloured by cluster and by label",
+    "latent.png": "latent space (t-SNE), coloured by cluster and by any label",
     "samples.png": "samples of each active component",
     "training.png": "training curves",
     "weights.png": "weight of each component",
@@ -42,10 +43,11 @@ RESULTS = {
 DEMO = "the demo's MNIST images"  # stands for the input file in run.json
 EXPLANATION = """\
 FILE is one of
-  .npz  an array called images, x or X, or the only one; true labels in labels or y
+  .npz  an array called images, x or X, or the only one; true labels in
+        label, labels or y
   .npy  one array
   .csv  numeric columns, with a header or without; true labels in a column called
-        label, labels or y
+        label, labels or y (but columns x and y are a point)
 
 Arrays are [rows, columns], or images [rows, height, width] with channels first,
 last or not at all. Images are scaled by their minimum and maximum to [-1, 1], other
@@ -64,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except FloatingPointError as error:
         return _complain(f"training diverged: {error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("memory|size", str(error)):
+            raise
+        return _complain(f"too large for this machine's memory: {error}", 1)
     except BrokenPipeError:
         # Nobody reads the table; that the files are written is what counts. The interpreter would
         # complain once more when it flushes stdout at its end.
@@ -77,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)
+    if sys.stderr is not None:  # it is None where the descriptor was closed
+        print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 
@@ -256,7 +263,7 @@ def _run(
             checkpoint=checkpoint,
             # A run that was stopped in its first epoch has none yet: it starts again.
             resume=resume and checkpoint is not None and checkpoint.exists(),
-            progress=sys.stderr.isatty(),
+            progress=sys.stderr is not None and sys.stderr.isatty(),
         )
         metrics = clustering.metrics()
         clustering.write_table(folder.path / "clusters.csv")
@@ -322,6 +329,11 @@ class _Folder:
                     f"{option} must be {stored[name]} as in the run that --resume goes on with, is "
                     f"{value}"
                 )
+        if (given["epochs"] or stored["epochs"]) < stored["epochs"]:
+            raise InputError(
+                f"--epochs must be at least {stored['epochs']} as in the run that --resume goes on "
+                f"with, is {given['epochs']}"
+            )
         return {**stored, "epochs": given["epochs"] or stored["epochs"]}
 
     def start(self, record: dict[str, Any], *, overwrite: bool, resume: bool = False) -> None:
@@ -347,7 +359,7 @@ class _Folder:
             raise InputError(
                 f"--out {self.path}: holds {held[0]}, which is of no run; choose another folder"
             )
-        if not overwrite:
+        if not overwrite and held != [RUN]:  # a run that failed at its start left that alone
             raise InputError(
                 f"--out {self.path}: holds another run; choose another folder, go on with it by "
                 "cluster --resume, or replace it by cluster --overwrite"

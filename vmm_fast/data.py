@@ -116,16 +116,15 @@ class Scaling:
             offset, scale = torch.where(same, low, offset), torch.where(same, 1.0, scale)
             constant = same.nonzero()[:, 0].tolist()
         if not (offset.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
-            raise InputError("values lie too far apart to be scaled; check for wrong entries")
+            raise InputError(
+                "values lie too far apart, or too near each other, to be scaled; check for wrong "
+                "entries"
+            )
         return cls(offset, scale, constant)
 
     def apply(self, x: Tensor) -> Tensor:
         """Scale rows [B, *shape] of any dtype, into float32."""
         return ((x.double() - self.offset.to(x.device)) / self.scale.to(x.device)).float()
-
-    def undo(self, x: Tensor) -> Tensor:
-        """Give scaled rows back in the units of the input, as float64."""
-        return x.double() * self.scale.to(x.device) + self.offset.to(x.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give the tensors by name; ``Scaling(**state)`` restores them."""
@@ -147,8 +146,8 @@ def read(path: str | os.PathLike[str]) -> Data:
     ----------
     path : str or os.PathLike
         In a .npz the array is called ``images``, ``x`` or ``X``, or is the only one but for the
-        labels, ``labels`` or ``y``. A .csv has numeric columns, an optional header, and with a
-        header an optional column ``label``, ``labels`` or ``y`` (but x and y are a point); a first
+        labels, ``label``, ``labels`` or ``y``. A .csv has numeric columns, an optional header, and
+        with a header an optional column of one of these names (but x and y are a point); a first
         column without a name holds the rows' names, as pandas and R write them, and is left out.
 
     Returns
@@ -280,7 +279,10 @@ def _load(file: BinaryIO) -> Any:
 
 def _damaged(what: str, error: Exception) -> str:
     if "allow_pickle" in str(error) or "pickled" in str(error):
-        return f"{what} holds Python objects, must hold numbers: save it with a numeric dtype"
+        return (
+            f"{what} is damaged or holds Python objects; save it with a plain dtype: numbers, or "
+            "for labels also text by .astype(str)"
+        )
     detail = " ".join(str(error).split()) or type(error).__name__
     return f"{what} cannot be read, is damaged or of another format ({detail})"
 
@@ -298,7 +300,7 @@ def _read_npz(file: BinaryIO) -> Data:
     if isinstance(archive, np.ndarray):
         raise InputError("is a single .npy array, must be called so")
     with archive:
-        label_name = next((n for n in LABEL_NAMES[1:] if n in archive.files), None)
+        label_name = next((n for n in LABEL_NAMES if n in archive.files), None)
         candidates = [n for n in ARRAY_NAMES if n in archive.files]
         others = [n for n in archive.files if n != label_name]
         if candidates:
@@ -310,7 +312,9 @@ def _read_npz(file: BinaryIO) -> Data:
             raise InputError(f"must hold one array, or one called images, x or X; holds {held}")
         values = _member(archive, name)
         labels = None if label_name is None else _member(archive, label_name)
-    return make_data(values, labels, images=name == IMAGE_NAME, name=f"array {name!r}")
+        ignored = [n for n in others if n != name]
+    notes = [f"arrays left out: {', '.join(ignored)}"] if ignored else []
+    return make_data(values, labels, images=name == IMAGE_NAME, name=f"array {name!r}", notes=notes)
 
 
 def _member(archive: Any, name: str) -> np.ndarray:
@@ -351,6 +355,13 @@ def _parse_csv(file: TextIO) -> Data:
     label_at = _label_column(names) if header else None
     if label_at is not None:
         used.remove(label_at)
+    # Truth must never reach the training unseen, whatever further name it goes by.
+    for i in [i for i in used if header and names[i].lower() in LABEL_NAMES]:
+        if names[i].lower() == "y" and "x" in [name.lower() for name in names]:
+            notes.append("columns x and y: taken for a point's coordinates, y is no label")
+        else:
+            used.remove(i)
+            notes.append(f"column {names[i]!r} is named like a label too: left out")
     if not used:
         raise InputError("must have a numeric column, has none")
 

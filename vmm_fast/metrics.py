@@ -377,6 +377,8 @@ def _check_positive(value: int, name: str) -> None:
 def _checked(values: Tensor, shape: torch.Size, name: str) -> Tensor:
     if values.shape != shape:
         raise ValueError(f"{name} must return shape {list(shape)}, got {list(values.shape)}")
+    if values.isnan().any():
+        raise ValueError(f"{name} must return log-densities, got NaN")
     return values.double()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from vmm_fast._files import write_atomically
+from vmm_fast.metrics import ACTIVE_SHARE
 
 __all__ = [
     "plot_component_samples",
@@ -32,7 +33,6 @@ GRID = "#e4e4e4"
 PRIMARY = "#1f5fa8"
 SECONDARY = "#e0842b"
 INACTIVE = (0.80, 0.80, 0.80)  # points of components that are not active
-ACTIVE_SHARE = 0.002
 ROWS_PER_BLOCK = 25
 
 # Okabe & Ito's colour-blind-safe palette (yellow and black left out: unreadable on white, and

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,10 @@ class _Run:
             if x is not None:
                 self.check_data(name, x)
 
+        # What does not fit together shows here, before anything is trained, as what it is.
+        with torch.no_grad():
+            model.prior.components(model.encode)
+
         # Fused: eight times faster on a CPU. Prior parameters have no gradient, hence are skipped.
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=learning_rate, eps=ADAM_EPS, fused=True
@@ -188,7 +193,8 @@ class _Run:
             "learning_rate": learning_rate,
             "seed": seed,
             "length of x_train": len(x_train),
-            "sum of x_train": float(x_train.sum(dtype=torch.float64)),
+            "checksum of x_train": _checksum(x_train),
+            "checksum of x_val": None if x_val is None else _checksum(x_val),
             "length of x_val": None if x_val is None else len(x_val),
             "model": model.extra_repr(),
             "prior": repr(model.prior),
@@ -353,6 +359,11 @@ class _Run:
         self.history.best_epoch = state["best_epoch"]
         self.best_elbo, self.best_weights = state["best_elbo"], state["best_weights"]
         self.stale = state["stale"]
+
+
+def _checksum(x: Tensor) -> int:
+    """Of every value in its place, so that a checkpoint is not resumed on other data."""
+    return zlib.adler32(x.detach().cpu().contiguous().numpy().tobytes())
 
 
 def _number(value: Tensor | float | None) -> float | None:

@@ -133,6 +133,10 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         self.scale_mode = scale
         self.prior = StandardNormalPrior(latent_dim) if prior is None else prior
+        if self.prior.latent_dim != latent_dim:
+            raise ValueError(
+                f"prior must have latent_dim = {latent_dim} dimensions, has {self.prior.latent_dim}"
+            )
 
         full = posterior == "full"
         scales = latent_dim * (latent_dim + 1) // 2 if full else latent_dim

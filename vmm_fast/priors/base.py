@@ -123,7 +123,8 @@ class Prior(nn.Module):
             raise ValueError(f"z must have shape [B, {self.latent_dim}], but has {list(z.shape)}")
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
-        return z.detach()
+        with torch.inference_mode(False):  # an inference tensor cannot enter a graph; a copy can
+            return z.clone() if z.is_inference() else z.detach()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Let ``prior.logits = tensor`` set a parameter's values; it stays the same parameter."""

@@ -240,7 +240,7 @@ class BayesianMixturePrior(LearntPrior):
         z = self._latents(q_or_z)
         if self.joint:
             return
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             components = self._components(encoder, differentiable=True)
             if self._adam is not None:
                 self._adam.step(self._map_loss(components, z))

@@ -74,7 +74,7 @@ class VampPrior(PseudoInputs, LearntPrior):
         z = self._latents(q_or_z)
         if self._adam is None:
             return
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             loss = self.map_loss(z, encoder)
         self._adam.step(loss)
 
