@@ -106,8 +106,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train one prior and return its record."""
+def run(args: argparse.Namespace, path: Path) -> None:
+    """Train one prior; its record is written to ``path`` after every epoch and at the end."""
     folder = Path(args.data)
     train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
     torch.manual_seed(args.seed)
@@ -118,8 +118,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
     model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale)
-    curve: list[dict[str, Any]] = []
-    start = time.perf_counter()
+    record = {
+        "command": command(sys.argv[1:]),
+        **environment(),
+        "settings": {k: v for k, v in vars(args).items() if k not in (*PLACES, "run")},
+    }
+    curve: list[dict[str, Any]] = json.loads(path.read_text())["curve"] if args.resume else []
+    start = time.perf_counter() - (curve[-1]["seconds_since_start"] if curve else 0)
+
+    def write(final: dict[str, Any] | None = None) -> None:
+        text = json.dumps({**record, "final": final, "curve": curve}, indent=1)
+        write_atomically(path, lambda file: file.write(text), text=True)
 
     def on_epoch_end(epoch: dict[str, Any]) -> None:
         model.eval()
@@ -128,6 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             epoch["test"] = score(model, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
+        write()
         shown = {
             k: epoch[k]
             for k in ("epoch", "seconds_since_start", "validation_elbo", "validation_kl")
@@ -150,17 +160,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
     )
     model.eval()
-    return {
-        "command": command(sys.argv[1:]),
-        **environment(),
-        "settings": {k: v for k, v in vars(args).items() if k not in (*PLACES, "run")},
-        "best_epoch": history.best_epoch,
-        "final": {
-            "train": score(model, x, train["labels"]),
-            "test": score(model, y, test["labels"]),
-        },
-        "curve": curve,
-    }
+    parts = {"train": (x, train["labels"]), "test": (y, test["labels"])}
+    final = {name: score(model, *part) for name, part in parts.items()}
+    write({"best_epoch": history.best_epoch, **final})
 
 
 PANELS = (
@@ -188,7 +190,8 @@ def plot(folder: Path, prefix: str) -> Path:
     figure = Figure(figsize=(15, 6.5), layout="constrained", dpi=110)
     for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         for color, (name, curve) in enumerate(records.items()):
-            rows = [{**epoch, **epoch.get("test", {})} for epoch in curve]
+            elbo = ("epoch", "validation_elbo", "validation_kl")
+            rows = [{**{k: e[k] for k in elbo}, **e.get("test", {})} for e in curve]
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             x, y = zip(*points, strict=True) if points else ((), ())
             ax.plot(x, y, color=f"C{color}", label=name, lw=1.5)
@@ -252,7 +255,6 @@ def main(args: argparse.Namespace) -> None:
     if args.plot:
         print(plot(folder, args.prefix))
         return
-    record = run(args)
     path = folder / f"{args.prefix}-{args.name or args.prior}.json"
-    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+    run(args, path)
     print(path)
