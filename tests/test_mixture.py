@@ -281,6 +281,20 @@ def test_graph_is_built_where_it_is_due():
     assert not components.detach().log_prob(z).requires_grad
 
 
+def test_dtypes_of_points():
+    """Wider points are evaluated in their own dtype, integers are refused."""
+    components = random_components(dtype=torch.float32)
+    z = torch.randn(6, 3, dtype=torch.float64) * 3
+    exact = components.to(torch.float64)
+    for method in ("log_prob", "log_joint", "responsibilities"):
+        got, true = (getattr(c, method)(z) for c in (components, exact))
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-6)
+        assert getattr(components, method)(z.bfloat16()).dtype == torch.float32
+        with pytest.raises(TypeError, match="z must be a tensor of a floating dtype, but is"):
+            getattr(components, method)(torch.zeros(2, 3, dtype=torch.int64))
+
+
 def test_state_round_trip():
     components = random_components(k=2)
     z = torch.randn(5, 3, dtype=torch.float64)

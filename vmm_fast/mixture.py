@@ -202,9 +202,19 @@ class Components:
         """The weights pi [C]."""
         return self.log_weights.exp()
 
-    def _result(self, z: Tensor) -> torch.dtype:
-        """Results have the components' dtype, or float64 if the points do."""
-        return torch.promote_types(self.centers.dtype, z.dtype)
+    def _evaluate(self, operation: Callable, z: Tensor, mixture: WhitenedMixture, *rest) -> tuple:
+        """Run an operation in the wider dtype of z and mixture; results are as wide as z and m."""
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise TypeError(
+                "z must be a tensor of a floating dtype, "
+                f"but is {z.dtype if isinstance(z, Tensor) else type(z).__name__}"
+            )
+        dtype = torch.promote_types(z.dtype, mixture.centers.dtype)
+        *tensors, transpose = mixture
+        out = operation(z.to(dtype), *(x.to(dtype) for x in tensors), transpose, *rest)
+        result = torch.promote_types(z.dtype, self.centers.dtype)
+        values = (out,) if isinstance(out, Tensor) else out
+        return tuple(x.to(result) if x.is_floating_point() else x for x in values)
 
     def detach(self) -> Components:
         """Cut the mixture from the graph."""
@@ -335,8 +345,7 @@ class Components:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) [B] of the marginal prior, in nats."""
-        mixture = self.marginal
-        return ops.mixture_log_prob(z.to(mixture.centers.dtype), *mixture)[0].to(self._result(z))
+        return self._evaluate(ops.mixture_log_prob, z, self.marginal)[0]
 
     def kl(self, q: Distribution, z: Tensor | None = None) -> Tensor:
         """Estimate KL(q || p) [B] by -H(q) - log p(z), with z ~ q unless given, in nats."""
@@ -346,30 +355,22 @@ class Components:
 
     def log_joint(self, z: Tensor) -> Tensor:
         """Expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
-        mixture = self.expected
-        z_ = z.to(mixture.centers.dtype)
-        joint = ops.mixture_log_joint(z_, *mixture, self.pseudo_inputs_per_component)
-        return joint.to(self._result(z))
+        per_component = self.pseudo_inputs_per_component
+        return self._evaluate(ops.mixture_log_joint, z, self.expected, per_component)[0]
 
     def log_joint_expectation(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over all l_ck(z) and their expectation under softmax(l); both [B], nats."""
-        mixture = self.expected
-        lse, expected = ops.mixture_log_prob(z.to(mixture.centers.dtype), *mixture)
-        return lse.to(self._result(z)), expected.to(self._result(z))
+        return self._evaluate(ops.mixture_log_prob, z, self.expected)
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """softmax_c l_c(z) [B, C]."""
-        mixture = self.expected
-        z_ = z.to(mixture.centers.dtype)
-        q = ops.mixture_responsibilities(z_, *mixture, self.pseudo_inputs_per_component)
-        return q.to(self._result(z))
+        per_component = self.pseudo_inputs_per_component
+        return self._evaluate(ops.mixture_responsibilities, z, self.expected, per_component)[0]
 
     def assign(self, z: Tensor) -> Assignment:
         """Most probable component, its probability and the entropy, without a [B, C] matrix."""
-        mixture = self.expected
-        z_ = z.to(mixture.centers.dtype)
-        label, *rest = ops.mixture_assign(z_, *mixture, self.pseudo_inputs_per_component)
-        return Assignment(label, *(x.to(self._result(z)) for x in rest))
+        per_component = self.pseudo_inputs_per_component
+        return Assignment(*self._evaluate(ops.mixture_assign, z, self.expected, per_component))
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
         """Indices of the components with a share over ``threshold``, largest first.
