@@ -371,9 +371,14 @@ def test_memory_is_linear_in_the_number_of_points(monkeypatch):
     ("batches", "options", "error", "message"),
     [
         ([], {}, ValueError, "q_batches must hold at least one posterior"),
-        ([Laplace(torch.zeros(2, 1), 1.0)], {}, TypeError, "q_batches must hold Normal or Multi"),
+        (
+            [Laplace(torch.zeros(2, 1), 1.0)],
+            {},
+            TypeError,
+            "q_batches: q must be a torch.distributions Normal",
+        ),
         (Normal(torch.zeros(2, 1), 1.0), {}, TypeError, "wrap it in a list"),
-        ([Normal(torch.zeros(2), 1.0)], {}, ValueError, r"means of one shape \[n, D\]"),
+        ([Normal(torch.zeros(2), 1.0)], {}, ValueError, r"q_batches: q must have a mean of shape"),
         (
             [Normal(torch.zeros(2, 1), 1.0), Normal(torch.zeros(2, 3), 1.0)],
             {},

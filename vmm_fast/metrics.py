@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, Independent
 
+from vmm_fast.mixture import gaussian_parameters, scale_times
 from vmm_fast.ops import mixture_log_prob
 
 __all__ = [
@@ -346,7 +347,7 @@ def elbo_surgery(
     log_p = torch.empty_like(log_q_own)
     for block, index in zip(z.split(chunk), chosen.split(chunk), strict=True):
         noise = torch.randn(block.shape, generator=generator, dtype=z.dtype, device=device)
-        block.copy_(loc[index] + _times(scale[index], noise))
+        block.copy_(loc[index] + scale_times(scale[index], noise))
     for start in range(0, len(chosen), chunk):
         part = slice(start, start + chunk)
         index = chosen[part]
@@ -389,34 +390,25 @@ def _stack_posteriors(q_batches: Iterable[Distribution]) -> tuple[Tensor, Tensor
     locs: list[Tensor] = []
     scales: list[Tensor] = []
     for q in q_batches:
-        base = q.base_dist if isinstance(q, Independent) else q
-        if isinstance(base, MultivariateNormal):
-            loc, scale = base.loc, base.scale_tril
-        elif isinstance(base, Normal):
-            loc, scale = base.loc, base.scale
-        else:
-            raise TypeError(f"q_batches must hold Normal or MultivariateNormal, got {q}")
-        if loc.ndim != 2 or (locs and loc.shape[1] != locs[0].shape[1]):
+        try:
+            loc, scale = gaussian_parameters(q)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"q_batches: {error}") from None
+        if locs and loc.shape[1] != locs[0].shape[1]:
             raise ValueError(
-                f"q_batches must hold posteriors with means of one shape [n, D], got "
-                f"{list(loc.shape)}" + (f" after {list(locs[0].shape)}" if locs else "")
+                "q_batches must hold posteriors with means of one shape [n, D], got "
+                f"{list(loc.shape)} after {list(locs[0].shape)}"
             )
         if scales and scale.ndim != scales[0].ndim:
             raise TypeError("q_batches must be all Normal or all MultivariateNormal, got both")
-        # Arithmetic is in float32 at least: half precision cannot hold log densities.
-        dtype = torch.promote_types(loc.dtype, torch.float32)
-        locs.append(loc.to(dtype))
-        scales.append(scale.to(dtype))
+        locs.append(loc)
+        scales.append(scale)
     if not locs or not sum(map(len, locs)):
         raise ValueError("q_batches must hold at least one posterior, got none")
     loc, scale = torch.cat(locs), torch.cat(scales)
     if not (torch.isfinite(loc).all() and torch.isfinite(scale).all()):
         raise ValueError("q_batches must have finite means and scales, got NaN or infinity")
     return loc, scale
-
-
-def _times(scale: Tensor, noise: Tensor) -> Tensor:
-    return scale * noise if scale.ndim == 2 else (scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 
 def _solve(scale: Tensor, difference: Tensor) -> Tensor:

@@ -424,7 +424,7 @@ class Components:
         with torch.no_grad():
             z = self.centers[index]
             if self.scale is not None:
-                z = z + _times(self.scale[index], torch.randn_like(z))
+                z = z + scale_times(self.scale[index], torch.randn_like(z))
             if self.precision_cholesky is not None:
                 noise = torch.randn_like(z)[..., None]
                 factor = self.precision_cholesky[component]
@@ -484,7 +484,8 @@ def _matrix(scale: Tensor) -> Tensor:
     return torch.diag_embed(scale) if scale.ndim == 2 else scale.tril()
 
 
-def _times(scale: Tensor, x: Tensor) -> Tensor:
+def scale_times(scale: Tensor, x: Tensor) -> Tensor:
+    """s x [n, D] for a diagonal [n, D] or lower-triangular [n, D, D] s."""
     return scale * x if scale.ndim == 2 else (scale.tril() @ x[..., None])[..., 0]
 
 
