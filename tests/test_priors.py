@@ -429,6 +429,21 @@ def test_closed_form_precision_is_the_formula():
     torch.testing.assert_close(factor @ factor.mT, expected, **TIGHT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anisotropic_points_do_not_freeze_the_precision(dtype):
+    """With the Wishart prior every scatter has a maximiser, however unequal its directions."""
+    z = (torch.randn(400, D, dtype=torch.float64) * torch.tensor([1e-4, 1.0, 1e4])).to(dtype)
+    prior = GaussianMixturePrior(1, D, centers=torch.zeros(1, D, dtype=dtype))
+    prior.fit(z, max_iterations=50)
+    d = z.double() - prior.centers.double()
+    inverse_scale = (D + 2) * torch.eye(D, dtype=torch.float64)
+    expected = 401 * torch.linalg.inv(inverse_scale + d.mT @ d)
+    factor = prior.precision_cholesky.double()
+    torch.testing.assert_close(
+        (factor @ factor.mT).diagonal(dim1=-2, dim2=-1)[0], expected.diagonal(), rtol=1e-2, atol=0
+    )
+
+
 def test_online_steps_approach_the_exact_fit():
     """On a standing data set, online EM ends where exact EM does."""
     torch.manual_seed(1)

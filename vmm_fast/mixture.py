@@ -202,7 +202,7 @@ class Components:
         """The weights pi [C]."""
         return self.log_weights.exp()
 
-    def _evaluate(self, operation: Callable, z: Tensor, mixture: WhitenedMixture, *rest) -> tuple:
+    def evaluate(self, operation: Callable, z: Tensor, mixture: WhitenedMixture, *rest) -> tuple:
         """Run an operation in the wider dtype of z and mixture; results are as wide as z and m."""
         if not isinstance(z, Tensor) or not z.is_floating_point():
             raise TypeError(
@@ -345,7 +345,7 @@ class Components:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) [B] of the marginal prior, in nats."""
-        return self._evaluate(ops.mixture_log_prob, z, self.marginal)[0]
+        return self.evaluate(ops.mixture_log_prob, z, self.marginal)[0]
 
     def kl(self, q: Distribution, z: Tensor | None = None) -> Tensor:
         """Estimate KL(q || p) [B] by -H(q) - log p(z), with z ~ q unless given, in nats."""
@@ -356,21 +356,21 @@ class Components:
     def log_joint(self, z: Tensor) -> Tensor:
         """Expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
         per_component = self.pseudo_inputs_per_component
-        return self._evaluate(ops.mixture_log_joint, z, self.expected, per_component)[0]
+        return self.evaluate(ops.mixture_log_joint, z, self.expected, per_component)[0]
 
     def log_joint_expectation(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over all l_ck(z) and their expectation under softmax(l); both [B], nats."""
-        return self._evaluate(ops.mixture_log_prob, z, self.expected)
+        return self.evaluate(ops.mixture_log_prob, z, self.expected)
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """softmax_c l_c(z) [B, C]."""
         per_component = self.pseudo_inputs_per_component
-        return self._evaluate(ops.mixture_responsibilities, z, self.expected, per_component)[0]
+        return self.evaluate(ops.mixture_responsibilities, z, self.expected, per_component)[0]
 
     def assign(self, z: Tensor) -> Assignment:
         """Most probable component, its probability and the entropy, without a [B, C] matrix."""
         per_component = self.pseudo_inputs_per_component
-        return Assignment(*self._evaluate(ops.mixture_assign, z, self.expected, per_component))
+        return Assignment(*self.evaluate(ops.mixture_assign, z, self.expected, per_component))
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
         """Indices of the components with a share over ``threshold``, largest first.

@@ -30,7 +30,7 @@ from vmm_fast import ops
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
 from vmm_fast.inference.processes import sum_over_processes
 from vmm_fast.inference.stick_breaking import stick_breaking_posterior
-from vmm_fast.mixture import Components
+from vmm_fast.mixture import Components, WhitenedMixture
 
 __all__ = [
     "Statistics",
@@ -80,13 +80,10 @@ def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> S
     annealing; Ueda & Nakano 1998).
     """
     centers, whitening, offsets, transpose = components.expected
-    sums = ops.mixture_statistics(
-        z.to(centers.dtype),
-        centers,
-        whitening / math.sqrt(temperature),
-        offsets / temperature,
-        transpose,
+    tempered = WhitenedMixture(
+        centers, whitening / math.sqrt(temperature), offsets / temperature, transpose
     )
+    sums = components.evaluate(ops.mixture_statistics, z, tempered)
     n, s, m = (x.double() for x in sums)
     return Statistics(n, s, m, components.centers.detach().double())
 
@@ -136,10 +133,12 @@ def maximise_precision(
     eye = torch.eye(dim, dtype=upper.dtype, device=upper.device).expand_as(upper)
     inverse = torch.linalg.solve_triangular(upper.mT, eye, upper=False)
     factor = mass.sqrt()[:, None, None] * inverse
-    # A pivot that is rounding noise of the points' dtype is no evidence of a spread.
-    pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
-    largest = scatter.diagonal(dim1=-2, dim2=-1).amax(-1)
-    sound = (info == 0) & (pivots.amin(-1) > torch.finfo(previous.dtype).eps * largest)
+    sound = (info == 0) & factor.isfinite().all(-1).all(-1)
+    if not map_prior:
+        # A pivot that is rounding noise of the points' dtype is no evidence of a spread.
+        pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
+        largest = scatter.diagonal(dim1=-2, dim2=-1).amax(-1)
+        sound &= pivots.amin(-1) > torch.finfo(previous.dtype).eps * largest
     return torch.where(sound[:, None, None], factor.to(previous.dtype), previous)
 
 
@@ -174,9 +173,8 @@ def maximise_weights(
         concentration = maximise_concentration(mass)
     excess = mass + concentration / len(mass) - 1
     alive = excess > 0
-    if (
-        not alive.any()
-    ):  # fewer points than components: nothing to tell them apart by but their mass
+    if not alive.any():
+        # Fewer points than components: nothing to tell them apart by but their mass.
         excess, alive = mass, mass > 0
     floor = math.exp(LOG_WEIGHT_FLOOR)
     shares = torch.where(alive, excess, 0)
