@@ -2,6 +2,7 @@
 // shapes, dtypes and devices before it takes an address.
 #include <pybind11/pybind11.h>
 
+#include "instruction_set.h"
 #include "mixture.h"
 
 namespace py = pybind11;
@@ -90,5 +91,5 @@ void bind(py::module_& m, const std::string& suffix) {
 void bind_mixture(py::module_& m) {
   bind<float>(m, "_float32");
   bind<double>(m, "_float64");
-  m.def("instruction_set", &vmm::instruction_set);
+  m.def("instruction_set", [] { return vmm::name(vmm::current_instruction_set()); });
 }

@@ -3,63 +3,32 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "instruction_set.h"
 #include "mixture_kernels.h"
+#include "parallel.h"
 
 namespace vmm {
 namespace {
 
 using std::int64_t;
 
-enum Isa { kBaseline, kAvx2, kAvx512 };
-
-Isa best_isa() {
-#ifdef VMM_HAVE_avx512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return kAvx512;
-#endif
-#ifdef VMM_HAVE_avx2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kBaseline;
-}
-
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
-
-// Read anew at each call, so that a test can force each set in turn within one process.
-Isa current_isa() {
-  static const Isa best = best_isa();
-  const char* wanted = std::getenv("VMM_FAST_ISA");
-  if (!wanted || !*wanted) return best;
-  for (int isa = kBaseline; isa <= best; isa++)
-    if (!std::strcmp(wanted, kIsaNames[isa])) return static_cast<Isa>(isa);
-  throw std::invalid_argument(
-      std::string("VMM_FAST_ISA is '") + wanted +
-      "', which is not an instruction set of this machine; it must be one of "
-      "baseline, avx2, avx512, up to " +
-      kIsaNames[best]);
-}
-
 template <class T>
 const Kernels<T>& kernels();
 template <>
 const Kernels<float>& kernels<float>() {
-  switch (current_isa()) {
+  switch (current_instruction_set()) {
 #ifdef VMM_HAVE_avx512
-    case kAvx512:
+    case InstructionSet::avx512:
       return kernels_f32_avx512();
 #endif
 #ifdef VMM_HAVE_avx2
-    case kAvx2:
+    case InstructionSet::avx2:
       return kernels_f32_avx2();
 #endif
     default:
@@ -68,13 +37,13 @@ const Kernels<float>& kernels<float>() {
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  switch (current_isa()) {
+  switch (current_instruction_set()) {
 #ifdef VMM_HAVE_avx512
-    case kAvx512:
+    case InstructionSet::avx512:
       return kernels_f64_avx512();
 #endif
 #ifdef VMM_HAVE_avx2
-    case kAvx2:
+    case InstructionSet::avx2:
       return kernels_f64_avx2();
 #endif
     default:
@@ -83,18 +52,6 @@ const Kernels<double>& kernels<double>() {
 }
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-
-// Vectors are loaded from scratch, so it is aligned to the widest of them.
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
-template <class T>
-Buffer<T> make_buffer(int64_t size) {
-  return Buffer<T>(static_cast<T*>(::operator new(
-      static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64))));
-}
 
 // One value per sample of a chunk, on the stack: no kernel's chunk is wider than 8 vectors of 64
 // bytes.
@@ -157,25 +114,8 @@ class Packed {
   std::vector<int64_t> component_;
 };
 
-// Runs body(thread, begin, end) over an even split of [0, count).
-template <class Body>
-void parallel_ranges(int64_t count, int threads, Body body) {
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
-  if (threads == 1) {
-    body(0, int64_t{0}, count);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int thread = 0; thread < threads; thread++)
-    body(thread, count * thread / threads, count * (thread + 1) / threads);
-}
-
-// Starting threads costs more than this many multiply-adds do.
-constexpr double kWorkWorthAThread = 2e5;
-
-int useful_threads(int threads, double pairs, int64_t dim) {
-  const double work = pairs * (0.5 * dim * (dim + 3) + 20);
-  return static_cast<int>(std::max(1.0, std::min<double>(threads, work / kWorkWorthAThread)));
+int threads_for(int threads, double pairs, int64_t dim) {
+  return useful_threads(threads, pairs * (0.5 * dim * (dim + 3) + 20));
 }
 
 // Chunks of samples in lanes; remembers the first row that is not finite or whose density
@@ -251,7 +191,7 @@ template <class T, class Body>
 void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
                     const Kernels<T>& kernel, int threads, Body body) {
   const Chunks<T> chunks(mixture, samples, kernel.chunk);
-  threads = useful_threads(threads, static_cast<double>(samples.count) * packed.size, mixture.dim);
+  threads = threads_for(threads, static_cast<double>(samples.count) * packed.size, mixture.dim);
   Faults faults(threads);
   // Allocated here: an exception must not leave a parallel region.
   const int64_t z_size = mixture.dim * kernel.chunk,
@@ -277,7 +217,7 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                           const T* softmax, const T* grad_lse, const T* grad_expected, T* grad_z) {
   const Chunks<T> chunks(mixture, samples, kernel.chunk);
   const int64_t D = mixture.dim, size = packed.size * statistics_size(D);
-  threads = useful_threads(threads, 3.0 * samples.count * packed.size, D);
+  threads = threads_for(threads, 3.0 * samples.count * packed.size, D);
   // Threads share out either samples (each has sums of its own) or components (each has a grad_z of
   // its own): whichever needs less memory for the copies. Both are added up in the order of
   // threads.
@@ -338,8 +278,6 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
 }
 
 }  // namespace
-
-const char* instruction_set() { return kIsaNames[current_isa()]; }
 
 template <class T>
 void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected,
@@ -408,34 +346,49 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
 }
 
 template <class T>
-void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N, T* s, T* M) {
+void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
+                T grad_expected, double* N, double* s, double* M, double* totals) {
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
   const auto rows = make_buffer<T>(7 * B);
-  T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *ones = softmax + 3 * B,
-    *zeros = ones + B;
+  T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *grads = softmax + 3 * B;
   log_prob<T>(mixture, samples, threads, lse, expected, softmax);
-  std::fill(ones, ones + B, T(1));
-  std::fill(zeros, zeros + B, T(0));
-  const auto sums =
-      accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, ones, zeros, nullptr);
-  std::fill(N, N + J, T(0));
-  std::fill(s, s + J * D, T(0));
-  std::fill(M, M + J * D * D, T(0));
+  totals[0] = std::accumulate(lse, lse + B, 0.0);
+  totals[1] = std::accumulate(expected, expected + B, 0.0);
+  std::fill(grads, grads + B, grad_lse);
+  std::fill(grads + B, grads + 2 * B, grad_expected);
+  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, grads,
+                                  grads + B, nullptr);
+  std::fill(N, N + J, 0.0);
+  std::fill(s, s + J * D, 0.0);
+  std::fill(M, M + J * D * D, 0.0);
   for (int64_t j = 0; j < view.size; j++) {
     const double* sum = sums.get() + j * statistics_size(D);
     const int64_t out = view.component[j];
-    N[out] = static_cast<T>(*sum++);
-    for (int64_t r = 0; r < D; r++)
-      s[out * D + turned(mixture.transpose, D, r)] = static_cast<T>(*sum++);
+    N[out] = *sum++;
+    for (int64_t r = 0; r < D; r++) s[out * D + turned(mixture.transpose, D, r)] = *sum++;
     for (int64_t r = 0; r < D; r++)
       for (int64_t t = 0; t <= r; t++) {
         const int64_t row = turned(mixture.transpose, D, r),
                       column = turned(mixture.transpose, D, t);
-        M[(out * D + row) * D + column] = M[(out * D + column) * D + row] = static_cast<T>(*sum++);
+        M[(out * D + row) * D + column] = M[(out * D + column) * D + row] = *sum++;
       }
   }
+}
+
+template <class T>
+void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N, T* s, T* M) {
+  const int64_t D = mixture.dim, J = mixture.num_components, size = J * (1 + D + D * D);
+  const auto sums = make_buffer<double>(size);
+  double totals[2];
+  statistics<T>(mixture, samples, threads, T(1), T(0), sums.get(), sums.get() + J,
+                sums.get() + J * (1 + D), totals);
+  std::transform(sums.get(), sums.get() + J, N, [](double x) { return static_cast<T>(x); });
+  std::transform(sums.get() + J, sums.get() + J * (1 + D), s,
+                 [](double x) { return static_cast<T>(x); });
+  std::transform(sums.get() + J * (1 + D), sums.get() + size, M,
+                 [](double x) { return static_cast<T>(x); });
 }
 
 template <class T>
@@ -491,13 +444,15 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
                     });
 }
 
-#define VMM_INSTANTIATE(T)                                                                   \
-  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                 \
-  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*, \
-                                     const T*, T*, T*, T*, T*);                              \
-  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);               \
-  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);               \
-  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);        \
+#define VMM_INSTANTIATE(T)                                                                         \
+  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                       \
+  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*,       \
+                                     const T*, T*, T*, T*, T*);                                    \
+  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                     \
+  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T, T, double*, double*, double*, \
+                              double*);                                                            \
+  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                     \
+  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);              \
   template void assign<T>(const Mixture<T>&, Samples<T>, int64_t, int, int64_t*, T*, T*);
 VMM_INSTANTIATE(float)
 VMM_INSTANTIATE(double)

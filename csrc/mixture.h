@@ -51,6 +51,12 @@ void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* soft
 template <class T>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T* N, T* s, T* M);
 
+// The same in float64 with w_ij = q_ij (grad_lse + grad_expected (1 + l_ij - expected_i)), and
+// totals [2] = sum_i lse_i, sum_i expected_i.
+template <class T>
+void statistics(const Mixture<T>&, Samples<T>, int threads, T grad_lse, T grad_expected, double* N,
+                double* s, double* M, double* totals);
+
 // Below, `group` consecutive components count as one: l_ig = log sum_{j in g} exp l_ij. [B, J /
 // group]
 template <class T>
@@ -62,9 +68,5 @@ void responsibilities(const Mixture<T>&, Samples<T>, std::int64_t group, int thr
 template <class T>
 void assign(const Mixture<T>&, Samples<T>, std::int64_t group, int threads, std::int64_t* label,
             T* probability, T* entropy);
-
-// The instruction set in use: "avx512", "avx2" or "baseline"; the best that the machine has, or the
-// one that the environment variable VMM_FAST_ISA names.
-const char* instruction_set();
 
 }  // namespace vmm
