@@ -1,11 +1,25 @@
-"""Shared by all tests: small random mixtures."""
+"""Shared by all tests: small random mixtures, and each instruction set in turn."""
 
+import pytest
 import torch
 
-import vmm_fast  # noqa: F401  registers the ops
+from vmm_fast import _core
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
+
+ISAS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Force each instruction set in turn."""
+    monkeypatch.setenv("VMM_FAST_ISA", request.param)
+    try:
+        assert _core.instruction_set() == request.param
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
 
 
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
@@ -24,3 +38,25 @@ def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0
         normal(components),
     )
     return tuple(t.to(dtype) for t in tensors)
+
+
+def random_gaussians(components, centers, dim, form, dtype=torch.float64, seed=0):
+    """log_weights [C], precision_cholesky [C, D, D] and scale of one of the FORMS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor(count):
+        matrix = torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)
+        matrix = (0.3 * matrix).tril()
+        matrix.diagonal(dim1=-2, dim2=-1).abs_().add_(0.5)
+        return matrix
+
+    log_weights = torch.randn(components, generator=generator, dtype=torch.float64).log_softmax(-1)
+    precision_cholesky = factor(components) if form.startswith("precision") else None
+    scale = None if form == "precision" else factor(centers)
+    if form.endswith("diagonal"):
+        scale = scale.diagonal(dim1=-2, dim2=-1).contiguous()
+    tensors = (log_weights, precision_cholesky, scale)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+FORMS = ["precision", "precision+full", "precision+diagonal", "full", "diagonal"]

@@ -10,20 +10,7 @@ from conftest import random_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm_fast import _core, ops, reference
-
-ISAS = ["baseline", "avx2", "avx512"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Force each instruction set in turn."""
-    monkeypatch.setenv("VMM_FAST_ISA", request.param)
-    try:
-        assert _core.instruction_set() == request.param
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
+from vmm_fast import ops, reference
 
 
 def all_outputs(module, mixture, transpose=False, group=1):

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from conftest import random_mixture
+from conftest import FORMS, random_gaussians, random_mixture
 
 from vmm_fast import reference
 
@@ -80,3 +80,29 @@ def test_gaussian_mixture_density():
     )
     lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets)
     torch.testing.assert_close(lse, mixture.log_prob(z), **TOLERANCE)
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_whitened_components(form, expected):
+    """Every component's l is the density, or its expectation, that torch.distributions gives."""
+    log_weights, factor, scale = random_gaussians(3, 6, 4, form)
+    z, centers = torch.randn(9, 4).double(), torch.randn(6, 4).double()
+    mixture = reference.whitened_components(log_weights, factor, scale, 6, expected)
+    transpose = factor is not None
+    actual = reference.mixture_log_joint(z, centers, *mixture, transpose)
+
+    inverse = uncertainty = torch.zeros(6, 4, 4, dtype=torch.float64)
+    if factor is not None:
+        inverse = torch.cholesky_inverse(factor).repeat_interleave(2, 0)
+    if scale is not None:
+        s = torch.diag_embed(scale) if scale.ndim == 2 else scale
+        uncertainty = s @ s.mT
+    penalty = torch.zeros(6, dtype=torch.float64)
+    covariance = inverse + uncertainty
+    if expected and factor is not None:
+        covariance = inverse
+        penalty = 0.5 * torch.linalg.solve(inverse, uncertainty).diagonal(0, 1, 2).sum(-1)
+    density = torch.distributions.MultivariateNormal(centers, covariance).log_prob(z[:, None])
+    shares = log_weights.repeat_interleave(2) - math.log(2)
+    torch.testing.assert_close(actual, shares + density - penalty, **TOLERANCE)

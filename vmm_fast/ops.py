@@ -20,6 +20,8 @@ log-density overflows the dtype.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,10 +35,15 @@ __all__ = [
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_statistics",
+    "whitened_components",
 ]
 
 _FLOATS = {torch.float32: "float32", torch.float64: "float64"}
 _HALVES = (torch.float16, torch.bfloat16)
+
+# A float32 whitening matrix A of this condition number or more (as bounded from below by its norm
+# over its smallest diagonal element) loses digits of |A (z - m)|^2 that a user would miss.
+_FLOAT32_CONDITION = 1e4
 
 
 # --- the border: everything is checked here, once ---
@@ -95,6 +102,70 @@ def _check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor
         raise ValueError("offsets must be finite or -inf, but has a NaN or infinite value")
     if not (offsets > -torch.inf).any():
         raise ValueError("offsets are all -inf, so that every component is pruned")
+
+
+def _latent_dim(precision_cholesky: Tensor | None, scale: Tensor | None) -> int:
+    given = scale if precision_cholesky is None else precision_cholesky
+    assert given is not None
+    return given.shape[-1] if given.ndim > 1 else 0
+
+
+def _check_components(
+    log_weights: Tensor, precision_cholesky: Tensor | None, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    arguments = {
+        "log_weights": log_weights,
+        "precision_cholesky": precision_cholesky,
+        "scale": scale,
+    }
+    for name, value in arguments.items():
+        if value is None and name != "log_weights":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if value.dtype not in _FLOATS and value.dtype not in _HALVES:
+            raise TypeError(
+                f"{name} must be float64, float32, float16 or bfloat16, but is {value.dtype}"
+            )
+        if value.device != log_weights.device:
+            raise ValueError(
+                f"{name} must be on log_weights' device {log_weights.device}, "
+                f"but is on {value.device}"
+            )
+    if precision_cholesky is None and scale is None:
+        raise ValueError("precision_cholesky and scale must not both be None")
+    if log_weights.ndim != 1 or len(log_weights) < 1:
+        raise ValueError(
+            f"log_weights must have shape [C] with C >= 1, but has {list(log_weights.shape)}"
+        )
+    components = log_weights.shape[0]
+    if num_centers < 1 or num_centers % components:
+        raise ValueError(
+            f"num_centers must be a multiple of C = {components}, but is {num_centers}"
+        )
+    dim = _latent_dim(precision_cholesky, scale)
+    if precision_cholesky is not None and (
+        precision_cholesky.shape != (components, dim, dim) or dim < 1
+    ):
+        raise ValueError(
+            f"precision_cholesky must have shape [C, D, D] with C = {components} and D >= 1, "
+            f"but has {list(precision_cholesky.shape)}"
+        )
+    if scale is not None and (
+        scale.shape not in ((num_centers, dim), (num_centers, dim, dim)) or dim < 1
+    ):
+        raise ValueError(
+            f"scale must have shape [J, D] or [J, D, D] with J = {num_centers} and "
+            f"{'D >= 1' if precision_cholesky is None else f'D = {dim}'}, "
+            f"but has {list(scale.shape)}"
+        )
+    dtypes = (value.dtype for value in arguments.values() if value is not None)
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return (
+        log_weights.to(dtype),
+        None if precision_cholesky is None else precision_cholesky.to(dtype),
+        None if scale is None else scale.to(dtype),
+    )
 
 
 # --- the compiled core: addresses and sizes ---
@@ -184,6 +255,81 @@ def _assign_cpu(
     return out
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _components_call(
+    name: str,
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    whitening: Tensor,
+    expected: bool,
+    *rest: Tensor | None,
+) -> float:
+    """Call an operation of the compiled core on Components."""
+    inputs = [x if x is None else x.contiguous() for x in (log_weights, precision_cholesky, scale)]
+    total, dim = whitening.shape[:2]
+    return getattr(_core, f"{name}_{_FLOATS[log_weights.dtype]}")(
+        *map(_address, inputs),
+        scale is not None and scale.ndim == 2,
+        expected,
+        log_weights.shape[0],
+        total,
+        dim,
+        torch.get_num_threads(),
+        whitening.data_ptr(),
+        *map(_address, rest),
+    )
+
+
+def _whitened_components_cpu(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool,
+) -> tuple[Tensor, Tensor, float]:
+    dim = _latent_dim(precision_cholesky, scale)
+    whitening = log_weights.new_empty(num_centers, dim, dim)
+    offsets = log_weights.new_empty(num_centers)
+    condition = _components_call(
+        "whitened_components", log_weights, precision_cholesky, scale, whitening, expected, offsets
+    )
+    return whitening, offsets, condition
+
+
+def _whitened_components_backward_cpu(
+    grad_whitening: Tensor,
+    grad_offsets: Tensor,
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    whitening: Tensor,
+    expected: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    grads = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x is not None and want
+        else None
+        for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
+    ]
+    upstream = (grad_whitening.contiguous(), grad_offsets.contiguous())
+    _components_call(
+        "whitened_components_backward",
+        log_weights,
+        precision_cholesky,
+        scale,
+        whitening,
+        expected,
+        *upstream,
+        *grads,
+    )
+    return grads
+
+
 # --- the torch ops: schema, implementation, fake, autograd ---
 
 _MIXTURE = "Tensor z, Tensor centers, Tensor whitening, Tensor offsets"
@@ -202,6 +348,16 @@ _library.define(f"mixture_statistics({_MIXTURE}, bool transpose) -> (Tensor N, T
 _library.define(f"mixture_log_joint({_GROUPED}) -> Tensor")
 _library.define(f"mixture_responsibilities({_GROUPED}) -> Tensor")
 _library.define(f"mixture_assign({_GROUPED}) -> (Tensor label, Tensor probability, Tensor entropy)")
+_COMPONENTS = "Tensor log_weights, Tensor? precision_cholesky, Tensor? scale"
+_library.define(
+    f"whitened_components({_COMPONENTS}, int num_centers, bool expected) "
+    "-> (Tensor whitening, Tensor offsets)"
+)
+# Returns the gradients that are wanted, of log_weights, precision_cholesky and scale.
+_library.define(
+    f"whitened_components_backward(Tensor grad_whitening, Tensor grad_offsets, {_COMPONENTS}, "
+    "Tensor whitening, bool expected, bool[3] wanted) -> Tensor[]"
+)
 
 
 def _with_values_checked(function):
@@ -226,6 +382,45 @@ def _log_prob_backward_reference(
         return torch.autograd.grad(outputs, inputs, (grad_lse, grad_expected))
 
 
+def _whitened_components_reference(log_weights, precision_cholesky, scale, num_centers, expected):
+    values = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
+    whitening, offsets = reference.whitened_components(*values, num_centers, expected)
+    good = (whitening.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    good &= whitening.isfinite().flatten(1).all(-1)
+    if scale is not None:
+        good &= (scale.tril() if scale.ndim == 3 else scale).isfinite().flatten(1).all(-1)
+    if not good.all():
+        component = int((~good).nonzero()[0, 0]) * len(log_weights) // num_centers
+        raise ValueError(
+            f"component {component} has no positive-definite covariance: precision_cholesky and "
+            "the scale that the encoder gives its pseudo-input must be finite with a positive "
+            "diagonal"
+        )
+    return whitening.to(log_weights.dtype), offsets.to(log_weights.dtype)
+
+
+def _whitened_components_backward_reference(
+    grad_whitening,
+    grad_offsets,
+    log_weights,
+    precision_cholesky,
+    scale,
+    whitening,
+    expected,
+    wanted,
+):
+    with torch.enable_grad():
+        inputs = [
+            x if x is None else x.detach().double().requires_grad_(want)
+            for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
+        ]
+        outputs = reference.whitened_components(*inputs, len(whitening), expected)
+        upstream = (grad_whitening.double(), grad_offsets.double())
+        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        grads = torch.autograd.grad(outputs, asked, upstream)
+    return [g.to(whitening.dtype) for g in grads]
+
+
 _IMPLEMENTATIONS = {
     "mixture_log_prob": (_log_prob_cpu, _with_values_checked(_log_prob_reference)),
     "mixture_log_prob_backward": (_log_prob_backward_cpu, _log_prob_backward_reference),
@@ -239,6 +434,14 @@ _IMPLEMENTATIONS = {
         _with_values_checked(reference.mixture_responsibilities),
     ),
     "mixture_assign": (_assign_cpu, _with_values_checked(reference.mixture_assign)),
+    "whitened_components": (
+        lambda *inputs: _whitened_components_cpu(*inputs)[:2],
+        _whitened_components_reference,
+    ),
+    "whitened_components_backward": (
+        lambda *inputs: [g for g in _whitened_components_backward_cpu(*inputs) if g is not None],
+        _whitened_components_backward_reference,
+    ),
 }
 for _name, (_cpu, _elsewhere) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _cpu, "CPU")
@@ -273,6 +476,27 @@ def _(z, centers, whitening, offsets, transpose, pseudo_inputs_per_component):
     return z.new_empty(size, dtype=torch.int64), z.new_empty(size), z.new_empty(size)
 
 
+@torch.library.register_fake("vmm_fast::whitened_components", lib=_library)
+def _(log_weights, precision_cholesky, scale, num_centers, expected):
+    dim = _latent_dim(precision_cholesky, scale)
+    return log_weights.new_empty(num_centers, dim, dim), log_weights.new_empty(num_centers)
+
+
+@torch.library.register_fake("vmm_fast::whitened_components_backward", lib=_library)
+def _(
+    grad_whitening,
+    grad_offsets,
+    log_weights,
+    precision_cholesky,
+    scale,
+    whitening,
+    expected,
+    wanted,
+):
+    inputs = zip((log_weights, precision_cholesky, scale), wanted, strict=True)
+    return [x.new_empty(x.shape) for x, want in inputs if want]
+
+
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.transpose = inputs
     ctx.save_for_backward(*tensors, output[2])
@@ -284,19 +508,43 @@ def _backward(ctx, grad_lse, grad_expected, _):
     return *backward(grad_lse, grad_expected, *saved, ctx.transpose), None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "mixture_log_prob has no second derivative in the compiled core; use "
-        "vmm_fast.reference.mixture_log_prob, which has"
+def _save_components(ctx, inputs, output) -> None:
+    *tensors, _, ctx.expected = inputs
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def _backward_components(ctx, grad_whitening, grad_offsets):
+    wanted = ctx.needs_input_grad[:3]
+    backward = torch.ops.vmm_fast.whitened_components_backward
+    grads = iter(
+        backward(grad_whitening, grad_offsets, *ctx.saved_tensors, ctx.expected, list(wanted))
     )
+    return *(next(grads) if want else None for want in wanted), None, None
+
+
+def _refuse_double_backward(name: str):
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name} has no second derivative in the compiled core; use "
+            f"vmm_fast.reference.{name}, which has"
+        )
+
+    return refuse
 
 
 torch.library.register_autograd(
     "vmm_fast::mixture_log_prob", _backward, setup_context=_save, lib=_library
 )
 torch.library.register_autograd(
-    "vmm_fast::mixture_log_prob_backward", _refuse_double_backward, lib=_library
+    "vmm_fast::whitened_components",
+    _backward_components,
+    setup_context=_save_components,
+    lib=_library,
 )
+for _name in ("mixture_log_prob", "whitened_components"):
+    torch.library.register_autograd(
+        f"vmm_fast::{_name}_backward", _refuse_double_backward(_name), lib=_library
+    )
 
 
 class _LogProb(torch.autograd.Function):
@@ -312,13 +560,113 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_lse, grad_expected):
         if torch.is_grad_enabled():  # only under create_graph=True
-            _refuse_double_backward(ctx)
+            _refuse_double_backward("mixture_log_prob")(ctx)
         return *_log_prob_backward_cpu(
             grad_lse, grad_expected, *ctx.saved_tensors, ctx.transpose
         ), None
 
 
+class _WhitenedComponents(torch.autograd.Function):
+    """As :class:`_LogProb`; returns the condition too."""
+
+    @staticmethod
+    def forward(ctx, log_weights, precision_cholesky, scale, num_centers, expected):
+        inputs = (log_weights, precision_cholesky, scale)
+        whitening, offsets, condition = _whitened_components_cpu(*inputs, num_centers, expected)
+        ctx.expected = expected
+        ctx.save_for_backward(*inputs, whitening)
+        return whitening, offsets, condition
+
+    @staticmethod
+    def backward(ctx, grad_whitening, grad_offsets, _):
+        if torch.is_grad_enabled():  # only under create_graph=True
+            _refuse_double_backward("whitened_components")(ctx)
+        return (
+            *_whitened_components_backward_cpu(
+                grad_whitening,
+                grad_offsets,
+                *ctx.saved_tensors,
+                ctx.expected,
+                ctx.needs_input_grad[:3],
+            ),
+            None,
+            None,
+        )
+
+
 # --- the public functions ---
+
+
+def whitened_components(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Whitening matrices and offsets of Gaussian components whose centers are uncertain.
+
+    Center j = c K + k is q(mu_j) = N(m_j, S_j) with S = s s^T; the K centers of component c share
+    the weight pi_c and the precision Lambda_c = L_c L_c^T:
+
+        marginal   A A^T = (Lambda^-1 + S)^-1,  c = log(pi/K) - D/2 log 2 pi + log det A
+        expected   A = L,  c = log(pi/K) - D/2 log 2 pi + log det L - 1/2 tr(Lambda S)
+
+    Both whiten transposed, l = c - 1/2 |A^T (z - m)|^2: log(pi/K) + log N(z; m, Lambda^-1 + S) and
+    log(pi/K) + E_q(mu)[log N(z; mu, Lambda^-1)]. Without S both are A = L. Without Lambda^-1 both
+    are A = s^-1, which whitens untransposed.
+
+    Differentiable once in all tensors; for A's gradient G, g that of c, and
+    M = tril(A^T G) + g I made symmetric, the marginal gradient of s is -tril(A M A^T s) and needs
+    neither L nor a Cholesky factorisation.
+
+    Parameters
+    ----------
+    log_weights : Tensor [C]
+        log pi; -inf for a pruned component. float32 or float64 (half precisions are computed in
+        float32; of several dtypes the widest).
+    precision_cholesky : Tensor [C, D, D] or None
+        L, of which the lower triangle is read, with a positive diagonal; None for Lambda^-1 = 0.
+    scale : Tensor [J, D, D] or [J, D] or None
+        s, of which the lower triangle is read, or its diagonal; None for S = 0.
+    num_centers : int
+        J; a multiple of C, K = J / C.
+    expected : bool
+        The expected form instead of the marginal one.
+
+    Returns
+    -------
+    whitening : Tensor [J, D, D]
+        A, lower triangular with a positive diagonal; to be used with ``transpose=True`` unless
+        ``precision_cholesky`` is None.
+    offsets : Tensor [J]
+        Both are float64 in spite of float32 arguments where float32 would lose digits of
+        |A^T (z - m)|^2; never under ``torch.compile``, which cannot look at values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the module says, and for a component without a positive-definite covariance.
+
+    Notes
+    -----
+    Stirn & Knowles (2024), arXiv 2402.04412, equations of the prior. With P = s^T L and
+    I + P^T P = U U^T, U upper triangular, the marginal A is L U^-T: nothing ill-conditioned is
+    inverted. Arithmetic is in float64.
+    """
+    inputs = _check_components(log_weights, precision_cholesky, scale, num_centers)
+    if torch.compiler.is_compiling():
+        return torch.ops.vmm_fast.whitened_components(*inputs, num_centers, expected)
+    if log_weights.is_cpu:
+        whitening, offsets, condition = _WhitenedComponents.apply(*inputs, num_centers, expected)
+    else:
+        whitening, offsets = torch.ops.vmm_fast.whitened_components(*inputs, num_centers, expected)
+        diagonal = whitening.detach().diagonal(dim1=-2, dim2=-1)
+        condition = (whitening.detach().norm(dim=(-2, -1)) / diagonal.amin(-1)).max()
+    if whitening.dtype == torch.float32 and condition > _FLOAT32_CONDITION:
+        L, s = (None if x is None else x.double() for x in inputs[1:])
+        return whitened_components(inputs[0].double(), L, s, num_centers, expected)
+    return whitening, offsets
 
 
 def mixture_log_prob(

@@ -10,6 +10,8 @@ A whitened mixture has centers m [J, D], lower-triangular A [J, D, D] and offset
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ __all__ = [
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_statistics",
+    "whitened_components",
 ]
 
 
@@ -98,3 +101,46 @@ def mixture_assign(
     q = log_joint.softmax(-1)
     entropy = -torch.special.xlogy(q, q).sum(-1)
     return log_joint.argmax(-1), q.amax(-1), entropy.clamp_min(0)
+
+
+def whitened_components(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A [J, D, D] and offsets [J] of Gaussians with centers m_j ~ N(., S_j), S = s s^T.
+
+    ``precision_cholesky`` L [C, D, D] and full ``scale`` s [J, D, D] are lower triangular; a scale
+    [J, D] is diagonal. With Lambda = L L^T and log pi = ``log_weights`` [C], and without m:
+
+    marginal: A A^T = (Lambda^-1 + S)^-1,  c = log(pi/K) + log N(0; 0, (A A^T)^-1);
+    expected: A = L,  c = log(pi/K) + log N(0; 0, Lambda^-1) - 1/2 tr(Lambda S).
+
+    Without S both have A = L. Without Lambda^-1 both have A = s^-1, which whitens untransposed.
+    """
+    given = precision_cholesky if precision_cholesky is not None else scale
+    assert given is not None
+    dim, per_component = given.shape[-1], num_centers // len(log_weights)
+    shares = (log_weights - math.log(per_component)).repeat_interleave(per_component)
+    s = None if scale is None else torch.diag_embed(scale) if scale.ndim == 2 else scale.tril()
+    eye = torch.eye(dim, dtype=given.dtype, device=given.device)
+    penalty: Tensor | float = 0.0
+    if precision_cholesky is None:
+        whitening = torch.linalg.solve_triangular(s, eye, upper=False)
+    else:
+        whitening = precision_cholesky.tril().repeat_interleave(per_component, 0)
+        if s is not None:
+            product = s.mT @ whitening  # tr(Lambda S) = |s^T L|^2, never a difference
+            if expected:
+                penalty = 0.5 * product.square().sum((-2, -1))
+            else:
+                # A = L U^-T with U U^T = I + (s^T L)^T s^T L, U upper: no eigenvalue is below 1.
+                reversed_gram = (eye + product.mT @ product).flip(-2, -1)
+                upper = torch.linalg.cholesky_ex(reversed_gram)[0].flip(-2, -1)
+                whitening = torch.linalg.solve_triangular(
+                    upper.mT, whitening, upper=False, left=False
+                )
+    log_det = whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return whitening, shares + log_det - 0.5 * dim * math.log(2 * math.pi) - penalty
