@@ -10,8 +10,7 @@ precision Lambda_c = L_c L_c^T, and each has an uncertain center, q(mu_j) = N(m_
 
 (Stirn & Knowles, arXiv 2402.04412.) Without S both are the Gaussian mixture; without Lambda^-1 both
 are the VampPrior (Tomczak & Welling 2018), whose expected form would be -inf and is the exact
-log-joint instead. Both are whitened mixtures for :mod:`vmm_fast.ops`; building them is small next
-to the pairs and is done in float64, so that a badly conditioned precision costs no accuracy here.
+log-joint instead. :func:`vmm_fast.ops.whitened_components` builds both as whitened mixtures.
 """
 
 from __future__ import annotations
@@ -34,12 +33,6 @@ from torch.distributions import (
 from vmm_fast import ops
 
 __all__ = ["Assignment", "Components", "MixtureDistribution", "WhitenedMixture"]
-
-
-# A float32 whitening matrix A of this condition number or more (as bounded from below by its norm
-# over its smallest diagonal element) loses digits of |A (z - m)|^2 that a user would miss: such a
-# mixture is evaluated in float64, whatever the dtype of the points.
-_FLOAT32_CONDITION = 1e4
 
 
 class WhitenedMixture(NamedTuple):
@@ -243,73 +236,37 @@ class Components:
     @property
     def marginal(self) -> WhitenedMixture:
         """log(pi_c / K) + log N(z; m_ck, Lambda_c^-1 + S_ck) as a whitened mixture."""
-        return self._once("marginal", self._build_marginal)
+        return self._once(expected=False)
 
     @property
     def expected(self) -> WhitenedMixture:
         """The expected log-joint as a whitened mixture; the marginal one where either is exact."""
         if self.precision_cholesky is None or self.scale is None:
             return self.marginal
-        return self._once("expected", self._build_expected)
+        return self._once(expected=True)
 
-    def _once(self, name: str, build: Callable[[], WhitenedMixture]) -> WhitenedMixture:
+    def _once(self, expected: bool) -> WhitenedMixture:
         """Build at the first use; what was built without a graph is not reused where one is due."""
         graph = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in self._values()
         )
         # Tensors made in inference mode cannot enter a graph later.
-        key = (name, graph, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
+        key = (
+            expected,
+            graph,
+            not torch.compiler.is_compiling() and torch.is_inference_mode_enabled(),
+        )
         if key not in self._built:
-            self._built[key] = build()
+            self._built[key] = self._build(expected)
         return self._built[key]
 
-    def _build_marginal(self) -> WhitenedMixture:
-        if self.scale is None:
-            return self._with_precision(0.0)
-        if self.precision_cholesky is None:
-            cholesky = _matrix(self.scale.double())
-        else:
-            cholesky, info = torch.linalg.cholesky_ex(self._covariance)
-            self._require_positive(info == 0)
-        diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
-        self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
-        eye = torch.eye(self.latent_dim, dtype=cholesky.dtype, device=cholesky.device)
-        whitening = torch.linalg.solve_triangular(cholesky, eye, upper=False)
-        offsets = self._log_shares - diagonal.log().sum(-1) - self._log_normaliser
-        return self._whitened(whitening, offsets, transpose=False)
-
-    def _build_expected(self) -> WhitenedMixture:
-        assert self.precision_cholesky is not None and self.scale is not None
-        factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
-        scale = self.scale.double()
-        # tr(Lambda S) = |L^T s|^2, never a difference.
-        product = factor.mT * scale[:, None, :] if scale.ndim == 2 else factor.mT @ scale.tril()
-        penalty = 0.5 * product.square().sum((-2, -1))
-        self._require_positive(penalty.isfinite())
-        return self._with_precision(penalty)
-
-    def _with_precision(self, penalty: Tensor | float) -> WhitenedMixture:
-        assert self.precision_cholesky is not None
-        factor = _per_center(self.precision_cholesky.double(), self.pseudo_inputs_per_component)
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        self._require_positive((diagonal > 0).all(-1) & diagonal.isfinite().all(-1))
-        offsets = self._log_shares + diagonal.log().sum(-1) - self._log_normaliser - penalty
-        return self._whitened(factor, offsets, transpose=True)
-
-    def _whitened(self, whitening: Tensor, offsets: Tensor, transpose: bool) -> WhitenedMixture:
-        dtype = self.centers.dtype
-        if not torch.compiler.is_compiling():
-            diagonal = whitening.detach().diagonal(dim1=-2, dim2=-1)
-            spread = whitening.detach().norm(dim=(-2, -1)) / diagonal.amin(-1)
-            if (spread > _FLOAT32_CONDITION).any():
-                dtype = torch.float64
-        return WhitenedMixture(
-            self.centers.to(dtype), whitening.to(dtype), offsets.to(dtype), transpose
+    def _build(self, expected: bool) -> WhitenedMixture:
+        total = self.centers.shape[0]
+        whitening, offsets = ops.whitened_components(
+            self.log_weights, self.precision_cholesky, self.scale, total, expected
         )
-
-    @property
-    def _log_normaliser(self) -> float:
-        return 0.5 * self.latent_dim * math.log(2 * math.pi)
+        centers = self.centers.to(torch.promote_types(self.centers.dtype, whitening.dtype))
+        return WhitenedMixture(centers, whitening, offsets, self.precision_cholesky is not None)
 
     @property
     def _log_shares(self) -> Tensor:
@@ -331,15 +288,6 @@ class Components:
             scale = _matrix(self.scale.double())
             total = total + scale @ scale.mT
         return total
-
-    def _require_positive(self, good: Tensor) -> None:
-        if not torch.compiler.is_compiling() and not good.all():
-            first = int((~good).nonzero()[0, 0])
-            raise ValueError(
-                f"component {first // self.pseudo_inputs_per_component} has no positive-definite "
-                "covariance: precision_cholesky and the scale that the encoder gives its "
-                "pseudo-input must be finite with a positive diagonal"
-            )
 
     # --- densities ---
 
