@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vmm_fast import ops
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
-from vmm_fast.inference.processes import sum_over_processes
+from vmm_fast.inference.processes import number_of_processes, sum_over_processes
 from vmm_fast.inference.stick_breaking import stick_breaking_posterior
 from vmm_fast.mixture import Components, WhitenedMixture
 
@@ -90,6 +90,8 @@ def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> S
 
 def summed_over_processes(sums: Statistics, *numbers: float) -> tuple[Statistics, list[float]]:
     """Give the sums, and ``numbers`` that go with them, over all processes."""
+    if number_of_processes() == 1:
+        return sums, list(numbers)
     extra = torch.tensor(numbers, dtype=torch.float64, device=sums.N.device)
     sum_over_processes((sums.N, sums.s, sums.M, extra))
     return sums, extra.tolist()

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from vmm_fast import _core
 from vmm_fast.inference.processes import sum_over_processes
 
 __all__ = ["PrivateAdam"]
+
+_SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
+
+
+def _all_finite(x: Tensor) -> bool:
+    if x.is_cpu and x.is_contiguous() and x.dtype in _SUFFIXES:
+        return getattr(_core, f"all_finite{_SUFFIXES[x.dtype]}")(x.data_ptr(), x.numel())
+    return bool(x.isfinite().all())
 
 
 class PrivateAdam:
@@ -32,38 +43,89 @@ class PrivateAdam:
         self._adam = torch.optim.Adam(list(parameters), lr=learning_rate, eps=1e-7)
 
     @property
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self._adam.param_groups for p in group["params"]]
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that a step moves now."""
+        (group,) = self._adam.param_groups
+        return [p for p in group["params"] if p.requires_grad]
 
     def step(self, loss: Tensor) -> None:
-        """Take one step down ``loss``.
+        """Take one step down ``loss``, by autograd; see :meth:`descend`."""
+        parameters = self.parameters
+        if parameters:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            self.descend(loss.detach(), gradients)
+
+    def descend(self, loss: float | Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Take one step.
+
+        Parameters
+        ----------
+        loss : float or Tensor
+            Must be finite; not used otherwise.
+        gradients : sequence of Tensor or None
+            One for each of :attr:`parameters`; None lets that parameter stand still.
 
         Raises
         ------
         FloatingPointError
             If the loss or a gradient is not finite; nothing has changed then.
         """
-        parameters = [p for p in self._parameters if p.requires_grad]
-        if not parameters:
-            return
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         processes = sum_over_processes(g for g in gradients if g is not None)
-        gradients = tuple(g if g is None else g / processes for g in gradients)
-        given = [loss.detach(), *(g for g in gradients if g is not None)]
-        if not all(bool(g.isfinite().all()) for g in given):
+        if processes > 1:
+            gradients = [g if g is None else g / processes for g in gradients]
+        moved = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if not (math.isfinite(loss) and all(_all_finite(g) for _, g in moved)):
             raise FloatingPointError(
-                f"the empirical-Bayes step's loss is {loss.item()} or has a gradient that is not "
+                f"the empirical-Bayes step's loss is {float(loss)} or has a gradient that is not "
                 "finite; the prior is unchanged. Lower learning_rate, or check the encoder's output"
             )
         self._follow_parameters()
-        kept = [p.grad for p in parameters]
+        if all(self._in_core(p, g) for p, g in moved):
+            for p, g in moved:
+                self._core_step(p, g.contiguous())
+            return
+        kept = [p.grad for p in self.parameters]
         try:
-            for p, gradient in zip(parameters, gradients, strict=True):
+            for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
             self._adam.step()
         finally:
-            for p, old in zip(parameters, kept, strict=True):
+            for p, old in zip(self.parameters, kept, strict=True):
                 p.grad = old
+
+    def _in_core(self, parameter: Tensor, gradient: Tensor) -> bool:
+        moments = list(self._state(parameter).values())
+        return (
+            not torch.compiler.is_compiling()
+            and parameter.dtype in _SUFFIXES
+            and gradient.dtype == parameter.dtype
+            and all(x.is_cpu and x.is_contiguous() for x in (parameter, *moments))
+        )
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Steps and moments, where torch.optim.Adam keeps them."""
+        state = self._adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _core_step(self, parameter: Tensor, gradient: Tensor) -> None:
+        state, (group,) = self._state(parameter), self._adam.param_groups
+        getattr(_core, f"adam_step{_SUFFIXES[parameter.dtype]}")(
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            parameter.numel(),
+            torch.get_num_threads(),
+            gradient.data_ptr(),
+            parameter.data_ptr(),
+            state["exp_avg"].data_ptr(),
+            state["exp_avg_sq"].data_ptr(),
+            state["step"].data_ptr(),
+        )
+        increment_version(parameter)
 
     def _follow_parameters(self) -> None:
         """Move the moments to where Module.to() has moved the parameters."""

@@ -11,13 +11,18 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["sum_over_processes"]
+__all__ = ["number_of_processes", "sum_over_processes"]
+
+
+def number_of_processes() -> int:
+    """Size of the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:
     """All-reduce ``tensors`` in place; returns the number of processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-    return dist.get_world_size()
+    processes = number_of_processes()
+    if processes > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return processes

@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.functional import softplus
 
-from vmm_fast.inference import closed_form, map_objective
+from vmm_fast.inference import empirical_bayes
+from vmm_fast.inference.closed_form import Statistics, summed_over_processes
+from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import Encoder, LearntPrior, check_choice, check_integer, check_positive
 
 __all__ = ["BayesianMixturePrior"]
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    # log(e^x - 1) = x + log(1 - e^-x)
-    return x + torch.log(-torch.expm1(-x))
 
 
 class BayesianMixturePrior(LearntPrior):
@@ -96,9 +92,7 @@ class BayesianMixturePrior(LearntPrior):
     @property
     def precision_cholesky(self) -> Tensor:
         """L [C, D, D], lower triangular, positive diagonal; Lambda_c = L_c L_c^T. Settable."""
-        raw = self.raw_precision
-        diagonal = softplus(raw.diagonal(dim1=-2, dim2=-1))
-        return raw.tril(-1) + torch.diag_embed(diagonal)
+        return empirical_bayes.precision_cholesky(self.raw_precision)
 
     @precision_cholesky.setter
     def precision_cholesky(self, value: Tensor) -> None:
@@ -114,12 +108,12 @@ class BayesianMixturePrior(LearntPrior):
         if (value.triu(1) != 0).any():
             raise ValueError("precision_cholesky must be lower triangular")
         with torch.no_grad():
-            raw.copy_(value.tril(-1) + torch.diag_embed(_inverse_softplus(diagonal)))
+            raw.copy_(empirical_bayes.raw_precision(value))
 
     @property
     def concentration(self) -> Tensor:
         """The Dirichlet process's concentration gamma, a scalar; alpha = 1 / gamma. Settable."""
-        return 1 / softplus(self.raw_alpha)
+        return empirical_bayes.concentration(self.raw_alpha)
 
     @concentration.setter
     def concentration(self, value: float | Tensor) -> None:
@@ -127,7 +121,7 @@ class BayesianMixturePrior(LearntPrior):
         if value.ndim or not 0 < value < math.inf:
             raise ValueError(f"concentration must be a finite number above 0, but is {value}")
         with torch.no_grad():
-            self.raw_alpha.copy_(_inverse_softplus(1 / value))
+            self.raw_alpha.copy_(empirical_bayes.raw_alpha(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Send the two properties to their setters, also when the value is a Parameter."""
@@ -153,7 +147,19 @@ class BayesianMixturePrior(LearntPrior):
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_components}, {self.latent_dim}, {settings}"
 
+    @property
+    def _objective(self) -> Objective:
+        return Objective(
+            self.map_prior,
+            self.weights,
+            self.discount,
+            self.responsibility_gradient,
+            self.data_size,
+        )
+
     # --- the mixture ---
+
+    _free_centers: bool  # whether the centers are parameters of their own
 
     def _centers(
         self, encoder: Encoder | None, differentiable: bool
@@ -165,23 +171,17 @@ class BayesianMixturePrior(LearntPrior):
         """What still follows a gradient where the rest has a closed form."""
         raise NotImplementedError
 
-    def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
+    def _mixture_parameters(
+        self, encoder: Encoder | None, differentiable: bool
+    ) -> MixtureParameters:
         centers, scale = self._centers(encoder, differentiable)
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            log_weights = self.logits.log_softmax(-1)
-            precision_cholesky = self.precision_cholesky
-        if not torch.compiler.is_compiling() and not log_weights.max() > -math.inf:
-            raise ValueError("logits must have at least one finite value and no NaN")
-        return Components(
-            centers,
-            log_weights.to(centers.dtype),
-            precision_cholesky.to(centers.dtype),
-            scale,
-        )
+        return MixtureParameters(centers, scale, self.raw_precision, self.logits, self.raw_alpha)
 
     def components(self, encoder: Encoder | None = None) -> Components:
         """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
-        return self._components(encoder, differentiable=self.joint)
+        parameters = self._mixture_parameters(encoder, differentiable=self.joint)
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            return parameters.components()
 
     # --- the empirical-Bayes step ---
 
@@ -196,27 +196,8 @@ class BayesianMixturePrior(LearntPrior):
         all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z``
         and the encoder; :meth:`update` uses the first alone.
         """
-        return self._map_loss(self._components(encoder, differentiable=True), z)
-
-    def _map_loss(self, components: Components, z: Tensor) -> Tensor:
-        return map_objective.map_loss(
-            components,
-            z,
-            self._log_parameter_prior(components),
-            responsibility_gradient=self.responsibility_gradient,
-            data_size=self.data_size,
-        )
-
-    def _log_parameter_prior(self, components: Components) -> Tensor | float:
-        if self.map_prior == "none":
-            return 0.0
-        return map_objective.log_parameter_prior(
-            components,
-            self.concentration,
-            weights=self.weights,
-            discount=self.discount,
-            learnt_concentration=self.map_prior == "learnt",
-        )
+        parameters = self._mixture_parameters(encoder, differentiable=True)
+        return empirical_bayes.map_loss(parameters, z, self._objective)
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Take one empirical-Bayes step: the prior moves, the network stands still.
@@ -241,12 +222,23 @@ class BayesianMixturePrior(LearntPrior):
         if self.joint:
             return
         with torch.inference_mode(False), torch.enable_grad():
-            components = self._components(encoder, differentiable=True)
+            parameters = self._mixture_parameters(encoder, differentiable=True)
             if self._adam is not None:
-                self._adam.step(self._map_loss(components, z))
+                learnt = self._adam.parameters
+                self._adam.descend(
+                    *empirical_bayes.map_gradients(parameters, z, self._objective, learnt)
+                )
         if self.inference == "closed-form":
             with torch.no_grad():
-                self._online_step(components.detach(), z)
+                empirical_bayes.online_step(
+                    parameters,
+                    z,
+                    self._running,
+                    self._objective,
+                    temperature=self.temperature,
+                    rate=self.statistics_rate,
+                    free_centers=self._free_centers,
+                )
 
     running_N: Tensor
     running_s: Tensor
@@ -260,51 +252,10 @@ class BayesianMixturePrior(LearntPrior):
             self.register_buffer(f"running_{name}", torch.zeros(total, *shape, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros((), dtype=torch.int64))
 
-    def _online_step(self, components: Components, z: Tensor) -> None:
-        """Blend the batch's statistics, per point, into the running ones and maximise."""
-        sums = closed_form.statistics(components, z, self.temperature)
-        sums, (count,) = closed_form.summed_over_processes(sums, len(z))
-        batch = sums.scaled(1 / count)
-        if self.running_steps == 0:
-            running = closed_form.matching_statistics(components)
-        else:
-            running = closed_form.Statistics(
-                self.running_N, self.running_s, self.running_M, self.running_centers
-            )
-        running = self._carried(running, batch.centers).blended(batch, self.statistics_rate)
-        self._maximise(running.scaled(self.data_size or count), components)
-        for name, value in zip(("N", "s", "M", "centers"), running, strict=True):
-            getattr(self, f"running_{name}").copy_(value)
-        self.running_steps += 1
-
-    def _carried(self, sums: closed_form.Statistics, centers: Tensor) -> closed_form.Statistics:
-        """Old sums, around the centers of now.
-
-        The encoder moves points and centers together, so d = z - m of the past counts as it was.
-        """
-        return sums._replace(centers=centers)
-
-    def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
-        """Set weights, concentration and precisions to their maximisers."""
-        assert components.precision_cholesky is not None
-        mass = sums.N.unflatten(0, (self.num_components, -1)).sum(1)
-        kept = self.logits > -math.inf  # a pruned component stays pruned
-        log_weights, concentration = closed_form.maximise_weights(
-            mass[kept],
-            float(self.concentration),
-            weights=self.weights,
-            discount=self.discount,
-            map_prior=self.map_prior,
-        )
-        # A parameter that was frozen by requires_grad_(False) stands still here as well.
-        if self.raw_precision.requires_grad:
-            self.precision_cholesky = closed_form.maximise_precision(
-                sums, components.scale, components.precision_cholesky, self.map_prior != "none"
-            )
-        if self.logits.requires_grad:
-            self.logits[kept] = log_weights.to(self.logits.dtype)
-        if self.raw_alpha.requires_grad:
-            self.concentration = concentration
+    @property
+    def _running(self) -> Running:
+        sums = Statistics(self.running_N, self.running_s, self.running_M, self.running_centers)
+        return Running(sums, self.running_steps)
 
     @torch.no_grad()
     def fit(
@@ -348,23 +299,25 @@ class BayesianMixturePrior(LearntPrior):
             )
         history: list[float] = []
         for _ in range(max_iterations):
-            components = self._components(encoder, differentiable=False)
-            sums: closed_form.Statistics | None = None
+            parameters = self._mixture_parameters(encoder, differentiable=True)
+            components = parameters.components()
+            sums: Statistics | None = None
             count, total = 0.0, 0.0
             for batch in batches:
                 if len(batch) == 0:
                     continue
-                part = closed_form.statistics(components, self._latents(batch), self.temperature)
+                points = self._latents(batch)
+                part = empirical_bayes.statistics(parameters, points, self.temperature)
                 sums = part if sums is None else sums.plus(part)
                 lse, _ = components.log_joint_expectation(batch)
                 total += float(lse.double().sum())
                 count += len(batch)
             if sums is None:
                 raise ValueError("z must have at least one point, but is empty")
-            sums, (count, total) = closed_form.summed_over_processes(sums, count, total)
-            log_prior = float(self._log_parameter_prior(components))
-            history.append((total + log_prior) / count)
+            sums, (count, total) = summed_over_processes(sums, count, total)
+            log_prior = empirical_bayes.log_parameter_prior(parameters, components, self._objective)
+            history.append((total + float(log_prior)) / count)
             if len(history) > 1 and history[-1] - history[-2] < tolerance:
                 break
-            self._maximise(sums, components)
+            empirical_bayes.maximise(parameters, sums, self._objective, self._free_centers)
         return history

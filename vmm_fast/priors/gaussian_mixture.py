@@ -7,8 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vmm_fast.inference import closed_form
-from vmm_fast.mixture import Components
 from vmm_fast.priors.base import Encoder, check_integer
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 
@@ -90,21 +88,10 @@ class GaussianMixturePrior(BayesianMixturePrior):
             dtype=self.centers.dtype,
         )
 
+    _free_centers = True
+
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, None]:
         return (self.centers if differentiable else self.centers.detach()), None
 
     def _gradient_parameters(self) -> Iterable[nn.Parameter]:
         return ()
-
-    def _carried(self, sums: closed_form.Statistics, centers: Tensor) -> closed_form.Statistics:
-        return sums.around(centers)  # free centers move by themselves, not with the points
-
-    def _maximise(self, sums: closed_form.Statistics, components: Components) -> None:
-        assert components.precision_cholesky is not None
-        centers = closed_form.maximise_centers(
-            sums, components.precision_cholesky, self.map_prior != "none"
-        )
-        if not self.centers.requires_grad:
-            centers = sums.centers
-        super()._maximise(sums.around(centers), components)
-        self.centers.copy_(centers)

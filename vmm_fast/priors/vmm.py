@@ -124,6 +124,8 @@ class VMMPrior(PseudoInputs, BayesianMixturePrior):
             dtype=dtype,
         )
 
+    _free_centers = False
+
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
         total = self.num_components * self.pseudo_inputs_per_component
         return self._encode(encoder, total, differentiable)

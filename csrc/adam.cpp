@@ -1,0 +1,49 @@
+#include "adam.h"
+
+#include <cmath>
+#include <limits>
+
+#include "parallel.h"
+
+namespace vmm {
+
+using std::int64_t;
+
+template <class T>
+void adam_step(const AdamSettings& settings, double steps, int64_t size, int threads,
+               const T* gradient, T* parameter, T* first_moment, T* second_moment) {
+  const double t = steps + 1.0;
+  const T beta1 = static_cast<T>(settings.beta1), beta2 = static_cast<T>(settings.beta2);
+  const T rest1 = static_cast<T>(1.0 - settings.beta1),
+          rest2 = static_cast<T>(1.0 - settings.beta2);
+  const T rate = static_cast<T>(settings.learning_rate / (1.0 - std::pow(settings.beta1, t)));
+  const T root = static_cast<T>(std::sqrt(1.0 - std::pow(settings.beta2, t)));
+  const T epsilon = static_cast<T>(settings.epsilon);
+  // A square root and a division an element: some 20 multiply-adds.
+  threads = useful_threads(threads, 20.0 * static_cast<double>(size));
+  parallel_ranges(size, threads, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const T g = gradient[i];
+      first_moment[i] = beta1 * first_moment[i] + rest1 * g;
+      second_moment[i] = beta2 * second_moment[i] + rest2 * g * g;
+      parameter[i] -= rate * first_moment[i] / (std::sqrt(second_moment[i]) / root + epsilon);
+    }
+  });
+}
+
+template <class T>
+bool all_finite(const T* values, int64_t size) {
+  // A count and not an early end: the loop has no branch and runs in vectors.
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; i++)
+    count += std::abs(values[i]) <= std::numeric_limits<T>::max() ? 1 : 0;
+  return count == size;
+}
+
+#define VMM_INSTANTIATE(T)                                                                     \
+  template void adam_step<T>(const AdamSettings&, double, int64_t, int, const T*, T*, T*, T*); \
+  template bool all_finite<T>(const T*, int64_t);
+VMM_INSTANTIATE(float)
+VMM_INSTANTIATE(double)
+
+}  // namespace vmm

@@ -1,0 +1,433 @@
+"""The empirical-Bayes steps of a Bayesian mixture, in the compiled core where it applies.
+
+The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
+float64 on a CPU, in eager mode. Elsewhere the same steps run in plain torch: :mod:`map_objective`,
+differentiated by autograd, and :mod:`closed_form` are their definitions. Which of the two it is,
+is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn.functional import softplus
+
+from vmm_fast import _core
+from vmm_fast.inference import closed_form, map_objective
+from vmm_fast.inference.closed_form import Statistics
+from vmm_fast.mixture import Components
+
+__all__ = [
+    "MixtureParameters",
+    "Objective",
+    "Running",
+    "concentration",
+    "map_gradients",
+    "map_loss",
+    "maximise",
+    "online_step",
+    "precision_cholesky",
+    "raw_alpha",
+    "raw_precision",
+    "statistics",
+]
+
+
+class Objective(NamedTuple):
+    """Settings of the objective of :mod:`map_objective`; :class:`vmm_fast.VMMPrior` tells them."""
+
+    map_prior: str
+    weights: str
+    discount: float
+    responsibility_gradient: bool
+    data_size: int | None
+
+
+class MixtureParameters(NamedTuple):
+    """A Bayesian mixture as a prior stores it; C divides J, K = J / C.
+
+    Attributes
+    ----------
+    centers : Tensor [J, D]
+    scale : Tensor [J, D, D] or [J, D] or None
+        s, lower triangular or diagonal; None for S = 0.
+    raw_precision : Tensor [C, D, D]
+        L = tril(raw, -1) + diag softplus(diag raw).
+    logits : Tensor [C]
+        pi = softmax(logits).
+    raw_alpha : Tensor, scalar
+        1 / gamma = softplus(raw_alpha).
+    """
+
+    centers: Tensor
+    scale: Tensor | None
+    raw_precision: Tensor
+    logits: Tensor
+    raw_alpha: Tensor
+
+    def components(self) -> Components:
+        """Give the mixture; gradients reach all five tensors where they are enabled.
+
+        Raises
+        ------
+        ValueError
+            If no logit is finite or one is NaN.
+        """
+        log_weights = self.logits.log_softmax(-1)
+        if not torch.compiler.is_compiling() and not log_weights.max() > -math.inf:
+            raise ValueError("logits must have at least one finite value and no NaN")
+        dtype = self.centers.dtype
+        precision = precision_cholesky(self.raw_precision)
+        return Components(self.centers, log_weights.to(dtype), precision.to(dtype), self.scale)
+
+
+def precision_cholesky(raw_precision: Tensor) -> Tensor:
+    """L [C, D, D] from its unconstrained form."""
+    diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
+    return raw_precision.tril(-1) + torch.diag_embed(diagonal)
+
+
+def raw_precision(precision_cholesky: Tensor) -> Tensor:
+    """Invert :func:`precision_cholesky`."""
+    diagonal = precision_cholesky.diagonal(dim1=-2, dim2=-1)
+    return precision_cholesky.tril(-1) + torch.diag_embed(_inverse_softplus(diagonal))
+
+
+def concentration(raw_alpha: Tensor) -> Tensor:
+    """Gamma from the unconstrained form of its inverse."""
+    return 1 / softplus(raw_alpha)
+
+
+def raw_alpha(concentration: Tensor) -> Tensor:
+    """Invert :func:`concentration`."""
+    return _inverse_softplus(1 / concentration)
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    # log(e^x - 1) = x + log(1 - e^-x)
+    return x + torch.log(-torch.expm1(-x))
+
+
+# --- the compiled core: addresses and sizes ---
+
+_SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
+
+
+def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | None:
+    """Suffix of the core's functions that serve these tensors, None where none does."""
+    dtype = parameters.logits.dtype
+    stored = parameters[2:]
+    given = [x for x in (*parameters[:2], z) if x is not None]
+    served = (
+        not torch.compiler.is_compiling()
+        and dtype in _SUFFIXES
+        and all(x.is_cpu and x.dtype == dtype for x in (*stored, *given))
+        and all(x.is_contiguous() for x in stored)  # they are written in place
+    )
+    return _SUFFIXES[dtype] if served else None
+
+
+def _call(name: str, suffix: str, *arguments: Any) -> Any:
+    return getattr(_core, name + suffix)(
+        *(x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments)
+    )
+
+
+class _CoreParameters:
+    """The core's view of parameters; it keeps alive what the view's addresses point to."""
+
+    def __init__(self, parameters: MixtureParameters, suffix: str):
+        centers, scale, *stored = parameters
+        self.centers = centers.contiguous()
+        self.scale = None if scale is None else scale.contiguous()
+        full_scale = scale is not None and scale.ndim == 3
+        count, (total, dim) = len(parameters.logits), centers.shape
+        self.view = _call(
+            "MixtureParameters",
+            suffix,
+            self.centers,
+            self.scale,
+            full_scale,
+            *stored,
+            count,
+            total // count,
+            dim,
+        )
+
+
+def _core_priors(objective: Objective) -> Any:
+    weights = {
+        "dirichlet": _core.Weights.dirichlet,
+        "stick-breaking": _core.Weights.stick_breaking,
+    }
+    map_prior = getattr(_core.MapPrior, objective.map_prior)
+    return _core.ParameterPriors(map_prior, weights[objective.weights], objective.discount)
+
+
+def _core_learnt(parameters: MixtureParameters, free_centers: bool) -> Any:
+    centers, _, *stored = parameters
+    return _core.Learnt(free_centers and centers.requires_grad, *(x.requires_grad for x in stored))
+
+
+def _written(parameters: MixtureParameters, free_centers: bool) -> None:
+    """Tell autograd, as torch's own operations do when they write in place."""
+    for x in parameters[2:] if not free_centers else (parameters.centers, *parameters[2:]):
+        if x.requires_grad:
+            increment_version(x)
+
+
+# --- the gradient step ---
+
+
+def map_loss(parameters: MixtureParameters, z: Tensor, objective: Objective) -> Tensor:
+    """Loss of :func:`map_objective.map_loss` for ``parameters``; differentiable in all of them."""
+    components = parameters.components()
+    return map_objective.map_loss(
+        components,
+        z,
+        log_parameter_prior(parameters, components, objective),
+        responsibility_gradient=objective.responsibility_gradient,
+        data_size=objective.data_size,
+    )
+
+
+def log_parameter_prior(
+    parameters: MixtureParameters, components: Components, objective: Objective
+) -> Tensor | float:
+    """Sum of the log-priors of all parameters of ``components``; 0 for ``map_prior="none"``."""
+    if objective.map_prior == "none":
+        return 0.0
+    return map_objective.log_parameter_prior(
+        components,
+        concentration(parameters.raw_alpha),
+        weights=objective.weights,
+        discount=objective.discount,
+        learnt_concentration=objective.map_prior == "learnt",
+    )
+
+
+def map_gradients(
+    parameters: MixtureParameters, z: Tensor, objective: Objective, learnt: Sequence[Tensor]
+) -> tuple[float | Tensor, list[Tensor | None]]:
+    """Value and gradients of :func:`map_loss`.
+
+    Parameters
+    ----------
+    parameters : MixtureParameters
+        ``centers`` and ``scale`` may come from an encoder, with a graph.
+    z : Tensor [B, D]
+    objective : Objective
+    learnt : sequence of Tensor
+        What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
+
+    Returns
+    -------
+    loss : float or Tensor
+        In nats per point.
+    gradients : list of Tensor or None
+        One for each of ``learnt``; None where the loss does not depend on it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :mod:`vmm_fast.ops` and :class:`vmm_fast.Components` say.
+    """
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    suffix = _in_core(parameters, z)
+    if suffix is None:
+        loss = map_loss(parameters, z, objective)
+        return loss.detach(), list(torch.autograd.grad(loss, learnt, allow_unused=True))
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype)
+
+    stored = list(parameters[2:])
+    if objective.map_prior == "none":
+        stored.pop()  # the loss does not depend on the concentration
+    own = {id(x): empty(x) for x in stored if any(x is y for y in learnt)}
+    upstream = [x for x in learnt if id(x) not in own and all(x is not y for y in parameters[2:])]
+    outputs = [x for x in parameters[:2] if x is not None and x.requires_grad and upstream]
+    passed = {id(x): empty(x) for x in outputs}
+    core_parameters = _CoreParameters(parameters, suffix)
+    z = z.contiguous()
+    loss = _call(
+        "map_gradients",
+        suffix,
+        core_parameters.view,
+        z,
+        len(z),
+        _core_priors(objective),
+        objective.responsibility_gradient,
+        1 / (objective.data_size or len(z)),
+        torch.get_num_threads(),
+        *((own | passed).get(id(x)) for x in parameters),
+    )
+    if outputs:
+        through = torch.autograd.grad(outputs, upstream, list(passed.values()), allow_unused=True)
+        own |= {id(x): g for x, g in zip(upstream, through, strict=True)}
+    return loss, [own.get(id(x)) for x in learnt]
+
+
+# --- the closed form ---
+
+
+class Running(NamedTuple):
+    """Running sums per point, float64, and the number of steps [] (int64) that they hold."""
+
+    sums: Statistics
+    steps: Tensor
+
+
+def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> Statistics:
+    """:func:`closed_form.statistics` of ``parameters``."""
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    suffix = _in_core(parameters, z)
+    if suffix is None:
+        return closed_form.statistics(parameters.components().detach(), z, temperature)
+    total, dim = parameters.centers.shape
+    shapes = ((total,), (total, dim), (total, dim, dim))
+    n, s, m = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    core_parameters = _CoreParameters(parameters, suffix)
+    z = z.contiguous()
+    _call(
+        "mixture_sums",
+        suffix,
+        core_parameters.view,
+        z,
+        len(z),
+        temperature,
+        torch.get_num_threads(),
+        n,
+        s,
+        m,
+    )
+    return Statistics(n, s, m, parameters.centers)
+
+
+def maximise(
+    parameters: MixtureParameters, sums: Statistics, objective: Objective, free_centers: bool
+) -> None:
+    """Set ``parameters``, in place, to their maximisers given sums around their centers.
+
+    One without ``requires_grad`` stands still; so do centers that are not ``free_centers``, and
+    the logits of pruned components.
+    """
+    suffix = _in_core(parameters)
+    if suffix is None:
+        _maximise_in_torch(parameters, sums, objective, free_centers)
+        return
+    core_parameters = _CoreParameters(parameters, suffix)
+    _call(
+        "maximise",
+        suffix,
+        core_parameters.view,
+        *(x.contiguous() for x in sums[:3]),
+        _core_priors(objective),
+        _core_learnt(parameters, free_centers),
+        torch.get_num_threads(),
+    )
+    _written(parameters, free_centers)
+
+
+def _maximise_in_torch(
+    parameters: MixtureParameters, sums: Statistics, objective: Objective, free_centers: bool
+) -> None:
+    components = parameters.components()
+    assert components.precision_cholesky is not None
+    map_prior = objective.map_prior != "none"
+    if free_centers and parameters.centers.requires_grad:
+        centers = closed_form.maximise_centers(sums, components.precision_cholesky, map_prior)
+        sums = sums.around(centers)
+        parameters.centers.copy_(centers)
+    if parameters.raw_precision.requires_grad:
+        precision = closed_form.maximise_precision(
+            sums, components.scale, precision_cholesky(parameters.raw_precision), map_prior
+        )
+        parameters.raw_precision.copy_(raw_precision(precision))
+    mass = sums.N.unflatten(0, (len(parameters.logits), -1)).sum(1)
+    kept = parameters.logits > -math.inf  # a pruned component stays pruned
+    log_weights, gamma = closed_form.maximise_weights(
+        mass[kept],
+        float(concentration(parameters.raw_alpha)),
+        weights=objective.weights,
+        discount=objective.discount,
+        map_prior=objective.map_prior,
+    )
+    if parameters.logits.requires_grad:
+        parameters.logits[kept] = log_weights.to(parameters.logits.dtype)
+    if parameters.raw_alpha.requires_grad:
+        parameters.raw_alpha.copy_(raw_alpha(torch.tensor(gamma, dtype=torch.float64)))
+
+
+def online_step(
+    parameters: MixtureParameters,
+    z: Tensor,
+    running: Running,
+    objective: Objective,
+    *,
+    temperature: float,
+    rate: float,
+    free_centers: bool,
+) -> None:
+    """Blend a batch's statistics, per point, into the running ones and maximise, all in place.
+
+    The first step starts from :func:`closed_form.matching_statistics`. Free centers move by
+    themselves, and old sums are carried to where they are now; an encoder moves points and centers
+    together, so that d = z - m of the past counts as it was.
+
+    Parameters
+    ----------
+    parameters : MixtureParameters
+    z : Tensor [B, D]
+    running : Running
+    objective : Objective
+        ``data_size`` points (the batch's size for None) weigh against the priors.
+    temperature : float
+        Of the responsibilities, softmax(l / temperature).
+    rate : float
+        Weight of the batch.
+    free_centers : bool
+        Whether the centers are parameters of their own.
+    """
+    sums = statistics(parameters, z, temperature)
+    sums, (count,) = closed_form.summed_over_processes(sums, len(z))
+    data_size = objective.data_size or count
+    suffix = _in_core(parameters)
+    if suffix is None:
+        batch = sums.scaled(1 / count)
+        if running.steps == 0:
+            old = closed_form.matching_statistics(parameters.components())
+        elif free_centers:
+            old = running.sums.around(batch.centers)
+        else:
+            old = running.sums._replace(centers=batch.centers)
+        new = old.blended(batch, rate)
+        for buffer, value in zip(running.sums, new, strict=True):
+            buffer.copy_(value)
+        running.steps.add_(1)
+        _maximise_in_torch(parameters, new.scaled(data_size), objective, free_centers)
+        return
+    core_parameters = _CoreParameters(parameters, suffix)
+    _call(
+        "online_step",
+        suffix,
+        core_parameters.view,
+        *sums[:3],
+        count,
+        rate,
+        data_size,
+        free_centers,
+        _core_priors(objective),
+        _core_learnt(parameters, free_centers),
+        torch.get_num_threads(),
+        *running.sums,
+        running.steps,
+    )
+    _written(parameters, free_centers)
