@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "empirical_bayes_kernels.h"
+#include "instruction_set.h"
 #include "parallel.h"
 #include "stick_breaking.h"
 #include "triangular.h"
@@ -19,6 +21,39 @@ namespace vmm::empirical_bayes {
 namespace {
 
 using std::int64_t;
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  switch (current_instruction_set()) {
+#ifdef VMM_HAVE_avx512
+    case InstructionSet::avx512:
+      return kernels_f32_avx512();
+#endif
+#ifdef VMM_HAVE_avx2
+    case InstructionSet::avx2:
+      return kernels_f32_avx2();
+#endif
+    default:
+      return kernels_f32_baseline();
+  }
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  switch (current_instruction_set()) {
+#ifdef VMM_HAVE_avx512
+    case InstructionSet::avx512:
+      return kernels_f64_avx512();
+#endif
+#ifdef VMM_HAVE_avx2
+    case InstructionSet::avx2:
+      return kernels_f64_avx2();
+#endif
+    default:
+      return kernels_f64_baseline();
+  }
+}
 
 constexpr double kLogTwoPi = 1.8378770664093453;
 constexpr double kLogPi = 1.1447298858494002;
@@ -52,16 +87,6 @@ double log_wishart_normaliser(int64_t num_components, int64_t dim) {
   return 0.5 * df * D * std::log(2.0 * wishart_scale(num_components, dim)) + log_gamma;
 }
 
-// L [D, D] of a raw precision; the upper triangle is zero.
-template <class T>
-void precision_cholesky(const T* raw, int64_t D, double* L) {
-  for (int64_t r = 0; r < D; r++) {
-    std::copy(raw + r * D, raw + r * D + r, L + r * D);
-    L[r * D + r] = softplus(raw[r * D + r]);
-    std::fill(L + r * D + r + 1, L + (r + 1) * D, 0.0);
-  }
-}
-
 // Threads for loops over components with `products` triangular products per center.
 template <class T>
 int threads_for(const Parameters<T>& p, int threads, double products) {
@@ -69,12 +94,15 @@ int threads_for(const Parameters<T>& p, int threads, double products) {
   return useful_threads(threads, products * p.num_components * p.per_component * D * D * D / 3);
 }
 
-void require_positive(int64_t component) {
-  if (component < 0) return;
-  throw std::invalid_argument(
-      "component " + std::to_string(component) +
-      " has no positive-definite covariance: precision_cholesky and the scale that the encoder "
-      "gives its pseudo-input must be finite with a positive diagonal");
+// Calls body(first, count, scratch) for every group of components that fills a kernel's lanes.
+template <class T, class Body>
+void for_each_group(const Parameters<T>& p, const Kernels<T>& kernel, int threads, Body body) {
+  const int64_t C = p.num_components, lanes = kernel.lanes, size = kernel.scratch_size(p.dim);
+  const auto scratch = make_buffer<double>(threads * size);
+  parallel_ranges((C + lanes - 1) / lanes, threads, [&](int thread, int64_t begin, int64_t end) {
+    for (int64_t c = begin * lanes; c < std::min(end * lanes, C); c += lanes)
+      body(c, static_cast<int>(std::min(lanes, C - c)), scratch.get() + thread * size);
+  });
 }
 
 // The expected log-joint: L [C, D, D] with log det L [C], log pi [C] and offsets [J].
@@ -115,22 +143,6 @@ void log_softmax(const T* logits, int64_t count, double* out) {
   for (int64_t c = 0; c < count; c++) out[c] = logits[c] - log_total;
 }
 
-// 1/2 |L^T s|^2 = 1/2 tr(Lambda S); row [D] is scratch.
-template <class T>
-double half_trace(const double* L, const T* scale, bool full, int64_t D, double* row) {
-  double total = 0.0;
-  for (int64_t t = 0; t < D; t++) {
-    // Row t of s^T L: with a diagonal s it is one row of L.
-    std::fill(row, row + D, 0.0);
-    for (int64_t r = t; r < (full ? D : t + 1); r++) {
-      const double s = full ? scale[r * D + t] : scale[t];
-      for (int64_t u = 0; u <= r; u++) row[u] += s * L[r * D + u];
-    }
-    for (int64_t u = 0; u < D; u++) total += row[u] * row[u];
-  }
-  return 0.5 * total;
-}
-
 template <class T>
 ExpectedLogJoint<T>::ExpectedLogJoint(const Parameters<T>& p, int threads) {
   const int64_t C = p.num_components, K = p.per_component, D = p.dim;
@@ -139,39 +151,27 @@ ExpectedLogJoint<T>::ExpectedLogJoint(const Parameters<T>& p, int threads) {
   L = make_buffer<double>(C * D * D);
   log_det = make_buffer<double>(C);
   offsets = make_buffer<double>(C * K);
-  threads = threads_for(p, threads, p.full_scale ? 1.0 : 0.5);
+  const auto condition = make_buffer<double>(C);
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(p, kernel, threads_for(p, threads, 1.0),
+                 [&](int64_t c, int count, double* scratch) {
+                   kernel.expected(p, c, count, L.get() + c * D * D, log_det.get() + c,
+                                   condition.get() + c, offsets.get() + c * K, scratch);
+                 });
   const double constant =
       -std::log(static_cast<double>(K)) - 0.5 * static_cast<double>(D) * kLogTwoPi;
-  const auto rows = make_buffer<double>(threads * D);
-  std::vector<int64_t> bad(static_cast<std::size_t>(threads), -1);
-  std::vector<char> narrow(static_cast<std::size_t>(threads), 1);
-  const int64_t scale_size = p.full_scale ? D * D : D;
-  parallel_ranges(C, threads, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t c = end - 1; c >= begin; c--) {  // downwards: the first bad one is named
-      double* L_c = L.get() + c * D * D;
-      precision_cholesky(p.raw_precision + c * D * D, D, L_c);
-      double smallest = INFINITY, squares = 0.0;
-      log_det[c] = 0.0;
-      for (int64_t r = 0; r < D; r++) {
-        smallest = std::min(smallest, L_c[r * D + r]);
-        log_det[c] += std::log(L_c[r * D + r]);
-      }
-      for (int64_t i = 0; i < D * D; i++) squares += L_c[i] * L_c[i];
-      narrow[thread] = narrow[thread] && std::sqrt(squares) <= kFloat32Condition * smallest;
-      // log det L is NaN or infinite as soon as one diagonal element is not positive and finite.
-      if (!std::isfinite(log_det[c])) bad[thread] = c;
-      for (int64_t j = c * K; j < (c + 1) * K; j++) {
-        double penalty = 0.0;
-        if (p.scale)
-          penalty =
-              half_trace(L_c, p.scale + j * scale_size, p.full_scale, D, rows.get() + thread * D);
-        if (!std::isfinite(penalty)) bad[thread] = c;
-        offsets[j] = log_pi[c] + constant + log_det[c] - penalty;
-      }
+  for (int64_t c = 0; c < C; c++) {
+    float32_suffices = float32_suffices && condition[c] <= kFloat32Condition;
+    for (int64_t j = c * K; j < (c + 1) * K; j++) {
+      const double log_density = log_det[c] - offsets[j];  // at the center, less a constant
+      offsets[j] = log_pi[c] + constant + log_density;
+      if (!std::isfinite(log_density))
+        throw std::invalid_argument(
+            "component " + std::to_string(c) +
+            " has no positive-definite covariance: precision_cholesky and the scale that the "
+            "encoder gives its pseudo-input must be finite with a positive diagonal");
     }
-  });
-  for (const int64_t component : bad) require_positive(component);
-  float32_suffices = std::all_of(narrow.begin(), narrow.end(), [](char x) { return x != 0; });
+  }
 }
 
 // `values` as they are where the type is right, else a copy kept in `storage`.
@@ -258,91 +258,6 @@ double log_weight_prior(const double* log_pi, int64_t num_components, double gam
   return value;
 }
 
-// Everything of one component and its K centers: gradients of centers, scales and raw precision;
-// returns its share of log p(m) + log p(L), less constants.
-template <class T>
-class ComponentGradients {
- public:
-  ComponentGradients(const Parameters<T>& p, double data_weight, double prior_weight)
-      : p_(p),
-        data_(data_weight),
-        prior_(prior_weight),
-        v_(wishart_scale(p.num_components, p.dim)) {}
-
-  static int64_t scratch_size(int64_t D) { return 4 * D * D + D; }
-
-  double operator()(int64_t c, const double* L, double log_det, Sums sums,
-                    const Gradients<T>& gradients, double* scratch) const {
-    const int64_t K = p_.per_component, D = p_.dim, DD = D * D;
-    double *second = scratch, *precision = second + DD, *factor = precision + DD,
-           *product = factor + DD, *whitened = product + DD;
-    double squares = 0.0, mass = 0.0;
-    if (gradients.scale && p_.full_scale) {
-      std::fill(precision, precision + DD, 0.0);
-      triangular::add_gram(1.0, L, D, product, precision);
-    }
-    std::fill(second, second + DD, 0.0);
-    for (int64_t j = c * K; j < (c + 1) * K; j++) {
-      const double N = sums.N[j];
-      const T* m = p_.centers + j * D;
-      mass += N;
-      for (int64_t r = 0; r < D; r++) squares += static_cast<double>(m[r]) * m[r];
-      if (gradients.centers) {
-        triangular::times_transposed(L, sums.s + j * D, D, whitened);
-        for (int64_t r = 0; r < D; r++) {
-          const double lambda_s = std::inner_product(L + r * D, L + r * D + r + 1, whitened, 0.0);
-          gradients.centers[j * D + r] =
-              static_cast<T>(-data_ * lambda_s + prior_ * static_cast<double>(m[r]));
-        }
-      }
-      for (int64_t i = 0; i < DD; i++) second[i] += sums.M[j * DD + i];
-      if (!p_.scale) continue;
-      if (p_.full_scale) {
-        const T* s = p_.scale + j * DD;
-        for (int64_t r = 0; r < D; r++)
-          for (int64_t t = 0; t < D; t++) factor[r * D + t] = t <= r ? s[r * D + t] : 0.0;
-        for (int64_t i = 0; i < DD; i++) squares += factor[i] * factor[i];
-        triangular::add_gram(N, factor, D, product, second);
-        if (gradients.scale) {
-          triangular::tril_times(precision, factor, D, product);
-          for (int64_t i = 0; i < DD; i++)
-            gradients.scale[j * DD + i] =
-                static_cast<T>(data_ * N * product[i] + prior_ * factor[i]);
-        }
-      } else {
-        const T* s = p_.scale + j * D;
-        for (int64_t r = 0; r < D; r++) {
-          const double s_r = s[r], *L_r = L + r * D;
-          squares += s_r * s_r;
-          second[r * D + r] += N * s_r * s_r;
-          if (gradients.scale)
-            gradients.scale[j * D + r] = static_cast<T>(
-                (data_ * N * std::inner_product(L_r, L_r + r + 1, L_r, 0.0) + prior_) * s_r);
-        }
-      }
-    }
-    double norm = 0.0;
-    for (int64_t i = 0; i < DD; i++) norm += L[i] * L[i];
-    if (gradients.raw_precision) {
-      triangular::tril_times(second, L, D, product);
-      const T* raw = p_.raw_precision + c * DD;
-      T* out = gradients.raw_precision + c * DD;
-      for (int64_t i = 0; i < DD; i++)
-        out[i] = static_cast<T>(data_ * product[i] + prior_ / v_ * L[i]);
-      for (int64_t r = 0; r < D; r++) {
-        const int64_t i = r * D + r;
-        const double slope = data_ * (product[i] - mass / L[i]) + prior_ * (L[i] / v_ - 1.0 / L[i]);
-        out[i] = static_cast<T>(slope * softplus_slope(raw[i]));
-      }
-    }
-    return log_det - 0.5 / v_ * norm - 0.5 * squares;
-  }
-
- private:
-  const Parameters<T>& p_;
-  double data_, prior_, v_;
-};
-
 // Owns N [J], s [J, D], M [J, D, D].
 class SumsBuffer {
  public:
@@ -373,16 +288,13 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
   mixture.sum(p, samples, 1.0, threads, responsibility_gradient ? 0.0 : 1.0,
               responsibility_gradient ? 1.0 : 0.0, sums, totals);
 
-  const ComponentGradients<T> component(p, data_weight, prior_weight);
-  const int workers = threads_for(p, threads, p.full_scale ? 4.0 : 2.0);
-  const int64_t scratch_size = component.scratch_size(D);
-  const auto scratch = make_buffer<double>(workers * scratch_size);
+  const Weighted weighted{sums, data_weight, prior_weight, wishart_scale(C, D)};
   const auto log_priors = make_buffer<double>(C), grad_log_pi = make_buffer<double>(C);
-  parallel_ranges(C, workers, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++)
-      log_priors[c] = component(c, mixture.L.get() + c * D * D, mixture.log_det[c], sums, gradients,
-                                scratch.get() + thread * scratch_size);
-  });
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(
+      p, kernel, threads_for(p, threads, 4.0), [&](int64_t c, int count, double* scratch) {
+        kernel.gradients(p, c, count, weighted, gradients, log_priors.get() + c, scratch);
+      });
 
   double log_prior = 0.0, grad_gamma = 0.0;
   const double gamma = concentration(p);
@@ -390,6 +302,7 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
     std::fill(grad_log_pi.get(), grad_log_pi.get() + C, 0.0);
   } else {
     log_prior = std::accumulate(log_priors.get(), log_priors.get() + C, 0.0);
+    log_prior += std::accumulate(mixture.log_det.get(), mixture.log_det.get() + C, 0.0);
     log_prior -= 0.5 * static_cast<double>(J * D) * kLogTwoPi;
     log_prior -= static_cast<double>(C) * log_wishart_normaliser(C, D);
     log_prior +=
@@ -420,114 +333,6 @@ void statistics(const Parameters<T>& p, Samples<T> samples, double temperature, 
 }
 
 namespace {
-
-// The closed form of one component: its free center, then its precision around that.
-template <class T>
-class ComponentMaximum {
- public:
-  ComponentMaximum(const Parameters<T>& p, Sums sums, double factor, MapPrior map_prior,
-                   Learnt learnt)
-      : p_(p),
-        sums_(sums),
-        factor_(factor),
-        map_prior_(map_prior != MapPrior::none),
-        learnt_(learnt),
-        inverse_v_(1.0 / wishart_scale(p.num_components, p.dim)) {}
-
-  static int64_t scratch_size(int64_t D) { return 3 * D * D + 2 * D; }
-
-  void operator()(int64_t c, double* scratch) const {
-    double* shift = scratch + 3 * p_.dim * p_.dim;  // from the new center to the old
-    std::fill(shift, shift + p_.dim, 0.0);
-    if (learnt_.centers) set_center(c, scratch, shift);
-    if (learnt_.precision) set_precision(c, scratch, shift);
-  }
-
- private:
-  // (N Lambda + I)^-1 Lambda (N m + s), the mode under N(0, I); or the mean; an empty one stays.
-  void set_center(int64_t c, double* scratch, double* shift) const {
-    const int64_t D = p_.dim, DD = D * D;
-    double *L = scratch, *system = L + DD, *transposed = system + DD, *center = shift + D;
-    const double N = factor_ * sums_.N[c];
-    const double* s = sums_.s + c * D;
-    T* m = p_.centers + c * D;
-    for (int64_t r = 0; r < D; r++) center[r] = N * m[r] + factor_ * s[r];
-    if (map_prior_) {
-      precision_cholesky(p_.raw_precision + c * DD, D, L);
-      triangular::times_transposed(L, center, D, shift);
-      triangular::times(L, shift, D, center);
-      std::fill(system, system + DD, 0.0);
-      triangular::add_gram(N, L, D, transposed, system);
-      for (int64_t r = 0; r < D; r++) system[r * D + r] += 1.0;
-      triangular::factorise(system, D);
-      triangular::solve(system, D, center);
-    } else {
-      for (int64_t r = 0; r < D; r++) center[r] = N > 0.0 ? center[r] / N : m[r];
-    }
-    for (int64_t r = 0; r < D; r++) {
-      shift[r] = m[r] - center[r];
-      m[r] = static_cast<T>(center[r]);
-    }
-  }
-
-  void set_precision(int64_t c, double* scratch, const double* shift) const {
-    const int64_t K = p_.per_component, D = p_.dim, DD = D * D;
-    double *scatter = scratch, *factor = scatter + DD, *product = factor + DD;
-    double mass = map_prior_ ? 1.0 : 0.0;
-    std::fill(scatter, scatter + DD, 0.0);
-    if (map_prior_)
-      for (int64_t r = 0; r < D; r++) scatter[r * D + r] = inverse_v_;
-    for (int64_t j = c * K; j < (c + 1) * K; j++) {
-      const double N = factor_ * sums_.N[j];
-      const double *s = sums_.s + j * D, *M = sums_.M + j * DD;
-      mass += N;
-      for (int64_t i = 0; i < DD; i++) scatter[i] += factor_ * M[i];
-      if (learnt_.centers)
-        for (int64_t r = 0; r < D; r++)
-          for (int64_t t = 0; t < D; t++)
-            scatter[r * D + t] +=
-                factor_ * (s[r] * shift[t] + shift[r] * s[t]) + N * shift[r] * shift[t];
-      if (!p_.scale) continue;
-      if (p_.full_scale) {
-        const T* scale = p_.scale + j * DD;
-        for (int64_t r = 0; r < D; r++)
-          for (int64_t t = 0; t < D; t++) factor[r * D + t] = t <= r ? scale[r * D + t] : 0.0;
-        triangular::add_gram(N, factor, D, product, scatter);
-      } else {
-        const T* scale = p_.scale + j * D;
-        for (int64_t r = 0; r < D; r++)
-          scatter[r * D + r] += N * static_cast<double>(scale[r]) * scale[r];
-      }
-    }
-    double largest = 0.0;
-    for (int64_t r = 0; r < D; r++) largest = std::max(largest, scatter[r * D + r]);
-    const double pivot = triangular::factorise(scatter, D);
-    // Without the prior, a pivot that is rounding noise of the points' dtype is no evidence of a
-    // spread.
-    if (!(pivot > (map_prior_ ? 0.0 : std::numeric_limits<T>::epsilon() * largest))) return;
-    // scatter = V^T V, so that its inverse has the lower factor V^-1.
-    triangular::invert(scatter, D, factor);
-    store(factor, std::sqrt(mass), p_.raw_precision + c * DD);
-  }
-
-  // The raw precision of L = weight * factor, unless a T cannot hold it.
-  void store(double* factor, double weight, T* raw) const {
-    const int64_t D = p_.dim, DD = D * D;
-    for (int64_t i = 0; i < DD; i++) factor[i] *= weight;
-    for (int64_t r = 0; r < D; r++) factor[r * D + r] = inverse_softplus(factor[r * D + r]);
-    const double limit = std::numeric_limits<T>::max();
-    if (!std::all_of(factor, factor + DD, [limit](double x) { return std::abs(x) <= limit; }))
-      return;
-    for (int64_t i = 0; i < DD; i++) raw[i] = static_cast<T>(factor[i]);
-  }
-
-  const Parameters<T>& p_;
-  Sums sums_;
-  double factor_;
-  bool map_prior_;
-  Learnt learnt_;
-  double inverse_v_;
-};
 
 // log pi [count] from masses N_c; returns the concentration.
 double maximise_weights(const double* mass, int64_t count, const ParameterPriors& priors,
@@ -605,13 +410,13 @@ template <class T>
 void maximise(const Parameters<T>& p, Sums sums, double factor, const ParameterPriors& priors,
               Learnt learnt, int threads) {
   const int64_t C = p.num_components, K = p.per_component;
-  const ComponentMaximum<T> component(p, sums, factor, priors.map_prior, learnt);
-  const int workers = threads_for(p, threads, 4.0);
-  const int64_t scratch_size = component.scratch_size(p.dim);
-  const auto scratch = make_buffer<double>(workers * scratch_size);
-  parallel_ranges(C, workers, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++) component(c, scratch.get() + thread * scratch_size);
-  });
+  const Weighted weighted{sums, factor, 1.0, wishart_scale(C, p.dim)};
+  const bool map_prior = priors.map_prior != MapPrior::none;
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(p, kernel, threads_for(p, threads, 4.0),
+                 [&](int64_t c, int count, double* scratch) {
+                   kernel.maximise(p, c, count, weighted, map_prior, learnt, scratch);
+                 });
 
   std::vector<int64_t> kept;
   std::vector<double> mass;
@@ -633,20 +438,21 @@ namespace {
 
 // Sums per point that a sample of the mixture would have: pi_c / K, 0, pi_c / K Lambda_c^-1.
 template <class T>
-void set_matching(const Parameters<T>& p, const double* log_pi, int64_t j, Sums sums,
-                  double* scratch) {
-  const int64_t K = p.per_component, D = p.dim, DD = D * D, c = j / K;
-  double *L = scratch, *inverse = scratch + DD, *M = sums.M + j * DD;
-  const double mass = std::exp(log_pi[c]) / static_cast<double>(K);
-  precision_cholesky(p.raw_precision + c * DD, D, L);
-  triangular::invert(L, D, inverse);
-  sums.N[j] = mass;
-  std::fill(sums.s + j * D, sums.s + (j + 1) * D, 0.0);
-  std::fill(M, M + DD, 0.0);
-  for (int64_t r = 0; r < D; r++)  // Lambda^-1 = L^-T L^-1
-    for (int64_t t = 0; t <= r; t++)
-      for (int64_t u = 0; u <= r; u++)
-        M[t * D + u] += mass * inverse[r * D + t] * inverse[r * D + u];
+void set_matching(const Parameters<T>& p, int threads, Sums sums) {
+  const int64_t K = p.per_component, D = p.dim, DD = D * D;
+  const ExpectedLogJoint<T> mixture(p, threads);
+  std::vector<double> inverse(static_cast<std::size_t>(DD));
+  for (int64_t j = 0; j < p.num_components * K; j++) {
+    double* M = sums.M + j * DD;
+    sums.N[j] = std::exp(mixture.log_pi[j / K]) / static_cast<double>(K);
+    std::fill(sums.s + j * D, sums.s + (j + 1) * D, 0.0);
+    std::fill(M, M + DD, 0.0);
+    triangular::invert(mixture.L.get() + j / K * DD, D, inverse.data());
+    for (int64_t r = 0; r < D; r++)  // Lambda^-1 = L^-T L^-1
+      for (int64_t t = 0; t <= r; t++)
+        for (int64_t u = 0; u <= r; u++)
+          M[t * D + u] += sums.N[j] * inverse[r * D + t] * inverse[r * D + u];
+  }
 }
 
 }  // namespace
@@ -657,15 +463,14 @@ void online_step(const Parameters<T>& p, Sums batch, double count, double rate, 
                  const Running& running) {
   const int64_t C = p.num_components, J = C * p.per_component, D = p.dim, DD = D * D;
   const bool first = *running.steps == 0;
-  const int workers = threads_for(p, threads, 1.0);
-  const auto scratch = make_buffer<double>(workers * 2 * DD), log_pi = make_buffer<double>(C);
-  log_softmax(p.logits, C, log_pi.get());
-  const double keep = 1.0 - rate, add = rate / count;
   const Sums old = running.sums;
+  if (first) set_matching(p, threads, old);
+  const double keep = 1.0 - rate, add = rate / count;
+  const int workers = useful_threads(threads, 2.0 * J * DD);
+  const auto shifts = make_buffer<double>(workers * D);
   parallel_ranges(J, workers, [&](int thread, int64_t begin, int64_t end) {
-    double* shift = scratch.get() + thread * 2 * DD;
+    double* shift = shifts.get() + thread * D;
     for (int64_t j = begin; j < end; j++) {
-      if (first) set_matching(p, log_pi.get(), j, old, shift);
       double &N = old.N[j], *s = old.s + j * D, *M = old.M + j * DD,
              *center = running.centers + j * D;
       const T* m = p.centers + j * D;

@@ -1,0 +1,52 @@
+// The interface between csrc/empirical_bayes.cpp and the kernels, which are one source
+// (empirical_bayes_kernels.cpp) compiled once per instruction set.
+//
+// A call takes `count` consecutive components from `first` on, at most `lanes`, which lie in SIMD
+// lanes. Formulas are in empirical_bayes.h.
+#pragma once
+
+#include <cstdint>
+
+#include "empirical_bayes.h"
+
+namespace vmm::empirical_bayes {
+
+// What one kernel call reads beside the parameters.
+struct Weighted {
+  Sums sums;
+  double data_weight;    // of the sums
+  double prior_weight;   // of the parameters' log-priors
+  double wishart_scale;  // v
+};
+
+template <class T>
+struct Kernels {
+  int lanes;
+
+  // Number of doubles that `scratch` must hold, aligned to 64 bytes, for every function below.
+  std::int64_t (*scratch_size)(std::int64_t dim);
+
+  // L [count, D, D] with a zero upper triangle, log det L [count] (NaN where a diagonal element is
+  // not positive and finite), |L| / min_r L_rr [count] and 1/2 tr(Lambda S) [count K].
+  void (*expected)(const Parameters<T>&, std::int64_t first, int count, double* L, double* log_det,
+                   double* condition, double* half_trace, double* scratch);
+
+  // Gradients of centers, scales and raw precisions; log_prior [count] receives what depends on
+  // them of the components' log p(m) + log p(Lambda), but for log det L.
+  void (*gradients)(const Parameters<T>&, std::int64_t first, int count, const Weighted&,
+                    const Gradients<T>&, double* log_prior, double* scratch);
+
+  // Sets free centers, then precisions, to their maximisers; map_prior says whether there is one.
+  void (*maximise)(const Parameters<T>&, std::int64_t first, int count, const Weighted&,
+                   bool map_prior, Learnt, double* scratch);
+};
+
+#define VMM_DECLARE_KERNELS(isa)             \
+  const Kernels<float>& kernels_f32_##isa(); \
+  const Kernels<double>& kernels_f64_##isa();
+VMM_DECLARE_KERNELS(baseline)
+VMM_DECLARE_KERNELS(avx2)
+VMM_DECLARE_KERNELS(avx512)
+#undef VMM_DECLARE_KERNELS
+
+}  // namespace vmm::empirical_bayes

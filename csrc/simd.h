@@ -1,0 +1,112 @@
+// Vectors of one instruction set and the few functions that the kernels need on them. For files
+// that the build compiles once per set, with VMM_VECTOR_BYTES the width of its registers.
+//
+// Everything lives in an unnamed namespace and no standard template is instantiated: the linker
+// must never pick one instruction set's copy of a shared inline function for another's.
+#pragma once
+
+#include <cstdint>
+
+namespace vmm {
+namespace {
+
+template <class T>
+struct Scalar;
+template <>
+struct Scalar<float> {
+  using Int = std::int32_t;
+  static constexpr int mantissa_bits = 23;
+  static constexpr int exponent_bias = 127;
+  static constexpr float round_magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int log_terms = 5;
+  // 2^r = 1 + r q(r) on |r| <= 1/2, minimax in relative error (2e-8; 3e-17 for double)
+  static constexpr float exp2_coefficients[] = {1.69553094739071469e-4f, 1.34356471004131552e-3f,
+                                                9.61261117299104333e-3f, 5.55020392950925172e-2f,
+                                                2.40226965047484404e-1f, 6.93147303200041515e-1f};
+};
+template <>
+struct Scalar<double> {
+  using Int = std::int64_t;
+  static constexpr int mantissa_bits = 52;
+  static constexpr int exponent_bias = 1023;
+  static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int log_terms = 11;
+  static constexpr double exp2_coefficients[] = {
+      4.07963683838535983e-10, 7.07202616287080177e-9, 1.01805581173453492e-7,
+      1.32154455179640001e-6,  1.52527278223540722e-5, 1.54035304366843036e-4,
+      1.33335581527077867e-3,  9.61812910761006349e-3, 5.55041086647949050e-2,
+      2.40226506959100930e-1,  6.93147180559945623e-1};
+};
+
+template <class T>
+struct Simd {
+  using Int = typename Scalar<T>::Int;
+  typedef T Vec __attribute__((vector_size(VMM_VECTOR_BYTES)));
+  typedef Int IntVec __attribute__((vector_size(VMM_VECTOR_BYTES)));
+  static constexpr int lanes = VMM_VECTOR_BYTES / sizeof(T);
+};
+template <class T>
+using Vec = typename Simd<T>::Vec;
+
+// The vector at an address, which must be aligned to it.
+inline const Vec<float>& at(const float* p) { return *reinterpret_cast<const Vec<float>*>(p); }
+inline const Vec<double>& at(const double* p) { return *reinterpret_cast<const Vec<double>*>(p); }
+inline Vec<float>& at(float* p) { return *reinterpret_cast<Vec<float>*>(p); }
+inline Vec<double>& at(double* p) { return *reinterpret_cast<Vec<double>*>(p); }
+
+template <class T>
+Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// Pairwise: the order of additions is the same for every call.
+template <class T>
+T sum(Vec<T> x) {
+  for (int width = Simd<T>::lanes / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  return x[0];
+}
+
+// exp(x) for x up to a few; exactly 0 from log(2) times minus the exponent's bias down.
+template <class T>
+Vec<T> exp(Vec<T> x) {
+  using S = Scalar<T>;
+  using IntVec = typename Simd<T>::IntVec;
+  // In units of log 2. The bound itself gives a mantissa of 1 and the exponent of zero: no branch.
+  const Vec<T> t = max<T>(x * T(1.44269504088896340736), broadcast<T>(-S::exponent_bias));
+  const Vec<T> shifted = t + S::round_magic;
+  const Vec<T> r = t - (shifted - S::round_magic);
+  Vec<T> p = broadcast<T>(S::exp2_coefficients[0]);
+  for (int k = 1; k < int(sizeof(S::exp2_coefficients) / sizeof(T)); k++)
+    p = p * r + S::exp2_coefficients[k];
+  p = p * r + T(1);
+  return (Vec<T>)((IntVec)p + ((IntVec)shifted << S::mantissa_bits));
+}
+
+// log(x) for a positive normal x: with x = 2^n m, 1/sqrt(2) <= m < sqrt(2), and s = (m - 1) / (m +
+// 1), log x = n log 2 + 2 (s + s^3 / 3 + s^5 / 5 + ..).
+template <class T>
+Vec<T> log(Vec<T> x) {
+  using S = Scalar<T>;
+  using Int = typename S::Int;
+  using IntVec = typename Simd<T>::IntVec;
+  // Of 1/sqrt(2): subtracting it makes the exponent's bits count from there.
+  constexpr Int root_half = sizeof(T) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
+  const IntVec bits = (IntVec)x - root_half;
+  const IntVec exponent = bits >> S::mantissa_bits;
+  const Vec<T> m = (Vec<T>)((bits - (exponent << S::mantissa_bits)) + root_half);
+  const Vec<T> n = __builtin_convertvector(exponent, Vec<T>);
+  const Vec<T> s = (m - 1) / (m + 1);
+  const Vec<T> ss = s * s;
+  Vec<T> p = broadcast<T>(T(1) / (2 * S::log_terms + 1));
+  for (int k = S::log_terms - 1; k >= 1; k--) p = p * ss + T(1) / (2 * k + 1);
+  return n * T(0.693147180559945309417) + 2 * (s + s * ss * p);
+}
+
+}  // namespace
+}  // namespace vmm
