@@ -258,20 +258,6 @@ double log_weight_prior(const double* log_pi, int64_t num_components, double gam
   return value;
 }
 
-// Owns N [J], s [J, D], M [J, D, D].
-class SumsBuffer {
- public:
-  SumsBuffer(int64_t J, int64_t D)
-      : values_(make_buffer<double>(J * (1 + D + D * D))),
-        sums{values_.get(), values_.get() + J, values_.get() + J * (1 + D)} {}
-
- private:
-  Buffer<double> values_;
-
- public:
-  const Sums sums;
-};
-
 }  // namespace
 
 template <class T>
@@ -282,8 +268,8 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
   if (priors.map_prior == MapPrior::none) prior_weight = 0.0;
   const double data_weight = 1.0 / static_cast<double>(samples.count);
   const ExpectedLogJoint<T> mixture(p, threads);
-  const SumsBuffer buffer(J, D);
-  const Sums& sums = buffer.sums;
+  const auto memory = make_buffer<double>(J * (1 + D + D * D));
+  const Sums sums{memory.get(), memory.get() + J, memory.get() + J * (1 + D)};
   double totals[2];
   mixture.sum(p, samples, 1.0, threads, responsibility_gradient ? 0.0 : 1.0,
               responsibility_gradient ? 1.0 : 0.0, sums, totals);

@@ -7,27 +7,27 @@
 // The data term is that of the expected log-joint
 //   l_ij = log pi_c - log K - D/2 log 2 pi + sum_r log L_rr - 1/2 |L^T (z_i - m_j)|^2
 //          - 1/2 |L^T s_j|^2,
-// a whitened mixture (mixture.h), whose weighted sums over the points are all that either step
-// needs:  N_j = sum_i w_ij,  s_j = sum_i w_ij d,  M_j = sum_i w_ij d d^T,  d = z_i - m_j.
-// (Below, S and s without d's sums are the scale's; the sums are written N, s(d), M.)
+// a whitened mixture (mixture.h), of which either step needs only weighted sums over the points,
+// N_j = sum_i w_ij, t_j = sum_i w_ij d and M_j = sum_i w_ij d d^T with d = z_i - m_j.
 //
 // Objective (vmm_fast/inference/map_objective.py is its definition), minus it being the loss:
 //   1/B sum_i sum_j q_ij l_ij + 1/n [log p(pi) + log p(gamma) + sum log p(m_j) + sum log p(L_c)]
 // Gradients of the data term, with w = q, or w = q (1 + l - sum_j q l) through responsibilities:
-//   m_j: Lambda s_j(d)    s_j: -N_j tril(Lambda s_j)    log pi_c: sum_k N_j
+//   m_j: Lambda t_j    s_j: -N_j tril(Lambda s_j)    log pi_c: sum_k N_j
 //   L_c: sum_k [N_j diag(1 / L) - tril((M_j + N_j S_j) L)]
-// of the parameters' log-priors, v = C^(2/D) / (D + 2), x = max(log pi, -20):
+// and of the parameters' log-priors, with v = C^(2/D) / (D + 2) and x = max(log pi, -20):
 //   m_j: -m_j    s_j: -tril(s_j)    L_c: diag(1 / L) - L / v
+// Log-priors of the weights:
 //   Dirichlet(gamma / C):  (gamma / C - 1) sum_c x_c + log Gamma(gamma) - C log Gamma(gamma / C)
 //   sticks by size:  the densities Beta(v_c; 1 - d, gamma + c d) of stick_breaking.h telescope to
 //     (1 - gamma) log sum_c e^x_c + (gamma + (C - 1) d - 1) min x - d (sum_c x_c - min x)
 //     + sum_{c<C} log [Gamma(gamma + c d + 1 - d) / (Gamma(gamma + c d) Gamma(1 - d))]
-//   alpha ~ Gamma(1, 1) with Dirichlet weights, gamma ~ Gamma(1, 1) with sticks, where learnt.
+// and, where gamma is learnt, alpha ~ Gamma(1, 1) with the first, gamma ~ Gamma(1, 1) with sticks.
 //
 // Closed form (vmm_fast/inference/closed_form.py is its definition), from sums with w = q:
-//   Lambda_c = (N_c + 1) (I / v + sum_k [N_j S_j + M_j])^-1,   m_c = (N Lambda + I)^-1 Lambda (N m
-//   + s)
-// and the weights and the concentration of `maximise`.
+//   Lambda_c = (N_c + 1) (I / v + sum_k [N_j S_j + M_j])^-1
+//   m_c = (N_c Lambda + I)^-1 Lambda (N_c m_c + t_c)      (free centers alone)
+// and the weights and the concentration that the definition gives.
 //
 // Sources: Stirn & Knowles, arXiv 2402.04412 (objective); Dempster, Laird & Rubin (1977);
 // Cappe & Moulines (2009), On-line expectation-maximisation; Minka (2000), Estimating a Dirichlet
@@ -85,7 +85,7 @@ double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
                      bool responsibility_gradient, double prior_weight, int threads,
                      const Gradients<T>&);
 
-// N [J], s [J, D], M [J, D, D].
+// N [J], s [J, D] (t above) and M [J, D, D].
 struct Sums {
   double* N;
   double* s;

@@ -1,5 +1,6 @@
 """The compiled empirical-Bayes steps against their definitions in torch."""
 
+import contextlib
 import itertools
 import math
 
@@ -9,7 +10,7 @@ from test_mixture import random_components
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.profiler import ProfilerActivity, profile
 
-from vmm_fast import GaussianMixturePrior, VMMPrior
+from vmm_fast import GaussianMixturePrior, VMMPrior, _core
 from vmm_fast.inference import closed_form, empirical_bayes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 from vmm_fast.inference.gradient import PrivateAdam
@@ -45,27 +46,15 @@ def copied(parameters, dtype=None):
     return MixtureParameters(*(x if x is None else leaf(x, dtype or x.dtype) for x in parameters))
 
 
-@pytest.fixture
-def in_torch(monkeypatch):
-    """Run the definitions in torch inside ``with in_torch():``."""
-
-    def context():
-        patch = pytest.MonkeyPatch.context()
-
-        class Context:
-            def __enter__(self):
-                self.patch = patch.__enter__()
-                self.patch.setattr(empirical_bayes, "_in_core", lambda *_: None)
-
-            def __exit__(self, *error):
-                return patch.__exit__(*error)
-
-        return Context()
-
-    return context
+@contextlib.contextmanager
+def in_torch():
+    """Run the definitions in torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(empirical_bayes, "_in_core", lambda *_: None)
+        yield
 
 
-def both_gradients(parameters, z, objective, in_torch):
+def both_gradients(parameters, z, objective):
     learnt = [x for x in parameters if x is not None]
     actual = empirical_bayes.map_gradients(parameters, z, objective, learnt)
     with in_torch():
@@ -73,10 +62,8 @@ def both_gradients(parameters, z, objective, in_torch):
     return actual, expected
 
 
-def assert_gradients(parameters, z, objective, in_torch):
-    (loss, gradients), (expected_loss, expected) = both_gradients(
-        parameters, z, objective, in_torch
-    )
+def assert_gradients(parameters, z, objective):
+    (loss, gradients), (expected_loss, expected) = both_gradients(parameters, z, objective)
     assert isinstance(loss, float), "the compiled core did not run"
     assert loss == pytest.approx(expected_loss.item(), rel=1e-11)
     for actual, value in zip(gradients, expected, strict=True):
@@ -93,11 +80,9 @@ def assert_gradients(parameters, z, objective, in_torch):
 @pytest.mark.parametrize(
     ("weights", "discount"), [("dirichlet", 0.0), ("stick-breaking", 0.0), ("stick-breaking", 0.3)]
 )
-def test_map_gradients(
-    scale, k, responsibility_gradient, data_size, map_prior, weights, discount, in_torch
-):
+def test_map_gradients(scale, k, responsibility_gradient, data_size, map_prior, weights, discount):
     objective = Objective(map_prior, weights, discount, responsibility_gradient, data_size)
-    assert_gradients(random_parameters(k=k, scale=scale), points(), objective, in_torch)
+    assert_gradients(random_parameters(k=k, scale=scale), points(), objective)
 
 
 @pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
@@ -110,35 +95,35 @@ def test_map_gradients(
         [0.0, 50.0, 0.0, -60.0, 0.0],
     ],
 )
-def test_map_gradients_of_extreme_weights(logits, weights, in_torch):
+def test_map_gradients_of_extreme_weights(logits, weights):
     parameters = random_parameters()
     logits = leaf(torch.tensor(logits), torch.float64)
     objective = Objective("learnt", weights, 0.0, True, 500)
-    assert_gradients(parameters._replace(logits=logits), points(), objective, in_torch)
+    assert_gradients(parameters._replace(logits=logits), points(), objective)
 
 
 @pytest.mark.parametrize(("c", "d"), [(1, 1), (1, 4), (9, 1), (17, 7)])
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_shapes_and_instruction_sets(c, d, isa, in_torch, monkeypatch):
+def test_shapes_and_instruction_sets(c, d, isa, monkeypatch):
     parameters, z = random_parameters(c=c, d=d), points(d)
     monkeypatch.setenv("VMM_FAST_ISA", isa)
     objective = Objective("learnt", "stick-breaking", 0.2, True, None)
     try:
-        assert_gradients(parameters, z, objective, in_torch)
+        assert_gradients(parameters, z, objective)
     except ValueError as error:
         pytest.skip(str(error))
-    assert_maximises(parameters, z, objective, False, in_torch)
+    assert_maximises(parameters, z, objective, False)
 
 
 @pytest.mark.parametrize("raw", [-12.0, -3.0, 0.0, 19.9, 20.5, 40.0])
-def test_softplus_everywhere(raw, in_torch):
+def test_softplus_everywhere(raw):
     """Both parametrisations at small and large values, on both sides of torch's threshold."""
     parameters = random_parameters(scale=None)
     with torch.no_grad():
         parameters.raw_precision.diagonal(dim1=-2, dim2=-1).fill_(raw)
         parameters.raw_alpha.fill_(raw)
     objective = Objective("learnt", "dirichlet", 0.0, False, 100)
-    (_, gradients), (_, expected) = both_gradients(parameters, points(), objective, in_torch)
+    (_, gradients), (_, expected) = both_gradients(parameters, points(), objective)
     for actual, value in zip(gradients, expected, strict=True):
         scale = value.abs().max().item()
         torch.testing.assert_close(actual / scale, value / scale, **TIGHT)
@@ -147,7 +132,7 @@ def test_softplus_everywhere(raw, in_torch):
 @pytest.mark.parametrize("scale", ["full", "diagonal", None])
 @pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
 @pytest.mark.parametrize("spread", [1.0, 1e4])
-def test_float32_is_no_worse_than_torch(scale, weights, spread, in_torch):
+def test_float32_is_no_worse_than_torch(scale, weights, spread):
     """Errors against float64 are at most torch's own and a few roundings.
 
     With the larger spread, one precision is too badly conditioned for float32 pairs.
@@ -156,7 +141,7 @@ def test_float32_is_no_worse_than_torch(scale, weights, spread, in_torch):
     with torch.no_grad():
         exact.raw_precision[3, 5, 0] = spread
     z, objective = points(6, torch.float32), Objective("learnt", weights, 0.0, True, 1000)
-    (_, ours), (_, theirs) = both_gradients(exact, z, objective, in_torch)
+    (_, ours), (_, theirs) = both_gradients(exact, z, objective)
     with in_torch():
         wide = copied(exact, torch.float64)
         learnt = [x for x in wide if x is not None]
@@ -194,7 +179,7 @@ def test_gradients_reach_what_the_encoder_read():
 
 @pytest.mark.parametrize("scale", ["full", "diagonal", None])
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_statistics(scale, temperature, in_torch):
+def test_statistics(scale, temperature):
     parameters = random_parameters(k=2, scale=scale)
     actual = empirical_bayes.statistics(parameters, points(), temperature)
     with in_torch():
@@ -203,7 +188,7 @@ def test_statistics(scale, temperature, in_torch):
         torch.testing.assert_close(x, y, **TIGHT)
 
 
-def assert_maximises(parameters, z, objective, free_centers, in_torch):
+def assert_maximises(parameters, z, objective, free_centers):
     sums = empirical_bayes.statistics(parameters, z, 1.0).scaled(3.0)
     ours, theirs = copied(parameters), copied(parameters)
     sums = sums._replace(centers=sums.centers.detach().clone())
@@ -224,23 +209,23 @@ def assert_maximises(parameters, z, objective, free_centers, in_torch):
 @pytest.mark.parametrize(
     ("weights", "discount"), [("dirichlet", 0.0), ("stick-breaking", 0.0), ("stick-breaking", 0.3)]
 )
-def test_maximise(scale, k, map_prior, weights, discount, in_torch):
+def test_maximise(scale, k, map_prior, weights, discount):
     objective = Objective(map_prior, weights, discount, True, None)
     parameters = random_parameters(k=k, scale=scale)
     with torch.no_grad():
         parameters.logits[2] = -math.inf
-    assert_maximises(parameters, points(), objective, False, in_torch)
+    assert_maximises(parameters, points(), objective, False)
 
 
 @pytest.mark.parametrize("map_prior", ["none", "fixed", "learnt"])
-def test_maximise_free_centers(map_prior, in_torch):
+def test_maximise_free_centers(map_prior):
     """An empty component's center stays, and so, without its prior, does its precision."""
     parameters = random_parameters(scale=None)
     with torch.no_grad():
         parameters.centers[4] = 1e3
     before = copied(parameters)
     objective = Objective(map_prior, "dirichlet", 0.0, True, None)
-    assert_maximises(parameters, points(), objective, True, in_torch)
+    assert_maximises(parameters, points(), objective, True)
     sums = empirical_bayes.statistics(parameters, points(), 1.0)
     with torch.no_grad():
         empirical_bayes.maximise(parameters, sums, objective, True)
@@ -250,7 +235,7 @@ def test_maximise_free_centers(map_prior, in_torch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_singular_scatter_keeps_the_previous_precision(dtype, in_torch):
+def test_singular_scatter_keeps_the_previous_precision(dtype):
     parameters = random_parameters(c=1, scale=None, dtype=dtype)
     z = points(dtype=dtype)
     z[:, 1] = z[:, 0]
@@ -265,7 +250,7 @@ def test_singular_scatter_keeps_the_previous_precision(dtype, in_torch):
 
 @pytest.mark.parametrize("free_centers", [True, False])
 @pytest.mark.parametrize("data_size", [None, 700])
-def test_online_steps(free_centers, data_size, in_torch):
+def test_online_steps(free_centers, data_size):
     ours = random_parameters(scale=None if free_centers else "full")
     theirs = copied(ours)
     objective = Objective("learnt", "dirichlet", 0.0, True, data_size)
@@ -304,8 +289,6 @@ def test_online_steps(free_centers, data_size, in_torch):
 )
 @pytest.mark.parametrize("start", [1e-9, 1.0, 1e9])
 def test_maximise_concentration(counts, start):
-    from vmm_fast import _core
-
     counts = torch.tensor(counts, dtype=torch.float64)
     expected = closed_form.maximise_concentration(counts)
     actual = _core.maximise_concentration(counts.data_ptr(), len(counts), start)

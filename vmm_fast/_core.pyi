@@ -1,4 +1,4 @@
-# The compiled core; see csrc/bind_mixture.cpp and csrc/bind_stick_breaking.cpp.
+# The compiled core; see csrc/bind_*.cpp.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

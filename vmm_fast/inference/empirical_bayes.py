@@ -132,6 +132,10 @@ def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | No
     return _SUFFIXES[dtype] if served else None
 
 
+def _widened(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
 def _call(name: str, suffix: str, *arguments: Any) -> Any:
     return getattr(_core, name + suffix)(
         *(x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments)
@@ -228,7 +232,7 @@ def map_gradients(
     Returns
     -------
     loss : float or Tensor
-        In nats per point.
+        In nats per point; 0 where it depends on none of ``learnt``.
     gradients : list of Tensor or None
         One for each of ``learnt``; None where the loss does not depend on it.
 
@@ -237,23 +241,22 @@ def map_gradients(
     TypeError, ValueError
         As :mod:`vmm_fast.ops` and :class:`vmm_fast.Components` say.
     """
-    if z.dtype in (torch.float16, torch.bfloat16):
-        z = z.float()
+    z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
         loss = map_loss(parameters, z, objective)
+        if not loss.requires_grad:
+            return 0.0, [None] * len(learnt)
         return loss.detach(), list(torch.autograd.grad(loss, learnt, allow_unused=True))
 
-    def empty(x: Tensor) -> Tensor:
-        return torch.empty(x.shape, dtype=x.dtype)
-
-    stored = list(parameters[2:])
-    if objective.map_prior == "none":
-        stored.pop()  # the loss does not depend on the concentration
-    own = {id(x): empty(x) for x in stored if any(x is y for y in learnt)}
-    upstream = [x for x in learnt if id(x) not in own and all(x is not y for y in parameters[2:])]
-    outputs = [x for x in parameters[:2] if x is not None and x.requires_grad and upstream]
-    passed = {id(x): empty(x) for x in outputs}
+    # The loss does not depend on the concentration where there are no priors.
+    stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
+    upstream = [x for x in learnt if all(x is not y for y in parameters[2:])]
+    passed = [x for x in parameters[:2] if x is not None and x.requires_grad and upstream]
+    own = [x for x in stored if any(x is y for y in learnt)]
+    if not passed and not own:
+        return 0.0, [None] * len(learnt)
+    gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in (*passed, *own)}
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
     loss = _call(
@@ -266,12 +269,14 @@ def map_gradients(
         objective.responsibility_gradient,
         1 / (objective.data_size or len(z)),
         torch.get_num_threads(),
-        *((own | passed).get(id(x)) for x in parameters),
+        *(gradients.get(id(x)) for x in parameters),
     )
-    if outputs:
-        through = torch.autograd.grad(outputs, upstream, list(passed.values()), allow_unused=True)
-        own |= {id(x): g for x, g in zip(upstream, through, strict=True)}
-    return loss, [own.get(id(x)) for x in learnt]
+    through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
+    if passed:
+        arrived = [gradients[id(x)] for x in passed]
+        left = torch.autograd.grad(passed, upstream, arrived, allow_unused=True)
+        through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
+    return loss, [through.get(id(x)) for x in learnt]
 
 
 # --- the closed form ---
@@ -286,8 +291,7 @@ class Running(NamedTuple):
 
 def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> Statistics:
     """:func:`closed_form.statistics` of ``parameters``."""
-    if z.dtype in (torch.float16, torch.bfloat16):
-        z = z.float()
+    z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
         return closed_form.statistics(parameters.components().detach(), z, temperature)

@@ -25,6 +25,19 @@ def _all_finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
 
 
+def _in_core(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether the compiled step serves these tensors, else torch's does."""
+    tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+    return (
+        not torch.compiler.is_compiling()
+        and parameter.dtype in _SUFFIXES
+        and all(x.is_cpu and x.dtype == parameter.dtype for x in tensors)
+        and all(x.is_contiguous() for x in tensors if x is not gradient)
+        and state["step"].is_cpu
+        and state["step"].dtype == torch.float32
+    )
+
+
 class PrivateAdam:
     """Adam (Kingma & Ba 2015) that belongs to a prior.
 
@@ -80,9 +93,10 @@ class PrivateAdam:
                 "finite; the prior is unchanged. Lower learning_rate, or check the encoder's output"
             )
         self._follow_parameters()
-        if all(self._in_core(p, g) for p, g in moved):
-            for p, g in moved:
-                self._core_step(p, g.contiguous())
+        states = [self._state(p) for p, _ in moved]
+        if all(_in_core(p, g, state) for (p, g), state in zip(moved, states, strict=True)):
+            for (p, g), state in zip(moved, states, strict=True):
+                self._core_step(p, g.contiguous(), state)
             return
         kept = [p.grad for p in self.parameters]
         try:
@@ -93,15 +107,6 @@ class PrivateAdam:
             for p, old in zip(self.parameters, kept, strict=True):
                 p.grad = old
 
-    def _in_core(self, parameter: Tensor, gradient: Tensor) -> bool:
-        moments = list(self._state(parameter).values())
-        return (
-            not torch.compiler.is_compiling()
-            and parameter.dtype in _SUFFIXES
-            and gradient.dtype == parameter.dtype
-            and all(x.is_cpu and x.is_contiguous() for x in (parameter, *moments))
-        )
-
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Steps and moments, where torch.optim.Adam keeps them."""
         state = self._adam.state[parameter]
@@ -111,8 +116,8 @@ class PrivateAdam:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
 
-    def _core_step(self, parameter: Tensor, gradient: Tensor) -> None:
-        state, (group,) = self._state(parameter), self._adam.param_groups
+    def _core_step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        (group,) = self._adam.param_groups
         getattr(_core, f"adam_step{_SUFFIXES[parameter.dtype]}")(
             group["lr"],
             *group["betas"],
