@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from bench.quality import RESULTS, environment
+from bench.records import RESULTS, environment
 from vmm_fast._files import write_atomically
 from vmm_fast.clustering import Settings, train
 from vmm_fast.data import Scaling, make_data

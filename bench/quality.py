@@ -10,12 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,11 @@ import torch
 from torch import Tensor
 
 import vmm_fast
+from bench.records import PLACES, RESULTS, command, environment
 from vmm_fast._files import write_atomically
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, fit
 
-RESULTS = Path(__file__).parent / "results"
-PLACES = ("data", "out", "checkpoint")  # options that name a file or folder
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 
 
@@ -70,40 +65,6 @@ def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
     with torch.no_grad():
         responsibilities = model.prior.responsibilities(z, model.encode)
     return clustering_scores(responsibilities, labels).as_dict()
-
-
-def command(arguments: list[str]) -> str:
-    """Give the command that repeats a run, without the places on this machine."""
-    kept: list[str] = []
-    options = iter(arguments)
-    for option in options:
-        if option.removeprefix("--") in PLACES:
-            next(options)
-        elif option != "--resume":
-            kept.append(option)
-    return "python -m bench " + shlex.join(kept)
-
-
-def environment() -> dict[str, str]:
-    """Everything about the machine that a figure may depend on."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor()
-    return {
-        "revision": revision,
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "cpu": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
 
 
 def run(args: argparse.Namespace, path: Path) -> None:

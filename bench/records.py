@@ -1,0 +1,87 @@
+"""What every benchmark's results carry, so that a figure can be repeated, and where they lie.
+
+Speed results are JSON lines: one row a measurement, each with its command, revision, versions and
+machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vmm_fast import _core
+from vmm_fast._files import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+# Options that name a file or folder.
+PLACES = ("data", "out", "checkpoint", "tfp-environment", "make-tfp-environment")
+
+Row = dict[str, Any]
+
+
+def command(arguments: list[str]) -> str:
+    """Give the command that repeats a run, without the places on this machine."""
+    kept: list[str] = []
+    options = iter(arguments)
+    for option in options:
+        if option.removeprefix("--") in PLACES:
+            next(options)
+        elif option != "--resume":
+            kept.append(option)
+    return "python -m bench " + shlex.join(kept)
+
+
+def environment() -> dict[str, Any]:
+    """Everything about the machine that a figure may depend on."""
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    return {
+        "revision": revision,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "instruction_set": _core.instruction_set(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write JSON lines, whole or not at all."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda file: file.write(text), text=True)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def select(rows: Iterable[Row], **fields: Any) -> list[Row]:
+    """Rows that have all these values; a field that a row lacks counts as None."""
+    return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
