@@ -1,16 +1,89 @@
 """The command line of the benchmarks: ``python -m bench PART``."""
 
+from __future__ import annotations
+
 import argparse
+import sys
+from pathlib import Path
 
-from bench import digits, quality
+from bench import compare, digits, quality, report, roofline, scaling, step, throughput
+from bench.providers import make_tfp_environment
+from bench.records import RESULTS, Row, command, environment, write_rows
+from bench.targets import checks
 
-parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of vmm_fast.")
-parts = parser.add_subparsers(dest="part", required=True)
-part = parts.add_parser("quality", help="scores on real images against epochs, one prior a run")
-quality.add_arguments(part)
-part.set_defaults(run=quality.main)
-part = parts.add_parser("digits", help="scores and seconds on scikit-learn's digits")
-digits.add_arguments(part)
-part.set_defaults(run=digits.main)
-args = parser.parse_args()
-args.run(args)
+MEASURED = {
+    "throughput": (throughput, "densities, gradients and steps against everybody else's"),
+    "roofline": (roofline, "kernels against the machine's own limits"),
+    "scaling": (scaling, "exponents in B, J and D; memory"),
+    "step": (step, "training steps of the image VAE under each prior"),
+}
+
+
+def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of all parts that write JSON lines."""
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--threads", type=int, default=2, help="the most that is measured")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """Run a part, write its rows and the page, and print its targets."""
+    common: Row = {"command": command(sys.argv[1:]), **environment()}
+    rows = []
+    for row in MEASURED[name][0].measure(args):
+        rows.append({**common, **row})
+        keys = ("mode", "provider", "B", "J", "D", "threads", "call", "operators", "absent")
+        shown = [f"{key} {row[key]}" for key in keys if key in row]
+        if "p50" in row:
+            shown.append(report.duration(row["p50"]))
+        print("  ".join(shown), flush=True)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / f"{name}.jsonl", rows)
+    report.write(folder)
+    for check in checks(rows):
+        print(
+            f"{check.verdict:6}  {check.target}, {check.case}: {check.measured}, "
+            f"asked {check.asked}"
+        )
+
+
+def main() -> int:
+    """Parse the command line and run a part."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of vmm_fast.")
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, (module, text) in MEASURED.items():
+        part = parts.add_parser(name, help=text, description=text)
+        add_measured_arguments(part)
+        module.add_arguments(part)
+    part = parts.add_parser("all", help=f"{', '.join(MEASURED)}, one after the other")
+    add_measured_arguments(part)
+    throughput.add_arguments(part)
+    part = parts.add_parser("report", help="tables and pictures from the results that are there")
+    part.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    part = parts.add_parser("compare", help="what became slower between two runs, beyond noise")
+    compare.add_arguments(part)
+    part = parts.add_parser("quality", help="scores on real images against epochs, one prior a run")
+    quality.add_arguments(part)
+    part = parts.add_parser("digits", help="scores and seconds on scikit-learn's digits")
+    digits.add_arguments(part)
+
+    args = parser.parse_args()
+    if args.part == "compare":
+        return compare.main(args)
+    if args.part == "quality":
+        quality.main(args)
+    elif args.part == "digits":
+        digits.main(args)
+    elif args.part == "report":
+        report.write(Path(args.out))
+    elif getattr(args, "make_tfp_environment", None):
+        make_tfp_environment(args.make_tfp_environment)
+    else:
+        for name in MEASURED if args.part == "all" else [args.part]:
+            measure(name, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,448 @@
+"""Tables, pictures and the page speed.md, all from the JSON lines of the measured parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import roofline, scaling, step, throughput
+from bench.records import Row, read_rows, select
+from bench.targets import Check, checks, fraction_of_peak
+from vmm_fast._files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PARTS = ("throughput", "roofline", "scaling", "step")
+
+# Why a target is missed and what to try next, by how its name begins.
+REASONS: dict[str, str] = {
+    "training step": "Both `kl` and `update` encode the pseudo-inputs, so that J = 100 more rows "
+    "pass the encoder twice next to B: this alone is over a tenth of the step at B = 256. Next: "
+    "one encoding for both steps, or fewer pseudo-inputs a step.",
+    "forward + backward from (m, S, L, pi)": "Building A is a chain of small float64 operations "
+    "of torch, whose calls cost as much as the pairs at small B. Next: one compiled operation from "
+    "(m, S, L, pi) to A and c, with its backward.",
+    "empirical-Bayes step": "The step is a chain of small torch operations around one fast kernel. "
+    "Next: the objective, its gradient and Adam in compiled operations.",
+    "torch operators": "The parameters' densities and the mixture are built of torch operators. "
+    "Next: a compiled operation for each of the two.",
+    "call overhead": "Most of it is Python: checks, allocations and the autograd function. Next: "
+    "fewer of each, or a C++ autograd function.",
+}
+
+COLORS = {
+    "vmm_fast": "C0",
+    "matmul": "C1",
+    "torch.compile": "C2",
+    "KeOps": "C3",
+    "torch.distributions": "C4",
+    "TensorFlow Probability": "C5",
+    "torch": "C1",
+    "GaussianMixture": "C6",
+    "BayesianGaussianMixture": "C8",
+    "torchgmm": "C9",
+}
+KERNEL_COLORS = {kernel: f"C{i}" for i, kernel in enumerate(roofline.KERNELS)}
+SIZE_MARKERS = "os^Dv*"
+
+
+# --- tables ---
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them, three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale or unit == "us":
+            value = seconds / scale
+            return (f"{value:.0f}" if value >= 99.5 else f"{value:.3g}") + f" {unit}"
+    raise AssertionError
+
+
+def target_table(found: Sequence[Check]) -> str:
+    """Each target with what was measured and the verdict."""
+    lines = []
+    for check in found:
+        verdict = check.verdict if check.met else f"**{check.verdict}**"
+        lines.append((check.target, check.case, check.measured, check.asked, verdict))
+    return table(("work", "(B, J, D)", "measured", "asked", ""), lines)
+
+
+def missed(found: Sequence[Check]) -> str:
+    """Reason and next step of each target that is missed."""
+    lines = []
+    for target, group in groupby((c for c in found if not c.met), key=lambda c: c.target):
+        count = len(list(group))
+        known = (text for start, text in REASONS.items() if target.startswith(start))
+        reason = next(known, "The reason is not known yet. Next: a profile of this case.")
+        lines.append(f"- {target} ({count} {'case' if count == 1 else 'cases'}). {reason}\n")
+    return "".join(lines)
+
+
+def _size(row: Row) -> tuple[int, int, int]:
+    return row["B"], row["J"], row["D"]
+
+
+def throughput_tables(rows: Sequence[Row]) -> str:
+    """Median time of every provider and, in brackets, how many times vmm_fast's that is."""
+    text = ""
+    modes = (
+        throughput.FORWARD,
+        throughput.BACKWARD,
+        throughput.PARAMETERS,
+        throughput.GRADIENT_STEP,
+        throughput.CLOSED_FORM_STEP,
+        throughput.EM_STEP,
+        throughput.OVERHEAD,
+    )
+    for mode in modes:
+        found = select(rows, mode=mode)
+        providers = list(dict.fromkeys(row["provider"] for row in found))
+        providers.sort(key=list(COLORS).index)
+        absent = {row["provider"]: row["absent"] for row in found if "absent" in row}
+        lines = []
+        for size in dict.fromkeys(_size(row) for row in found if "p50" in row):
+            here = {row["provider"]: row for row in found if "p50" in row and _size(row) == size}
+            cells = [str(size)]
+            for provider in providers:
+                if provider not in here:
+                    cells.append(absent.get(provider, "-"))
+                    continue
+                seconds = here[provider]["p50"]
+                cell = duration(seconds)
+                if provider != "vmm_fast":
+                    cell += f" ({seconds / here['vmm_fast']['p50']:.3g}x)"
+                cells.append(cell)
+            lines.append(cells)
+        text += f"{mode[0].upper()}{mode[1:]}:\n\n{table(('(B, J, D)', *providers), lines)}\n"
+    lines = [
+        (row["inference"], row["call"], str(row["operators"]), str(row["operators_top_level"]))
+        for row in select(rows, mode=throughput.OPERATORS)
+    ]
+    head = ("inference", "call", "torch operators", "of these not called by another")
+    return f"{text}Torch operators, encoder excluded:\n\n{table(head, lines)}"
+
+
+def roofline_table(rows: Sequence[Row]) -> str:
+    """Operations a second of every kernel and the share of the peak."""
+    lines = []
+    for row in rows:
+        rate = row["operations"] / row["p50"] / 1e9 if "operations" in row else None
+        cells = [str(row["threads"]), str(_size(row)), row["mode"]]
+        if row["provider"] == "machine":
+            limit = f"{rate:.0f} GFLOP/s" if rate else f"{row['bytes'] / row['p50'] / 1e9:.1f} GB/s"
+            lines.append([*cells, limit, "", ""])
+        else:
+            intensity = row["operations"] / row["bytes"]
+            share = f"{100 * fraction_of_peak(row, rows):.0f} %"
+            lines.append([*cells, f"{rate:.0f} GFLOP/s", f"{intensity:.0f}", share])
+    head = ("threads", "(B, J, D)", "kernel", "reached", "operations a byte", "of the FMA peak")
+    return table(head, lines)
+
+
+def scaling_tables(rows: Sequence[Row]) -> str:
+    """Fitted exponents, and memory."""
+    lines = []
+    for thread_count in sorted({row["threads"] for row in rows if "axis" in row}):
+        for mode in (scaling.FORWARD, scaling.BACKWARD):
+            fits = [
+                f"{scaling.exponent(line, axis):.2f}"
+                for axis in ("B", "J", "D")
+                if (line := select(rows, mode=mode, axis=axis, threads=thread_count))
+            ]
+            lines.append((mode, str(thread_count), *fits))
+    exponents = table(("time of", "threads", "in B", "in J", "in D"), lines)
+    lines = [
+        (row["provider"], str(_size(row)), f"{row['peak_bytes'] / 2**20:.1f}", duration(row["p50"]))
+        for row in select(rows, mode=scaling.MEMORY)
+    ]
+    head = ("provider", "(B, J, D)", "peak extra memory, MiB", "forward + backward")
+    return f"{exponents}\n{table(head, lines)}"
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Median time of a training step and, in brackets, how many times N(0, I)'s that is."""
+    priors = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = []
+    for size in dict.fromkeys(row["B"] for row in rows):
+        here = {row["provider"]: row["p50"] for row in select(rows, B=size)}
+        cells = [f"{duration(here[p])} ({here[p] / here[step.NORMAL]:.2f}x)" for p in priors]
+        lines.append((str(size), *cells))
+    return table(("B", *priors), lines)
+
+
+# --- pictures ---
+
+
+def _bare(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.grid(alpha=0.25, which="both", axis="y", lw=0.5)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)
+
+
+def _bars(ax: Axes, groups: Sequence[str], bars: dict[str, list[float | None]], form: str) -> None:
+    """Bars side by side for each group, with their values on top."""
+    width = 0.8 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        for group, value in enumerate(values):
+            if value is None:
+                continue
+            x = group + (i - (len(bars) - 1) / 2) * width
+            label = name if name not in ax.get_legend_handles_labels()[1] else None
+            color = COLORS.get(name, f"C{i}")
+            ax.bar(x, value, 0.92 * width, color=color, label=label)
+            ax.annotate(
+                form.format(value),
+                (x, value),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+    ax.set_xticks(range(len(groups)), groups)
+
+
+def plot_throughput(figure: Figure, rows: Sequence[Row]) -> None:
+    """How many times longer than vmm_fast everybody takes."""
+    panels = (
+        throughput.FORWARD,
+        throughput.BACKWARD,
+        throughput.PARAMETERS,
+        throughput.GRADIENT_STEP,
+        throughput.CLOSED_FORM_STEP,
+        throughput.EM_STEP,
+    )
+    figure.set_size_inches(15, 7.5)
+    for ax, mode in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        found = [row for row in select(rows, mode=mode) if "p50" in row]
+        ours = {_size(row): row["p50"] for row in select(found, provider="vmm_fast")}
+        others = sorted({r["provider"] for r in found} - {"vmm_fast"}, key=list(COLORS).index)
+        times = {(row["provider"], _size(row)): row["p50"] for row in found}
+        sizes = [size for size in ours if any((name, size) in times for name in others)]
+        bars: dict[str, list[float | None]] = {
+            name: [
+                times[name, size] / ours[size] if (name, size) in times else None for size in sizes
+            ]
+            for name in others
+        }
+        if bars:
+            _bars(ax, ["B {}\nJ {}\nD {}".format(*size) for size in sizes], bars, "{:.1f}")
+        ax.set_yscale("log")
+        ax.axhline(1, color=COLORS["vmm_fast"], lw=1)
+        ax.margins(y=0.12)
+        _bare(ax, f"{mode[0].upper()}{mode[1:]}")
+        ax.set_ylabel("time / vmm_fast's", fontsize=8)
+        if bars:
+            ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, 0.7), high * 3)
+
+
+def plot_roofline(figure: Figure, rows: Sequence[Row]) -> None:
+    """Operations a second against operations a byte, under the machine's two limits."""
+    counts = sorted({row["threads"] for row in rows})
+    figure.set_size_inches(7 * len(counts), 5)
+    sizes = list(dict.fromkeys(_size(row) for row in rows))
+    axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+    for ax, count in zip(axes, counts, strict=True):
+        here = select(rows, threads=count)
+        peak, copied = (
+            max(row[work] / row["p50"] / 1e9 for row in select(here, mode=mode))
+            for mode, work in ((roofline.PEAK, "operations"), (roofline.COPY, "bytes"))
+        )
+        points = select(here, provider="vmm_fast")
+        intensities = [row["operations"] / row["bytes"] for row in points]
+        low, high = min(0.5, *intensities) / 2, 3 * max(intensities)
+        x = [low, peak / copied, high]
+        ax.plot(x, [low * copied, peak, peak], color="0.3", lw=1.2)
+        ax.annotate(
+            f"FMA peak {peak:.0f} GFLOP/s",
+            (x[1], peak),
+            (4, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+        ax.annotate(
+            f"copy {copied:.1f} GB/s",
+            (low * 1.3, low * 1.3 * copied),
+            (8, -4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+        for row, intensity in zip(points, intensities, strict=True):
+            ax.scatter(
+                intensity,
+                row["operations"] / row["p50"] / 1e9,
+                s=36,
+                color=KERNEL_COLORS[row["mode"]],
+                marker=SIZE_MARKERS[sizes.index(_size(row)) % len(SIZE_MARKERS)],
+                edgecolor="white",
+                lw=0.5,
+                zorder=3,
+            )
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlim(low, high)
+        ax.set_xlabel("floating-point operations a byte of input and output", fontsize=9)
+        _bare(ax, f"{count} thread{'s' if count > 1 else ''}, float32")
+    axes[0].set_ylabel("GFLOP/s", fontsize=9)
+    for kernel, color in KERNEL_COLORS.items():
+        axes[-1].scatter([], [], color=color, label=kernel)
+    for size, marker in zip(sizes, SIZE_MARKERS, strict=False):
+        axes[-1].scatter([], [], color="0.5", marker=marker, label=f"(B, J, D) = {size}")
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def plot_scaling(figure: Figure, rows: Sequence[Row]) -> None:
+    """Time along each axis with its fitted exponent, and memory against B J."""
+    figure.set_size_inches(15, 4.2)
+    *axes, memory = figure.subplots(1, 4)
+    timed = [row for row in rows if "axis" in row]
+    for ax, axis in zip(axes, ("B", "J", "D"), strict=True):
+        for count in sorted({row["threads"] for row in timed}):
+            for color, mode in enumerate((scaling.FORWARD, scaling.BACKWARD)):
+                line = select(timed, mode=mode, axis=axis, threads=count)
+                if not line:
+                    continue
+                x, y = ([row[key] for row in line] for key in (axis, "p50"))
+                label = f"{mode}, {count} thread{'s' if count > 1 else ''}: "
+                label += f"{axis}^{scaling.exponent(line, axis):.2f}"
+                style = "--" if count == 1 else "-"
+                ax.plot(x, y, style, color=f"C{color}", marker="o", ms=3.5, lw=1.3, label=label)
+        if line := select(timed, axis=axis):
+            others = [f"{k} = {line[0][k]}" for k in ("B", "J", "D") if k != axis]
+            _bare(ax, f"Time against {axis} ({', '.join(others)})")
+        ax.set_xlabel(axis, fontsize=9)
+        ax.set_ylabel("seconds", fontsize=9)
+        ax.legend(fontsize=7, frameon=False)
+    for provider in ("vmm_fast", "matmul"):
+        line = select(rows, mode=scaling.MEMORY, provider=provider)
+        x = [row["B"] * row["J"] for row in line]
+        y = [max(row["peak_bytes"], 4096) / 2**20 for row in line]
+        memory.plot(x, y, marker="o", ms=3.5, lw=1.3, color=COLORS[provider], label=provider)
+    x = sorted({row["B"] * row["J"] for row in select(rows, mode=scaling.MEMORY)})
+    if x:
+        memory.plot(
+            x, [4 * pairs / 2**20 for pairs in x], ":", color="0.4", label="a [B, J] matrix"
+        )
+    memory.axhline(1024, color="0.4", lw=0.8)
+    memory.annotate(
+        "1 GiB",
+        (1, 1024),
+        (-2, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7,
+    )
+    memory.set_xlabel("B J", fontsize=9)
+    memory.set_ylabel("peak extra memory, MiB", fontsize=9)
+    _bare(memory, "Memory of forward + backward (D = 32)")
+    memory.legend(fontsize=7, frameon=False)
+    for ax in (*axes, memory):
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+
+
+def plot_step(figure: Figure, rows: Sequence[Row]) -> None:
+    """Time of a training step next to that under N(0, I)."""
+    figure.set_size_inches(10, 4.2)
+    ax = figure.subplots()
+    sizes = list(dict.fromkeys(row["B"] for row in rows))
+    normal = {row["B"]: row["p50"] for row in select(rows, provider=step.NORMAL)}
+    bars: dict[str, list[float | None]] = {
+        name: [row["p50"] / normal[row["B"]] for row in select(rows, provider=name)]
+        for name in dict.fromkeys(row["provider"] for row in rows)
+        if name != step.NORMAL
+    }
+    _bars(ax, [f"B = {b}\nN(0, I): {duration(normal[b])}" for b in sizes], bars, "{:.2f}")
+    ax.axhline(1, color="0.3", lw=1)
+    ax.axhline(1.10, color="0.3", lw=0.8, ls="--")
+    ax.annotate(
+        "1.10",
+        (1, 1.10),
+        (2, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+    )
+    ax.margins(y=0.15)
+    _bare(ax, "Training step of the image VAE, time / that under N(0, I)")
+    ax.legend(fontsize=8, frameon=False, ncols=len(bars), loc="upper left")
+
+
+# --- the page ---
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "throughput": throughput_tables,
+    "roofline": roofline_table,
+    "scaling": scaling_tables,
+    "step": step_table,
+}
+PLOTS: dict[str, Callable[[Figure, Sequence[Row]], None]] = {
+    "throughput": plot_throughput,
+    "roofline": plot_roofline,
+    "scaling": plot_scaling,
+    "step": plot_step,
+}
+INTRODUCTIONS = {
+    "throughput": "Medians of interleaved repeats, float32; in brackets the time over vmm_fast's. "
+    "Every result was compared with float64 before it was timed.",
+    "roofline": "Peak and bandwidth are measured in the same turns as the kernels. How operations "
+    "and bytes are counted is said at the top of `bench/roofline.py`.",
+    "scaling": "Least-squares fits of log time along one axis, the other two held.",
+    "step": "784 inputs, hidden layers of 500, 500 and 2000, D = 10, 100 components; in brackets "
+    "the time over that of N(0, I).",
+}
+
+
+def page(parts: dict[str, list[Row]]) -> str:
+    """The text of speed.md."""
+    found = checks([row for rows in parts.values() for row in rows])
+    text = "# Speed\n\n"
+    text += "Only ratios within one table mean anything: the machine is shared.\n\n"
+    text += target_table(found)
+    if not all(check.met for check in found):
+        text += f"\n## What is missed\n\n{missed(found)}"
+    for name, rows in parts.items():
+        first = rows[0]
+        text += f"\n## {name.capitalize()}\n\n{INTRODUCTIONS[name]}\n\n![]({name}.png)\n\n"
+        text += TABLES[name](rows)
+        keys = ("date", "revision", "cpu", "instruction_set", "python", "torch", "numpy")
+        text += f"\n`{first['command']}`: {', '.join(str(first[key]) for key in keys)}.\n"
+    return text
+
+
+def write(folder: Path) -> list[Check]:
+    """Write pictures and speed.md from the JSON lines in a folder; gives the targets' checks."""
+    from matplotlib.figure import Figure
+
+    parts = {
+        name: read_rows(folder / f"{name}.jsonl")
+        for name in PARTS
+        if (folder / f"{name}.jsonl").exists()
+    }
+    if not parts:
+        raise FileNotFoundError(f"no results in {folder}: run python -m bench throughput first")
+    for name, rows in parts.items():
+        figure = Figure(layout="constrained", dpi=110)
+        PLOTS[name](figure, rows)
+        write_atomically(
+            folder / f"{name}.png",
+            lambda file, figure=figure: figure.savefig(file, format="png"),
+        )
+    text = page(parts)
+    write_atomically(folder / "speed.md", lambda file: file.write(text), text=True)
+    return checks([row for rows in parts.values() for row in rows])

@@ -1,0 +1,378 @@
+"""How fast densities, gradients and empirical-Bayes steps are, next to everybody else's.
+
+Every provider's result is compared with float64 before it is timed, and providers take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, MultivariateNormal
+from torch.profiler import ProfilerActivity, profile
+
+from bench import problems, providers
+from bench.eager_prior import EagerVMM
+from bench.problems import Size
+from bench.records import Row
+from bench.timing import Sampler, sampler, take_turns, threads
+from vmm_fast import VMMPrior, ops
+from vmm_fast.mixture import Components
+
+TOLERANCE = 1e-3  # of a float32 result against float64; who is further off is wrong
+
+FORWARD = "forward"
+BACKWARD = "forward + backward"
+PARAMETERS = "forward + backward from (m, S, L, pi)"
+GRADIENT_STEP = "empirical-Bayes step, gradient"
+CLOSED_FORM_STEP = "empirical-Bayes step, closed form"
+EM_STEP = "E- and M-step"
+OVERHEAD = "call overhead"
+OPERATORS = "torch operators"
+
+
+class Plan(NamedTuple):
+    """Sizes of a run, and how long each case takes turns."""
+
+    density: tuple[Size, ...]
+    step: tuple[Size, ...]
+    em: Size  # what all providers run
+    em_full: Size  # what vmm_fast runs as well
+    operators: Size
+    repeats: int
+    seconds: float
+    em_repeats: int
+    slow_to_start: bool  # whether providers that compile for seconds take part
+
+
+FULL = Plan(
+    density=(
+        Size(256, 100, 10),
+        Size(1024, 100, 10),
+        Size(4096, 100, 10),
+        Size(256, 100, 30),
+        Size(4096, 500, 30),
+    ),
+    step=(Size(256, 100, 10), Size(1024, 100, 10), Size(256, 100, 30)),
+    em=Size(50_000, 500, 30),
+    em_full=Size(1_000_000, 500, 30),
+    operators=Size(256, 100, 10),
+    repeats=5,
+    seconds=5.0,
+    em_repeats=3,
+    slow_to_start=True,
+)
+QUICK = Plan(
+    density=(Size(32, 5, 3),),
+    step=(Size(32, 5, 3),),
+    em=Size(500, 4, 3),
+    em_full=Size(2000, 4, 3),
+    operators=Size(16, 4, 3),
+    repeats=3,
+    seconds=0.0,
+    em_repeats=3,
+    slow_to_start=False,
+)
+SLOW_TO_START = ("torch.compile", "KeOps")
+
+VERSIONS = {
+    "KeOps": "pykeops",
+    "torchgmm": "torchgmm",
+    "GaussianMixture": "scikit-learn",
+    "BayesianGaussianMixture": "scikit-learn",
+}
+
+
+def rows(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator[Row]:
+    """Measure everything; a row each."""
+    with threads(thread_count):
+        for part in (
+            whitened(plan),
+            from_parameters(plan, thread_count, tfp_environment),
+            empirical_bayes(plan),
+            em(plan),
+            overhead(plan),
+            operators(plan),
+        ):
+            for row in part:
+                yield {"part": "throughput", "dtype": "float32", "threads": thread_count, **row}
+
+
+def _rows(
+    mode: str,
+    size: Size,
+    samplers: Mapping[str, Sampler],
+    errors: Mapping[str, float],
+    repeats: int,
+    seconds: float,
+) -> Iterator[Row]:
+    for provider, error in errors.items():
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{provider}, {mode}, {tuple(size)}: error {error:.2g} in float32")
+    for provider, timing in take_turns(samplers, repeats=repeats, seconds=seconds).items():
+        row: Row = {"mode": mode, "provider": provider, **size._asdict()}
+        if provider in VERSIONS:
+            row["provider_version"] = importlib.metadata.version(VERSIONS[provider])
+        yield {**row, **timing, "error": errors[provider]}
+
+
+def _absent(mode: str, names: Iterable[str], why: str) -> Iterator[Row]:
+    for name in names:
+        yield {"mode": mode, "provider": name, "absent": why}
+
+
+def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
+    """Give the call that computes a density and the gradients of its sum for all inputs."""
+    leaves = type(inputs)(*(x.detach().requires_grad_() for x in inputs))
+    upstream = torch.ones(len(inputs.z), dtype=inputs.z.dtype)
+
+    def call() -> tuple:
+        out = density(leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    return call
+
+
+def _without_graph(call: Callable[..., Tensor], inputs: Any) -> Callable[[], Tensor]:
+    def without_graph() -> Tensor:
+        with torch.no_grad():
+            return call(inputs)
+
+    return without_graph
+
+
+def whitened(plan: Plan) -> Iterator[Row]:
+    """Forward, and forward with backward, of a mixture that is built."""
+    for mode in (FORWARD, BACKWARD):
+        wanted = providers.whitened_densities()
+        if not plan.slow_to_start:
+            yield from _absent(mode, SLOW_TO_START, "left out by --quick")
+            wanted = {k: v for k, v in wanted.items() if k not in SLOW_TO_START}
+        elif "KeOps" not in wanted:
+            yield from _absent(mode, ["KeOps"], "not installed")
+        for size in plan.density:
+            inputs = problems.whitened(size)
+            truth = problems.reference_log_prob(inputs, lambda p: p)
+            calls: dict[str, Callable[[], Any]] = {}
+            errors = {}
+            for name, density in wanted.items():
+                if mode == FORWARD:
+                    calls[name] = _without_graph(density, inputs)
+                    errors[name] = problems.error([calls[name]()], truth[:1])
+                else:
+                    calls[name] = gradient_call(density, inputs)
+                    errors[name] = problems.error(calls[name](), truth)
+            samplers = {name: sampler(call) for name, call in calls.items()}
+            yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
+
+
+def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator[Row]:
+    """Forward with backward from the mixture's parameters."""
+    name = "TensorFlow Probability"
+    if tfp_environment is None:
+        yield from _absent(PARAMETERS, [name], "not installed")
+    for size in plan.density:
+        inputs = problems.parameters(size)
+        truth = problems.reference_log_prob(inputs, problems.whiten)
+        samplers, errors = {}, {}
+        for provider, density in providers.PARAMETER_DENSITIES.items():
+            call = gradient_call(density, inputs)
+            errors[provider] = problems.error(call(), truth)
+            samplers[provider] = sampler(call)
+        with ExitStack() as stack:
+            versions = None
+            if tfp_environment is not None:
+                worker = stack.enter_context(
+                    providers.tfp_worker(tfp_environment, inputs, thread_count)
+                )
+                errors[name] = problems.error(worker.outputs, truth)
+                samplers[name], versions = worker.sample, worker.versions
+            for row in _rows(PARAMETERS, size, samplers, errors, plan.repeats, plan.seconds):
+                if row["provider"] == name:
+                    row["provider_version"] = versions
+                yield row
+
+
+# --- the empirical-Bayes step ---
+
+
+def empirical_bayes(plan: Plan) -> Iterator[Row]:
+    """``VMMPrior.update`` against the same maths in eager torch."""
+    for inference, mode in (("gradient", GRADIENT_STEP), ("closed-form", CLOSED_FORM_STEP)):
+        for size in plan.step:
+            ours, encoder = vmm_prior(size, inference)
+            priors = {"vmm_fast": ours, "torch": EagerVMM(ours)}
+            z = problems.parameters(size).z
+            exact = _step_values(EagerVMM(ours).double(), z.double(), encoder)
+            errors = {
+                name: problems.error(_step_values(prior, z, encoder), exact)
+                for name, prior in priors.items()
+            }
+            samplers = {
+                name: sampler(partial(prior.update, z, encoder)) for name, prior in priors.items()
+            }
+            yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
+
+
+def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], Distribution]]:
+    """Give a prior whose pseudo-inputs are m and s themselves, and the encoder that reads them.
+
+    The encoder costs next to nothing but makes the gradient reach the pseudo-inputs. Adam's steps
+    are tiny: a prior that takes thousands of them while it is timed must stay what it was.
+    """
+    p = problems.parameters(size)
+    pseudo_inputs = torch.cat([p.centers[..., None], p.scale], -1)
+
+    def encoder(u: Tensor) -> Distribution:
+        return MultivariateNormal(u[..., 0], scale_tril=u[..., 1:].tril(), validate_args=False)
+
+    prior = VMMPrior(
+        pseudo_inputs,
+        size.D,
+        inference=inference,
+        data_size=60_000,
+        learning_rate=1e-6,
+        statistics_rate=0.1,
+    )
+    return prior, encoder
+
+
+def _step_values(
+    prior: VMMPrior | EagerVMM, z: Tensor, encoder: Callable[[Tensor], Distribution]
+) -> tuple[Tensor, ...]:
+    """The objective, its gradients, and the parameters after a step."""
+    parameters = [prior.pseudo_inputs, prior.raw_precision, prior.logits, prior.raw_alpha]
+    loss = prior.map_loss(z, encoder)
+    gradients = torch.autograd.grad(loss, parameters)
+    prior.update(z, encoder)
+    after = (prior.raw_precision, prior.logits.softmax(-1), prior.raw_alpha)
+    return tuple(x.detach().clone() for x in (loss, *gradients, *after))
+
+
+# --- expectation maximisation over a data set ---
+
+
+def em(plan: Plan) -> Iterator[Row]:
+    """E- and M-step; vmm_fast also on the full data, the others on what they can hold."""
+    steps, errors = {}, {}
+    truth: tuple[Tensor, ...] | None = None
+    points = problems.parameters(plan.em_full).z
+    for name, make in providers.EM_STEPS.items():
+        if not providers.installed(name):
+            yield from _absent(EM_STEP, [name], "not installed")
+            continue
+        z, mixture = _em_problem(plan.em, points)
+        step = make(z, mixture)
+        step.call()
+        if step.expected is None and truth is None:
+            truth = providers.maximum_likelihood(z, mixture)
+        expected = truth if step.expected is None else step.expected()
+        errors[name] = problems.error(step.values(), expected)
+        steps[name] = sampler(step.call)
+    yield from _rows(EM_STEP, plan.em, steps, errors, plan.em_repeats, plan.seconds)
+    step = providers.vmm_fast_em(*_em_problem(plan.em_full, points))
+    full = {"vmm_fast": sampler(step.call)}
+    yield from _rows(
+        EM_STEP, plan.em_full, full, {"vmm_fast": errors["vmm_fast"]}, plan.em_repeats, 0.0
+    )
+
+
+def _em_problem(size: Size, points: Tensor) -> tuple[Tensor, Components]:
+    p = problems.parameters(size)
+    mixture = Components(p.centers, p.logits.log_softmax(-1), p.precision_cholesky)
+    return points[: size.B], mixture
+
+
+# --- what a call costs beside its arithmetic ---
+
+
+def overhead(plan: Plan) -> Iterator[Row]:
+    """Forward with backward of the smallest problem there is."""
+    size = Size(1, 1, 1)
+    inputs = problems.whitened(size)
+    call = gradient_call(lambda p: ops.mixture_log_prob(*p)[0], inputs)
+    truth = problems.reference_log_prob(inputs, lambda p: p)
+    # Together in one vector: a gradient of its own may well be zero.
+    error = problems.error([_joined(call())], [_joined(truth)])
+    samplers, errors = {"vmm_fast": sampler(call)}, {"vmm_fast": error}
+    yield from _rows(OVERHEAD, size, samplers, errors, 10 * plan.repeats, min(plan.seconds, 1.0))
+
+
+def _joined(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in values])
+
+
+def operators(plan: Plan) -> Iterator[Row]:
+    """Count the torch operators of ``prior.kl``, its backward and ``prior.update``."""
+    size = plan.operators
+    p = problems.parameters(size)
+    identity = torch.eye(size.D).expand(size.B, -1, -1)
+    q = MultivariateNormal(p.z, scale_tril=identity, validate_args=False)
+    at_pseudo_inputs = MultivariateNormal(
+        p.centers.requires_grad_(), scale_tril=p.scale.requires_grad_(), validate_args=False
+    )
+    z = p.z.clone().requires_grad_()
+    upstream = torch.ones(size.B)
+    for inference in ("gradient", "closed-form"):
+        prior = VMMPrior(torch.zeros(size.J, 1), size.D, inference=inference)
+        kl = partial(prior.kl, q, lambda _: at_pseudo_inputs, z=z)
+        update = partial(prior.update, p.z, lambda _: at_pseudo_inputs)
+        for call in (kl, update):  # the first of each also makes what is kept
+            call()
+        calls = {
+            "prior.kl": kl,
+            "backward of prior.kl": partial(kl().backward, upstream),
+            "prior.update": update,
+        }
+        for name, call in calls.items():
+            nested, top_level = count_operators(call)
+            yield {
+                "mode": OPERATORS,
+                "provider": "vmm_fast",
+                **size._asdict(),
+                "inference": inference,
+                "call": name,
+                "operators": nested,
+                "operators_top_level": top_level,
+            }
+
+
+def count_operators(call: Callable[[], object]) -> tuple[int, int]:
+    """Torch operators of a call: with those that operators call in turn, and without."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events = [event for event in profiler.events() if event.name.startswith("aten::")]
+
+    def nested(event: Any) -> bool:
+        parent = event.cpu_parent
+        while parent is not None:
+            if parent.name.startswith("aten::"):
+                return True
+            parent = parent.cpu_parent
+        return False
+
+    return len(events), sum(not nested(event) for event in events)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options that no other part has."""
+    parser.add_argument(
+        "--tfp-environment",
+        metavar="FOLDER",
+        help="virtual environment with TensorFlow Probability; without it that provider is absent",
+    )
+    parser.add_argument(
+        "--make-tfp-environment", metavar="FOLDER", help="make it there, measure nothing"
+    )
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows for the command line's options."""
+    plan = QUICK if args.quick else FULL
+    return rows(plan, args.threads, args.tfp_environment)

@@ -1,0 +1,302 @@
+"""The benchmarks run end to end, count what they say, and tell a slowdown from noise."""
+
+import gc
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, peak, problems, providers, report, roofline, scaling, throughput
+from bench.eager_prior import EagerVMM
+from bench.problems import Size
+from bench.records import command, read_rows, select, write_rows
+from bench.targets import checks
+from bench.timing import quantiles, take_turns
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+# --- end to end ---
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    done = bench("all", "--quick", "--threads", 1, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_every_part_writes_rows_that_can_be_repeated(results):
+    folder, _ = results
+    for part in report.PARTS:
+        rows = read_rows(folder / f"{part}.jsonl")
+        for row in rows:
+            assert row["part"] == part
+            assert row["command"] == "python -m bench all --quick --threads 1"
+            for key in ("revision", "date", "torch", "cpu", "instruction_set", "threads", "dtype"):
+                assert row[key]
+        timed = [row for row in rows if "p50" in row]
+        assert timed
+        for row in timed:
+            assert 0 < row["min"] <= row["p20"] <= row["p50"] <= row["p80"]
+            assert row["repeats"] >= 1
+            assert row.get("error", 0) < throughput.TOLERANCE
+
+
+def test_throughput_has_every_mode_and_says_who_is_absent(results):
+    rows = read_rows(results[0] / "throughput.jsonl")
+    found = {(row["mode"], row["provider"]) for row in rows if "p50" in row}
+    for mode, provider in (
+        (throughput.FORWARD, "matmul"),
+        (throughput.BACKWARD, "matmul"),
+        (throughput.PARAMETERS, "torch.distributions"),
+        (throughput.GRADIENT_STEP, "torch"),
+        (throughput.CLOSED_FORM_STEP, "torch"),
+        (throughput.EM_STEP, "GaussianMixture"),
+        (throughput.EM_STEP, "BayesianGaussianMixture"),
+    ):
+        assert {(mode, provider), (mode, "vmm_fast")} <= found
+    absent = {row["provider"]: row["absent"] for row in rows if "absent" in row}
+    assert absent["KeOps"] == "left out by --quick"
+    assert absent["TensorFlow Probability"] == "not installed"
+
+
+def test_page_has_pictures_and_verdicts(results):
+    folder, printed = results
+    page = (folder / "speed.md").read_text()
+    for part in report.PARTS:
+        assert f"![]({part}.png)" in page
+        assert (folder / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+    assert "| met |" in page
+    assert "| **MISSED** |" in page
+    assert "not installed" in page
+    assert "MISSED  call overhead" in printed or "met     call overhead" in printed
+
+
+def test_compare_of_a_run_with_itself_finds_nothing(results):
+    path = results[0] / "throughput.jsonl"
+    done = bench("compare", path, path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("0 slower, 0 faster")
+
+
+def test_command_line_fails_where_something_became_slower(results, tmp_path):
+    path, slower = results[0] / "throughput.jsonl", tmp_path / "slower.jsonl"
+    rows = [row for row in read_rows(path) if "p50" in row]
+    for row in rows:
+        row |= {key: 9 * row[key] for key in ("min", "p20", "p50", "p80")}
+    write_rows(slower, rows)
+    assert bench("compare", path, slower).returncode == 1
+
+
+# --- providers ---
+
+
+def test_missing_provider_is_reported(monkeypatch):
+    monkeypatch.setitem(providers.MODULES, "torchgmm", "no_such_module")
+    rows = list(throughput.em(throughput.QUICK))
+    assert select(rows, provider="torchgmm") == [
+        {"mode": throughput.EM_STEP, "provider": "torchgmm", "absent": "not installed"}
+    ]
+    assert "not installed" in report.throughput_tables(rows)
+
+
+def test_wrong_provider_is_an_error(monkeypatch):
+    def wrong(p):
+        return 1.01 * providers.torch_distributions(p)
+
+    monkeypatch.setitem(providers.PARAMETER_DENSITIES, "wrong", wrong)
+    with pytest.raises(RuntimeError, match=r"wrong, .* error 0\.01"):
+        list(throughput.from_parameters(throughput.QUICK, 1, None))
+
+
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_eager_prior_is_the_same_model(inference):
+    prior, encoder = throughput.vmm_prior(Size(20, 4, 3), inference)
+    prior = prior.double()
+    eager = EagerVMM(prior).double()
+    z = problems.parameters(Size(20, 4, 3), torch.float64).z
+    q = torch.distributions.MultivariateNormal(
+        z, torch.eye(3, dtype=torch.float64).expand(20, 3, 3)
+    )
+    torch.testing.assert_close(eager.kl(q, encoder, z=z), prior.kl(q, encoder, z=z))
+    for _ in range(3):
+        torch.testing.assert_close(eager.map_loss(z, encoder), prior.map_loss(z, encoder))
+        for either in (eager, prior):
+            either.update(z, encoder)
+    for name, value in prior.named_parameters():
+        torch.testing.assert_close(getattr(eager, name), value, msg=name)
+
+
+def test_reference_in_chunks(monkeypatch):
+    inputs = problems.parameters(Size(10, 3, 2))
+    whole = problems.reference_log_prob(inputs, problems.whiten)
+    monkeypatch.setattr(problems, "REFERENCE_NUMBERS", 18)  # three points at a time
+    for a, b in zip(problems.reference_log_prob(inputs, problems.whiten), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- counting ---
+
+
+def test_operations_of_a_pair_counted_by_hand():
+    # D = 2: A d takes 3 multiply-adds, its squares 2; M takes 2 products w d and 3 multiply-adds.
+    size = Size(1, 1, 2)
+    assert roofline.operations(roofline.LOG_PROB, size) == 2 * 5
+    assert roofline.operations(roofline.LOG_PROB_BACKWARD, size) == 2 * (5 + 5 + 3 + 5 + 3)
+    assert roofline.operations(roofline.STATISTICS, size) == 2 * (5 + 5 + 5 + 3)
+    assert roofline.operations(roofline.LOG_PROB, Size(7, 3, 2)) == 21 * 2 * 5
+
+
+def test_fma_loop_computes_what_it_counts():
+    # s = 0.999 s + 0.001 in each chain goes to 1; the sum of one lane over all 12 is returned.
+    assert peak._library().fma_float64(100_000) == pytest.approx(12)
+    call, operations = peak.fma("float32", 2)
+    assert call() == pytest.approx([12, 12], rel=1e-3)
+    assert operations % (2 * 2 * peak.ROUNDS * 12) == 0
+
+
+def test_torch_operators_nested_and_at_the_top():
+    x = torch.ones(2, 2)
+    assert throughput.count_operators(lambda: torch.add(x, x)) == (1, 1)
+    nested, top_level = throughput.count_operators(lambda: torch.nn.functional.linear(x, x))
+    assert top_level == 1
+    assert nested > 1
+
+
+def test_memory_of_a_points_by_components_matrix_is_seen():
+    size = Size(2048, 100, 32)
+    values = 4 * size.B * size.J * size.D
+    assert scaling.peak_memory("matmul", size, 1)["peak_bytes"] > values
+    assert scaling.peak_memory("vmm_fast", size, 1)["peak_bytes"] < values / 4
+
+
+def test_exponent_of_a_power():
+    rows = [{"D": d, "p50": 3e-6 * d**1.7} for d in (2, 5, 11)]
+    assert scaling.exponent(rows, "D") == pytest.approx(1.7)
+
+
+# --- timing ---
+
+
+def test_providers_take_turns_without_garbage_collection():
+    turns = []
+
+    def fake(name, seconds):
+        def sample(calls):
+            turns.append((name, calls, gc.isenabled()))
+            return seconds * calls
+
+        return sample
+
+    timings = take_turns({"a": fake("a", 1e-4), "b": fake("b", 2.0)}, repeats=3, seconds=0)
+    assert gc.isenabled()
+    # An untimed call before each batch of a cheap provider, none before an expensive one.
+    assert [turn[:2] for turn in turns[-9:]] == 3 * [("a", 1), ("a", 10), ("b", 1)]
+    assert not any(enabled for _, _, enabled in turns[-9:])
+    assert timings["a"]["p50"] == pytest.approx(1e-4)
+    assert timings["b"] == {"min": 2.0, "p20": 2.0, "p50": 2.0, "p80": 2.0, "repeats": 3}
+
+
+def test_quantiles():
+    found = quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert found == {"min": 1.0, "p20": 2.0, "p50": 3.5, "p80": 5.0, "repeats": 6}
+
+
+# --- rows, targets, comparison ---
+
+
+def timed(provider="vmm_fast", p50=1e-3, spread=0.02, **fields):
+    row = {"part": "throughput", "mode": throughput.PARAMETERS, "provider": provider}
+    row |= {"B": 256, "J": 100, "D": 10, "threads": 2, "dtype": "float32", "cpu": "a"}
+    return row | {"p20": p50 * (1 - spread), "p50": p50, "p80": p50 * (1 + spread), **fields}
+
+
+def test_targets_compare_rows_of_one_case():
+    rows = [timed(), timed("torch.distributions", 9.9e-3)]
+    rows += [timed(B=4096, J=500, D=30), timed("torch.distributions", 25e-3, B=4096, J=500, D=30)]
+    small, large = checks(rows)
+    assert (small.case, small.verdict, small.asked) == ("(256, 100, 10)", "MISSED", "at least 10x")
+    assert (large.case, large.verdict, large.asked) == ("(4096, 500, 30)", "met", "at least 25x")
+    assert small.value == pytest.approx(9.9)
+    page = report.target_table([small, large])
+    assert page.count("**MISSED**") == 1
+    assert page.count("| met |") == 1
+
+
+def test_statistics_of_scikit_learn_are_scaled_linearly():
+    ours, theirs = timed(p50=2.0, B=1_000_000), timed("GaussianMixture", 1.2, B=50_000)
+    rows = [row | {"mode": throughput.EM_STEP} for row in (timed(B=50_000), ours, theirs)]
+    (check,) = checks(rows)
+    assert check.value == pytest.approx(12)
+    assert "scaled linearly" in check.case
+
+
+@pytest.fixture
+def compared(tmp_path, capsys):
+    """The exit status of comparing two lists of rows, and what is printed."""
+
+    def run(before, after):
+        paths = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+        for path, rows in zip(paths, (before, after), strict=True):
+            write_rows(path, rows)
+        status = compare.main(Namespace(before=paths[0], after=paths[1]))
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_compare_flags_a_planted_slowdown(compared):
+    status, printed = compared([timed(), timed("matmul")], [timed(p50=1.2e-3), timed("matmul")])
+    assert status == 1
+    assert "slower: throughput" in printed
+    assert "vmm_fast, B = 256, J = 100, D = 10, threads = 2" in printed
+    assert "(1.20x)" in printed
+    assert "1 slower, 0 faster, 1 same, 0 in one file alone" in printed
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        timed(p50=1.04e-3, spread=0.001),  # within what the machine drifts
+        timed(p50=1.2e-3, spread=0.3),  # within the noise of the rows
+        timed(p50=0.8e-3),  # faster
+    ],
+)
+def test_compare_lets_noise_pass(compared, after):
+    status, printed = compared([timed()], [after])
+    assert status == 0
+    assert "0 slower" in printed
+    assert ("1 faster" in printed) == (after["p50"] < 1e-3)
+
+
+def test_compare_knows_other_machines():
+    assert compare.compare([timed()], [timed(p50=1.0, cpu="b")]) == []
+
+
+def test_command_names_no_place():
+    arguments = ["throughput", "--out", "somewhere", "--threads", "2", "--tfp-environment", "there"]
+    assert command(arguments) == "python -m bench throughput --threads 2"
+
+
+def test_rows_survive_a_file(tmp_path):
+    rows = [{"a": 1.5, "b": None}, {"c": [1, 2]}]
+    write_rows(tmp_path / "x.jsonl", rows)
+    assert read_rows(tmp_path / "x.jsonl") == rows
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0]) == rows[0]
+    assert select(rows, b=None, a=1.5) == rows[:1]
