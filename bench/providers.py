@@ -73,7 +73,9 @@ def keops(p: Whitened) -> Tensor:
 
 def whitened_densities() -> dict[str, Density]:
     """Providers from A; those that are not installed are missing."""
-    # A compiled function of its own for each size: recompiling for dynamic shapes would be slower.
+    # One compilation a size, not a slower one for all. Only eight of a function are kept before
+    # torch goes back to eager without a word, hence none of those from before.
+    torch.compiler.reset()
     compiled = torch.compile(matmul, dynamic=False)
     providers = {
         "vmm_fast": vmm_fast_whitened,

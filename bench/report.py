@@ -192,25 +192,27 @@ def _bare(ax: Axes, title: str) -> None:
 
 
 def _bars(ax: Axes, groups: Sequence[str], bars: dict[str, list[float | None]], form: str) -> None:
-    """Bars side by side for each group, with their values on top."""
+    """Ratios side by side for each group, as bars that start at 1, with their values."""
     width = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
-        for group, value in enumerate(values):
-            if value is None:
-                continue
-            x = group + (i - (len(bars) - 1) / 2) * width
-            label = name if name not in ax.get_legend_handles_labels()[1] else None
-            color = COLORS.get(name, f"C{i}")
-            ax.bar(x, value, 0.92 * width, color=color, label=label)
-            ax.annotate(
-                form.format(value),
-                (x, value),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
+        shift = (i - (len(bars) - 1) / 2) * width
+        points = [(group + shift, v) for group, v in enumerate(values) if v is not None]
+        x, y = zip(*points, strict=True)
+        color = COLORS.get(name, f"C{i}")
+        ax.bar(x, [v - 1 for v in y], 0.92 * width, bottom=1, color=color, label=name)
+        for at, v in points:
+            _label(ax, form.format(v), (at, max(v, 1)), (0, 2), ha="center")
     ax.set_xticks(range(len(groups)), groups)
+    room = max(0.5, 1.5 - 0.5 * len(groups))  # no giant bars where there are few
+    ax.set_xlim(-room, len(groups) - 1 + room)
+
+
+def _label(
+    ax: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **options
+) -> None:
+    """A small text, ``by`` points away from a place."""
+    options = {"fontsize": 7, "textcoords": "offset points", **options}
+    ax.annotate(text, at, by, **options)
 
 
 def plot_throughput(figure: Figure, rows: Sequence[Row]) -> None:
@@ -224,7 +226,7 @@ def plot_throughput(figure: Figure, rows: Sequence[Row]) -> None:
         throughput.EM_STEP,
     )
     figure.set_size_inches(15, 7.5)
-    for ax, mode in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    for ax, mode in zip(figure.subplots(2, 3, sharey=True).flat, panels, strict=True):
         found = [row for row in select(rows, mode=mode) if "p50" in row]
         ours = {_size(row): row["p50"] for row in select(found, provider="vmm_fast")}
         others = sorted({r["provider"] for r in found} - {"vmm_fast"}, key=list(COLORS).index)
@@ -236,54 +238,44 @@ def plot_throughput(figure: Figure, rows: Sequence[Row]) -> None:
             ]
             for name in others
         }
-        if bars:
-            _bars(ax, ["B {}\nJ {}\nD {}".format(*size) for size in sizes], bars, "{:.1f}")
-        ax.set_yscale("log")
-        ax.axhline(1, color=COLORS["vmm_fast"], lw=1)
-        ax.margins(y=0.12)
+        _bars(ax, ["B {}\nJ {}\nD {}".format(*size) for size in sizes], bars, "{:.1f}")
+        ax.axhline(1, color=COLORS["vmm_fast"], lw=1.5, label="vmm_fast")
         _bare(ax, f"{mode[0].upper()}{mode[1:]}")
-        ax.set_ylabel("time / vmm_fast's", fontsize=8)
-        if bars:
-            ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
-            low, high = ax.get_ylim()
-            ax.set_ylim(min(low, 0.7), high * 3)
+        ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}x")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, 4 * high)  # room for the legends
+    figure.supylabel("time, over that of vmm_fast", fontsize=9)
 
 
 def plot_roofline(figure: Figure, rows: Sequence[Row]) -> None:
-    """Operations a second against operations a byte, under the machine's two limits."""
+    """Share of the FMA peak against operations a byte, under the machine's two limits.
+
+    Shares, since the peak itself moves where others use the machine: each is of the peak in the
+    same turns.
+    """
     counts = sorted({row["threads"] for row in rows})
-    figure.set_size_inches(7 * len(counts), 5)
+    figure.set_size_inches(1.5 + 5.5 * len(counts), 4.5)
     sizes = list(dict.fromkeys(_size(row) for row in rows))
-    axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(counts), squeeze=False, sharex=True, sharey=True)[0]
     for ax, count in zip(axes, counts, strict=True):
         here = select(rows, threads=count)
         peak, copied = (
             max(row[work] / row["p50"] / 1e9 for row in select(here, mode=mode))
             for mode, work in ((roofline.PEAK, "operations"), (roofline.COPY, "bytes"))
         )
+        ridge = peak / copied
         points = select(here, provider="vmm_fast")
         intensities = [row["operations"] / row["bytes"] for row in points]
-        low, high = min(0.5, *intensities) / 2, 3 * max(intensities)
-        x = [low, peak / copied, high]
-        ax.plot(x, [low * copied, peak, peak], color="0.3", lw=1.2)
-        ax.annotate(
-            f"FMA peak {peak:.0f} GFLOP/s",
-            (x[1], peak),
-            (4, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-        ax.annotate(
-            f"copy {copied:.1f} GB/s",
-            (low * 1.3, low * 1.3 * copied),
-            (8, -4),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        high = 3 * max(ridge, *intensities)
+        ax.plot([ridge / 10, ridge, high], [10, 100, 100], color="0.3", lw=1.2)
+        _label(ax, f"FMA peak, {peak:.0f} GFLOP/s", (ridge, 100), (4, 4))
+        _label(ax, f"copy, {copied:.1f} GB/s", (ridge / 10, 10), (14, 6))
         for row, intensity in zip(points, intensities, strict=True):
             ax.scatter(
                 intensity,
-                row["operations"] / row["p50"] / 1e9,
+                100 * fraction_of_peak(row, rows),
                 s=36,
                 color=KERNEL_COLORS[row["mode"]],
                 marker=SIZE_MARKERS[sizes.index(_size(row)) % len(SIZE_MARKERS)],
@@ -293,15 +285,19 @@ def plot_roofline(figure: Figure, rows: Sequence[Row]) -> None:
             )
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.set_xlim(low, high)
         ax.set_xlabel("floating-point operations a byte of input and output", fontsize=9)
         _bare(ax, f"{count} thread{'s' if count > 1 else ''}, float32")
-    axes[0].set_ylabel("GFLOP/s", fontsize=9)
+    axes[0].yaxis.set_major_formatter("{x:g} %")
+    axes[0].yaxis.set_minor_formatter(
+        lambda share, _: f"{share:g} %" if f"{share:.0e}"[0] in "25" else ""
+    )
+    axes[0].tick_params(which="minor", labelsize=8)
+    axes[0].set_ylabel("operations a second, of the FMA peak", fontsize=9)
     for kernel, color in KERNEL_COLORS.items():
         axes[-1].scatter([], [], color=color, label=kernel)
     for size, marker in zip(sizes, SIZE_MARKERS, strict=False):
         axes[-1].scatter([], [], color="0.5", marker=marker, label=f"(B, J, D) = {size}")
-    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
 
 
 def plot_scaling(figure: Figure, rows: Sequence[Row]) -> None:
@@ -337,15 +333,7 @@ def plot_scaling(figure: Figure, rows: Sequence[Row]) -> None:
             x, [4 * pairs / 2**20 for pairs in x], ":", color="0.4", label="a [B, J] matrix"
         )
     memory.axhline(1024, color="0.4", lw=0.8)
-    memory.annotate(
-        "1 GiB",
-        (1, 1024),
-        (-2, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        fontsize=7,
-    )
+    _label(memory, "1 GiB", (1, 1024), (-2, 3), xycoords=("axes fraction", "data"), ha="right")
     memory.set_xlabel("B J", fontsize=9)
     memory.set_ylabel("peak extra memory, MiB", fontsize=9)
     _bare(memory, "Memory of forward + backward (D = 32)")
@@ -369,15 +357,7 @@ def plot_step(figure: Figure, rows: Sequence[Row]) -> None:
     _bars(ax, [f"B = {b}\nN(0, I): {duration(normal[b])}" for b in sizes], bars, "{:.2f}")
     ax.axhline(1, color="0.3", lw=1)
     ax.axhline(1.10, color="0.3", lw=0.8, ls="--")
-    ax.annotate(
-        "1.10",
-        (1, 1.10),
-        (2, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        fontsize=7,
-    )
+    _label(ax, "1.10", (1, 1.10), (2, -2), xycoords=("axes fraction", "data"))
     ax.margins(y=0.15)
     _bare(ax, "Training step of the image VAE, time / that under N(0, I)")
     ax.legend(fontsize=8, frameon=False, ncols=len(bars), loc="upper left")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.distributions import Distribution, MultivariateNormal
-from torch.profiler import ProfilerActivity, profile
 
 from bench import problems, providers
 from bench.eager_prior import EagerVMM
@@ -345,9 +345,9 @@ def operators(plan: Plan) -> Iterator[Row]:
 
 def count_operators(call: Callable[[], object]) -> tuple[int, int]:
     """Torch operators of a call: with those that operators call in turn, and without."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile() as profiler:
         call()
-    events = [event for event in profiler.events() if event.name.startswith("aten::")]
+    events = [e for e in profiler.function_events if e.name.startswith("aten::")]
 
     def nested(event: Any) -> bool:
         parent = event.cpu_parent
