@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from bench.records import Row, read_rows
 
-KEY = ("part", "mode", "axis", "provider", "B", "J", "D", "dtype", "threads", "cpu")
-KEY += ("instruction_set",)
+KEY = (
+    *("part", "mode", "axis", "provider", "B", "J", "D", "dtype"),
+    *("threads", "cpu", "instruction_set"),
+)
 DRIFT = 0.05
 
 

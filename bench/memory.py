@@ -3,11 +3,12 @@
     python -m bench.memory PROVIDER B J D THREADS
 
 prints JSON: ``peak_bytes``, the resident memory at its peak over that before the call (inputs
-included in both), and quantiles of the seconds that a call takes.
+included in both), and quantiles of the seconds that a call takes. For Linux with glibc.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -29,7 +30,7 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def main(provider: str, *numbers: str) -> None:
@@ -38,6 +39,8 @@ def main(provider: str, *numbers: str) -> None:
     density = PROVIDERS[provider]
     throughput.gradient_call(density, problems.whitened(Size(256, 4, size[2])))()  # libraries
     call = throughput.gradient_call(density, problems.whitened(Size(*size)))
+    # Pages that are free but not given back would hide what the call takes.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _status("VmRSS")
     start = time.perf_counter()

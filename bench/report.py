@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,14 +77,14 @@ def target_table(found: Sequence[Check]) -> str:
 
 
 def missed(found: Sequence[Check]) -> str:
-    """Reason and next step of each target that is missed."""
-    lines = []
-    for target, group in groupby((c for c in found if not c.met), key=lambda c: c.target):
-        count = len(list(group))
-        known = (text for start, text in REASONS.items() if target.startswith(start))
-        reason = next(known, "The reason is not known yet. Next: a profile of this case.")
-        lines.append(f"- {target} ({count} {'case' if count == 1 else 'cases'}). {reason}\n")
-    return "".join(lines)
+    """Reason and next step of the targets that are missed; those of one reason together."""
+    unknown = "The reason is not known yet. Next: a profile of these cases."
+    targets: dict[str, dict[str, None]] = {}
+    for check in found:
+        if not check.met:
+            known = (text for start, text in REASONS.items() if check.target.startswith(start))
+            targets.setdefault(next(known, unknown), {})[check.target] = None
+    return "".join(f"- *{'; '.join(names)}.* {reason}\n" for reason, names in targets.items())
 
 
 def _size(row: Row) -> tuple[int, int, int]:
@@ -319,11 +318,18 @@ def plot_scaling(figure: Figure, rows: Sequence[Row]) -> None:
         if line := select(timed, axis=axis):
             others = [f"{k} = {line[0][k]}" for k in ("B", "J", "D") if k != axis]
             _bare(ax, f"Time against {axis} ({', '.join(others)})")
+        ax.set_xscale("log")
+        ax.set_xticks([], minor=True)
+        at = sorted({row[axis] for row in select(timed, axis=axis)})
+        ax.set_xticks(at, map(str, at))
         ax.set_xlabel(axis, fontsize=9)
         ax.set_ylabel("seconds", fontsize=9)
-        ax.legend(fontsize=7, frameon=False)
+        ax.set_yscale("log")
+        ax.set_ylim(top=8 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(fontsize=7, frameon=False, loc="upper left")
     for provider in ("vmm_fast", "matmul"):
         line = select(rows, mode=scaling.MEMORY, provider=provider)
+        line.sort(key=lambda row: row["B"] * row["J"])
         x = [row["B"] * row["J"] for row in line]
         y = [max(row["peak_bytes"], 4096) / 2**20 for row in line]
         memory.plot(x, y, marker="o", ms=3.5, lw=1.3, color=COLORS[provider], label=provider)
@@ -338,9 +344,8 @@ def plot_scaling(figure: Figure, rows: Sequence[Row]) -> None:
     memory.set_ylabel("peak extra memory, MiB", fontsize=9)
     _bare(memory, "Memory of forward + backward (D = 32)")
     memory.legend(fontsize=7, frameon=False)
-    for ax in (*axes, memory):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+    memory.set_xscale("log")
+    memory.set_yscale("log")
 
 
 def plot_step(figure: Figure, rows: Sequence[Row]) -> None:

@@ -5,8 +5,8 @@ A target whose rows are not there gives no check.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import geometric_mean, mean
 from typing import NamedTuple
 
 from bench import roofline, scaling, step, throughput
@@ -113,8 +113,7 @@ def _best_other(rows: Sequence[Row]) -> Iterator[Check]:
             values.append(min(others) / row["p50"])
             yield Check(target, _size(row), values[-1], 5.0, True, "x")
     if values:
-        mean = math.exp(sum(map(math.log, values)) / len(values))
-        yield Check(target, "geometric mean", mean, 10.0, True, "x")
+        yield Check(target, "geometric mean", geometric_mean(values), 10.0, True, "x")
 
 
 def _empirical_bayes(rows: Sequence[Row]) -> Iterator[Check]:
@@ -137,12 +136,14 @@ def _memory(rows: Sequence[Row]) -> Iterator[Check]:
     found = select(rows, part="scaling", mode=scaling.MEMORY, provider="vmm_fast")
     if not found:
         return
-    small, large = (f(found, key=lambda row: row["B"] * row["J"]) for f in (min, max))
+    found.sort(key=lambda row: row["B"] * row["J"])
+    large = found[-1]
+    small = select(found, B=found[0]["B"], J=found[0]["J"])
     peak = large["peak_bytes"] / 2**20
     yield Check("peak extra memory, forward + backward", _size(large), peak, 1024, False, " MiB")
-    per_pair = [row["p50"] / (row["B"] * row["J"]) for row in (large, small)]
-    value = per_pair[0] / per_pair[1]
-    yield Check(f"time a pair against {_size(small)}", _size(large), value, 1.3, False, "x")
+    of_small = mean(row["p50"] for row in small) / (small[0]["B"] * small[0]["J"])
+    value = large["p50"] / (large["B"] * large["J"]) / of_small
+    yield Check(f"time a pair against {_size(small[0])}", _size(large), value, 1.3, False, "x")
 
 
 def _statistics(rows: Sequence[Row]) -> Iterator[Check]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -341,6 +342,10 @@ def operators(plan: Plan) -> Iterator[Row]:
                 "operators": nested,
                 "operators_top_level": top_level,
             }
+
+
+# Kineto, under the profiler, would write a line at every start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def count_operators(call: Callable[[], object]) -> tuple[int, int]:
