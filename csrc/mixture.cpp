@@ -2,7 +2,7 @@
 #include "mixture.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -53,6 +53,10 @@ const Kernels<double>& kernels<double>() {
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
+// Chunks of a tile, at most: enough that adding up the lanes of a component's sums costs little
+// next to filling them, few enough that z and its gradient stay in the second-level cache.
+constexpr int kTile = 8;
+
 // One value per sample of a chunk, on the stack: no kernel's chunk is wider than 8 vectors of 64
 // bytes.
 template <class T>
@@ -62,46 +66,67 @@ struct Lanes {
   alignas(64) T data[kMaxChunk<T>];
 };
 
+bool is_finite(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+bool is_finite(double x) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
 template <class T>
 bool all_finite(const T* values, int64_t count) {
-  // x - x is 0 for a finite x and NaN else: no branch in the loop.
-  T total = 0;
-  for (int64_t i = 0; i < count; i++) total += values[i] - values[i];
-  return total == 0;
+  bool finite = true;  // no branch in the loop
+  for (int64_t i = 0; i < count; i++) finite &= is_finite(values[i]);
+  return finite;
 }
 
 // A^T form: with P the reversal of coordinates, |A^T d| = |(P A^T P) (P d)| and P A^T P is lower
 // triangular again. Only packing, unpacking and z's transposition into lanes know of it.
 int64_t turned(bool transpose, int64_t dim, int64_t r) { return transpose ? dim - 1 - r : r; }
 
+// Where in A [D, D] the numbers of a packed triangle come from.
+std::vector<int64_t> packed_sources(bool transpose, int64_t dim) {
+  std::vector<int64_t> sources(static_cast<std::size_t>(dim * (dim + 1) / 2));
+  for (int64_t r = 0; r < dim; r++)
+    for (int64_t t = 0; t <= r; t++)
+      sources[packed_index(dim, r, t)] =
+          transpose ? (dim - 1 - t) * dim + dim - 1 - r : r * dim + t;
+  return sources;
+}
+
 template <class T>
 class Packed {
  public:
-  explicit Packed(const Mixture<T>& mixture) : dim_(mixture.dim) {
-    const int64_t D = dim_, J = mixture.num_components;
-    records_.reserve(static_cast<std::size_t>(J * record_size(D)));
+  explicit Packed(const Mixture<T>& mixture)
+      : dim_(mixture.dim),
+        records_(make_buffer<T>(mixture.num_components * record_size(mixture.dim))) {
+    const int64_t D = dim_, J = mixture.num_components, triangle = D * (D + 1) / 2;
+    const std::vector<int64_t> sources = packed_sources(mixture.transpose, D);
+    component_.reserve(static_cast<std::size_t>(J));
+    T* record = records_.get();
     for (int64_t j = 0; j < J; j++) {
       const T c = mixture.offsets[j];
       if (c == -std::numeric_limits<T>::infinity()) continue;
       const T* m = mixture.centers + j * D;
       const T* A = mixture.whitening + j * D * D;
-      const std::size_t start = records_.size();
-      records_.push_back(c);
-      for (int64_t r = 0; r < D; r++) records_.push_back(m[turned(mixture.transpose, D, r)]);
-      for (int64_t r = 0; r < D; r++)
-        for (int64_t t = 0; t <= r; t++)
-          records_.push_back(mixture.transpose ? A[(D - 1 - t) * D + D - 1 - r] : A[r * D + t]);
-      if (!std::isfinite(c)) fail("offsets", "finite or -inf", j);
-      if (!all_finite(&records_[start + 1], D)) fail("centers", "finite", j);
-      if (!all_finite(&records_[start + 1 + D], D * (D + 1) / 2)) fail("whitening", "finite", j);
+      record[0] = c;
+      for (int64_t r = 0; r < D; r++) record[1 + r] = m[turned(mixture.transpose, D, r)];
+      for (int64_t i = 0; i < triangle; i++) record[1 + D + i] = A[sources[i]];
+      if (!is_finite(c)) fail("offsets", "finite or -inf", j);
+      if (!all_finite(record + 1, D)) fail("centers", "finite", j);
+      if (!all_finite(record + 1 + D, triangle)) fail("whitening", "finite", j);
       component_.push_back(j);
+      record += record_size(D);
     }
     if (component_.empty())
       throw std::invalid_argument(
           "offsets are all -inf, so that every component is pruned; at least one must be finite");
   }
   PackedMixture<T> view() const {
-    return {records_.data(), component_.data(), static_cast<int64_t>(component_.size()), dim_};
+    return {records_.get(), component_.data(), static_cast<int64_t>(component_.size()), dim_};
   }
 
  private:
@@ -110,7 +135,7 @@ class Packed {
                                 std::to_string(j) + " has a value that is not");
   }
   int64_t dim_;
-  std::vector<T> records_;
+  Buffer<T> records_;
   std::vector<int64_t> component_;
 };
 
@@ -118,42 +143,54 @@ int threads_for(int threads, double pairs, int64_t dim) {
   return useful_threads(threads, pairs * (0.5 * dim * (dim + 3) + 20));
 }
 
-// Chunks of samples in lanes; remembers the first row that is not finite or whose density
-// overflows.
+// Cuts samples into tiles of `chunks` chunks and moves them into lanes and back.
 template <class T>
-class Chunks {
+class Tiles {
  public:
-  Chunks(const Mixture<T>& mixture, Samples<T> samples, int chunk)
-      : mixture_(mixture), samples_(samples), chunk_(chunk) {}
+  Tiles(const Mixture<T>& mixture, Samples<T> samples, int chunk, int chunks)
+      : mixture_(mixture), samples_(samples), chunk_(chunk), size_(chunk * chunks) {}
 
-  int64_t number() const { return (samples_.count + chunk_ - 1) / chunk_; }
-  int64_t first(int64_t k) const { return k * chunk_; }
+  int size() const { return size_; }
+  int64_t number() const { return (samples_.count + size_ - 1) / size_; }
+  int64_t first(int64_t k) const { return k * size_; }
   int count(int64_t k) const {
-    return static_cast<int>(std::min<int64_t>(chunk_, samples_.count - first(k)));
+    return static_cast<int>(std::min<int64_t>(size_, samples_.count - first(k)));
   }
 
   // Returns the first row that is not finite, else kNone.
   int64_t load(int64_t k, T* lanes) const {
     const int64_t D = mixture_.dim;
-    const int n = count(k);
     const T* z = samples_.z + first(k) * D;
-    for (int64_t r = 0; r < D; r++) {
-      T* row = lanes + r * chunk_;
-      const int64_t source = turned(mixture_.transpose, D, r);
-      for (int i = 0; i < n; i++) row[i] = z[i * D + source];
-      for (int i = n; i < chunk_; i++) row[i] = row[n - 1];
+    for (int begin = 0; begin < count(k); begin += chunk_, lanes += D * chunk_, z += chunk_ * D) {
+      const int n = std::min(chunk_, count(k) - begin);
+      for (int64_t r = 0; r < D; r++) {
+        T* row = lanes + r * chunk_;
+        const int64_t source = turned(mixture_.transpose, D, r);
+        for (int i = 0; i < n; i++) row[i] = z[i * D + source];
+        for (int i = n; i < chunk_; i++) row[i] = row[n - 1];
+      }
+      if (all_finite(lanes, D * chunk_)) continue;
+      for (int i = 0; i < n; i++)
+        if (!all_finite(z + i * D, D)) return first(k) + begin + i;
     }
-    if (all_finite(lanes, D * chunk_)) return kNone;
-    for (int i = 0; i < n; i++)
-      if (!all_finite(z + i * D, D)) return first(k) + i;
     return kNone;
   }
 
-  // Fills [chunk] with this chunk's part of a [B] array; the filling is `rest`.
+  // The way back: rows of `target` [B, D] from a tile laid out as z is.
+  void store(int64_t k, const T* lanes, T* target) const {
+    const int64_t D = mixture_.dim;
+    target += first(k) * D;
+    for (int begin = 0; begin < count(k); begin += chunk_, lanes += D * chunk_)
+      for (int i = 0; i < std::min(chunk_, count(k) - begin); i++, target += D)
+        for (int64_t r = 0; r < D; r++)
+          target[turned(mixture_.transpose, D, r)] = lanes[r * chunk_ + i];
+  }
+
+  // Fills [size] with this tile's part of a [B] array; the filling is `rest`.
   void gather(int64_t k, const T* values, T rest, T* lanes) const {
     const int n = count(k);
     std::copy(values + first(k), values + first(k) + n, lanes);
-    std::fill(lanes + n, lanes + chunk_, rest);
+    std::fill(lanes + n, lanes + size_, rest);
   }
 
   // The first row of which every l was cut off, else kNone.
@@ -166,8 +203,14 @@ class Chunks {
  private:
   const Mixture<T>& mixture_;
   Samples<T> samples_;
-  int chunk_;
+  int chunk_, size_;
 };
+
+// So many chunks a tile that every thread has a tile.
+int tile_chunks(int64_t count, int chunk, int threads, int limit) {
+  const int64_t per_thread = (count + int64_t{chunk} * threads - 1) / (int64_t{chunk} * threads);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(limit, per_thread)));
+}
 
 struct Faults {
   explicit Faults(int threads) : not_finite(threads, kNone), overflow(threads, kNone) {}
@@ -185,95 +228,136 @@ struct Faults {
   }
 };
 
-// The frame of the forward operations: body(chunks, k, z in lanes, scratch) for each chunk k; it
+// The frame of the forward operations: body(thread, k, z in lanes, scratch) for each tile k; it
 // returns the first row whose density overflowed, or kNone.
 template <class T, class Body>
-void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
-                    const Kernels<T>& kernel, int threads, Body body) {
-  const Chunks<T> chunks(mixture, samples, kernel.chunk);
-  threads = threads_for(threads, static_cast<double>(samples.count) * packed.size, mixture.dim);
+void for_each_tile(const Tiles<T>& tiles, const Mixture<T>& mixture, const Kernels<T>& kernel,
+                   int threads, Body body) {
   Faults faults(threads);
   // Allocated here: an exception must not leave a parallel region.
-  const int64_t z_size = mixture.dim * kernel.chunk,
+  const int64_t z_size = mixture.dim * tiles.size(),
                 scratch_size = kernel.scratch_size(mixture.dim);
   const auto z = make_buffer<T>(threads * z_size), scratch = make_buffer<T>(threads * scratch_size);
-  parallel_ranges(chunks.number(), threads, [&](int thread, int64_t begin, int64_t end) {
+  parallel_ranges(tiles.number(), threads, [&](int thread, int64_t begin, int64_t end) {
     T* z_k = z.get() + thread * z_size;
     for (int64_t k = begin; k < end; k++) {
-      const int64_t bad = chunks.load(k, z_k);
+      const int64_t bad = tiles.load(k, z_k);
       faults.not_finite[thread] = std::min(faults.not_finite[thread], bad);
       if (bad != kNone) return;
-      const int64_t far = body(chunks, k, z_k, scratch.get() + thread * scratch_size);
+      const int64_t far = body(thread, k, z_k, scratch.get() + thread * scratch_size);
       faults.overflow[thread] = std::min(faults.overflow[thread], far);
     }
   });
   faults.raise();
 }
 
-// Sums over all samples, [size, statistics_size] in float64.
+// Adds up the threads' copies of sums [size], in the order of threads, into the first.
+template <class T>
+void add_copies(T* sums, int64_t size, int copies) {
+  for (int copy = 1; copy < copies; copy++)
+    for (int64_t i = 0; i < size; i++) sums[i] += sums[copy * size + i];
+}
+
+// Sums over all samples, [size, statistics_size] in float64, and grad_z.
 template <class T>
 Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                           const PackedMixture<T>& packed, const Kernels<T>& kernel, int threads,
                           const T* softmax, const T* grad_lse, const T* grad_expected, T* grad_z) {
-  const Chunks<T> chunks(mixture, samples, kernel.chunk);
-  const int64_t D = mixture.dim, size = packed.size * statistics_size(D);
-  threads = threads_for(threads, 3.0 * samples.count * packed.size, D);
+  const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
+  threads = threads_for(threads, 3.0 * B * packed.size, D);
   // Threads share out either samples (each has sums of its own) or components (each has a grad_z of
   // its own): whichever needs less memory for the copies. Both are added up in the order of
   // threads.
-  const bool over_components = size > samples.count * D && packed.size >= threads;
+  const bool over_components = size > B * D && packed.size >= threads;
+  const Tiles<T> tiles(mixture, samples, kernel.chunk,
+                       tile_chunks(B, kernel.chunk, over_components ? 1 : threads, kTile));
   threads = static_cast<int>(std::max<int64_t>(
-      1, std::min<int64_t>(threads, over_components ? packed.size : chunks.number())));
+      1, std::min<int64_t>(threads, over_components ? packed.size : tiles.number())));
   const int sum_copies = over_components ? 1 : threads;
   const int grad_copies = over_components && grad_z ? threads : 0;
   auto sums = make_buffer<double>(size * sum_copies);
   std::fill(sums.get(), sums.get() + size * sum_copies, 0.0);
-  const int64_t grad_size = samples.count * D;
-  auto grads = make_buffer<T>(grad_size * grad_copies);
+  auto grads = make_buffer<T>(B * D * grad_copies);
   // Allocated here: an exception must not leave a parallel region.
-  const int64_t chunk = kernel.chunk, B = samples.count;
-  const int64_t buffer_size = (2 * D + 5) * chunk + kernel.scratch_size(D);
+  const int64_t tile = tiles.size();
+  const int64_t buffer_size = (2 * D + 5) * tile + kernel.scratch_size(D);
   const auto buffers = make_buffer<T>(threads * buffer_size);
 
   parallel_ranges(
-      over_components ? packed.size : chunks.number(), threads,
+      over_components ? packed.size : tiles.number(), threads,
       [&](int thread, int64_t begin, int64_t end) {
         T* z = buffers.get() + thread * buffer_size;
-        T *grad = z + D * chunk, *rows = grad + D * chunk, *scratch = rows + 5 * chunk;
-        T* target = grad_copies ? grads.get() + thread * grad_size : grad_z;
+        T *grad = z + D * tile, *rows = grad + D * tile, *scratch = rows + 5 * tile;
+        T* target = grad_copies ? grads.get() + thread * B * D : grad_z;
         double* sum = sums.get() + (over_components ? 0 : thread * size);
         const int64_t j_begin = over_components ? begin : 0,
                       j_end = over_components ? end : packed.size;
         const int64_t k_begin = over_components ? 0 : begin,
-                      k_end = over_components ? chunks.number() : end;
+                      k_end = over_components ? tiles.number() : end;
         for (int64_t k = k_begin; k < k_end; k++) {
-          chunks.load(k, z);
-          const int n = chunks.count(k);
-          const int64_t first = chunks.first(k), last = first + n - 1;
+          tiles.load(k, z);
+          const int64_t last = tiles.first(k) + tiles.count(k) - 1;
           // The filling repeats the last sample, with weights of zero.
           for (int row = 0; row < 3; row++)
-            chunks.gather(k, softmax + row * B, softmax[row * B + last], rows + row * chunk);
-          chunks.gather(k, grad_lse, T(0), rows + 3 * chunk);
-          chunks.gather(k, grad_expected, T(0), rows + 4 * chunk);
-          if (target) std::fill(grad, grad + D * chunk, T(0));
-          kernel.backward(packed, j_begin, j_end, z, {rows, rows + chunk, rows + 2 * chunk},
-                          rows + 3 * chunk, rows + 4 * chunk, sum, target ? grad : nullptr,
-                          scratch);
-          if (target)
-            for (int64_t r = 0; r < D; r++)
-              for (int i = 0; i < n; i++)
-                target[(first + i) * D + turned(mixture.transpose, D, r)] = grad[r * chunk + i];
+            tiles.gather(k, softmax + row * B, softmax[row * B + last], rows + row * tile);
+          tiles.gather(k, grad_lse, T(0), rows + 3 * tile);
+          tiles.gather(k, grad_expected, T(0), rows + 4 * tile);
+          if (target) std::fill(grad, grad + D * tile, T(0));
+          kernel.backward(packed, j_begin, j_end, z, tiles.count(k),
+                          {rows, rows + tile, rows + 2 * tile}, rows + 3 * tile, rows + 4 * tile,
+                          nullptr, sum, target ? grad : nullptr, scratch);
+          if (target) tiles.store(k, grad, target);
         }
       });
 
-  for (int copy = 1; copy < sum_copies; copy++)
-    for (int64_t i = 0; i < size; i++) sums[i] += sums[copy * size + i];
-  if (grad_copies)
-    for (int64_t i = 0; i < grad_size; i++) {
-      T total = grads[i];
-      for (int copy = 1; copy < grad_copies; copy++) total += grads[copy * grad_size + i];
-      grad_z[i] = total;
-    }
+  add_copies(sums.get(), size, sum_copies);
+  if (grad_copies) {
+    add_copies(grads.get(), B * D, grad_copies);
+    std::copy(grads.get(), grads.get() + B * D, grad_z);
+  }
+  return sums;
+}
+
+// The same sums without a softmax from before, for weights that are the same for all samples: each
+// tile's l is kept between its log-sum-exp and its sums. Threads share out samples.
+template <class T>
+Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
+                                  const PackedMixture<T>& packed, const Kernels<T>& kernel,
+                                  int threads, T grad_lse, T grad_expected, double* totals) {
+  // Small enough for the second-level cache, unless one chunk is more.
+  constexpr int64_t kKeptBytes = 1 << 21;
+  const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
+  const int64_t chunk_bytes = packed.size * kernel.chunk * static_cast<int64_t>(sizeof(T));
+  const int limit =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kTile, kKeptBytes / chunk_bytes)));
+  const Tiles<T> tiles(mixture, samples, kernel.chunk,
+                       tile_chunks(B, kernel.chunk, threads, limit));
+  auto sums = make_buffer<double>((size + 2) * threads);
+  std::fill(sums.get(), sums.get() + (size + 2) * threads, 0.0);
+  const int64_t tile = tiles.size(), row_size = (5 + packed.size) * tile;
+  const auto rows = make_buffer<T>(threads * row_size);
+  for_each_tile<T>(
+      tiles, mixture, kernel, threads, [&](int thread, int64_t k, const T* z, T* scratch) {
+        T *max = rows.get() + thread * row_size, *log_sum = max + tile, *gap = log_sum + tile;
+        T *lse_weights = gap + tile, *expected_weights = lse_weights + tile,
+          *log_joint = expected_weights + tile;
+        double* sum = sums.get() + thread * (size + 2);
+        const int n = tiles.count(k);
+        kernel.log_prob(packed, z, n, {max, log_sum, gap}, log_joint, scratch);
+        for (int i = 0; i < n; i++) {
+          sum[size] += static_cast<double>(max[i]) + log_sum[i];
+          sum[size + 1] += static_cast<double>(max[i]) + gap[i];
+        }
+        std::fill(lse_weights, lse_weights + 2 * tile, T(0));
+        std::fill(lse_weights, lse_weights + n, grad_lse);
+        std::fill(expected_weights, expected_weights + n, grad_expected);
+        kernel.backward(packed, 0, packed.size, z, n, {max, log_sum, gap}, lse_weights,
+                        expected_weights, log_joint, sum, nullptr, scratch);
+        return tiles.overflowed(k, max);
+      });
+  add_copies(sums.get(), size + 2, threads);
+  totals[0] = sums[size];
+  totals[1] = sums[size + 1];
   return sums;
 }
 
@@ -284,21 +368,27 @@ void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse
               T* softmax) {
   const Packed<T> packed(mixture);
   const Kernels<T>& kernel = kernels<T>();
-  for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
-                    [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
-                      Lanes<T> max, log_sum, gap;
-                      kernel.log_prob(packed.view(), z, {max.data, log_sum.data, gap.data},
-                                      scratch);
-                      for (int i = 0; i < chunks.count(k); i++) {
-                        const int64_t row = chunks.first(k) + i;
-                        lse[row] = max.data[i] + log_sum.data[i];
-                        expected[row] = max.data[i] + gap.data[i];
-                        softmax[row] = max.data[i];
-                        softmax[samples.count + row] = log_sum.data[i];
-                        softmax[2 * samples.count + row] = gap.data[i];
-                      }
-                      return chunks.overflowed(k, max.data);
-                    });
+  const int64_t B = samples.count;
+  threads = threads_for(threads, static_cast<double>(B) * packed.view().size, mixture.dim);
+  const Tiles<T> tiles(mixture, samples, kernel.chunk,
+                       tile_chunks(B, kernel.chunk, threads, kTile));
+  const int64_t tile = tiles.size();
+  const auto rows = make_buffer<T>(threads * 3 * tile);
+  for_each_tile<T>(
+      tiles, mixture, kernel, threads, [&](int thread, int64_t k, const T* z, T* scratch) {
+        T *max = rows.get() + thread * 3 * tile, *log_sum = max + tile, *gap = log_sum + tile;
+        const int n = tiles.count(k);
+        kernel.log_prob(packed.view(), z, n, {max, log_sum, gap}, nullptr, scratch);
+        const int64_t first = tiles.first(k);
+        for (int i = 0; i < n; i++) {
+          lse[first + i] = max[i] + log_sum[i];
+          expected[first + i] = max[i] + gap[i];
+        }
+        std::copy(max, max + n, softmax + first);
+        std::copy(log_sum, log_sum + n, softmax + B + first);
+        std::copy(gap, gap + n, softmax + 2 * B + first);
+        return tiles.overflowed(k, max);
+      });
 }
 
 template <class T>
@@ -307,59 +397,61 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
                        T* grad_whitening, T* grad_offsets) {
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t D = mixture.dim, J = mixture.num_components;
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, grad_lse,
+  const auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
                                   grad_expected, grad_z);
   std::fill(grad_centers, grad_centers + J * D, T(0));
   std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
   std::fill(grad_offsets, grad_offsets + J, T(0));
-  std::vector<double> whitened(static_cast<std::size_t>(D)), M(static_cast<std::size_t>(D * D));
-  for (int64_t j = 0; j < view.size; j++) {
-    const double* N = sums.get() + j * statistics_size(D);
-    const double* s = N + 1;
-    const double* packed_M = s + D;
-    const T* W = view.records + j * record_size(D) + 1 + D;
-    const int64_t out = view.component[j];
-    grad_offsets[out] = static_cast<T>(*N);
-    for (int64_t r = 0; r < D; r++) {
-      whitened[r] = 0;
-      for (int64_t t = 0; t <= r; t++) {
-        whitened[r] += static_cast<double>(W[r * (r + 1) / 2 + t]) * s[t];
-        M[r * D + t] = M[t * D + r] = packed_M[r * (r + 1) / 2 + t];
+  threads = useful_threads(threads, static_cast<double>(view.size) * D * D * (D + 3) / 3);
+  const int64_t gradient_size = (3 * D + 1) * D;
+  const auto gradients = make_buffer<double>(threads * gradient_size);
+  parallel_ranges(view.size, threads, [&](int thread, int64_t begin, int64_t end) {
+    double* center = gradients.get() + thread * gradient_size;
+    double *whitening = center + D, *scratch = whitening + D * D;
+    for (int64_t j = begin; j < end; j++) {
+      const double* sum = sums.get() + j * statistics_size(D);
+      kernel.gradients(view, j, sum, center, whitening, scratch);
+      const int64_t out = view.component[j];
+      grad_offsets[out] = static_cast<T>(*sum);
+      T* m = grad_centers + out * D;
+      T* A = grad_whitening + out * D * D;
+      for (int64_t r = 0; r < D; r++) {
+        m[turned(mixture.transpose, D, r)] = static_cast<T>(center[r]);
+        for (int64_t t = 0; t <= r; t++)
+          A[mixture.transpose ? (D - 1 - t) * D + D - 1 - r : r * D + t] =
+              static_cast<T>(whitening[r * D + t]);
       }
     }
-    for (int64_t t = 0; t < D; t++) {
-      double total = 0;
-      for (int64_t r = t; r < D; r++)
-        total += static_cast<double>(W[r * (r + 1) / 2 + t]) * whitened[r];
-      grad_centers[out * D + turned(mixture.transpose, D, t)] = static_cast<T>(total);
-    }
-    T* grad_A = grad_whitening + out * D * D;
-    for (int64_t r = 0; r < D; r++)
-      for (int64_t t = 0; t <= r; t++) {
-        double total = 0;
-        for (int64_t u = 0; u <= r; u++)
-          total -= static_cast<double>(W[r * (r + 1) / 2 + u]) * M[u * D + t];
-        grad_A[mixture.transpose ? (D - 1 - t) * D + D - 1 - r : r * D + t] = static_cast<T>(total);
-      }
-  }
+  });
 }
 
 template <class T>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
                 T grad_expected, double* N, double* s, double* M, double* totals) {
+  // Up to so many bytes of sums, each thread has its own and the samples are passed over once.
+  constexpr double kCopiedBytes = 1 << 28;
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
+  const Kernels<T>& kernel = kernels<T>();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
-  const auto rows = make_buffer<T>(7 * B);
-  T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *grads = softmax + 3 * B;
-  log_prob<T>(mixture, samples, threads, lse, expected, softmax);
-  totals[0] = std::accumulate(lse, lse + B, 0.0);
-  totals[1] = std::accumulate(expected, expected + B, 0.0);
-  std::fill(grads, grads + B, grad_lse);
-  std::fill(grads + B, grads + 2 * B, grad_expected);
-  const auto sums = accumulate<T>(mixture, samples, view, kernels<T>(), threads, softmax, grads,
-                                  grads + B, nullptr);
+  const int useful = threads_for(threads, 2.0 * B * view.size, D);
+  Buffer<double> sums;
+  if (useful == 1 || 8.0 * useful * view.size * statistics_size(D) < kCopiedBytes) {
+    sums = accumulate_at_once<T>(mixture, samples, view, kernel, useful, grad_lse, grad_expected,
+                                 totals);
+  } else {
+    const auto rows = make_buffer<T>(7 * B);
+    T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *grads = softmax + 3 * B;
+    log_prob<T>(mixture, samples, threads, lse, expected, softmax);
+    totals[0] = std::accumulate(lse, lse + B, 0.0);
+    totals[1] = std::accumulate(expected, expected + B, 0.0);
+    std::fill(grads, grads + B, grad_lse);
+    std::fill(grads + B, grads + 2 * B, grad_expected);
+    sums =
+        accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B, nullptr);
+  }
   std::fill(N, N + J, 0.0);
   std::fill(s, s + J * D, 0.0);
   std::fill(M, M + J * D * D, 0.0);
@@ -384,11 +476,23 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N
   double totals[2];
   statistics<T>(mixture, samples, threads, T(1), T(0), sums.get(), sums.get() + J,
                 sums.get() + J * (1 + D), totals);
-  std::transform(sums.get(), sums.get() + J, N, [](double x) { return static_cast<T>(x); });
-  std::transform(sums.get() + J, sums.get() + J * (1 + D), s,
-                 [](double x) { return static_cast<T>(x); });
-  std::transform(sums.get() + J * (1 + D), sums.get() + size, M,
-                 [](double x) { return static_cast<T>(x); });
+  const auto narrow = [](const double* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i++) to[i] = static_cast<T>(from[i]);
+  };
+  narrow(sums.get(), J, N);
+  narrow(sums.get() + J, J * D, s);
+  narrow(sums.get() + J * (1 + D), J * D * D, M);
+}
+
+// The operations below go chunk by chunk.
+template <class T, class Body>
+void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
+                    const Kernels<T>& kernel, int threads, Body body) {
+  threads = threads_for(threads, static_cast<double>(samples.count) * packed.size, mixture.dim);
+  const Tiles<T> chunks(mixture, samples, kernel.chunk, 1);
+  for_each_tile<T>(chunks, mixture, kernel, threads, [&](int, int64_t k, const T* z, T* scratch) {
+    return body(chunks, k, z, scratch);
+  });
 }
 
 template <class T>
@@ -398,7 +502,7 @@ void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
-                    [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
+                    [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
                       kernel.log_joint(packed.view(), group, groups, z, chunks.count(k),
                                        out + chunks.first(k) * groups, scratch);
                       return kNone;
@@ -413,13 +517,13 @@ void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t gro
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, T(0));
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
-                    [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
+                    [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
                       Lanes<T> max, log_sum, gap;
                       const Softmax<T> softmax{max.data, log_sum.data, gap.data};
-                      kernel.log_prob(packed.view(), z, softmax, scratch);
-                      kernel.responsibilities(packed.view(), group, groups, z, softmax,
-                                              chunks.count(k), out + chunks.first(k) * groups,
-                                              scratch);
+                      const int n = chunks.count(k);
+                      kernel.log_prob(packed.view(), z, n, softmax, nullptr, scratch);
+                      kernel.responsibilities(packed.view(), group, groups, z, softmax, n,
+                                              out + chunks.first(k) * groups, scratch);
                       return chunks.overflowed(k, max.data);
                     });
 }
@@ -430,7 +534,7 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
   const Packed<T> packed(mixture);
   const Kernels<T>& kernel = kernels<T>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
-                    [&](const Chunks<T>& chunks, int64_t k, const T* z, T* scratch) {
+                    [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
                       Lanes<T> probability_k, entropy_k, max;
                       int64_t label_k[kMaxChunk<T>];
                       kernel.assign(packed.view(), group, z, label_k, probability_k.data,

@@ -5,15 +5,16 @@
 //
 // Samples lie in SIMD lanes, so that a component's numbers are broadcast and no lane is ever idle
 // for a small D. Subtracting before whitening keeps the precision of centres far from the origin.
-// The log-sum-exp is accumulated online (Milakov & Gimelshein 2018) and the backward pass
-// recomputes l, so that nothing of size B x J exists.
-//
-// Everything lives in an unnamed namespace and no standard template is instantiated: the linker
-// must never pick one instruction set's copy of a shared inline function for another's.
+// Matrices are walked in blocks of kRows rows times kGroup vectors, whose sums stay in registers.
+// The log-sum-exp is accumulated online over blocks of components (Milakov & Gimelshein 2018) and
+// the backward pass recomputes l, so that nothing of size B x J exists.
 #include "mixture_kernels.h"
 
-#include <math.h>
+#include "simd.h"
 
+// Sums that should stay in registers are passed by reference: only an inlined function keeps them.
+#define VMM_INLINE inline __attribute__((always_inline))
+#define VMM_INLINE_LAMBDA __attribute__((always_inline))
 #define VMM_CONCAT_(a, b) a##b
 #define VMM_CONCAT(a, b) VMM_CONCAT_(a, b)
 
@@ -22,89 +23,18 @@ namespace {
 
 using std::int64_t;
 
-template <class T>
-struct Scalar;
-template <>
-struct Scalar<float> {
-  using Int = std::int32_t;
-  static constexpr int mantissa_bits = 23;
-  static constexpr float round_magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float exp_lowest = -87.f;
-};
-template <>
-struct Scalar<double> {
-  using Int = std::int64_t;
-  static constexpr int mantissa_bits = 52;
-  static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double exp_lowest = -708.0;
-};
-
-template <class T>
-struct Simd {
-  using Int = typename Scalar<T>::Int;
-  typedef T Vec __attribute__((vector_size(VMM_VECTOR_BYTES)));
-  typedef Int IntVec __attribute__((vector_size(VMM_VECTOR_BYTES)));
-  static constexpr int lanes = VMM_VECTOR_BYTES / sizeof(T);
-};
-
-constexpr int kGroup = 4;  // vectors in flight: hides the latency of a multiply-add
+// Vectors side by side: with kRows rows at a time, as many sums as the registers hold.
+constexpr int kGroup = VMM_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kVectorsPerChunk = 8;
+constexpr int kBlock = 16;  // components between two corrections of the running maximum
 
 template <class T>
-using Vec = typename Simd<T>::Vec;
-
+constexpr int chunk_size() {
+  return kVectorsPerChunk * Simd<T>::lanes;
+}
 template <class T>
-Vec<T> broadcast(T x) {
-  return x - Vec<T>{};
-}
-
-template <class T>
-Vec<T> max(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-
-template <class T>
-T sum(Vec<T> x) {
-  T total = 0;
-  for (int i = 0; i < Simd<T>::lanes; i++) total += x[i];
-  return total;
-}
-
-// exp(r) for |r| <= log(2) / 2; coefficients of Moshier's Cephes library.
-Vec<float> exp_reduced(Vec<float> r) {
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * r * r + r + 1.f;
-}
-Vec<double> exp_reduced(Vec<double> r) {
-  Vec<double> rr = r * r;
-  Vec<double> p = (rr * 1.26177193074810590878e-4 + 3.02994407707441961300e-2) * rr + 1.0;
-  p = p * r;
-  Vec<double> q = (rr * 3.00198505138664455042e-6 + 2.52448340349684104192e-3) * rr;
-  q = (q + 2.27265548208155028766e-1) * rr + 2.0;
-  return 2.0 * p / (q - p) + 1.0;
-}
-
-// exp(x) for x up to a few; exactly 0 below Scalar<T>::exp_lowest.
-template <class T>
-Vec<T> exp(Vec<T> x) {
-  using S = Scalar<T>;
-  using IntVec = typename Simd<T>::IntVec;
-  constexpr T log2e = T(1.44269504088896340736);
-  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93145751953125e-1);
-  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.42860682030941723212e-6);
-  const auto negligible = x < S::exp_lowest;
-  x = max<T>(x, broadcast<T>(S::exp_lowest));
-  const Vec<T> shifted = x * log2e + S::round_magic;
-  const Vec<T> n = shifted - S::round_magic;
-  const Vec<T> r = (x - n * ln2_high) - n * ln2_low;
-  const Vec<T> p = exp_reduced(r);
-  const IntVec exponent = (IntVec)shifted - (IntVec)broadcast<T>(S::round_magic);
-  const Vec<T> result = (Vec<T>)((IntVec)p + (exponent << S::mantissa_bits));
-  return negligible ? Vec<T>{} : result;
+constexpr int group_size() {
+  return kGroup * Simd<T>::lanes;
 }
 
 // One component: views into a record.
@@ -121,45 +51,117 @@ struct Component {
   }
 };
 
-// The vector at an address, which must be aligned to it.
-inline const Vec<float>& at(const float* p) { return *reinterpret_cast<const Vec<float>*>(p); }
-inline const Vec<double>& at(const double* p) { return *reinterpret_cast<const Vec<double>*>(p); }
-inline Vec<float>& at(float* p) { return *reinterpret_cast<Vec<float>*>(p); }
-inline Vec<double>& at(double* p) { return *reinterpret_cast<Vec<double>*>(p); }
-
 template <class T>
-constexpr int chunk_size() {
-  return kVectorsPerChunk * Simd<T>::lanes;
-}
-template <class T>
-constexpr int group_size() {
-  return kGroup * Simd<T>::lanes;
+Vec<T> log_joint_of(const Component<T>& component, Vec<T> square) {
+  return max<T>(component.offset - T(0.5) * square, broadcast<T>(kLowestLogJoint<T>));
 }
 
-// l for one group of kGroup vectors. z points at the group's lanes of a chunk [D][chunk]; d (and y,
-// unless null) receive z - m and W (z - m) with the same stride.
+// A matrix of one row per dimension and one column per lane of a chunk, [D][chunk].
+template <class Pointer>
+decltype(auto) lane(Pointer rows, int64_t r, int v) {
+  constexpr int lanes = VMM_VECTOR_BYTES / sizeof(*rows);
+  return at(rows + (r * kVectorsPerChunk + v) * lanes);
+}
+
+// y = W d for the rows first .. first + R - 1, whose packed numbers start at w.
+template <int R, class T>
+VMM_INLINE void multiply_rows(const T* w, int64_t first, const T* d, Vec<T> (&y)[R][kGroup]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kGroup; v++) y[r][v] = Vec<T>{};
+  for (int64_t t = 0; t < first; t++, w += R)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroup; v++) y[r][v] += w[r] * lane(d, t, v);
+#pragma GCC unroll 4
+  for (int t = 0; t < R; t++)
+#pragma GCC unroll 4
+    for (int r = t; r < R; r++, w++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroup; v++) y[r][v] += *w * lane(d, first + t, v);
+}
+
+template <int R, class T>
+VMM_INLINE void add_squares(const T* w, int64_t first, const T* d, T* y_out, Vec<T>* square) {
+  Vec<T> y[R][kGroup];
+  multiply_rows<R>(w, first, d, y);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kGroup; v++) {
+      square[v] += y[r][v] * y[r][v];
+      if (y_out) lane(y_out, first + r, v) = y[r][v];
+    }
+}
+
+// l for one group of vectors of a chunk. z points at the group's lanes; d (and y, unless null)
+// receive z - m and W (z - m) there.
 template <class T>
 void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* d, T* y,
                      Vec<T>* l) {
-  constexpr int lanes = Simd<T>::lanes;
-  constexpr int stride = chunk_size<T>();
+  for (int64_t r = 0; r < dim; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kGroup; v++) lane(d, r, v) = lane(z, r, v) - component.center[r];
   Vec<T> square[kGroup] = {};
-  const T* w = component.whitening;
-  for (int64_t r = 0; r < dim; r++) {
-    const T center = component.center[r];
-    Vec<T> row[kGroup] = {};
-    for (int v = 0; v < kGroup; v++)
-      at(d + r * stride + v * lanes) = at(z + r * stride + v * lanes) - center;
-    for (int64_t t = 0; t <= r; t++, w++) {
-      const T a = *w;
-      for (int v = 0; v < kGroup; v++) row[v] += a * at(d + t * stride + v * lanes);
-    }
-    for (int v = 0; v < kGroup; v++) square[v] += row[v] * row[v];
-    if (y)
-      for (int v = 0; v < kGroup; v++) at(y + r * stride + v * lanes) = row[v];
+  int64_t r = 0;
+  for (; r + kRows <= dim; r += kRows)
+    add_squares<kRows>(component.whitening + packed_row(r), r, d, y, square);
+  const T* w = component.whitening + packed_row(r);
+  if (dim - r == 1) add_squares<1>(w, r, d, y, square);
+  if (dim - r == 2) add_squares<2>(w, r, d, y, square);
+  if (dim - r == 3) add_squares<3>(w, r, d, y, square);
+#pragma GCC unroll 4
+  for (int v = 0; v < kGroup; v++) l[v] = log_joint_of(component, square[v]);
+}
+
+// The loop body(Index<0>), body(Index<1>), .., body(Index<N - 1>), unrolled whatever the compiler
+// thinks of it: what indices select then has a register or an address of its own.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class Body>
+VMM_INLINE void unrolled(Body body) {
+  if constexpr (I < N) {
+    body(Index<I>{});
+    unrolled<N, I + 1>(body);
   }
-  for (int v = 0; v < kGroup; v++)
-    l[v] = max<T>(component.offset - T(0.5) * square[v], broadcast<T>(kLowestLogJoint<T>));
+}
+
+// The same for a dimension known to the compiler, small enough for d to stay in registers; no gain
+// where a register holds four numbers alone.
+constexpr int kSmallDim = VMM_VECTOR_BYTES >= 32 ? 16 : 0;
+constexpr int kSmallGroup = 2;
+template <int kDim, class T>
+VMM_INLINE void log_joint_small(const Component<T>& component, const T* z, Vec<T>* l) {
+  // What belongs to a component must be loaded where it is used, not hoisted out of the caller's
+  // loop over groups: there are more numbers than registers.
+  asm volatile("" ::: "memory");
+  Vec<T> d[kDim][kSmallGroup], square[kSmallGroup] = {};
+  unrolled<kDim>([&](auto r) VMM_INLINE_LAMBDA {
+    unrolled<kSmallGroup>([&](auto v)
+                              VMM_INLINE_LAMBDA { d[r][v] = lane(z, r, v) - component.center[r]; });
+  });
+  unrolled<(kDim + kRows - 1) / kRows>([&](auto block) VMM_INLINE_LAMBDA {
+    constexpr int first = block.value * kRows;
+    constexpr int rows = kDim - first < kRows ? kDim - first : kRows;
+    Vec<T> y[rows][kSmallGroup] = {};
+    unrolled<first + rows>([&](auto t) VMM_INLINE_LAMBDA {
+      unrolled<rows>([&](auto r) VMM_INLINE_LAMBDA {
+        if constexpr (t.value <= first + r.value) {
+          const T w = component.whitening[packed_index(kDim, first + r.value, t.value)];
+          unrolled<kSmallGroup>([&](auto v) VMM_INLINE_LAMBDA { y[r][v] += w * d[t][v]; });
+        }
+      });
+    });
+    unrolled<rows>([&](auto r) VMM_INLINE_LAMBDA {
+      unrolled<kSmallGroup>([&](auto v) VMM_INLINE_LAMBDA { square[v] += y[r][v] * y[r][v]; });
+    });
+  });
+  for (int v = 0; v < kSmallGroup; v++) l[v] = log_joint_of(component, square[v]);
 }
 
 // (max, sum of exp(l - max), sum of exp(l - max) (l - max)): associative, and the difference of
@@ -167,113 +169,304 @@ void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* 
 template <class T>
 struct OnlineSoftmax {
   Vec<T> max_ = broadcast<T>(kLowestLogJoint<T>), sum_ = {}, weighted_ = {};
-  void add(Vec<T> l) {
-    const Vec<T> top = max<T>(max_, l);
-    const Vec<T> gap = max_ - l;  // one exp: of the smaller one
-    const Vec<T> e = exp<T>(gap > 0 ? -gap : gap);
-    const auto newer = l > max_;
-    const Vec<T> scale = newer ? e : broadcast<T>(1);
-    const Vec<T> weight = newer ? broadcast<T>(1) : e;
-    // A negligible old part must not meet an infinite gap: scale is exactly 0 then.
-    weighted_ = (weighted_ + sum_ * (max_ - top)) * scale + weight * (l - top);
-    sum_ = sum_ * scale + weight;
+
+  // What has been added so far, seen from a maximum that is at least as high.
+  void raise(Vec<T> top) {
+    const Vec<T> gap = max_ - top;
+    const Vec<T> scale = exp<T>(gap);
+    weighted_ = (weighted_ + sum_ * gap) * scale;
+    sum_ *= scale;
     max_ = top;
   }
-  Vec<T> log_sum() const {
-    Vec<T> out = sum_;
-    for (int i = 0; i < Simd<T>::lanes; i++) out[i] = ::log(out[i]);
-    return out;
+  void add_below_max(Vec<T> l) {
+    const Vec<T> gap = l - max_;
+    const Vec<T> e = exp<T>(gap);
+    sum_ += e;
+    weighted_ += e * gap;
+  }
+  void add(Vec<T> l) {
+    raise(max<T>(max_, l));
+    add_below_max(l);
   }
 };
 
 template <class T>
 int64_t scratch_size(int64_t dim) {
-  return (2 * dim + 1) * chunk_size<T>();
+  const int64_t forward = dim * chunk_size<T>() + kBlock * group_size<T>();
+  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + statistics_size(dim) * Simd<T>::lanes;
+  return forward > backward ? forward : backward;
 }
 
+// The number of lanes of chunk k that hold samples, rounded up to groups.
 template <class T>
-void log_prob(const PackedMixture<T>& mixture, const T* z, Softmax<T> out, T* scratch) {
+int lanes_in_use(int count, int k) {
+  const int left = count - k * chunk_size<T>();
+  return left >= chunk_size<T>() ? chunk_size<T>()
+                                 : (left + group_size<T>() - 1) / group_size<T>() * group_size<T>();
+}
+
+// kDim is the dimension if it is small, else 0.
+template <int kDim, class T>
+void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Softmax<T> out,
+                    T* log_joint, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
-  for (int first = 0; first < chunk_size<T>(); first += group_size<T>()) {
-    OnlineSoftmax<T> softmax[kGroup];
-    Vec<T> l[kGroup];
-    for (int64_t j = 0; j < mixture.size; j++) {
-      log_joint_group<T>(Component<T>(mixture, j), mixture.dim, z + first, scratch, nullptr, l);
-      for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
-    }
-    for (int v = 0; v < kGroup; v++) {
-      const int i = first + v * lanes;
-      at(out.max + i) = softmax[v].max_;
-      at(out.log_sum + i) = softmax[v].log_sum();
-      at(out.gap + i) = softmax[v].weighted_ / softmax[v].sum_;
-    }
+  constexpr int chunk = chunk_size<T>();
+  const int64_t dim = kDim ? kDim : mixture.dim;
+  const int chunks = (count + chunk - 1) / chunk;
+  T* d = scratch;
+  T* block = d + dim * chunk;
+  for (int64_t begin = 0; begin < mixture.size; begin += kBlock) {
+    const int size =
+        static_cast<int>(mixture.size - begin < kBlock ? mixture.size - begin : kBlock);
+    for (int k = 0; k < chunks; k++)
+      for (int first = 0; first < lanes_in_use<T>(count, k); first += group_size<T>()) {
+        const int sample = k * chunk + first;
+        T* l = log_joint ? log_joint + begin * chunks * chunk + sample : block;
+        const int64_t stride = log_joint ? chunks * chunk : group_size<T>();
+        OnlineSoftmax<T> softmax[kGroup];
+        Vec<T> top[kGroup];
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroup; v++) {
+          const int i = sample + v * lanes;
+          if (begin) softmax[v] = {at(out.max + i), at(out.log_sum + i), at(out.gap + i)};
+          top[v] = softmax[v].max_;
+        }
+        for (int j = 0; j < size; j++) {
+          Vec<T> l_j[kGroup];
+          const Component<T> component(mixture, begin + j);
+          const T* z_k = z + k * dim * chunk + first;
+          if constexpr (kDim > 0)
+            for (int v = 0; v < kGroup; v += kSmallGroup)
+              log_joint_small<kDim>(component, z_k + v * lanes, l_j + v);
+          else
+            log_joint_group<T>(component, dim, z_k, d, nullptr, l_j);
+          for (int v = 0; v < kGroup; v++) {
+            at(l + j * stride + v * lanes) = l_j[v];
+            top[v] = max<T>(top[v], l_j[v]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroup; v++) softmax[v].raise(top[v]);
+        for (int j = 0; j < size; j++)
+#pragma GCC unroll 4
+          for (int v = 0; v < kGroup; v++) softmax[v].add_below_max(at(l + j * stride + v * lanes));
+        const bool last = begin + size == mixture.size;
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroup; v++) {
+          const int i = sample + v * lanes;
+          at(out.max + i) = softmax[v].max_;
+          at(out.log_sum + i) = last ? log<T>(softmax[v].sum_) : softmax[v].sum_;
+          at(out.gap + i) = last ? softmax[v].weighted_ / softmax[v].sum_ : softmax[v].weighted_;
+        }
+      }
   }
 }
 
+template <int kDim = kSmallDim, class T>
+void log_prob(const PackedMixture<T>& mixture, const T* z, int count, Softmax<T> out, T* log_joint,
+              T* scratch) {
+  if constexpr (kDim > 0) {
+    if (mixture.dim != kDim) return log_prob<kDim - 1>(mixture, z, count, out, log_joint, scratch);
+  }
+  log_prob_sized<kDim>(mixture, z, count, out, log_joint, scratch);
+}
+
+// The rows first .. first + R - 1 of W^T y.
+template <int R, class T>
+VMM_INLINE void multiply_columns(const T* whitening, int64_t dim, int64_t first, const T* y,
+                                 Vec<T> (&x)[R][kGroup]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < R; t++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kGroup; v++) x[t][v] = Vec<T>{};
+  const T* w = whitening + packed_row(first) + first * R;
+#pragma GCC unroll 4
+  for (int t = 0; t < R; t++)
+#pragma GCC unroll 4
+    for (int r = t; r < R; r++, w++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroup; v++) x[t][v] += *w * lane(y, first + r, v);
+  int64_t r = first + R;
+  for (; r + kRows <= dim; r += kRows) {
+    w = whitening + packed_row(r) + first * kRows;
+    for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+      for (int t = 0; t < R; t++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroup; v++) x[t][v] += w[t * kRows + i] * lane(y, r + i, v);
+  }
+  const int rest = static_cast<int>(dim - r);
+  w = whitening + packed_row(r) + first * rest;
+  for (int i = 0; i < rest; i++)
+#pragma GCC unroll 4
+    for (int t = 0; t < R; t++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroup; v++) x[t][v] += w[t * rest + i] * lane(y, r + i, v);
+}
+
+template <int R, class T>
+VMM_INLINE void subtract_columns(const T* whitening, int64_t dim, int64_t first, const T* y,
+                                 const T* weight, T* grad_z) {
+  Vec<T> x[R][kGroup];
+  multiply_columns<R>(whitening, dim, first, y, x);
+#pragma GCC unroll 4
+  for (int v = 0; v < kGroup; v++) {
+    const Vec<T> w = at(weight + v * Simd<T>::lanes);
+    // A far-off component's y may be infinite; its weight of 0 must win.
+#pragma GCC unroll 4
+    for (int t = 0; t < R; t++) lane(grad_z, first + t, v) -= w != 0 ? w * x[t][v] : w;
+  }
+}
+
+// grad_z -= w W^T y for one group of vectors.
 template <class T>
-T dot(const T* a, const T* b) {
-  Vec<T> total{};
-  for (int v = 0; v < chunk_size<T>(); v += Simd<T>::lanes) total += at(a + v) * at(b + v);
-  return sum<T>(total);
+void subtract_gradient(const T* whitening, int64_t dim, const T* y, const T* weight, T* grad_z) {
+  int64_t r = 0;
+  for (; r + kRows <= dim; r += kRows)
+    subtract_columns<kRows>(whitening, dim, r, y, weight, grad_z);
+  if (dim - r == 1) subtract_columns<1>(whitening, dim, r, y, weight, grad_z);
+  if (dim - r == 2) subtract_columns<2>(whitening, dim, r, y, weight, grad_z);
+  if (dim - r == 3) subtract_columns<3>(whitening, dim, r, y, weight, grad_z);
+}
+
+// Adds the sums over a chunk of u_r d_t to sums, where rows r and columns t are blocks of R and C;
+// a block on the diagonal has its lower triangle alone.
+template <int R, int C, bool kDiagonal, class T>
+VMM_INLINE void add_products(const T* u, const T* d, int vectors, int64_t row, int64_t column,
+                             T* sums) {
+  Vec<T> total[R][C] = {};
+  for (int v = 0; v < vectors; v++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int t = 0; t < (kDiagonal ? r + 1 : C); t++)
+        total[r][t] += lane(u, row + r, v) * lane(d, column + t, v);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < (kDiagonal ? r + 1 : C); t++) {
+      const int64_t index = (row + r) * (row + r + 1) / 2 + column + t;
+      at(sums + index * Simd<T>::lanes) += total[r][t];
+    }
+}
+
+template <int R, class T>
+void add_product_rows(const T* u, const T* d, int vectors, int64_t row, T* sums) {
+  for (int64_t column = 0; column < row; column += kRows)
+    add_products<R, kRows, false>(u, d, vectors, row, column, sums);
+  add_products<R, R, true>(u, d, vectors, row, row, sums);
+}
+
+// Adds the sums over a chunk of w, u and the lower triangle of u d^T, where u = w d, to sums
+// [statistics_size][lanes].
+template <class T>
+void add_statistics(int64_t dim, const T* weight, const T* d, int vectors, T* u, T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int v = 0; v < vectors; v++) at(sums) += at(weight + v * lanes);
+  sums += lanes;
+  for (int64_t r = 0; r < dim; r++, sums += lanes) {
+    Vec<T> total{};
+    for (int v = 0; v < vectors; v++) {
+      lane(u, r, v) = at(weight + v * lanes) * lane(d, r, v);
+      total += lane(u, r, v);
+    }
+    at(sums) += total;
+  }
+  int64_t r = 0;
+  for (; r + kRows <= dim; r += kRows) add_product_rows<kRows>(u, d, vectors, r, sums);
+  if (dim - r == 1) add_product_rows<1>(u, d, vectors, r, sums);
+  if (dim - r == 2) add_product_rows<2>(u, d, vectors, r, sums);
+  if (dim - r == 3) add_product_rows<3>(u, d, vectors, r, sums);
 }
 
 template <class T>
-void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z,
-              Softmax<T> softmax, const T* grad_lse, const T* grad_expected, double* statistics,
-              T* grad_z, T* scratch) {
+void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z, int count,
+              Softmax<T> softmax, const T* grad_lse, const T* grad_expected, const T* log_joint,
+              double* statistics, T* grad_z, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
   const int64_t dim = mixture.dim;
+  const int chunks = (count + chunk - 1) / chunk;
   T* d = scratch;
-  T* y = d + dim * chunk;
+  T* y = d + dim * chunk;  // W d, then w d
   T* weight = y + dim * chunk;
+  T* sums = weight + chunk;
   for (int64_t j = begin; j < end; j++) {
     const Component<T> component(mixture, j);
-    bool negligible = true;
-    for (int first = 0; first < chunk; first += group_size<T>()) {
-      Vec<T> l[kGroup];
-      log_joint_group<T>(component, dim, z + first, d + first, y + first, l);
-      for (int v = 0; v < kGroup; v++) {
-        const int i = first + v * lanes;
-        const Vec<T> below = l[v] - at(softmax.max + i);
-        const Vec<T> p = exp<T>(below - at(softmax.log_sum + i));
-        const Vec<T> w =
-            p * (at(grad_lse + i) + at(grad_expected + i) * (1 + below - at(softmax.gap + i)));
-        at(weight + i) = w;
-        const auto nonzero = w != 0;
-        for (int k = 0; k < lanes; k++) negligible &= !nonzero[k];
-      }
-    }
-    if (negligible) continue;  // a far-off component: all its weights are exactly 0
-
-    for (int64_t r = 0; r < dim; r++)
-      for (int v = 0; v < chunk; v += lanes) {
-        // A far-off component's y may be infinite; its weight of 0 must win.
-        const Vec<T> w = at(weight + v);
-        at(y + r * chunk + v) = w != 0 ? at(y + r * chunk + v) * w : w;
-      }
-    if (grad_z)
-      for (int first = 0; first < chunk; first += group_size<T>())
-        for (int64_t t = 0; t < dim; t++) {
-          Vec<T> total[kGroup] = {};
-          for (int64_t r = t; r < dim; r++) {
-            const T a = component.whitening[r * (r + 1) / 2 + t];
-            for (int v = 0; v < kGroup; v++) total[v] += a * at(y + r * chunk + first + v * lanes);
-          }
-          for (int v = 0; v < kGroup; v++) at(grad_z + t * chunk + first + v * lanes) -= total[v];
+    bool untouched = true;
+    for (int k = 0; k < chunks; k++) {
+      const T* z_k = z + k * dim * chunk;
+      const int in_use = lanes_in_use<T>(count, k);
+      typename Simd<T>::IntVec any{};
+      for (int first = 0; first < in_use; first += group_size<T>()) {
+        Vec<T> l[kGroup];
+        if (!log_joint)
+          log_joint_group<T>(component, dim, z_k + first, d + first, y + first, l);
+        else
+#pragma GCC unroll 4
+          for (int v = 0; v < kGroup; v++)
+            l[v] = at(log_joint + (j * chunks + k) * chunk + first + v * lanes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroup; v++) {
+          const int i = first + v * lanes, sample = k * chunk + i;
+          const Vec<T> below = l[v] - at(softmax.max + sample);
+          const Vec<T> p = exp<T>(below - at(softmax.log_sum + sample));
+          const Vec<T> w = p * (at(grad_lse + sample) + at(grad_expected + sample) *
+                                                            (1 + below - at(softmax.gap + sample)));
+          at(weight + i) = w;
+          any |= w != 0;
         }
+      }
+      bool negligible = true;  // a far-off component: all its weights are exactly 0
+      for (int i = 0; i < lanes; i++) negligible &= !any[i];
+      if (negligible) continue;
 
-    double* out = statistics + j * statistics_size(dim);
-    Vec<T> mass{};
-    for (int v = 0; v < chunk; v += lanes) mass += at(weight + v);
-    *out++ += sum<T>(mass);
-    for (int64_t r = 0; r < dim; r++) *out++ += dot(weight, d + r * chunk);
-    T* weighted = y;
-    for (int64_t r = 0; r < dim; r++) {
-      for (int v = 0; v < chunk; v += lanes)
-        at(weighted + v) = at(weight + v) * at(d + r * chunk + v);
-      for (int64_t t = 0; t <= r; t++) *out++ += dot(weighted, d + t * chunk);
+      if (untouched)
+        for (int64_t i = 0; i < statistics_size(dim); i++) at(sums + i * lanes) = Vec<T>{};
+      untouched = false;
+      if (grad_z)
+        for (int first = 0; first < in_use; first += group_size<T>())
+          subtract_gradient(component.whitening, dim, y + first, weight + first,
+                            grad_z + k * dim * chunk + first);
+      if (log_joint)
+        for (int64_t r = 0; r < dim; r++)
+          for (int v = 0; v < in_use / lanes; v++)
+            lane(d, r, v) = lane(z_k, r, v) - component.center[r];
+      add_statistics(dim, weight, d, in_use / lanes, y, sums);
     }
+    if (untouched) continue;
+    double* out = statistics + j * statistics_size(dim);
+    for (int64_t i = 0; i < statistics_size(dim); i++) out[i] += sum<T>(at(sums + i * lanes));
+  }
+}
+
+// Rows are the inner loops, which the compiler turns into vectors.
+template <class T>
+void gradients(const PackedMixture<T>& mixture, int64_t index, const double* statistics,
+               double* center, double* whitening, double* scratch) {
+  const Component<T> component(mixture, index);
+  const int64_t dim = mixture.dim;
+  const double* s = statistics + 1;
+  const double* packed_M = s + dim;
+  double *W = scratch, *M = W + dim * dim;
+  for (int64_t r = 0; r < dim; r++) {
+    for (int64_t t = 0; t <= r; t++) {
+      W[r * dim + t] = component.whitening[packed_index(dim, r, t)];
+      M[r * dim + t] = M[t * dim + r] = *packed_M++;
+    }
+    center[r] = 0;
+  }
+  for (int64_t r = 0; r < dim; r++) {
+    const double* w = W + r * dim;
+    double* out = whitening + r * dim;
+    double y = 0;
+    for (int64_t t = 0; t <= r; t++) {
+      y += w[t] * s[t];
+      out[t] = 0;
+    }
+    for (int64_t t = 0; t <= r; t++) center[t] += w[t] * y;
+    for (int64_t u = 0; u <= r; u++)
+      for (int64_t t = 0; t <= r; t++) out[t] -= w[u] * M[u * dim + t];
   }
 }
 
@@ -294,12 +487,15 @@ void grouped_log_joint(const PackedMixture<T>& mixture, int64_t begin, int64_t e
   log_joint_group<T>(Component<T>(mixture, begin), mixture.dim, z, scratch, nullptr, l);
   if (end - begin == 1) return;
   OnlineSoftmax<T> softmax[kGroup];
+#pragma GCC unroll 4
   for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
   for (int64_t j = begin + 1; j < end; j++) {
     log_joint_group<T>(Component<T>(mixture, j), mixture.dim, z, scratch, nullptr, l);
+#pragma GCC unroll 4
     for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
   }
-  for (int v = 0; v < kGroup; v++) l[v] = softmax[v].max_ + softmax[v].log_sum();
+#pragma GCC unroll 4
+  for (int v = 0; v < kGroup; v++) l[v] = softmax[v].max_ + log<T>(softmax[v].sum_);
 }
 
 template <class T>
@@ -326,6 +522,7 @@ void responsibilities(const PackedMixture<T>& mixture, int64_t group, int64_t gr
       for (int64_t j = begin; j < end; j++) {
         Vec<T> l[kGroup];
         log_joint_group<T>(Component<T>(mixture, j), mixture.dim, z + first, scratch, nullptr, l);
+#pragma GCC unroll 4
         for (int v = 0; v < kGroup; v++) {
           const int i = first + v * lanes;
           p[v] += exp<T>((l[v] - at(softmax.max + i)) - at(softmax.log_sum + i));
@@ -346,14 +543,17 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
     for_each_group(mixture, group, [&](int64_t g, int64_t begin, int64_t end) {
       Vec<T> l[kGroup];
       grouped_log_joint(mixture, begin, end, z + first, scratch, l);
+#pragma GCC unroll 4
       for (int v = 0; v < kGroup; v++)
         for (int k = 0; k < lanes; k++)
           if (begin == 0 || l[v][k] > softmax[v].max_[k]) label[first + v * lanes + k] = g;
+#pragma GCC unroll 4
       for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
     });
+#pragma GCC unroll 4
     for (int v = 0; v < kGroup; v++) {
       const int i = first + v * lanes;
-      const Vec<T> log_sum = softmax[v].log_sum();
+      const Vec<T> log_sum = log<T>(softmax[v].sum_);
       at(max + i) = softmax[v].max_;
       at(probability + i) = 1 / softmax[v].sum_;
       // Rounding may leave a tiny negative number where one group has all the probability.
@@ -363,8 +563,9 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<T>, backward<T>,
-                                log_joint<T>,    responsibilities<T>, assign<T>};
+constexpr Kernels<T> kernels = {chunk_size<T>(),     scratch_size<T>, log_prob<kSmallDim, T>,
+                                backward<T>,         gradients<T>,    log_joint<T>,
+                                responsibilities<T>, assign<T>};
 
 }  // namespace
 

@@ -2,7 +2,9 @@
 // (mixture_kernels.cpp) compiled once per instruction set.
 //
 // Samples travel in chunks of `chunk` that lie in SIMD lanes: a chunk of z is [D][chunk], a value
-// per sample is [chunk]. A last, partial chunk is filled up with copies of its last sample.
+// per sample is [chunk]. A last, partial chunk is filled up with copies of its last sample. A tile
+// is a few chunks, one after the other, with `count` samples in all: components are the outer loop
+// over a tile, so that what belongs to a component stays near.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +12,9 @@
 namespace vmm {
 
 // The components with a finite offset, each one record
-//   offset, m_0 .. m_{D-1}, W_00, W_10, W_11, W_20, ..     (lower triangle of W, by rows)
-// so that l_ij = offset_j - 1/2 |W_j (z_i - m_j)|^2.
+//   offset, m_0 .. m_{D-1}, W's lower triangle
+// so that l_ij = offset_j - 1/2 |W_j (z_i - m_j)|^2. The triangle lies in blocks of kRows rows, by
+// columns within a block, which is the order in which W is multiplied.
 template <class T>
 struct PackedMixture {
   const T* records;
@@ -24,12 +27,24 @@ struct PackedMixture {
 // compiled once per instruction set and the linker must not mix the copies.
 static inline std::int64_t record_size(std::int64_t dim) { return 1 + dim + dim * (dim + 1) / 2; }
 
+constexpr int kRows = 4;
+
+// Where the block that begins with row r starts, and where W_rt lies (t <= r).
+static constexpr std::int64_t packed_row(std::int64_t r) { return r * (r + 1) / 2; }
+static constexpr std::int64_t packed_index(std::int64_t dim, std::int64_t r, std::int64_t t) {
+  const std::int64_t first = r / kRows * kRows;
+  const std::int64_t rows = dim - first < kRows ? dim - first : kRows;
+  if (t < first) return packed_row(first) + t * rows + r - first;
+  const std::int64_t column = t - first;  // has column rows less than the first
+  return packed_row(first) + t * rows - column * (column - 1) / 2 + r - t;
+}
+
 // Sums over samples of one component's pair weights w and d = z - m: N, s [D], and M's lower
-// triangle [D (D + 1) / 2], in float64: a chunk's sums are added to the running ones once per
-// chunk.
+// triangle [D (D + 1) / 2] by rows, in float64: a tile's sums are added to the running ones once
+// per tile.
 static inline std::int64_t statistics_size(std::int64_t dim) { return record_size(dim); }
 
-// What the online log-sum-exp of a chunk leaves, [chunk] each:
+// What the online log-sum-exp of a tile leaves, [chunks * chunk] each:
 //   lse = max + log_sum,   expected = max + gap
 // Kept apart, since adding them rounds to the magnitude of max: exp(l - lse) would lose in float32
 // what exp((l - max) - log_sum) keeps.
@@ -47,18 +62,26 @@ struct Kernels {
   // Number of T that `scratch` must hold, for every function below.
   std::int64_t (*scratch_size)(std::int64_t dim);
 
-  // lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l).
-  void (*log_prob)(const PackedMixture<T>&, const T* z, Softmax<T>, T* scratch);
+  // Over a tile: lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l). l itself
+  // goes to log_joint [size][chunks * chunk] unless that is null.
+  void (*log_prob)(const PackedMixture<T>&, const T* z, int count, Softmax<T>, T* log_joint,
+                   T* scratch);
 
-  // Adds to the statistics of records [begin, end) with the weights
+  // Adds a tile to the statistics of records [begin, end) with the weights
   //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
-  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to grad_z [D][chunk].
+  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to grad_z, laid out as z is. l is
+  // recomputed unless log_joint has it; grad_z needs it recomputed.
   void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
-                   Softmax<T>, const T* grad_lse, const T* grad_expected, double* statistics,
-                   T* grad_z, T* scratch);
+                   int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
+                   const T* log_joint, double* statistics, T* grad_z, T* scratch);
 
-  // Groups of `group` consecutive components count as one: l_g = log sum_{j in g} exp l_j.
-  // out is [count, groups] by rows, already holding the value of pruned groups.
+  // The mixture's gradients from one record's statistics, for N, s and M alike as above:
+  // center [D] = W^T W s, whitening [D, D] = -tril(W M). scratch holds 2 D^2.
+  void (*gradients)(const PackedMixture<T>&, std::int64_t index, const double* statistics,
+                    double* center, double* whitening, double* scratch);
+
+  // Over one chunk: groups of `group` consecutive components count as one: l_g = log sum_{j in g}
+  // exp l_j. out is [count, groups] by rows, already holding the value of pruned groups.
   void (*log_joint)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups, const T* z,
                     int count, T* out, T* scratch);
   void (*responsibilities)(const PackedMixture<T>&, std::int64_t group, std::int64_t groups,
