@@ -42,6 +42,13 @@ void bind(py::module_& m, const std::string& suffix) {
                           K,
                           D};
       }));
+  m.def(("constrained" + suffix).c_str(),
+        [](const Parameters& parameters, int threads, Address precision_cholesky,
+           Address log_weights) {
+          eb::constrained<T>(parameters, threads, pointer<T>(precision_cholesky),
+                             pointer<T>(log_weights));
+        },
+        nogil);
   m.def(("map_gradients" + suffix).c_str(),
         [](const Parameters& parameters, Address z, int64_t B, const eb::ParameterPriors& priors,
            bool responsibility_gradient, double prior_weight, int threads, Address centers,

@@ -56,6 +56,24 @@ void bind(py::module_& m, const std::string& suffix) {
               pointer<T>(grad_centers), pointer<T>(grad_whitening), pointer<T>(grad_offsets));
         },
         nogil);
+  m.def(("kl" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, Address scale, bool full, Address kl, Address softmax) {
+          vmm::kl<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
+                     {pointer<const T>(scale), full}, threads, pointer<T>(kl), pointer<T>(softmax));
+        },
+        nogil);
+  m.def(("kl_backward" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+           int threads, Address scale, bool full, Address softmax, Address grad_kl, Address grad_z,
+           Address grad_scale, Address grad_centers, Address grad_whitening, Address grad_offsets) {
+          vmm::kl_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
+                              {pointer<const T>(scale), full}, threads, pointer<const T>(softmax),
+                              pointer<const T>(grad_kl), pointer<T>(grad_z), pointer<T>(grad_scale),
+                              pointer<T>(grad_centers), pointer<T>(grad_whitening),
+                              pointer<T>(grad_offsets));
+        },
+        nogil);
   m.def(("statistics" + suffix).c_str(),
         [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
            int threads, Address N, Address s, Address M) {

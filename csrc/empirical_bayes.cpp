@@ -261,6 +261,19 @@ double log_weight_prior(const double* log_pi, int64_t num_components, double gam
 }  // namespace
 
 template <class T>
+void constrained(const Parameters<T>& p, int threads, T* precision_cholesky, T* log_weights) {
+  const int64_t C = p.num_components, D = p.dim;
+  const auto log_pi = make_buffer<double>(C);
+  log_softmax(p.logits, C, log_pi.get());
+  std::copy(log_pi.get(), log_pi.get() + C, log_weights);
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(p, kernel, threads_for(p, threads, 1.0),
+                 [&](int64_t c, int count, double* scratch) {
+                   kernel.precision_cholesky(p, c, count, precision_cholesky + c * D * D, scratch);
+                 });
+}
+
+template <class T>
 double map_gradients(const Parameters<T>& p, Samples<T> samples, const ParameterPriors& priors,
                      bool responsibility_gradient, double prior_weight, int threads,
                      const Gradients<T>& gradients) {
@@ -478,6 +491,7 @@ void online_step(const Parameters<T>& p, Sums batch, double count, double rate, 
 }
 
 #define VMM_INSTANTIATE(T)                                                                         \
+  template void constrained<T>(const Parameters<T>&, int, T*, T*);                                 \
   template double map_gradients<T>(const Parameters<T>&, Samples<T>, const ParameterPriors&, bool, \
                                    double, int, const Gradients<T>&);                              \
   template void statistics<T>(const Parameters<T>&, Samples<T>, double, int, Sums);                \

@@ -69,6 +69,11 @@ struct Parameters {
   std::int64_t dim;
 };
 
+// L [C, D, D] with zeros above the diagonal, and log pi [C]. Throws unless a logit is finite and
+// none is NaN.
+template <class T>
+void constrained(const Parameters<T>&, int threads, T* precision_cholesky, T* log_weights);
+
 // Gradients of the loss, in the shapes of the parameters; null where not asked for.
 template <class T>
 struct Gradients {

@@ -132,6 +132,15 @@ class Scratch {
 };
 
 template <class T>
+void precision_cholesky(const Parameters<T>& p, int64_t first, int count, T* L_out,
+                        double* memory) {
+  Scratch scratch(memory, p.dim);
+  V *L = scratch.matrix(), *raw_diagonal = scratch.vector();
+  load_precision(p, {first, 1, count}, L, raw_diagonal);
+  store_lower(L, p.dim, {0, 1, count}, L_out);
+}
+
+template <class T>
 void expected(const Parameters<T>& p, int64_t first, int count, double* L_out, double* log_det,
               double* condition, double* half_trace, double* memory) {
   const int64_t K = p.per_component, D = p.dim;
@@ -356,7 +365,8 @@ void maximise(const Parameters<T>& p, int64_t first, int count, const Weighted& 
 }
 
 template <class T>
-constexpr Kernels<T> kKernels = {kLanes, Scratch::size, expected<T>, gradients<T>, maximise<T>};
+constexpr Kernels<T> kKernels = {kLanes,      Scratch::size, precision_cholesky<T>,
+                                 expected<T>, gradients<T>,  maximise<T>};
 
 }  // namespace
 

@@ -26,7 +26,11 @@ struct Kernels {
   // Number of doubles that `scratch` must hold, aligned to 64 bytes, for every function below.
   std::int64_t (*scratch_size)(std::int64_t dim);
 
-  // L [count, D, D] with a zero upper triangle, log det L [count] (NaN where a diagonal element is
+  // L [count, D, D] with a zero upper triangle.
+  void (*precision_cholesky)(const Parameters<T>&, std::int64_t first, int count, T* L,
+                             double* scratch);
+
+  // The same L, log det L [count] (NaN where a diagonal element is
   // not positive and finite), |L| / min_r L_rr [count] and 1/2 tr(Lambda S) [count K].
   void (*expected)(const Parameters<T>&, std::int64_t first, int count, double* L, double* log_det,
                    double* condition, double* half_trace, double* scratch);

@@ -2,6 +2,7 @@
 #include "mixture.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -427,6 +428,68 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   });
 }
 
+namespace {
+
+// sum_r log s_rr, one logarithm for as many factors as double can hold; NaN unless all are positive
+// and finite.
+template <class T>
+double log_determinant(const T* diagonal, int64_t dim, int64_t stride) {
+  constexpr int64_t kFactors = sizeof(T) == 4 ? 7 : 1;
+  double total = 0;
+  for (int64_t begin = 0; begin < dim; begin += kFactors) {
+    double product = 1;
+    for (int64_t r = begin; r < std::min(dim, begin + kFactors); r++) {
+      const T s = diagonal[r * stride];
+      product *= s > 0 && is_finite(s) ? s : std::numeric_limits<double>::quiet_NaN();
+    }
+    total += std::log(product);
+  }
+  return total;
+}
+
+template <class T>
+const T* diagonal_of(Posteriors<T> posteriors, int64_t dim, int64_t i) {
+  return posteriors.scale + i * (posteriors.full ? dim * dim : dim);
+}
+
+}  // namespace
+
+template <class T>
+void kl(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> posteriors, int threads, T* kl,
+        T* softmax) {
+  constexpr double kHalfLog2PiE = 1.41893853320467274178;
+  const int64_t D = mixture.dim, stride = posteriors.full ? D + 1 : 1;
+  const auto expected = make_buffer<T>(samples.count);
+  log_prob<T>(mixture, samples, threads, kl, expected.get(), softmax);
+  for (int64_t i = 0; i < samples.count; i++) {
+    const double entropy =
+        log_determinant(diagonal_of(posteriors, D, i), D, stride) + D * kHalfLog2PiE;
+    if (std::isnan(entropy))
+      throw std::invalid_argument("q must be finite with a positive scale, but row " +
+                                  std::to_string(i) + " is not");
+    kl[i] = static_cast<T>(-entropy - kl[i]);
+  }
+}
+
+template <class T>
+void kl_backward(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> posteriors,
+                 int threads, const T* softmax, const T* grad_kl, T* grad_z, T* grad_scale,
+                 T* grad_centers, T* grad_whitening, T* grad_offsets) {
+  const int64_t D = mixture.dim, B = samples.count;
+  const int64_t size = posteriors.full ? D * D : D, stride = posteriors.full ? D + 1 : 1;
+  const auto upstream = make_buffer<T>(2 * B);
+  std::fill(grad_scale, grad_scale + B * size, T(0));
+  for (int64_t i = 0; i < B; i++) {
+    upstream[i] = -grad_kl[i];
+    upstream[B + i] = 0;
+    const T* diagonal = diagonal_of(posteriors, D, i);
+    for (int64_t r = 0; r < D; r++)
+      grad_scale[i * size + r * stride] = -grad_kl[i] / diagonal[r * stride];
+  }
+  log_prob_backward<T>(mixture, samples, threads, softmax, upstream.get(), upstream.get() + B,
+                       grad_z, grad_centers, grad_whitening, grad_offsets);
+}
+
 template <class T>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
                 T grad_expected, double* N, double* s, double* M, double* totals) {
@@ -549,6 +612,9 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
 }
 
 #define VMM_INSTANTIATE(T)                                                                         \
+  template void kl<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, T*, T*);                  \
+  template void kl_backward<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, const T*,        \
+                               const T*, T*, T*, T*, T*, T*);                                      \
   template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                       \
   template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*,       \
                                      const T*, T*, T*, T*, T*);                                    \

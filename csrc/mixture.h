@@ -46,6 +46,23 @@ void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* soft
                        const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,
                        T* grad_whitening, T* grad_offsets);
 
+// Gaussian posteriors q_i whose samples the z are, by their scales: lower triangular [B, D, D] with
+// a positive diagonal, of which that is read, or the diagonals alone [B, D].
+template <class T>
+struct Posteriors {
+  const T* scale;
+  bool full;
+};
+
+// The estimate kl_i = -H(q_i) - lse_i of KL(q_i || p), H = sum_r log s_irr + D/2 log 2 pi e, and
+// its gradients. Throws for a q whose entropy is not finite.
+template <class T>
+void kl(const Mixture<T>&, Samples<T>, Posteriors<T>, int threads, T* kl, T* softmax);
+template <class T>
+void kl_backward(const Mixture<T>&, Samples<T>, Posteriors<T>, int threads, const T* softmax,
+                 const T* grad_kl, T* grad_z, T* grad_scale, T* grad_centers, T* grad_whitening,
+                 T* grad_offsets);
+
 // N [J], s [J, D], M [J, D, D] above with w = q: the backward's sums for grad_lse = 1 (Fisher's
 // identity).
 template <class T>

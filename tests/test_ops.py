@@ -85,6 +85,75 @@ def test_every_instruction_set(isa, shape, transpose):
             )
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2500, 20, 5), (1100, 40, 21), (2100, 3, 33)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_many_tiles(shape, threads, transpose):
+    mixture = random_mixture(*shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got, slopes = all_outputs(ops, mixture, transpose), gradients(ops, mixture, transpose)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(got, all_outputs(reference, mixture, transpose), rtol=1e-10, atol=1e-10)
+    expected = gradients(reference, mixture, transpose)
+    torch.testing.assert_close(slopes, expected, rtol=1e-9, atol=1e-9)
+
+
+def composed_kl(z, centers, whitening, offsets, transpose, scale):
+    """The estimate from its parts."""
+    lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
+    entropy = torch.distributions.Normal(torch.zeros_like(diagonal), diagonal).entropy().sum(-1)
+    return -entropy - lse
+
+
+def random_scale(size, dim, full, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.rand(size, dim, generator=generator, dtype=dtype) + 0.1
+    if not full:
+        return scale
+    below = torch.randn(size, dim, dim, generator=generator, dtype=dtype).tril(-1)
+    return below + torch.diag_embed(scale)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(7, 4, 3), (300, 5, 18), (0, 2, 2), (1, 1, 1)])
+def test_kl_equals_its_parts(shape, transpose, full):
+    mixture, scale = random_mixture(*shape), random_scale(shape[0], shape[2], full)
+    outputs = []
+    for kl in (ops.mixture_kl, composed_kl):
+        inputs = [x.detach().clone().requires_grad_() for x in (*mixture, scale)]
+        value = kl(*inputs[:4], transpose, inputs[4])
+        weights = torch.linspace(-1, 2, len(value), dtype=value.dtype)
+        outputs.append((value, *torch.autograd.grad(value @ weights, inputs)))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+
+
+def test_kl_where_the_determinant_of_a_scale_overflows_and_underflows():
+    mixture = random_mixture(2, 3, 100, dtype=torch.float32)
+    scale = torch.tensor([[1e-37], [1e37]]).expand(2, 100)
+    expected = composed_kl(*(x.double() for x in mixture), False, scale.double())
+    torch.testing.assert_close(ops.mixture_kl(*mixture, False, scale), expected.float())
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("full", [False, True])
+def test_kl_refuses_a_scale_that_is_not_positive(bad, full):
+    mixture, scale = random_mixture(4, 3, 2), random_scale(4, 2, full)
+    scale[(2, 1, 1) if full else (2, 1)] = bad
+    with pytest.raises(ValueError, match="q must be finite with a positive scale, but row 2 is"):
+        ops.mixture_kl(*mixture, False, scale)
+
+
+def test_kl_names_a_scale_of_the_wrong_shape():
+    mixture = random_mixture(4, 3, 2)
+    with pytest.raises(ValueError, match=r"scale must have shape \[B, D\] = \[4, 2\]"):
+        ops.mixture_kl(*mixture, False, torch.ones(4, 3))
+
+
 @pytest.mark.parametrize("group", [2, 3, 12])
 def test_groups(isa, group):
     mixture = random_mixture(150, 12, 4)

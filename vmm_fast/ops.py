@@ -21,6 +21,7 @@ log-density overflows the dtype.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from vmm_fast import _core, reference
 
 __all__ = [
     "mixture_assign",
+    "mixture_kl",
     "mixture_log_joint",
     "mixture_log_prob",
     "mixture_responsibilities",
@@ -38,7 +40,7 @@ __all__ = [
     "whitened_components",
 ]
 
-_FLOATS = {torch.float32: "float32", torch.float64: "float64"}
+_FLOATS = {torch.float32: "_float32", torch.float64: "_float64"}
 _HALVES = (torch.float16, torch.bfloat16)
 
 # A float32 whitening matrix A of this condition number or more (as bounded from below by its norm
@@ -159,7 +161,9 @@ def _check_components(
             f"{'D >= 1' if precision_cholesky is None else f'D = {dim}'}, "
             f"but has {list(scale.shape)}"
         )
-    dtypes = (value.dtype for value in arguments.values() if value is not None)
+    dtypes = {value.dtype for value in arguments.values() if value is not None}
+    if len(dtypes) == 1 and dtypes <= _FLOATS.keys():
+        return log_weights, precision_cholesky, scale
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return (
         log_weights.to(dtype),
@@ -171,29 +175,54 @@ def _check_components(
 # --- the compiled core: addresses and sizes ---
 
 
-def _core_call(name: str, inputs: tuple[Tensor, ...], transpose: bool, *rest: Any) -> None:
-    """Call an operation of the compiled core; ``rest`` are tensors (by address) and integers."""
-    inputs = tuple(x.contiguous() for x in inputs)
-    z, centers = inputs[:2]
-    function = getattr(_core, f"{name}_{_FLOATS[z.dtype]}")
-    function(
-        *(x.data_ptr() for x in inputs),
-        z.shape[0],
+def _core_call(
+    name: str,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    *rest: Any,
+) -> None:
+    """Call an operation of the compiled core; ``rest`` are addresses and numbers."""
+    z, centers, whitening, offsets = (
+        z.contiguous(),
+        centers.contiguous(),
+        whitening.contiguous(),
+        offsets.contiguous(),
+    )
+    rows, dim = z.shape
+    getattr(_core, name + _FLOATS[z.dtype])(
+        z.data_ptr(),
+        centers.data_ptr(),
+        whitening.data_ptr(),
+        offsets.data_ptr(),
+        rows,
         centers.shape[0],
-        z.shape[1],
+        dim,
         transpose,
         torch.get_num_threads(),
-        *(x.data_ptr() if isinstance(x, Tensor) else x for x in rest),
+        *rest,
     )
+
+
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous ones; ``empty_like`` keeps strides, and takes half the time of ``empty``."""
+    return tuple(torch.empty_like(x if x.is_contiguous() else x.contiguous()) for x in tensors)
 
 
 def _log_prob_cpu(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = z.shape[0]
-    out = (z.new_empty(size), z.new_empty(size), z.new_empty(3, size))
-    _core_call("log_prob", (z, centers, whitening, offsets), transpose, *out)
-    return out
+    lse, expected, softmax = (
+        torch.empty(size, dtype=z.dtype),
+        torch.empty(size, dtype=z.dtype),
+        torch.empty(3, size, dtype=z.dtype),
+    )
+    addresses = (lse.data_ptr(), expected.data_ptr(), softmax.data_ptr())
+    _core_call("log_prob", z, centers, whitening, offsets, transpose, *addresses)
+    return lse, expected, softmax
 
 
 def _log_prob_backward_cpu(
@@ -206,21 +235,77 @@ def _log_prob_backward_cpu(
     softmax: Tensor,
     transpose: bool,
 ) -> tuple[Tensor, ...]:
-    inputs = (z, centers, whitening, offsets)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    upstream = (grad_lse.contiguous(), grad_expected.contiguous())
-    _core_call("log_prob_backward", inputs, transpose, softmax, *upstream, *grads)
+    grads = _empty_like(z, centers, whitening, offsets)
+    grad_lse, grad_expected = grad_lse.contiguous(), grad_expected.contiguous()
+    _core_call(
+        "log_prob_backward",
+        z,
+        centers,
+        whitening,
+        offsets,
+        transpose,
+        softmax.data_ptr(),
+        grad_lse.data_ptr(),
+        grad_expected.data_ptr(),
+        *(x.data_ptr() for x in grads),
+    )
+    return grads
+
+
+def _kl_cpu(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    size = z.shape[0]
+    kl, softmax = torch.empty(size, dtype=z.dtype), torch.empty(3, size, dtype=z.dtype)
+    scale = scale.contiguous()
+    posteriors = (scale.data_ptr(), scale.ndim == 3)
+    addresses = (kl.data_ptr(), softmax.data_ptr())
+    _core_call("kl", z, centers, whitening, offsets, transpose, *posteriors, *addresses)
+    return kl, softmax
+
+
+def _kl_backward_cpu(
+    grad_kl: Tensor,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, ...]:
+    grads = _empty_like(z, centers, whitening, offsets, scale)
+    grad_z, *grad_mixture, grad_scale = grads
+    grad_kl, scale = grad_kl.contiguous(), scale.contiguous()
+    _core_call(
+        "kl_backward",
+        z,
+        centers,
+        whitening,
+        offsets,
+        transpose,
+        scale.data_ptr(),
+        scale.ndim == 3,
+        softmax.data_ptr(),
+        grad_kl.data_ptr(),
+        grad_z.data_ptr(),
+        grad_scale.data_ptr(),
+        *(x.data_ptr() for x in grad_mixture),
+    )
     return grads
 
 
 def _statistics_cpu(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
 ) -> tuple[Tensor, ...]:
-    out = tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (offsets, centers, whitening)
-    )
-    _core_call("statistics", (z, centers, whitening, offsets), transpose, *out)
+    out = _empty_like(offsets, centers, whitening)
+    addresses = (x.data_ptr() for x in out)
+    _core_call("statistics", z, centers, whitening, offsets, transpose, *addresses)
     return out
 
 
@@ -233,8 +318,9 @@ def _matrix_cpu(name: str):
         transpose: bool,
         per_component: int,
     ) -> Tensor:
-        out = z.new_empty(z.shape[0], centers.shape[0] // per_component)
-        _core_call(name, (z, centers, whitening, offsets), transpose, per_component, out)
+        out = torch.empty(z.shape[0], centers.shape[0] // per_component, dtype=z.dtype)
+        rest = (per_component, out.data_ptr())
+        _core_call(name, z, centers, whitening, offsets, transpose, *rest)
         return out
 
     return function
@@ -249,9 +335,10 @@ def _assign_cpu(
     per_component: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = z.shape[0]
-    label = z.new_empty(size, dtype=torch.int64)
-    out = (label, z.new_empty(size), z.new_empty(size))
-    _core_call("assign", (z, centers, whitening, offsets), transpose, per_component, *out)
+    label = torch.empty(size, dtype=torch.int64)
+    out = (label, torch.empty(size, dtype=z.dtype), torch.empty(size, dtype=z.dtype))
+    rest = (per_component, *(x.data_ptr() for x in out))
+    _core_call("assign", z, centers, whitening, offsets, transpose, *rest)
     return out
 
 
@@ -271,7 +358,7 @@ def _components_call(
     """Call an operation of the compiled core on Components."""
     inputs = [x if x is None else x.contiguous() for x in (log_weights, precision_cholesky, scale)]
     total, dim = whitening.shape[:2]
-    return getattr(_core, f"{name}_{_FLOATS[log_weights.dtype]}")(
+    return getattr(_core, name + _FLOATS[log_weights.dtype])(
         *map(_address, inputs),
         scale is not None and scale.ndim == 2,
         expected,
@@ -292,8 +379,8 @@ def _whitened_components_cpu(
     expected: bool,
 ) -> tuple[Tensor, Tensor, float]:
     dim = _latent_dim(precision_cholesky, scale)
-    whitening = log_weights.new_empty(num_centers, dim, dim)
-    offsets = log_weights.new_empty(num_centers)
+    whitening = torch.empty(num_centers, dim, dim, dtype=log_weights.dtype)
+    offsets = torch.empty(num_centers, dtype=log_weights.dtype)
     condition = _components_call(
         "whitened_components", log_weights, precision_cholesky, scale, whitening, expected, offsets
     )
@@ -594,6 +681,24 @@ class _WhitenedComponents(torch.autograd.Function):
         )
 
 
+class _KL(torch.autograd.Function):
+    """Entropy and log-density of a batch in one call; see :func:`mixture_kl`."""
+
+    @staticmethod
+    def forward(ctx, z, centers, whitening, offsets, scale, transpose):
+        inputs = (z, centers, whitening, offsets, scale)
+        kl, softmax = _kl_cpu(*inputs, transpose)
+        ctx.transpose = transpose
+        ctx.save_for_backward(*inputs, softmax)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad_kl):
+        if torch.is_grad_enabled():  # only under create_graph=True
+            _refuse_double_backward("mixture_log_prob")(ctx)
+        return *_kl_backward_cpu(grad_kl, *ctx.saved_tensors, ctx.transpose), None
+
+
 # --- the public functions ---
 
 
@@ -712,6 +817,57 @@ def mixture_log_prob(
     if z.is_cpu and not torch.compiler.is_compiling():
         return _LogProb.apply(z, centers, whitening, offsets, transpose)
     return torch.ops.vmm_fast.mixture_log_prob(z, centers, whitening, offsets, transpose)[:2]
+
+
+def mixture_kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    scale: Tensor,
+) -> Tensor:
+    """Estimate KL(q_i || p) of Gaussian posteriors from a sample z_i of each, in nats.
+
+    kl_i = -H(q_i) - lse_i with lse of :func:`mixture_log_prob` and
+    H(q_i) = sum_r log s_irr + D/2 log 2 pi e. Differentiable once in all tensors.
+
+    Parameters
+    ----------
+    z, centers, whitening, offsets, transpose
+        As for :func:`mixture_log_prob`; z_i ~ q_i.
+    scale : Tensor [B, D] or [B, D, D]
+        Standard deviations of q_i, or the lower-triangular s_i of which the diagonal is read;
+        positive.
+
+    Returns
+    -------
+    Tensor [B]
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the module says, and for a scale that is not finite and positive.
+    """
+    z, centers, whitening, offsets = _check(z, centers, whitening, offsets)
+    size, dim = z.shape
+    if not isinstance(scale, Tensor) or scale.shape not in ((size, dim), (size, dim, dim)):
+        shape = list(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
+        raise ValueError(
+            f"scale must have shape [B, D] = {[size, dim]} or [B, D, D], but has {shape}"
+        )
+    compiling = torch.compiler.is_compiling()
+    if scale.dtype != z.dtype:
+        scale = scale.to(z.dtype)
+    if z.is_cpu and not compiling:
+        return _KL.apply(z, centers, whitening, offsets, scale, transpose)
+    lse, _ = mixture_log_prob(z, centers, whitening, offsets, transpose)
+    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
+    kl = -diagonal.log().sum(-1) - 0.5 * dim * math.log(2 * math.pi * math.e) - lse
+    if not compiling and not kl.isfinite().all():
+        row = int((~kl.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
+    return kl
 
 
 def mixture_statistics(

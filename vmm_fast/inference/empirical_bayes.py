@@ -78,6 +78,14 @@ class MixtureParameters(NamedTuple):
         ValueError
             If no logit is finite or one is NaN.
         """
+        suffix = _in_core(self)
+        if suffix and not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:])):
+            log_weights = torch.empty(self.logits.shape, dtype=self.logits.dtype)
+            precision = torch.empty(self.raw_precision.shape, dtype=self.logits.dtype)
+            view = _CoreParameters(self, suffix).view
+            threads = torch.get_num_threads()
+            _call("constrained", suffix, view, threads, precision, log_weights)
+            return Components(self.centers, log_weights, precision, self.scale)
         log_weights = self.logits.log_softmax(-1)
         if not torch.compiler.is_compiling() and not log_weights.max() > -math.inf:
             raise ValueError("logits must have at least one finite value and no NaN")

@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution
 
 from vmm_fast.inference.gradient import PrivateAdam
-from vmm_fast.mixture import Assignment, Components, MixtureDistribution, gaussian_parameters
+from vmm_fast.mixture import (
+    Assignment,
+    Components,
+    MixtureDistribution,
+    gaussian_parameters,
+    gaussian_sample,
+)
 
 __all__ = ["Encoder", "LearntPrior", "Prior", "PseudoInputs"]
 
@@ -118,7 +124,11 @@ class Prior(nn.Module):
 
     def _latents(self, q_or_z: Distribution | Tensor) -> Tensor:
         """z [B, D], cut from the graph, from what ``update`` takes."""
-        z = q_or_z if isinstance(q_or_z, Tensor) else _sample(self._check_posterior(q_or_z))
+        if isinstance(q_or_z, Tensor):
+            z = q_or_z
+        else:
+            with torch.no_grad():
+                z = gaussian_sample(self._check_posterior(q_or_z))
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape [B, {self.latent_dim}], but has {list(z.shape)}")
         if len(z) == 0:
@@ -140,19 +150,6 @@ class Prior(nn.Module):
                 parameter.copy_(value)
             return
         super().__setattr__(name, value)
-
-
-@torch.no_grad()
-def _sample(q: Distribution) -> Tensor:
-    """One sample of a Gaussian q, as ``q.sample()`` in fewer operations."""
-    base = q.base_dist if isinstance(q, Independent) else q
-    if type(base) is Normal:
-        return torch.addcmul(base.loc, base.scale, torch.empty_like(base.loc).normal_())
-    if type(base) is MultivariateNormal:
-        rows, dim = base.loc.shape
-        noise = torch.empty((rows, 1, dim), dtype=base.loc.dtype, device=base.loc.device)
-        return (base.scale_tril * noise.normal_()).sum(-1).add_(base.loc)
-    return q.sample()
 
 
 class LearntPrior(Prior):
