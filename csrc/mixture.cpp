@@ -406,11 +406,11 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
   std::fill(grad_offsets, grad_offsets + J, T(0));
   threads = useful_threads(threads, static_cast<double>(view.size) * D * D * (D + 3) / 3);
-  const int64_t gradient_size = (3 * D + 1) * D;
+  const int64_t row = kernel.gradients_stride(D), gradient_size = 2 * (D + 1) * row;
   const auto gradients = make_buffer<double>(threads * gradient_size);
   parallel_ranges(view.size, threads, [&](int thread, int64_t begin, int64_t end) {
     double* center = gradients.get() + thread * gradient_size;
-    double *whitening = center + D, *scratch = whitening + D * D;
+    double *whitening = center + row, *scratch = whitening + D * row;
     for (int64_t j = begin; j < end; j++) {
       const double* sum = sums.get() + j * statistics_size(D);
       kernel.gradients(view, j, sum, center, whitening, scratch);
@@ -422,7 +422,7 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
         m[turned(mixture.transpose, D, r)] = static_cast<T>(center[r]);
         for (int64_t t = 0; t <= r; t++)
           A[mixture.transpose ? (D - 1 - t) * D + D - 1 - r : r * D + t] =
-              static_cast<T>(whitening[r * D + t]);
+              static_cast<T>(whitening[r * row + t]);
       }
     }
   });

@@ -190,10 +190,17 @@ struct OnlineSoftmax {
   }
 };
 
+// A component's sums before their lanes are added up: one vector each, in whole squares.
+template <class T>
+int64_t sums_size(int64_t dim) {
+  constexpr int lanes = Simd<T>::lanes;
+  return (statistics_size(dim) + lanes - 1) / lanes * lanes;
+}
+
 template <class T>
 int64_t scratch_size(int64_t dim) {
   const int64_t forward = dim * chunk_size<T>() + kBlock * group_size<T>();
-  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + statistics_size(dim) * Simd<T>::lanes;
+  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + sums_size<T>(dim) * Simd<T>::lanes;
   return forward > backward ? forward : backward;
 }
 
@@ -390,7 +397,7 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
   T* d = scratch;
   T* y = d + dim * chunk;  // W d, then w d
   T* weight = y + dim * chunk;
-  T* sums = weight + chunk;
+  T* totals = weight + chunk;
   for (int64_t j = begin; j < end; j++) {
     const Component<T> component(mixture, j);
     bool untouched = true;
@@ -422,7 +429,7 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
       if (negligible) continue;
 
       if (untouched)
-        for (int64_t i = 0; i < statistics_size(dim); i++) at(sums + i * lanes) = Vec<T>{};
+        for (int64_t i = 0; i < sums_size<T>(dim); i++) at(totals + i * lanes) = Vec<T>{};
       untouched = false;
       if (grad_z)
         for (int first = 0; first < in_use; first += group_size<T>())
@@ -432,41 +439,64 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
         for (int64_t r = 0; r < dim; r++)
           for (int v = 0; v < in_use / lanes; v++)
             lane(d, r, v) = lane(z_k, r, v) - component.center[r];
-      add_statistics(dim, weight, d, in_use / lanes, y, sums);
+      add_statistics(dim, weight, d, in_use / lanes, y, totals);
     }
     if (untouched) continue;
     double* out = statistics + j * statistics_size(dim);
-    for (int64_t i = 0; i < statistics_size(dim); i++) out[i] += sum<T>(at(sums + i * lanes));
+    for (int64_t i = 0; i < statistics_size(dim); i += lanes) {
+      const Vec<T> total = sums<T>(totals + i * lanes);
+      for (int lane = 0; lane < lanes && i + lane < statistics_size(dim); lane++)
+        out[i + lane] += total[lane];
+    }
   }
 }
 
-// Rows are the inner loops, which the compiler turns into vectors.
+// out[0 .. V) -= sum_u w[u] M[u] for vectors that lie side by side in rows of M.
+template <int V>
+VMM_INLINE void subtract_product(const double* w, int64_t count, const double* M, int64_t stride,
+                                 double* out) {
+  constexpr int lanes = Simd<double>::lanes;
+  Vec<double> total[V] = {};
+  for (int64_t u = 0; u < count; u++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) total[v] -= w[u] * at(M + u * stride + v * lanes);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; v++) at(out + v * lanes) = total[v];
+}
+
+int64_t gradients_stride(int64_t dim) {
+  constexpr int lanes = Simd<double>::lanes;
+  return (dim + lanes - 1) / lanes * lanes;
+}
+
 template <class T>
 void gradients(const PackedMixture<T>& mixture, int64_t index, const double* statistics,
                double* center, double* whitening, double* scratch) {
+  constexpr int lanes = Simd<double>::lanes;
   const Component<T> component(mixture, index);
-  const int64_t dim = mixture.dim;
+  const int64_t dim = mixture.dim, stride = gradients_stride(dim);
   const double* s = statistics + 1;
   const double* packed_M = s + dim;
-  double *W = scratch, *M = W + dim * dim;
+  double *M = scratch, *w = M + dim * stride;
   for (int64_t r = 0; r < dim; r++) {
-    for (int64_t t = 0; t <= r; t++) {
-      W[r * dim + t] = component.whitening[packed_index(dim, r, t)];
-      M[r * dim + t] = M[t * dim + r] = *packed_M++;
-    }
+    for (int64_t t = 0; t <= r; t++) M[r * stride + t] = M[t * stride + r] = *packed_M++;
+    for (int64_t t = dim; t < stride; t++) M[r * stride + t] = 0;
     center[r] = 0;
   }
   for (int64_t r = 0; r < dim; r++) {
-    const double* w = W + r * dim;
-    double* out = whitening + r * dim;
+    const int64_t first = r / kRows * kRows;
+    const int64_t rows = dim - first < kRows ? dim - first : kRows;
+    const T* block = component.whitening + packed_row(first);
+    for (int64_t t = 0; t < first; t++) w[t] = block[t * rows + r - first];
+    for (int64_t t = first; t <= r; t++) w[t] = component.whitening[packed_index(dim, r, t)];
     double y = 0;
-    for (int64_t t = 0; t <= r; t++) {
-      y += w[t] * s[t];
-      out[t] = 0;
-    }
+    for (int64_t t = 0; t <= r; t++) y += w[t] * s[t];
     for (int64_t t = 0; t <= r; t++) center[t] += w[t] * y;
-    for (int64_t u = 0; u <= r; u++)
-      for (int64_t t = 0; t <= r; t++) out[t] -= w[u] * M[u * dim + t];
+    double* out = whitening + r * stride;
+    int64_t t = 0;
+    for (; r + 1 - t > 3 * lanes; t += 4 * lanes)
+      subtract_product<4>(w, r + 1, M + t, stride, out + t);
+    for (; r + 1 - t > 0; t += lanes) subtract_product<1>(w, r + 1, M + t, stride, out + t);
   }
 }
 
@@ -563,9 +593,9 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {chunk_size<T>(),     scratch_size<T>, log_prob<kSmallDim, T>,
-                                backward<T>,         gradients<T>,    log_joint<T>,
-                                responsibilities<T>, assign<T>};
+constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<kSmallDim, T>,
+                                backward<T>,     gradients_stride,    gradients<T>,
+                                log_joint<T>,    responsibilities<T>, assign<T>};
 
 }  // namespace
 

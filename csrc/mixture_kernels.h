@@ -75,8 +75,10 @@ struct Kernels {
                    int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
                    const T* log_joint, double* statistics, T* grad_z, T* scratch);
 
-  // The mixture's gradients from one record's statistics, for N, s and M alike as above:
-  // center [D] = W^T W s, whitening [D, D] = -tril(W M). scratch holds 2 D^2.
+  // The mixture's gradients from one record's statistics: center [D] = W^T W s and the lower
+  // triangle of whitening [D, gradients_stride(D)] = -W M, in aligned memory. scratch holds D
+  // (stride + 1).
+  std::int64_t (*gradients_stride)(std::int64_t dim);
   void (*gradients)(const PackedMixture<T>&, std::int64_t index, const double* statistics,
                     double* center, double* whitening, double* scratch);
 

@@ -64,11 +64,27 @@ Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// Pairwise: the order of additions is the same for every call.
+// The sums of as many vectors, side by side in memory, as a vector has lanes; pairwise, so that the
+// order of additions is the same for every call.
 template <class T>
-T sum(Vec<T> x) {
-  for (int width = Simd<T>::lanes / 2; width >= 1; width /= 2)
-    for (int i = 0; i < width; i++) x[i] += x[i + width];
+Vec<T> sums(const T* vectors) {
+  using IntVec = typename Simd<T>::IntVec;
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> x[lanes];
+  IntVec lane{};
+  for (int i = 0; i < lanes; i++) {
+    x[i] = at(vectors + i * lanes);
+    lane[i] = i;
+  }
+  // Of vectors i and i + width, lanes without and with the bit of width keep the one and the other.
+#pragma GCC unroll 8
+  for (int width = lanes / 2; width >= 1; width /= 2) {
+    const IntVec second = (lane & width) != 0 ? IntVec{} + lanes : IntVec{};
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++)
+      x[i] = __builtin_shuffle(x[i], x[i + width], lane | second) +
+             __builtin_shuffle(x[i], x[i + width], (lane ^ width) | second);
+  }
   return x[0];
 }
 
