@@ -131,9 +131,11 @@ VMM_INLINE void unrolled(Body body) {
   }
 }
 
-// The same for a dimension known to the compiler, small enough for d to stay in registers; no gain
-// where a register holds four numbers alone.
-constexpr int kSmallDim = VMM_VECTOR_BYTES >= 32 ? 16 : 0;
+// The same for a dimension known to the compiler: d stays in registers while there are enough, and
+// no loop is left. It pays where a register holds eight numbers or more; each size takes the
+// compiler a second, so that double, which is rare, goes without.
+template <class T>
+constexpr int kSmallDim = VMM_VECTOR_BYTES >= 32 && sizeof(T) == 4 ? 20 : 0;
 constexpr int kSmallGroup = 2;
 template <int kDim, class T>
 VMM_INLINE void log_joint_small(const Component<T>& component, const T* z, Vec<T>* l) {
@@ -269,7 +271,7 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
   }
 }
 
-template <int kDim = kSmallDim, class T>
+template <int kDim, class T>
 void log_prob(const PackedMixture<T>& mixture, const T* z, int count, Softmax<T> out, T* log_joint,
               T* scratch) {
   if constexpr (kDim > 0) {
@@ -593,7 +595,7 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<kSmallDim, T>,
+constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<kSmallDim<T>, T>,
                                 backward<T>,     gradients_stride,    gradients<T>,
                                 log_joint<T>,    responsibilities<T>, assign<T>};
 
