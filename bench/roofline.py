@@ -7,7 +7,8 @@ of a point and a component costs
     log_prob            P
     log_prob, backward  P, then P again (nothing of size [B, J] is kept), D (D + 1) / 2 for the
                         gradient of z, D (D + 1) / 2 + D for M and D + 1 for s and N
-    statistics          P for the log-sum-exp, then P, D (D + 1) / 2 + D and D + 1 as above
+    statistics          P (l is kept from the log-sum-exp to the sums), then D (D + 1) / 2 + D and
+                        D + 1 as above
     responsibilities    P
     assign              P
 
@@ -44,7 +45,7 @@ def operations(kernel: str, size: Size) -> int:
     multiply_adds = {
         LOG_PROB: pair,
         LOG_PROB_BACKWARD: 2 * pair + triangle + (triangle + size.D) + (size.D + 1),
-        STATISTICS: 2 * pair + (triangle + size.D) + (size.D + 1),
+        STATISTICS: pair + (triangle + size.D) + (size.D + 1),
         RESPONSIBILITIES: pair,
         ASSIGN: pair,
     }[kernel]

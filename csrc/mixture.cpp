@@ -187,11 +187,10 @@ class Tiles {
           target[turned(mixture_.transpose, D, r)] = lanes[r * chunk_ + i];
   }
 
-  // Fills [size] with this tile's part of a [B] array; the filling is `rest`.
+  // Fills [size] with this tile's part of a [B] array; the filling is `rest`, as is all for null.
   void gather(int64_t k, const T* values, T rest, T* lanes) const {
-    const int n = count(k);
-    std::copy(values + first(k), values + first(k) + n, lanes);
-    std::fill(lanes + n, lanes + size_, rest);
+    T* end = values ? std::copy_n(values + first(k), count(k), lanes) : lanes;
+    std::fill(end, lanes + size_, rest);
   }
 
   // The first row of which every l was cut off, else kNone.
@@ -477,17 +476,16 @@ void kl_backward(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> po
                  T* grad_centers, T* grad_whitening, T* grad_offsets) {
   const int64_t D = mixture.dim, B = samples.count;
   const int64_t size = posteriors.full ? D * D : D, stride = posteriors.full ? D + 1 : 1;
-  const auto upstream = make_buffer<T>(2 * B);
+  const auto upstream = make_buffer<T>(B);
   std::fill(grad_scale, grad_scale + B * size, T(0));
   for (int64_t i = 0; i < B; i++) {
     upstream[i] = -grad_kl[i];
-    upstream[B + i] = 0;
     const T* diagonal = diagonal_of(posteriors, D, i);
     for (int64_t r = 0; r < D; r++)
       grad_scale[i * size + r * stride] = -grad_kl[i] / diagonal[r * stride];
   }
-  log_prob_backward<T>(mixture, samples, threads, softmax, upstream.get(), upstream.get() + B,
-                       grad_z, grad_centers, grad_whitening, grad_offsets);
+  log_prob_backward<T>(mixture, samples, threads, softmax, upstream.get(), nullptr, grad_z,
+                       grad_centers, grad_whitening, grad_offsets);
 }
 
 template <class T>

@@ -41,6 +41,7 @@ void log_prob(const Mixture<T>&, Samples<T>, int threads, T* lse, T* expected, T
 // sums N_j = sum_i w, s_j = sum_i w d, M_j = sum_i w d d^T:
 //   grad_z_i = -sum_j w A^T A d,  grad_centers = A^T A s,  grad_whitening = -tril(A M),
 //   grad_offsets = N.
+// grad_lse or grad_expected may be null, for zeros.
 template <class T>
 void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* softmax,
                        const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,

@@ -175,6 +175,10 @@ def _check_components(
 # --- the compiled core: addresses and sizes ---
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _core_call(
     name: str,
     z: Tensor,
@@ -226,8 +230,8 @@ def _log_prob_cpu(
 
 
 def _log_prob_backward_cpu(
-    grad_lse: Tensor,
-    grad_expected: Tensor,
+    grad_lse: Tensor | None,
+    grad_expected: Tensor | None,
     z: Tensor,
     centers: Tensor,
     whitening: Tensor,
@@ -236,7 +240,7 @@ def _log_prob_backward_cpu(
     transpose: bool,
 ) -> tuple[Tensor, ...]:
     grads = _empty_like(z, centers, whitening, offsets)
-    grad_lse, grad_expected = grad_lse.contiguous(), grad_expected.contiguous()
+    upstream = [x if x is None else x.contiguous() for x in (grad_lse, grad_expected)]
     _core_call(
         "log_prob_backward",
         z,
@@ -245,8 +249,7 @@ def _log_prob_backward_cpu(
         offsets,
         transpose,
         softmax.data_ptr(),
-        grad_lse.data_ptr(),
-        grad_expected.data_ptr(),
+        *map(_address, upstream),
         *(x.data_ptr() for x in grads),
     )
     return grads
@@ -340,10 +343,6 @@ def _assign_cpu(
     rest = (per_component, *(x.data_ptr() for x in out))
     _core_call("assign", z, centers, whitening, offsets, transpose, *rest)
     return out
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _components_call(
@@ -640,6 +639,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, centers, whitening, offsets, transpose):
         lse, expected, softmax = _log_prob_cpu(z, centers, whitening, offsets, transpose)
+        ctx.set_materialize_grads(False)
         ctx.transpose = transpose
         ctx.save_for_backward(z, centers, whitening, offsets, softmax)
         return lse, expected
