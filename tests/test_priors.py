@@ -46,6 +46,17 @@ class Encoder(nn.Module):
         return normal if self.kind == "normal" else Independent(normal, 1)
 
 
+class Generator(nn.Module):
+    """Pseudo-inputs from a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, INPUTS, dtype=torch.float64)
+
+    def forward(self):
+        return self.linear(torch.linspace(-1, 1, 16, dtype=torch.float64).view(8, 2))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -94,7 +105,8 @@ def plain_kl(prior, q, z, encoder, pseudo_inputs, logits, factor):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
 def test_kl_value_and_gradients(kind, joint, k):
-    encoder, prior = Encoder(kind), vmm(pseudo_inputs_per_component=k, joint=joint)
+    encoder = Encoder(kind)
+    prior = vmm(pseudo_inputs_per_component=k, joint=joint)
     q = encoder(inputs())
     z = q.rsample()
     factor = prior.precision_cholesky
@@ -591,14 +603,6 @@ def test_casts_follow():
 
 
 def test_pseudo_inputs_from_a_module():
-    class Generator(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(2, INPUTS, dtype=torch.float64)
-
-        def forward(self):
-            return self.linear(torch.linspace(-1, 1, 16, dtype=torch.float64).view(8, 2))
-
     encoder = Encoder()
     for inference in ("gradient", "closed-form"):
         prior = VMMPrior(Generator(), D, inference=inference)
@@ -674,6 +678,54 @@ def test_one_dimension():
         assert prior.kl(encoder(inputs()), encoder).isfinite().all()
 
 
+# --- encoding as rarely as can be ---
+
+
+class Counted:
+    """An encoder that counts its calls."""
+
+    def __init__(self, encoder):
+        self.encoder, self.calls = encoder, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "normal"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_call_encodes_batch_and_pseudo_inputs(kind, joint):
+    prior, x = vmm(joint=joint), inputs()
+    counted = Counted(Encoder(kind))
+    q, at_pseudo_inputs = prior.encode(x, counted)
+    expected = counted.encoder(x)
+    z = expected.rsample()
+    ours, theirs = prior.kl(q, at_pseudo_inputs, z), prior.kl(expected, counted.encoder, z)
+    assert counted.calls == 1
+    torch.testing.assert_close(q.mean, expected.mean, **TIGHT)
+    torch.testing.assert_close(ours, theirs, **TIGHT)
+    learnt = [*counted.encoder.parameters(), *([prior.pseudo_inputs] if joint else [])]
+    grads = [torch.autograd.grad(kl.sum(), learnt, retain_graph=True) for kl in (ours, theirs)]
+    torch.testing.assert_close(*grads, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StandardNormalPrior(D),
+        lambda: GaussianMixturePrior(5, D),
+        lambda: VMMPrior(Generator(), D),
+        lambda: VMMPrior(inputs(8)[:, None], D),
+        lambda: VMMPrior(inputs(8, torch.float32), D),
+    ],
+)
+def test_what_does_not_fit_into_one_call_is_encoded_apart(make):
+    x, counted = inputs(), Counted(Encoder())
+    q, at_pseudo_inputs = make().encode(x, counted)
+    assert at_pseudo_inputs is counted and counted.calls == 1
+    assert torch.equal(q.mean, counted.encoder(x).mean)
+
+
 # --- errors ---
 
 
@@ -717,6 +769,9 @@ def test_type_errors():
         VMMPrior([[0.0]], 1)
     with pytest.raises(TypeError, match="encoder must be a callable"):
         vmm().log_prob(torch.zeros(1, D).double())
+    _, at_pseudo_inputs = vmm().encode(inputs(), Encoder())
+    with pytest.raises(TypeError, match="encoder must be the network's own"):
+        vmm().update(torch.zeros(1, D).double(), at_pseudo_inputs)
     with pytest.raises(TypeError, match="q must be a torch"):
         vmm().kl(torch.zeros(3, D), Encoder())
 
@@ -765,10 +820,12 @@ def test_compiles_without_graph_breaks():
     encoder, prior = Encoder(), vmm()
 
     def step(x, noise):
-        q = encoder(x)
+        q, at_pseudo_inputs = prior.encode(x, encoder)
         z = q.loc + (q.scale_tril @ noise[..., None])[..., 0]
         crisp = prior.responsibilities(z, encoder).square().sum(-1)
-        return (prior.kl(q, encoder, z=z) + crisp + prior.log_joint(z, encoder).sum(-1)).mean()
+        return (
+            prior.kl(q, at_pseudo_inputs, z=z) + crisp + prior.log_joint(z, encoder).sum(-1)
+        ).mean()
 
     x, noise = inputs(), torch.randn(40, D, dtype=torch.float64)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

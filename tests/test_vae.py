@@ -182,6 +182,16 @@ def test_prior_gets_the_encoder_but_does_not_keep_it():
     assert model.sample(6, component=1).shape == (6, 7)
 
 
+def test_elbo_calls_the_encoder_once():
+    model, x = make(prior=VMMPrior(data(4), latent_dim=3)), data(5)
+    rows = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    terms = model.elbo(x)
+    assert rows == [5 + 4]
+    expected = model.prior.kl(model.encode(x), model.encode, z=terms.z)
+    torch.testing.assert_close(terms.kl, expected)
+
+
 @pytest.mark.parametrize("prior", ["normal", "mixture"])
 @pytest.mark.parametrize("scale", ["learnt", "maximum-likelihood"])
 def test_copies_are_equal_and_independent(prior, scale):

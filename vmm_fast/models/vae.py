@@ -289,7 +289,7 @@ class VAE(nn.Module):
         return variance.clamp_min(SIGMA_FLOOR**2)
 
     def elbo(self, x: Tensor) -> ELBOTerms:
-        """Evidence lower bound from one posterior sample; `x` is encoded once.
+        """Evidence lower bound from one posterior sample, with one call of the encoder.
 
         Parameters
         ----------
@@ -299,10 +299,10 @@ class VAE(nn.Module):
         -------
         ELBOTerms
         """
-        q = self.encode(x)
+        q, at_pseudo_inputs = self.prior.encode(x, self.encode)
         z = q.rsample()
         log_likelihood = self.log_likelihood(x, z)
-        kl = self.prior.kl(q, self.encode, z=z)
+        kl = self.prior.kl(q, at_pseudo_inputs, z=z)
         return ELBOTerms(log_likelihood - kl, log_likelihood, kl, q, z)
 
     def forward(self, x: Tensor) -> ELBOTerms:

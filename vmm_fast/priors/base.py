@@ -1,4 +1,4 @@
-"""One interface for all priors, and what those with pseudo-inputs share."""
+"""One interface for all priors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmm_fast.mixture import (
     gaussian_sample,
 )
 
-__all__ = ["Encoder", "LearntPrior", "Prior", "PseudoInputs"]
+__all__ = ["Encoder", "LearntPrior", "Prior"]
 
 Encoder = Callable[[Any], Distribution]
 
@@ -44,6 +44,27 @@ class Prior(nn.Module):
         Call its ``detach()`` to keep it.
         """
         raise NotImplementedError
+
+    def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
+        """Posteriors of a batch, and what :meth:`kl` takes in place of ``encoder`` in this step.
+
+        One call of ``encoder`` on the batch's rows with the pseudo-inputs' below them serves both
+        where they have one shape, dtype and device: it reads the network's weights once and adds to
+        their gradients once. A batch normalisation would normalise them together.
+
+        Parameters
+        ----------
+        x : Tensor [B, ...]
+        encoder : callable
+
+        Returns
+        -------
+        q : Distribution
+            As ``encoder(x)``, up to rounding.
+        at_pseudo_inputs : callable
+            An encoder for :meth:`kl` alone: it knows only the pseudo-inputs' posteriors.
+        """
+        return encoder(x), encoder
 
     def kl(
         self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
@@ -155,6 +176,7 @@ class Prior(nn.Module):
 class LearntPrior(Prior):
     """A prior with an empirical-Bayes step of its own."""
 
+    joint: bool
     _adam: PrivateAdam | None
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -165,77 +187,6 @@ class LearntPrior(Prior):
         """Restore the private optimizer's state."""
         if self._adam is not None and state:
             self._adam.load_state_dict(state)
-
-
-class PseudoInputs:
-    """Mixin: J learnt inputs whose posteriors are the components' centers.
-
-    ``pseudo_inputs`` is a Parameter [J, ...] or a module whose call gives what the encoder takes.
-    """
-
-    latent_dim: int
-    pseudo_inputs: nn.Parameter | nn.Module
-
-    def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
-        """Register them (a tensor is copied); returns J and the dtype of the prior's parameters."""
-        if isinstance(pseudo_inputs, nn.Module):
-            self.pseudo_inputs = pseudo_inputs
-            with torch.no_grad():
-                first = _first_tensor(pseudo_inputs())
-        elif isinstance(pseudo_inputs, Tensor):
-            first = pseudo_inputs.detach()
-            if not first.is_floating_point():
-                raise TypeError(
-                    f"pseudo_inputs must be of a floating dtype, but is {first.dtype}; "
-                    "convert as you do for the encoder"
-                )
-            if not first.isfinite().all():
-                raise ValueError("pseudo_inputs must be finite, but has a NaN or infinite value")
-            self.pseudo_inputs = nn.Parameter(first.clone())
-        else:
-            raise TypeError(
-                "pseudo_inputs must be a tensor [J, ...] or a torch.nn.Module, "
-                f"but is {type(pseudo_inputs).__name__}"
-            )
-        if first.ndim < 1 or len(first) < 1:
-            raise ValueError(
-                f"pseudo_inputs must have shape [J, ...] with J >= 1, but has {list(first.shape)}"
-            )
-        return len(first), torch.float64 if first.dtype == torch.float64 else torch.float32
-
-    def _encode(
-        self, encoder: Encoder | None, num: int, differentiable: bool
-    ) -> tuple[Tensor, Tensor]:
-        """m [J, D] and s [J, D(, D)]; the pseudo-inputs get a gradient only if asked."""
-        if not callable(encoder):
-            raise TypeError(
-                "encoder must be a callable from inputs to a Gaussian distribution, "
-                f"but is {type(encoder).__name__}"
-            )
-        if isinstance(self.pseudo_inputs, nn.Module):
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                inputs = self.pseudo_inputs()
-        else:
-            inputs = self.pseudo_inputs if differentiable else self.pseudo_inputs.detach()
-        mean, scale = gaussian_parameters(encoder(inputs))
-        if mean.shape != (num, self.latent_dim):
-            raise ValueError(
-                f"encoder must give {num} pseudo-inputs means of shape {[num, self.latent_dim]}, "
-                f"but gave {list(mean.shape)}"
-            )
-        return mean, scale
-
-
-def _first_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    items = value.values() if isinstance(value, dict) else value
-    for item in items if isinstance(items, (tuple, list)) or isinstance(value, dict) else ():
-        return _first_tensor(item)
-    raise TypeError(
-        "pseudo_inputs must give a tensor, or a tuple, list or dict of tensors, "
-        f"but gave {type(value).__name__}"
-    )
 
 
 def check_positive(name: str, value: float) -> float:

@@ -8,12 +8,13 @@ from torch.distributions import Distribution
 
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, LearntPrior, PseudoInputs, check_integer, check_positive
+from vmm_fast.priors.base import Encoder, check_integer, check_positive
+from vmm_fast.priors.pseudo_inputs import PseudoInputsPrior
 
 __all__ = ["VampPrior"]
 
 
-class VampPrior(PseudoInputs, LearntPrior):
+class VampPrior(PseudoInputsPrior):
     """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
 
     Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that
@@ -55,7 +56,7 @@ class VampPrior(PseudoInputs, LearntPrior):
         )
 
     def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
-        centers, scale = self._encode(encoder, self.num_components, differentiable)
+        centers, scale = self._centers(encoder, differentiable)
         uniform = torch.zeros(self.num_components, dtype=centers.dtype, device=centers.device)
         return Components(centers, uniform.log_softmax(-1), None, scale)
 

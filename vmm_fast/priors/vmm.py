@@ -6,13 +6,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from vmm_fast.priors.base import Encoder, PseudoInputs, check_integer
+from vmm_fast.priors.base import check_integer
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
+from vmm_fast.priors.pseudo_inputs import PseudoInputsPrior
 
 __all__ = ["VMMPrior"]
 
 
-class VMMPrior(PseudoInputs, BayesianMixturePrior):
+class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
     """A Bayesian Gaussian mixture whose centers are posteriors at learnt pseudo-inputs.
 
         p(z) = sum_c pi_c 1/K sum_k N(z; m_ck, Lambda_c^-1 + S_ck),   N(m_ck, S_ck) = encoder(u_ck)
@@ -125,10 +126,6 @@ class VMMPrior(PseudoInputs, BayesianMixturePrior):
         )
 
     _free_centers = False
-
-    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
-        total = self.num_components * self.pseudo_inputs_per_component
-        return self._encode(encoder, total, differentiable)
 
     def _gradient_parameters(self) -> Iterable[nn.Parameter]:
         if isinstance(self.pseudo_inputs, nn.Module):

@@ -1,0 +1,136 @@
+"""What priors share whose centers are the encoder's outputs at learnt pseudo-inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from vmm_fast.mixture import gaussian_parameters
+from vmm_fast.priors.base import Encoder, LearntPrior
+
+__all__ = ["PseudoInputsPrior"]
+
+
+class PseudoInputsPrior(LearntPrior):
+    """J learnt inputs whose posteriors are the components' centers.
+
+    ``pseudo_inputs`` is a Parameter [J, ...] or a module whose call gives what the encoder takes.
+    """
+
+    pseudo_inputs: nn.Parameter | nn.Module
+    _num_pseudo_inputs: int
+
+    def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
+        """Register them (a tensor is copied); returns J and the dtype of the prior's parameters."""
+        if isinstance(pseudo_inputs, nn.Module):
+            self.pseudo_inputs = pseudo_inputs
+            with torch.no_grad():
+                first = _first_tensor(pseudo_inputs())
+        elif isinstance(pseudo_inputs, Tensor):
+            first = pseudo_inputs.detach()
+            if not first.is_floating_point():
+                raise TypeError(
+                    f"pseudo_inputs must be of a floating dtype, but is {first.dtype}; "
+                    "convert as you do for the encoder"
+                )
+            if not first.isfinite().all():
+                raise ValueError("pseudo_inputs must be finite, but has a NaN or infinite value")
+            self.pseudo_inputs = nn.Parameter(first.clone())
+        else:
+            raise TypeError(
+                "pseudo_inputs must be a tensor [J, ...] or a torch.nn.Module, "
+                f"but is {type(pseudo_inputs).__name__}"
+            )
+        if first.ndim < 1 or len(first) < 1:
+            raise ValueError(
+                f"pseudo_inputs must have shape [J, ...] with J >= 1, but has {list(first.shape)}"
+            )
+        self._num_pseudo_inputs = len(first)
+        return len(first), torch.float64 if first.dtype == torch.float64 else torch.float32
+
+    # --- encoding ---
+
+    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
+        if differentiable and not self.joint and isinstance(encoder, _Encoded):
+            raise TypeError(
+                "encoder must be the network's own where pseudo-inputs get a gradient, but is what "
+                "encode gave for kl"
+            )
+        if isinstance(self.pseudo_inputs, nn.Module):
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                inputs = self.pseudo_inputs()
+        else:
+            inputs = self.pseudo_inputs if differentiable else self.pseudo_inputs.detach()
+        return self._encoded(inputs, encoder)
+
+    def _encoded(self, inputs: Any, encoder: Encoder | None) -> tuple[Tensor, Tensor]:
+        """m [J, D] and s [J, D(, D)] of the pseudo-inputs."""
+        if not callable(encoder):
+            raise TypeError(
+                "encoder must be a callable from inputs to a Gaussian distribution, "
+                f"but is {type(encoder).__name__}"
+            )
+        mean, scale = gaussian_parameters(encoder(inputs))
+        if mean.shape != (self._num_pseudo_inputs, self.latent_dim):
+            raise ValueError(
+                f"encoder must give {self._num_pseudo_inputs} pseudo-inputs means of shape "
+                f"{[self._num_pseudo_inputs, self.latent_dim]}, but gave {list(mean.shape)}"
+            )
+        return mean, scale
+
+    def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
+        """Posteriors of a batch, and what :meth:`kl` takes in place of ``encoder`` in this step.
+
+        See :meth:`vmm_fast.priors.Prior.encode`.
+        """
+        u = self.pseudo_inputs
+        if not (
+            isinstance(u, Tensor)
+            and isinstance(x, Tensor)
+            and (x.shape[1:], x.dtype, x.device) == (u.shape[1:], u.dtype, u.device)
+        ):
+            return encoder(x), encoder
+        q, at_pseudo_inputs = _split(
+            encoder(torch.cat([x, u if self.joint else u.detach()])), len(x)
+        )
+        return q, _Encoded(at_pseudo_inputs)
+
+
+class _Encoded:
+    """Takes the encoder's place where the pseudo-inputs have been encoded already."""
+
+    def __init__(self, posterior: Distribution):
+        self.posterior = posterior
+
+    def __call__(self, inputs: Tensor) -> Distribution:
+        return self.posterior
+
+
+def _split(q: Distribution, count: int) -> tuple[Distribution, Distribution]:
+    """Divide a Gaussian [B, D] into its first ``count`` rows and the rest."""
+    mean, scale = gaussian_parameters(q)
+    sizes = [count, len(mean) - count]
+    first, rest = zip(mean.split(sizes), scale.split(sizes), strict=True)
+    return _gaussian(*first), _gaussian(*rest)
+
+
+def _gaussian(mean: Tensor, scale: Tensor) -> Distribution:
+    """Invert :func:`gaussian_parameters`."""
+    if scale.ndim == 3:
+        return MultivariateNormal(mean, scale_tril=scale, validate_args=False)
+    return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    for item in items if isinstance(items, (tuple, list)) or isinstance(value, dict) else ():
+        return _first_tensor(item)
+    raise TypeError(
+        "pseudo_inputs must give a tensor, or a tuple, list or dict of tensors, "
+        f"but gave {type(value).__name__}"
+    )
