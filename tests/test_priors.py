@@ -103,10 +103,11 @@ def plain_kl(prior, q, z, encoder, pseudo_inputs, logits, factor):
 
 @pytest.mark.parametrize("kind", ["full", "diagonal", "normal"])
 @pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("reuse_encoding", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_kl_value_and_gradients(kind, joint, k):
+def test_kl_value_and_gradients(kind, joint, reuse_encoding, k):
     encoder = Encoder(kind)
-    prior = vmm(pseudo_inputs_per_component=k, joint=joint)
+    prior = vmm(pseudo_inputs_per_component=k, joint=joint, reuse_encoding=reuse_encoding)
     q = encoder(inputs())
     z = q.rsample()
     factor = prior.precision_cholesky
@@ -350,7 +351,7 @@ def test_non_finite_step_changes_nothing():
     with pytest.raises(ValueError, match="no positive-definite"):
         prior.update(torch.randn(9, D, dtype=torch.float64), encoder)
     with pytest.raises(FloatingPointError, match="the prior is unchanged"):
-        prior._adam.step(prior.logits.sum() * torch.inf)
+        prior._adam.descend(math.inf, [None] * len(prior._adam.parameters))
     after = prior.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k != "_extra_state")
 
@@ -692,6 +693,11 @@ class Counted:
         return self.encoder(x)
 
 
+def same_state(prior, other):
+    one, two = prior.state_dict(), other.state_dict()
+    return all(torch.equal(one[k], two[k]) for k in one if k != "_extra_state")
+
+
 @pytest.mark.parametrize("kind", ["full", "diagonal", "normal"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_one_call_encodes_batch_and_pseudo_inputs(kind, joint):
@@ -717,6 +723,7 @@ def test_one_call_encodes_batch_and_pseudo_inputs(kind, joint):
         lambda: VMMPrior(Generator(), D),
         lambda: VMMPrior(inputs(8)[:, None], D),
         lambda: VMMPrior(inputs(8, torch.float32), D),
+        lambda: VMMPrior(inputs(8), D, reuse_encoding=True),
     ],
 )
 def test_what_does_not_fit_into_one_call_is_encoded_apart(make):
@@ -724,6 +731,106 @@ def test_what_does_not_fit_into_one_call_is_encoded_apart(make):
     q, at_pseudo_inputs = make().encode(x, counted)
     assert at_pseudo_inputs is counted and counted.calls == 1
     assert torch.equal(q.mean, counted.encoder(x).mean)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda reuse: VMMPrior(inputs(8), D, reuse_encoding=reuse),
+        lambda reuse: VMMPrior(inputs(8), D, 2, map_prior="none", reuse_encoding=reuse),
+        lambda reuse: VMMPrior(inputs(8), D, inference="closed-form", reuse_encoding=reuse),
+        lambda reuse: VMMPrior(Generator(), D, reuse_encoding=reuse),
+        lambda reuse: VMMPrior(Generator(), D, inference="closed-form", reuse_encoding=reuse),
+        lambda reuse: VampPrior(inputs(8), D, reuse_encoding=reuse),
+        lambda reuse: VampPrior(Generator(), D, reuse_encoding=reuse),
+        # float32 pseudo-inputs in a float64 network: plain torch instead of the compiled core
+        lambda reuse: VMMPrior(inputs(8, torch.float32), D, reuse_encoding=reuse),
+    ],
+)
+def test_reused_encoding_is_exact_while_the_network_stands_still(kind, make):
+    torch.manual_seed(1)
+    prior = make(True)
+    torch.manual_seed(1)
+    other = make(False)
+    assert same_state(prior, other)
+    network = Encoder(kind)
+    counted = Counted(lambda x: network(x.double()))
+    for _ in range(3):
+        q = network(inputs())
+        z = q.rsample()
+        counted.calls = 0
+        prior.kl(q, counted, z).mean().backward(retain_graph=True)
+        prior.update(z.detach(), counted)
+        assert counted.calls == 1
+        other.kl(q, counted, z).mean().backward()
+        other.update(z.detach(), counted)
+        assert counted.calls == 3
+        assert all(p.grad is None for p in prior.parameters())
+        for name, value in prior.named_parameters():
+            torch.testing.assert_close(value, dict(other.named_parameters())[name], **TIGHT)
+        network.zero_grad()
+
+
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_reused_encoding_is_of_the_network_before_its_step(inference):
+    encoder, prior = Encoder(), vmm(inference=inference, reuse_encoding=True)
+    before, expected = copy.deepcopy(encoder), copy.deepcopy(prior)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.1)
+    q = encoder(inputs())
+    z = q.rsample()
+    prior.kl(q, encoder, z).mean().backward()
+    optimizer.step()
+    prior.update(z, encoder)
+    expected.update(z, before)
+    assert same_state(prior, expected)
+    # What was kept is used once: the same z again meets the network of now.
+    prior.update(z, encoder)
+    expected.update(z, encoder)
+    assert same_state(prior, expected)
+
+
+def test_without_a_kept_encoding_update_encodes():
+    encoder, prior = Encoder(), vmm(reuse_encoding=True)
+    other = vmm()
+    other.load_state_dict(prior.state_dict())
+    q = encoder(inputs())
+    z = q.rsample()
+
+    def first():
+        return z
+
+    def another():
+        prior.kl(q, encoder, z)
+        return z.clone()
+
+    @torch.no_grad()
+    def without_gradients():
+        prior.kl(q, encoder, z)
+        return z
+
+    for case in (first, another, without_gradients):
+        counted = Counted(encoder)
+        points = case()
+        prior.update(points, counted)
+        other.update(points, encoder)
+        assert counted.calls == 1, case.__name__
+        assert same_state(prior, other), case.__name__
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_have_no_kept_encoding(copied):
+    encoder, prior = Encoder(), vmm(reuse_encoding=True)
+    names = list(prior.state_dict())
+    q = encoder(inputs())
+    z = q.rsample()
+    prior.kl(q, encoder, z)
+    assert list(prior.state_dict()) == names
+    other, counted = copied(prior), Counted(encoder)
+    other.update(z, counted)
+    assert counted.calls == 1
+    prior.update(z, counted)
+    assert counted.calls == 1
 
 
 # --- errors ---
@@ -816,8 +923,9 @@ def test_shape_errors():
         prior.log_prob(torch.full((2, D), math.nan).double(), encoder)
 
 
-def test_compiles_without_graph_breaks():
-    encoder, prior = Encoder(), vmm()
+@pytest.mark.parametrize("reuse_encoding", [False, True])
+def test_compiles_without_graph_breaks(reuse_encoding):
+    encoder, prior = Encoder(), vmm(reuse_encoding=reuse_encoding)
 
     def step(x, noise):
         q, at_pseudo_inputs = prior.encode(x, encoder)

@@ -224,7 +224,12 @@ def log_parameter_prior(
 
 
 def map_gradients(
-    parameters: MixtureParameters, z: Tensor, objective: Objective, learnt: Sequence[Tensor]
+    parameters: MixtureParameters,
+    z: Tensor,
+    objective: Objective,
+    learnt: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
 ) -> tuple[float | Tensor, list[Tensor | None]]:
     """Value and gradients of :func:`map_loss`.
 
@@ -236,6 +241,8 @@ def map_gradients(
     objective : Objective
     learnt : sequence of Tensor
         What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
+    retain_graph : bool
+        Whether the graph that centers and scales come from is needed once more.
 
     Returns
     -------
@@ -253,9 +260,10 @@ def map_gradients(
     suffix = _in_core(parameters, z)
     if suffix is None:
         loss = map_loss(parameters, z, objective)
-        if not loss.requires_grad:
+        if not learnt or not loss.requires_grad:
             return 0.0, [None] * len(learnt)
-        return loss.detach(), list(torch.autograd.grad(loss, learnt, allow_unused=True))
+        found = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
+        return loss.detach(), list(found)
 
     # The loss does not depend on the concentration where there are no priors.
     stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
@@ -282,7 +290,9 @@ def map_gradients(
     through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
     if passed:
         arrived = [gradients[id(x)] for x in passed]
-        left = torch.autograd.grad(passed, upstream, arrived, allow_unused=True)
+        left = torch.autograd.grad(
+            passed, upstream, arrived, retain_graph=retain_graph, allow_unused=True
+        )
         through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
     return loss, [through.get(id(x)) for x in learnt]
 

@@ -61,13 +61,6 @@ class PrivateAdam:
         (group,) = self._adam.param_groups
         return [p for p in group["params"] if p.requires_grad]
 
-    def step(self, loss: Tensor) -> None:
-        """Take one step down ``loss``, by autograd; see :meth:`descend`."""
-        parameters = self.parameters
-        if parameters:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            self.descend(loss.detach(), gradients)
-
     def descend(self, loss: float | Tensor, gradients: Sequence[Tensor | None]) -> None:
         """Take one step.
 

@@ -1,11 +1,11 @@
-"""One interface for all priors."""
+"""One interface for all priors, and the empirical-Bayes step of those that learn."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from vmm_fast.mixture import (
     gaussian_sample,
 )
 
-__all__ = ["Encoder", "LearntPrior", "Prior"]
+__all__ = ["EmpiricalBayesStep", "Encoder", "LearntPrior", "Prior"]
 
 Encoder = Callable[[Any], Distribution]
 
@@ -173,11 +173,68 @@ class Prior(nn.Module):
         super().__setattr__(name, value)
 
 
+class EmpiricalBayesStep(NamedTuple):
+    """What an empirical-Bayes step of the points ``z`` [B, D] is taken with.
+
+    Attributes
+    ----------
+    z : Tensor [B, D]
+    centers : Tensor [J, D]
+    scale : Tensor [J, D, D] or [J, D] or None
+    loss : float or Tensor
+        In nats per point.
+    gradients : sequence of Tensor or None
+        One for each parameter of the private Adam.
+    """
+
+    z: Tensor
+    centers: Tensor
+    scale: Tensor | None
+    loss: float | Tensor
+    gradients: Sequence[Tensor | None]
+
+
 class LearntPrior(Prior):
     """A prior with an empirical-Bayes step of its own."""
 
     joint: bool
     _adam: PrivateAdam | None
+
+    def _centers(
+        self, encoder: Encoder | None, differentiable: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Centers m [J, D] and scales s (or None); own parameters get a gradient only if asked."""
+        raise NotImplementedError
+
+    def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
+        """Give the mixture around given centers; other parameters get no gradient unless joint."""
+        raise NotImplementedError
+
+    def _map_gradients(
+        self,
+        centers: Tensor,
+        scale: Tensor | None,
+        z: Tensor,
+        learnt: Sequence[Tensor],
+        retain_graph: bool = False,
+    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
+        """Value of :meth:`map_loss` at given centers, and its gradients by ``learnt``."""
+        raise NotImplementedError
+
+    def components(self, encoder: Encoder | None = None) -> Components:
+        """Give the mixture once, for repeated use; see :meth:`Prior.components`."""
+        return self._mixture(*self._centers(encoder, differentiable=self.joint))
+
+    def _learnt(self) -> list[nn.Parameter]:
+        """What the private Adam moves now."""
+        return [] if self._adam is None else self._adam.parameters
+
+    def _step(self, z: Tensor, encoder: Encoder | None) -> EmpiricalBayesStep:
+        """Evaluate the step of the points z [B, D]; nothing has moved yet."""
+        with torch.inference_mode(False), torch.enable_grad():
+            centers, scale = self._centers(encoder, differentiable=True)
+            gradients = self._map_gradients(centers, scale, z, self._learnt())
+        return EmpiricalBayesStep(z, centers, scale, *gradients)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Keep the private optimizer's state in ``state_dict``."""

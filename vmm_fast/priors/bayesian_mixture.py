@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -161,27 +161,16 @@ class BayesianMixturePrior(LearntPrior):
 
     _free_centers: bool  # whether the centers are parameters of their own
 
-    def _centers(
-        self, encoder: Encoder | None, differentiable: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Centers m [J, D] and scales s (or None)."""
-        raise NotImplementedError
-
     def _gradient_parameters(self) -> Iterable[nn.Parameter]:
         """What still follows a gradient where the rest has a closed form."""
         raise NotImplementedError
 
-    def _mixture_parameters(
-        self, encoder: Encoder | None, differentiable: bool
-    ) -> MixtureParameters:
-        centers, scale = self._centers(encoder, differentiable)
+    def _mixture_parameters(self, centers: Tensor, scale: Tensor | None) -> MixtureParameters:
         return MixtureParameters(centers, scale, self.raw_precision, self.logits, self.raw_alpha)
 
-    def components(self, encoder: Encoder | None = None) -> Components:
-        """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
-        parameters = self._mixture_parameters(encoder, differentiable=self.joint)
+    def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
-            return parameters.components()
+            return self._mixture_parameters(centers, scale).components()
 
     # --- the empirical-Bayes step ---
 
@@ -196,8 +185,21 @@ class BayesianMixturePrior(LearntPrior):
         all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z``
         and the encoder; :meth:`update` uses the first alone.
         """
-        parameters = self._mixture_parameters(encoder, differentiable=True)
+        parameters = self._mixture_parameters(*self._centers(encoder, differentiable=True))
         return empirical_bayes.map_loss(parameters, z, self._objective)
+
+    def _map_gradients(
+        self,
+        centers: Tensor,
+        scale: Tensor | None,
+        z: Tensor,
+        learnt: Sequence[Tensor],
+        retain_graph: bool = False,
+    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
+        parameters = self._mixture_parameters(centers, scale)
+        return empirical_bayes.map_gradients(
+            parameters, z, self._objective, learnt, retain_graph=retain_graph
+        )
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Take one empirical-Bayes step: the prior moves, the network stands still.
@@ -221,17 +223,13 @@ class BayesianMixturePrior(LearntPrior):
         z = self._latents(q_or_z)
         if self.joint:
             return
-        with torch.inference_mode(False), torch.enable_grad():
-            parameters = self._mixture_parameters(encoder, differentiable=True)
-            if self._adam is not None:
-                learnt = self._adam.parameters
-                self._adam.descend(
-                    *empirical_bayes.map_gradients(parameters, z, self._objective, learnt)
-                )
+        step = self._step(z, encoder)
+        if self._adam is not None:
+            self._adam.descend(step.loss, step.gradients)
         if self.inference == "closed-form":
             with torch.no_grad():
                 empirical_bayes.online_step(
-                    parameters,
+                    self._mixture_parameters(step.centers, step.scale),
                     z,
                     self._running,
                     self._objective,
@@ -299,7 +297,7 @@ class BayesianMixturePrior(LearntPrior):
             )
         history: list[float] = []
         for _ in range(max_iterations):
-            parameters = self._mixture_parameters(encoder, differentiable=True)
+            parameters = self._mixture_parameters(*self._centers(encoder, differentiable=True))
             components = parameters.components()
             sums: Statistics | None = None
             count, total = 0.0, 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -32,6 +34,8 @@ class VampPrior(PseudoInputsPrior):
     joint : bool
         Let :meth:`kl` train the pseudo-inputs together with the network, as the VampPrior's authors
         do; then :meth:`update` does nothing.
+    reuse_encoding : bool
+        As for :class:`vmm_fast.VMMPrior`.
 
     Raises
     ------
@@ -45,43 +49,56 @@ class VampPrior(PseudoInputsPrior):
         latent_dim: int,
         learning_rate: float = 1e-3,
         joint: bool = False,
+        reuse_encoding: bool = False,
     ):
         super().__init__()
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.latent_dim, self.joint = check_integer("latent_dim", latent_dim), joint
+        self.reuse_encoding = reuse_encoding
         self.num_components, _ = self._set_pseudo_inputs(pseudo_inputs)
         parameters = list(self.parameters())
         self._adam = (
             PrivateAdam(parameters, self.learning_rate) if parameters and not joint else None
         )
 
-    def _components(self, encoder: Encoder | None, differentiable: bool) -> Components:
-        centers, scale = self._centers(encoder, differentiable)
+    def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
         uniform = torch.zeros(self.num_components, dtype=centers.dtype, device=centers.device)
         return Components(centers, uniform.log_softmax(-1), None, scale)
 
-    def components(self, encoder: Encoder | None = None) -> Components:
-        """Give the mixture once, for repeated use; see :meth:`vmm_fast.priors.Prior.components`."""
-        return self._components(encoder, differentiable=self.joint)
+    def _map_loss(self, centers: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
+        return -self._mixture(centers, scale).log_prob(z).mean()
+
+    def _map_gradients(
+        self,
+        centers: Tensor,
+        scale: Tensor | None,
+        z: Tensor,
+        learnt: Sequence[Tensor],
+        retain_graph: bool = False,
+    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
+        if not learnt:
+            return 0.0, ()
+        loss = self._map_loss(centers, scale, z)
+        gradients = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
+        return loss.detach(), gradients
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
         """Give -1/B sum_i log p(z_i), a scalar in nats per point."""
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
-        return -self._components(encoder, differentiable=True).log_prob(z).mean()
+        return self._map_loss(*self._centers(encoder, differentiable=True), z)
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Move the pseudo-inputs an Adam step down :meth:`map_loss`; not with ``joint=True``."""
         z = self._latents(q_or_z)
         if self._adam is None:
             return
-        with torch.inference_mode(False), torch.enable_grad():
-            loss = self.map_loss(z, encoder)
-        self._adam.step(loss)
+        step = self._step(z, encoder)
+        self._adam.descend(step.loss, step.gradients)
 
     def extra_repr(self) -> str:
         """Name the settings."""
         return (
             f"{self.num_components}, {self.latent_dim}, learning_rate={self.learning_rate}, "
-            f"joint={self.joint}"
+            f"joint={self.joint}, reuse_encoding={self.reuse_encoding}"
         )
