@@ -1,7 +1,6 @@
 #include "adam.h"
 
 #include <cmath>
-#include <limits>
 
 #include "parallel.h"
 
@@ -34,18 +33,8 @@ void adam_step(const AdamSettings& settings, double steps, int64_t size, int thr
   });
 }
 
-template <class T>
-bool all_finite(const T* values, int64_t size) {
-  // A count and not an early end: the loop has no branch and runs in vectors.
-  int64_t count = 0;
-  for (int64_t i = 0; i < size; i++)
-    count += std::abs(values[i]) <= std::numeric_limits<T>::max() ? 1 : 0;
-  return count == size;
-}
-
-#define VMM_INSTANTIATE(T)                                                                     \
-  template void adam_step<T>(const AdamSettings&, double, int64_t, int, const T*, T*, T*, T*); \
-  template bool all_finite<T>(const T*, int64_t);
+#define VMM_INSTANTIATE(T) \
+  template void adam_step<T>(const AdamSettings&, double, int64_t, int, const T*, T*, T*, T*);
 VMM_INSTANTIATE(float)
 VMM_INSTANTIATE(double)
 

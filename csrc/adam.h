@@ -17,7 +17,4 @@ template <class T>
 void adam_step(const AdamSettings&, double steps, std::int64_t size, int threads, const T* gradient,
                T* parameter, T* first_moment, T* second_moment);
 
-template <class T>
-bool all_finite(const T* values, std::int64_t size);
-
 }  // namespace vmm

@@ -6,6 +6,7 @@
 
 #include "adam.h"
 #include "empirical_bayes.h"
+#include "finite.h"
 
 namespace py = pybind11;
 

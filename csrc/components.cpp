@@ -17,39 +17,6 @@ namespace {
 
 using std::int64_t;
 
-template <class T>
-const ComponentsKernels<T>& kernels();
-template <>
-const ComponentsKernels<float>& kernels<float>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return components_kernels_f32_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return components_kernels_f32_avx2();
-#endif
-    default:
-      return components_kernels_f32_baseline();
-  }
-}
-template <>
-const ComponentsKernels<double>& kernels<double>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return components_kernels_f64_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return components_kernels_f64_avx2();
-#endif
-    default:
-      return components_kernels_f64_baseline();
-  }
-}
-
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
 template <class T>
@@ -84,10 +51,17 @@ int threads_for(const Components<T>& components, int threads) {
 
 }  // namespace
 
+void refuse_covariance(int64_t component) {
+  throw std::invalid_argument(
+      "component " + std::to_string(component) +
+      " has no positive-definite covariance: precision_cholesky and the scale that the encoder "
+      "gives its pseudo-input must be finite with a positive diagonal");
+}
+
 template <class T>
 double whitened_components(const Components<T>& components, int threads, T* whitening, T* offsets) {
   const int64_t D = components.dim, K = centers_per_component(components);
-  const ComponentsKernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<ComponentsKernels<T>>();
   threads = threads_for(components, threads);
   const double constant = -std::log(K) - 0.5 * D * std::log(2 * M_PI);
   std::vector<double> largest(threads, 0.0);
@@ -106,11 +80,7 @@ double whitened_components(const Components<T>& components, int threads, T* whit
                     }
                   });
   const int64_t first_bad = *std::min_element(bad.begin(), bad.end());
-  if (first_bad != kNone)
-    throw std::invalid_argument(
-        "component " + std::to_string(first_bad) +
-        " has no positive-definite covariance: precision_cholesky and the scale that the encoder "
-        "gives its pseudo-input must be finite with a positive diagonal");
+  if (first_bad != kNone) refuse_covariance(first_bad);
   return *std::max_element(largest.begin(), largest.end());
 }
 
@@ -127,7 +97,7 @@ void whitened_components_backward(const Components<T>& components, int threads, 
     }
   if (!gradients.precision_cholesky && !gradients.scale) return;
 
-  const ComponentsKernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<ComponentsKernels<T>>();
   threads = threads_for(components, threads);
   // Gradients of L by centers, and their running sum over a component's.
   const int64_t matrix = D * D,

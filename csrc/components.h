@@ -42,6 +42,9 @@ struct Components {
 template <class T>
 double whitened_components(const Components<T>&, int threads, T* whitening, T* offsets);
 
+// Throws the std::invalid_argument that says so.
+[[noreturn]] void refuse_covariance(std::int64_t component);
+
 // Gradients of the inputs, each null where it is not asked for. Strictly upper parts are zero.
 template <class T>
 struct ComponentsGradients {

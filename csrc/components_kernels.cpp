@@ -21,25 +21,18 @@
 #include <math.h>
 #include <string.h>
 
-#define VMM_CONCAT_(a, b) a##b
-#define VMM_CONCAT(a, b) VMM_CONCAT_(a, b)
+#include "simd.h"
 
 namespace vmm {
 namespace {
 
 using std::int64_t;
 
-typedef double Vec __attribute__((vector_size(VMM_VECTOR_BYTES)));
-typedef int64_t IntVec __attribute__((vector_size(VMM_VECTOR_BYTES)));
-constexpr int kLanes = VMM_VECTOR_BYTES / sizeof(double);
+using V = Vec<double>;
+constexpr int kLanes = Simd<double>::lanes;
 
 // Products are summed in square blocks of this many rows, in registers (32 with AVX-512, else 16).
 constexpr int kBlock = VMM_VECTOR_BYTES == 64 ? 4 : 3;
-
-Vec sqrt(Vec x) {
-  for (int lane = 0; lane < kLanes; lane++) x[lane] = ::sqrt(x[lane]);
-  return x;
-}
 
 // --- matrices, one in each lane ---
 
@@ -47,11 +40,11 @@ Vec sqrt(Vec x) {
 enum class Shape { full, lower, upper, symmetric };
 
 struct Matrix {
-  Vec* data;
+  V* data;
   int64_t dim, row_stride, column_stride;
   Shape shape;
 
-  Vec& operator()(int64_t r, int64_t t) const { return data[r * row_stride + t * column_stride]; }
+  V& operator()(int64_t r, int64_t t) const { return data[r * row_stride + t * column_stride]; }
   Matrix transposed() const {
     Shape flipped = shape;
     if (shape == Shape::lower) flipped = Shape::upper;
@@ -63,9 +56,9 @@ struct Matrix {
 // Hands out matrices and vectors of scratch memory.
 class Scratch {
  public:
-  Scratch(double* memory, int64_t dim) : next_(reinterpret_cast<Vec*>(memory)), dim_(dim) {}
+  Scratch(double* memory, int64_t dim) : next_(reinterpret_cast<V*>(memory)), dim_(dim) {}
 
-  Vec* vector() { return take(dim_); }
+  V* vector() { return take(dim_); }
   Matrix matrix(Shape shape) { return {take(dim_ * stride(dim_)), dim_, stride(dim_), 1, shape}; }
 
   static int64_t size(int64_t dim) {
@@ -78,13 +71,13 @@ class Scratch {
 
   // An odd stride spreads a column over all sets of the cache.
   static int64_t stride(int64_t dim) { return dim | 1; }
-  Vec* take(int64_t count) {
-    Vec* taken = next_;
+  V* take(int64_t count) {
+    V* taken = next_;
     next_ += count;
     return taken;
   }
 
-  Vec* next_;
+  V* next_;
   int64_t dim_;
 };
 
@@ -116,12 +109,12 @@ inline void unrolled(int begin, int end, Body body) {
 
 template <int R, int C>
 struct Block {
-  Vec sum[R][C];
+  V sum[R][C];
 
   // The block of x y at (r, t), with the inner index in [begin, end).
   Block(const Matrix& x, const Matrix& y, int64_t r, int64_t t, int64_t begin, int64_t end) {
-    each([&](int i, int j) { sum[i][j] = Vec{}; });
-    const Vec *left = &x(r, begin), *right = &y(begin, t);
+    each([&](int i, int j) { sum[i][j] = V{}; });
+    const V *left = &x(r, begin), *right = &y(begin, t);
     for (int64_t k = begin; k < end; k++) {
       each([&](int i, int j) { sum[i][j] += left[i * x.row_stride] * right[j * y.column_stride]; });
       left += x.column_stride;
@@ -145,8 +138,7 @@ struct Block {
       });
     } else {
       const bool lower = out.shape == Shape::lower;
-      each(
-          [&](int i, int j) { out(r + i, t + j) = (lower ? i >= j : i <= j) ? sum[i][j] : Vec{}; });
+      each([&](int i, int j) { out(r + i, t + j) = (lower ? i >= j : i <= j) ? sum[i][j] : V{}; });
     }
   }
 
@@ -240,14 +232,14 @@ void invert_diagonal(const Matrix& x) {
 
 void set_identity(const Matrix& x) {
   for (int64_t r = 0; r < x.dim; r++)
-    for (int64_t t = 0; t < x.dim; t++) x(r, t) = Vec{} + (r == t ? 1.0 : 0.0);
+    for (int64_t t = 0; t < x.dim; t++) x(r, t) = broadcast(r == t ? 1.0 : 0.0);
 }
 
 // |x|^2 of a full or lower x
-Vec squared_norm(const Matrix& x) {
-  Vec total{};
+V squared_norm(const Matrix& x) {
+  V total{};
   for (int64_t r = 0; r < x.dim; r++) {
-    Vec row{};
+    V row{};
     for (int64_t t = 0; t < (x.shape == Shape::lower ? r + 1 : x.dim); t++)
       row += x(r, t) * x(r, t);
     total += row;
@@ -269,11 +261,11 @@ struct Lanes {
   Lanes(const T* base, int64_t size, int count)
       : Lanes(base, size, count, [](int i) { return i; }) {}
 
-  Vec operator[](int64_t element) const {
+  V operator[](int64_t element) const {
     typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
     Narrow x;
     for (int i = 0; i < kLanes; i++) x[i] = start[i][element];
-    return __builtin_convertvector(x, Vec);
+    return __builtin_convertvector(x, V);
   }
 };
 
@@ -284,19 +276,19 @@ Matrix load_turned(const Lanes<T>& x, Scratch& scratch) {
   const int64_t last = out.dim - 1;
   for (int64_t r = 0; r <= last; r++) {
     for (int64_t t = 0; t <= r; t++) out(last - t, last - r) = x[r * out.dim + t];
-    for (int64_t t = r + 1; t <= last; t++) out(last - t, last - r) = Vec{};
+    for (int64_t t = r + 1; t <= last; t++) out(last - t, last - r) = V{};
   }
   return out;
 }
 
 // The lower triangles of factor F x^T F, to out [count, D, D].
 template <class T>
-void store_turned(const Matrix& x, Vec factor, int count, T* out) {
+void store_turned(const Matrix& x, V factor, int count, T* out) {
   const int64_t dim = x.dim, last = dim - 1;
   memset(out, 0, count * dim * dim * sizeof(T));
   for (int64_t r = 0; r < dim; r++)
     for (int64_t t = 0; t <= r; t++) {
-      const Vec value = factor * x(last - t, last - r);
+      const V value = factor * x(last - t, last - r);
       for (int i = 0; i < count; i++) out[(i * dim + r) * dim + t] = static_cast<T>(value[i]);
     }
 }
@@ -304,7 +296,7 @@ void store_turned(const Matrix& x, Vec factor, int count, T* out) {
 // q, or the diagonal of it where s is diagonal.
 struct Scale {
   Matrix matrix;
-  Vec* diagonal;  // [D], or null
+  V* diagonal;  // [D], or null
 };
 
 // The inputs of up to kLanes centers.
@@ -326,12 +318,12 @@ struct Centers {
     const int64_t dim = components.dim, size = components.diagonal ? dim : dim * dim;
     const Lanes<T> s(components.scale + first * size, size, count);
     if (!components.diagonal) return {load_turned(s, scratch), nullptr};
-    Vec* diagonal = scratch.vector();
+    V* diagonal = scratch.vector();
     for (int64_t r = 0; r < dim; r++) diagonal[dim - 1 - r] = s[r];
     return {{}, diagonal};
   }
 
-  void store_diagonal(const Vec* x, T* out) const {
+  void store_diagonal(const V* x, T* out) const {
     const int64_t dim = components.dim;
     for (int64_t r = 0; r < dim; r++)
       for (int i = 0; i < count; i++) out[i * dim + r] = static_cast<T>(x[dim - 1 - r][i]);
@@ -382,16 +374,18 @@ Matrix inverse(const Scale& q, Scratch& scratch) {
 // A product of positive numbers, its exponent kept apart: it does not overflow, and its logarithm
 // takes the place of one for each factor.
 class Product {
+  using IntVec = Simd<double>::IntVec;
+
  public:
-  void multiply(Vec x) {
+  void multiply(V x) {
     const IntVec bits = (IntVec)(mantissa_ * x);
     exponent_ += (bits >> 52) - 1023;
-    mantissa_ = (Vec)((bits & ((int64_t{1} << 52) - 1)) | (IntVec)(Vec{} + 1.0));
+    mantissa_ = (V)((bits & ((int64_t{1} << 52) - 1)) | (IntVec)broadcast(1.0));
   }
   double log(int lane) const { return ::log(mantissa_[lane]) + exponent_[lane] * M_LN2; }
 
  private:
-  Vec mantissa_ = Vec{} + 1.0;  // in [1, 2)
+  V mantissa_ = broadcast(1.0);  // in [1, 2)
   IntVec exponent_ = {};
 };
 
@@ -401,7 +395,7 @@ void forward(const Components<T>& components, int64_t first, int count, T* white
   Scratch scratch(memory, components.dim);
   const Centers<T> centers{components, first, count};
   Matrix w;
-  Vec squares{};  // tr(Lambda S)
+  V squares{};  // tr(Lambda S)
   if (!components.precision_cholesky) {
     w = inverse(centers.load_q(scratch), scratch);
   } else {
@@ -414,15 +408,15 @@ void forward(const Components<T>& components, int64_t first, int count, T* white
         solve(marginal_factor(y, scratch), w.transposed());
     }
   }
-  store_turned(w, Vec{} + 1.0, count, whitening);
+  store_turned(w, broadcast(1.0), count, whitening);
 
   Product determinant;
-  Vec smallest = w(0, 0);
+  V smallest = w(0, 0);
   for (int64_t r = 0; r < w.dim; r++) {
     determinant.multiply(w(r, r));
-    smallest = w(r, r) < smallest ? w(r, r) : smallest;
+    smallest = min<double>(smallest, w(r, r));
   }
-  const Vec norm = squared_norm(w);
+  const V norm = squared_norm(w);
   for (int i = 0; i < count; i++) {
     const bool good = smallest[i] >= DBL_MIN && norm[i] <= DBL_MAX && squares[i] <= DBL_MAX;
     log_density[i] = good ? determinant.log(i) - 0.5 * squares[i] : NAN;
@@ -449,7 +443,7 @@ Matrix congruence(const Matrix& v, const Matrix& M, bool diagonal_only, Scratch&
   multiply(v, M, vM);
   if (diagonal_only) {
     for (int64_t r = 0; r < v.dim; r++) {
-      out(r, r) = Vec{};
+      out(r, r) = V{};
       for (int64_t t = r; t < v.dim; t++) out(r, r) += vM(r, t) * v(r, t);
     }
   } else {
@@ -460,10 +454,10 @@ Matrix congruence(const Matrix& v, const Matrix& M, bool diagonal_only, Scratch&
 
 // -g tril(q H), or its diagonal.
 template <class T>
-void store_scale_gradient(const Scale& q, const Matrix& H, Vec g, const Centers<T>& centers,
+void store_scale_gradient(const Scale& q, const Matrix& H, V g, const Centers<T>& centers,
                           T* grad_scale, Scratch& scratch) {
   if (q.diagonal) {
-    Vec* grad_q = scratch.vector();
+    V* grad_q = scratch.vector();
     for (int64_t r = 0; r < H.dim; r++) grad_q[r] = -g * q.diagonal[r] * H(r, r);
     centers.store_diagonal(grad_q, grad_scale);
   } else {
@@ -474,8 +468,8 @@ void store_scale_gradient(const Scale& q, const Matrix& H, Vec g, const Centers<
 }
 
 template <class T>
-void backward_marginal(const Centers<T>& centers, const T* whitening, const T* grad_whitening,
-                       Vec g, T* grad_scale, double* grad_precision, Scratch& scratch) {
+void backward_marginal(const Centers<T>& centers, const T* whitening, const T* grad_whitening, V g,
+                       T* grad_scale, double* grad_precision, Scratch& scratch) {
   const Matrix w = centers.load(whitening, scratch), b = centers.load(grad_whitening, scratch);
   const Scale q = centers.load_q(scratch);
   const Matrix M = scratch.matrix(Shape::symmetric);
@@ -492,11 +486,11 @@ void backward_marginal(const Centers<T>& centers, const T* whitening, const T* g
     grad_l.shape = Shape::lower;
     invert_diagonal(l);
     solve(l, grad_l);
-    store_turned(grad_l, Vec{} + 1.0, centers.count, grad_precision);
+    store_turned(grad_l, broadcast(1.0), centers.count, grad_precision);
   }
   if (grad_scale) {
     const Matrix H = congruence(w.transposed(), M, q.diagonal, scratch);
-    store_scale_gradient(q, H, Vec{} + 1.0, centers, grad_scale, scratch);
+    store_scale_gradient(q, H, broadcast(1.0), centers, grad_scale, scratch);
   }
 }
 
@@ -506,7 +500,7 @@ Matrix scale_square(const Scale& q, Scratch& scratch) {
   if (q.diagonal) {
     for (int64_t r = 0; r < out.dim; r++)
       for (int64_t t = 0; t < out.dim; t++)
-        out(r, t) = r == t ? q.diagonal[r] * q.diagonal[r] : Vec{};
+        out(r, t) = r == t ? q.diagonal[r] * q.diagonal[r] : V{};
   } else {
     multiply(q.matrix.transposed(), q.matrix, out);
   }
@@ -514,7 +508,7 @@ Matrix scale_square(const Scale& q, Scratch& scratch) {
 }
 
 template <class T>
-void backward_expected(const Centers<T>& centers, const T* grad_whitening, Vec g, T* grad_scale,
+void backward_expected(const Centers<T>& centers, const T* grad_whitening, V g, T* grad_scale,
                        double* grad_precision, Scratch& scratch) {
   const Matrix l = centers.load_l(scratch);
   const Scale q = centers.components.scale ? centers.load_q(scratch) : Scale{};
@@ -527,7 +521,7 @@ void backward_expected(const Centers<T>& centers, const T* grad_whitening, Vec g
       for (int64_t r = 0; r < l.dim; r++)
         for (int64_t t = 0; t <= r; t++) grad_l(r, t) -= g * product(r, t);
     }
-    store_turned(grad_l, Vec{} + 1.0, centers.count, grad_precision);
+    store_turned(grad_l, broadcast(1.0), centers.count, grad_precision);
   }
   if (grad_scale) {
     const Matrix H = scratch.matrix(Shape::symmetric);
@@ -538,10 +532,10 @@ void backward_expected(const Centers<T>& centers, const T* grad_whitening, Vec g
 
 template <class T>
 void backward_without_precision(const Centers<T>& centers, const T* whitening,
-                                const T* grad_whitening, Vec g, T* grad_scale, Scratch& scratch) {
+                                const T* grad_whitening, V g, T* grad_scale, Scratch& scratch) {
   const Matrix w = centers.load(whitening, scratch), b = centers.load(grad_whitening, scratch);
   if (centers.components.diagonal) {
-    Vec* grad_q = scratch.vector();
+    V* grad_q = scratch.vector();
     for (int64_t r = 0; r < w.dim; r++) grad_q[r] = -(b(r, r) * w(r, r) + g) * w(r, r);
     centers.store_diagonal(grad_q, grad_scale);
   } else {
@@ -549,7 +543,7 @@ void backward_without_precision(const Centers<T>& centers, const T* whitening,
     multiply(w.transposed(), b, wb);
     multiply(wb, w.transposed(), product);
     for (int64_t r = 0; r < w.dim; r++) product(r, r) += g * w(r, r);
-    store_turned(product, Vec{} - 1.0, centers.count, grad_scale);
+    store_turned(product, broadcast(-1.0), centers.count, grad_scale);
   }
 }
 
@@ -559,7 +553,7 @@ void backward(const Components<T>& components, int64_t first, int count, const T
               double* memory) {
   Scratch scratch(memory, components.dim);
   const Centers<T> centers{components, first, count};
-  const Vec g = Lanes<T>(grad_offsets, 1, count)[0];
+  const V g = Lanes<T>(grad_offsets, 1, count)[0];
   if (!components.precision_cholesky)
     backward_without_precision(centers, whitening, grad_whitening, g, grad_scale, scratch);
   else if (components.expected || !components.scale)
@@ -573,11 +567,11 @@ constexpr ComponentsKernels<T> kernels = {kLanes, Scratch::size, forward<T>, bac
 
 }  // namespace
 
-const ComponentsKernels<float>& VMM_CONCAT(components_kernels_f32_, VMM_ISA)() {
-  return kernels<float>;
+template <class T>
+const ComponentsKernels<T>& ComponentsKernels<T>::VMM_ISA() {
+  return kernels<T>;
 }
-const ComponentsKernels<double>& VMM_CONCAT(components_kernels_f64_, VMM_ISA)() {
-  return kernels<double>;
-}
+template const ComponentsKernels<float>& ComponentsKernels<float>::VMM_ISA();
+template const ComponentsKernels<double>& ComponentsKernels<double>::VMM_ISA();
 
 }  // namespace vmm

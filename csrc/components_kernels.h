@@ -33,14 +33,11 @@ struct ComponentsKernels {
   void (*backward)(const Components<T>&, std::int64_t first, int count, const T* whitening,
                    const T* grad_whitening, const T* grad_offsets, T* grad_scale,
                    double* grad_precision, double* scratch);
-};
 
-#define VMM_DECLARE_KERNELS(isa)                                  \
-  const ComponentsKernels<float>& components_kernels_f32_##isa(); \
-  const ComponentsKernels<double>& components_kernels_f64_##isa();
-VMM_DECLARE_KERNELS(baseline)
-VMM_DECLARE_KERNELS(avx2)
-VMM_DECLARE_KERNELS(avx512)
-#undef VMM_DECLARE_KERNELS
+  // As compiled for each instruction set.
+  static const ComponentsKernels& baseline();
+  static const ComponentsKernels& avx2();
+  static const ComponentsKernels& avx512();
+};
 
 }  // namespace vmm

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "components.h"
 #include "empirical_bayes_kernels.h"
 #include "instruction_set.h"
 #include "parallel.h"
@@ -21,39 +22,6 @@ namespace vmm::empirical_bayes {
 namespace {
 
 using std::int64_t;
-
-template <class T>
-const Kernels<T>& kernels();
-template <>
-const Kernels<float>& kernels<float>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return kernels_f32_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return kernels_f32_avx2();
-#endif
-    default:
-      return kernels_f32_baseline();
-  }
-}
-template <>
-const Kernels<double>& kernels<double>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return kernels_f64_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return kernels_f64_avx2();
-#endif
-    default:
-      return kernels_f64_baseline();
-  }
-}
 
 constexpr double kLogTwoPi = 1.8378770664093453;
 constexpr double kLogPi = 1.1447298858494002;
@@ -152,7 +120,7 @@ ExpectedLogJoint<T>::ExpectedLogJoint(const Parameters<T>& p, int threads) {
   log_det = make_buffer<double>(C);
   offsets = make_buffer<double>(C * K);
   const auto condition = make_buffer<double>(C);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   for_each_group(p, kernel, threads_for(p, threads, 1.0),
                  [&](int64_t c, int count, double* scratch) {
                    kernel.expected(p, c, count, L.get() + c * D * D, log_det.get() + c,
@@ -165,11 +133,7 @@ ExpectedLogJoint<T>::ExpectedLogJoint(const Parameters<T>& p, int threads) {
     for (int64_t j = c * K; j < (c + 1) * K; j++) {
       const double log_density = log_det[c] - offsets[j];  // at the center, less a constant
       offsets[j] = log_pi[c] + constant + log_density;
-      if (!std::isfinite(log_density))
-        throw std::invalid_argument(
-            "component " + std::to_string(c) +
-            " has no positive-definite covariance: precision_cholesky and the scale that the "
-            "encoder gives its pseudo-input must be finite with a positive diagonal");
+      if (!std::isfinite(log_density)) refuse_covariance(c);
     }
   }
 }
@@ -266,7 +230,7 @@ void constrained(const Parameters<T>& p, int threads, T* precision_cholesky, T* 
   const auto log_pi = make_buffer<double>(C);
   log_softmax(p.logits, C, log_pi.get());
   std::copy(log_pi.get(), log_pi.get() + C, log_weights);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   for_each_group(p, kernel, threads_for(p, threads, 1.0),
                  [&](int64_t c, int count, double* scratch) {
                    kernel.precision_cholesky(p, c, count, precision_cholesky + c * D * D, scratch);
@@ -289,7 +253,7 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
 
   const Weighted weighted{sums, data_weight, prior_weight, wishart_scale(C, D)};
   const auto log_priors = make_buffer<double>(C), grad_log_pi = make_buffer<double>(C);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   for_each_group(
       p, kernel, threads_for(p, threads, 4.0), [&](int64_t c, int count, double* scratch) {
         kernel.gradients(p, c, count, weighted, gradients, log_priors.get() + c, scratch);
@@ -411,7 +375,7 @@ void maximise(const Parameters<T>& p, Sums sums, double factor, const ParameterP
   const int64_t C = p.num_components, K = p.per_component;
   const Weighted weighted{sums, factor, 1.0, wishart_scale(C, p.dim)};
   const bool map_prior = priors.map_prior != MapPrior::none;
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   for_each_group(p, kernel, threads_for(p, threads, 4.0),
                  [&](int64_t c, int count, double* scratch) {
                    kernel.maximise(p, c, count, weighted, map_prior, learnt, scratch);

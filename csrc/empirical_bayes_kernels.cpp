@@ -12,9 +12,6 @@
 #include "simd.h"
 #include "triangular.h"
 
-#define VMM_CONCAT_(a, b) a##b
-#define VMM_CONCAT(a, b) VMM_CONCAT_(a, b)
-
 namespace vmm::empirical_bayes {
 namespace {
 
@@ -23,20 +20,11 @@ using V = Vec<double>;
 
 constexpr int kLanes = Simd<double>::lanes;
 
-V square_root(V x) {
-  for (int lane = 0; lane < kLanes; lane++) x[lane] = sqrt(x[lane]);
-  return x;
-}
-
-V smaller(V a, V b) { return b < a ? b : a; }
-
-V absolute(V x) { return max<double>(x, -x); }
-
 // --- softplus, as in torch the identity above 20; NaN stays NaN ---
 
 constexpr double kSoftplusLinear = 20;
 
-V bounded_exp(V x) { return exp<double>(smaller(x, broadcast(kSoftplusLinear))); }
+V bounded_exp(V x) { return exp<double>(min<double>(x, broadcast(kSoftplusLinear))); }
 
 // log(1 + e^x), with full relative precision where e^x is small: the rounding error of u = 1 + e^x
 // cancels in log(u) / (u - 1) (Kahan; HP-15C Advanced Functions Handbook, 1982).
@@ -53,8 +41,8 @@ V softplus_slope(V x) {
 
 // x + log(1 - e^-x) for x > 0, by the same device; 1 - e^-x is 1 above 40.
 V inverse_softplus(V x) {
-  const V u = exp<double>(-smaller(x, broadcast(40.0))), y = log<double>(u);
-  const V rest = u == 1 ? x : (u - 1) * smaller(x, broadcast(40.0)) / y;
+  const V u = exp<double>(-min<double>(x, broadcast(40.0))), y = log<double>(u);
+  const V rest = u == 1 ? x : (u - 1) * min<double>(x, broadcast(40.0)) / y;
   return x + log<double>(rest);
 }
 
@@ -152,7 +140,7 @@ void expected(const Parameters<T>& p, int64_t first, int count, double* L_out, d
   for (int64_t r = 0; r < D; r++) {
     const V diagonal = L[r * D + r];
     total += log<double>(diagonal);
-    // Not smaller(): a NaN must come through.
+    // Not min(): a NaN must come through.
     smallest = diagonal > smallest ? smallest : diagonal;
     largest = largest > diagonal ? largest : diagonal;
     for (int64_t t = 0; t <= r; t++) squares += L[r * D + t] * L[r * D + t];
@@ -160,7 +148,7 @@ void expected(const Parameters<T>& p, int64_t first, int count, double* L_out, d
   const auto sound = (smallest >= DBL_MIN) & (largest <= DBL_MAX);
   store_lower(L, D, outputs, L_out);
   store(sound ? total : broadcast(double(NAN)), log_det, 1, outputs, 0);
-  store(square_root(squares) / smallest, condition, 1, outputs, 0);
+  store(sqrt(squares) / smallest, condition, 1, outputs, 0);
 
   Lanes centers{first * K, K, count}, out{0, K, count};
   for (int64_t k = 0; k < K; k++, centers = centers.next(), out = out.next()) {
@@ -280,7 +268,7 @@ void maximise_centers(const Parameters<T>& p, Lanes components, const Weighted& 
     for (int64_t r = 0; r < D; r++)
       for (int64_t t = 0; t <= r; t++) system[r * D + t] = broadcast(r == t ? 1.0 : 0.0);
     triangular::add_gram(N, L, D, system);
-    triangular::factorise(system, D, whitened, square_root);
+    triangular::factorise(system, D, whitened, sqrt);
     triangular::solve(system, D, center);
   } else {
     for (int64_t r = 0; r < D; r++) center[r] = N > 0 ? center[r] / N : old[r];
@@ -327,13 +315,13 @@ void maximise_precision(const Parameters<T>& p, Lanes components, const Weighted
   }
   V largest = V{};
   for (int64_t r = 0; r < D; r++) largest = max<double>(largest, scatter[r * D + r]);
-  triangular::factorise(scatter, D, pivots, square_root);
+  triangular::factorise(scatter, D, pivots, sqrt);
   // Without the prior, a pivot that is rounding noise of the points' dtype is no evidence of a
   // spread.
   const V least = map_prior ? V{} : largest * (sizeof(T) == 4 ? FLT_EPSILON : DBL_EPSILON);
   V *inverse = scale, *raw = scatter;
   triangular::invert(scatter, D, inverse);  // scatter = F^T F, so that L is F^-1, scaled
-  const V weight = square_root(mass);
+  const V weight = sqrt(mass);
   auto sound = weight == weight;
   for (int64_t r = 0; r < D; r++) {
     sound &= pivots[r] > least;
@@ -341,7 +329,7 @@ void maximise_precision(const Parameters<T>& p, Lanes components, const Weighted
       const V x = weight * inverse[r * D + t];
       raw[r * D + t] = t < r ? x : inverse_softplus(x);
       // What a T cannot hold is no maximiser either.
-      sound &= absolute(raw[r * D + t]) <= (sizeof(T) == 4 ? FLT_MAX : DBL_MAX);
+      sound &= max<double>(raw[r * D + t], -raw[r * D + t]) <= (sizeof(T) == 4 ? FLT_MAX : DBL_MAX);
       if (t == r) sound &= x > 0;
     }
   }
@@ -370,7 +358,11 @@ constexpr Kernels<T> kKernels = {kLanes,      Scratch::size, precision_cholesky<
 
 }  // namespace
 
-const Kernels<float>& VMM_CONCAT(kernels_f32_, VMM_ISA)() { return kKernels<float>; }
-const Kernels<double>& VMM_CONCAT(kernels_f64_, VMM_ISA)() { return kKernels<double>; }
+template <class T>
+const Kernels<T>& Kernels<T>::VMM_ISA() {
+  return kKernels<T>;
+}
+template const Kernels<float>& Kernels<float>::VMM_ISA();
+template const Kernels<double>& Kernels<double>::VMM_ISA();
 
 }  // namespace vmm::empirical_bayes

@@ -43,14 +43,11 @@ struct Kernels {
   // Sets free centers, then precisions, to their maximisers; map_prior says whether there is one.
   void (*maximise)(const Parameters<T>&, std::int64_t first, int count, const Weighted&,
                    bool map_prior, Learnt, double* scratch);
-};
 
-#define VMM_DECLARE_KERNELS(isa)             \
-  const Kernels<float>& kernels_f32_##isa(); \
-  const Kernels<double>& kernels_f64_##isa();
-VMM_DECLARE_KERNELS(baseline)
-VMM_DECLARE_KERNELS(avx2)
-VMM_DECLARE_KERNELS(avx512)
-#undef VMM_DECLARE_KERNELS
+  // As compiled for each instruction set.
+  static const Kernels& baseline();
+  static const Kernels& avx2();
+  static const Kernels& avx512();
+};
 
 }  // namespace vmm::empirical_bayes

@@ -11,4 +11,22 @@ InstructionSet current_instruction_set();
 
 const char* name(InstructionSet);
 
+// The copy that runs: Kernels is a struct of functions, with a static member function for each set
+// that returns what was compiled for it.
+template <class Kernels>
+const Kernels& current_kernels() {
+  switch (current_instruction_set()) {
+#ifdef VMM_HAVE_avx512
+    case InstructionSet::avx512:
+      return Kernels::avx512();
+#endif
+#ifdef VMM_HAVE_avx2
+    case InstructionSet::avx2:
+      return Kernels::avx2();
+#endif
+    default:
+      return Kernels::baseline();
+  }
+}
+
 }  // namespace vmm

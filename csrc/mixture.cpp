@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "finite.h"
 #include "instruction_set.h"
 #include "mixture_kernels.h"
 #include "parallel.h"
@@ -18,39 +18,6 @@ namespace vmm {
 namespace {
 
 using std::int64_t;
-
-template <class T>
-const Kernels<T>& kernels();
-template <>
-const Kernels<float>& kernels<float>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return kernels_f32_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return kernels_f32_avx2();
-#endif
-    default:
-      return kernels_f32_baseline();
-  }
-}
-template <>
-const Kernels<double>& kernels<double>() {
-  switch (current_instruction_set()) {
-#ifdef VMM_HAVE_avx512
-    case InstructionSet::avx512:
-      return kernels_f64_avx512();
-#endif
-#ifdef VMM_HAVE_avx2
-    case InstructionSet::avx2:
-      return kernels_f64_avx2();
-#endif
-    default:
-      return kernels_f64_baseline();
-  }
-}
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
@@ -66,23 +33,6 @@ template <class T>
 struct Lanes {
   alignas(64) T data[kMaxChunk<T>];
 };
-
-bool is_finite(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return (bits & 0x7f800000u) != 0x7f800000u;
-}
-bool is_finite(double x) {
-  std::uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return (bits & 0x7ff0000000000000u) != 0x7ff0000000000000u;
-}
-template <class T>
-bool all_finite(const T* values, int64_t count) {
-  bool finite = true;  // no branch in the loop
-  for (int64_t i = 0; i < count; i++) finite &= is_finite(values[i]);
-  return finite;
-}
 
 // A^T form: with P the reversal of coordinates, |A^T d| = |(P A^T P) (P d)| and P A^T P is lower
 // triangular again. Only packing, unpacking and z's transposition into lanes know of it.
@@ -367,7 +317,7 @@ template <class T>
 void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected,
               T* softmax) {
   const Packed<T> packed(mixture);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t B = samples.count;
   threads = threads_for(threads, static_cast<double>(B) * packed.view().size, mixture.dim);
   const Tiles<T> tiles(mixture, samples, kernel.chunk,
@@ -397,7 +347,7 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
                        T* grad_whitening, T* grad_offsets) {
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components;
   const auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
                                   grad_expected, grad_z);
@@ -495,7 +445,7 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
   constexpr double kCopiedBytes = 1 << 28;
   const Packed<T> packed(mixture);
   const PackedMixture<T> view = packed.view();
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
   const int useful = threads_for(threads, 2.0 * B * view.size, D);
   Buffer<double> sums;
@@ -559,7 +509,7 @@ void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedM
 template <class T>
 void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads, T* out) {
   const Packed<T> packed(mixture);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
@@ -574,7 +524,7 @@ template <class T>
 void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
                       T* out) {
   const Packed<T> packed(mixture);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, T(0));
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
@@ -593,7 +543,7 @@ template <class T>
 void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
             int64_t* label, T* probability, T* entropy) {
   const Packed<T> packed(mixture);
-  const Kernels<T>& kernel = kernels<T>();
+  const auto& kernel = current_kernels<Kernels<T>>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
                       Lanes<T> probability_k, entropy_k, max;

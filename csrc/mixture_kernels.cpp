@@ -15,8 +15,6 @@
 // Sums that should stay in registers are passed by reference: only an inlined function keeps them.
 #define VMM_INLINE inline __attribute__((always_inline))
 #define VMM_INLINE_LAMBDA __attribute__((always_inline))
-#define VMM_CONCAT_(a, b) a##b
-#define VMM_CONCAT(a, b) VMM_CONCAT_(a, b)
 
 namespace vmm {
 namespace {
@@ -601,7 +599,11 @@ constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<k
 
 }  // namespace
 
-const Kernels<float>& VMM_CONCAT(kernels_f32_, VMM_ISA)() { return kernels<float>; }
-const Kernels<double>& VMM_CONCAT(kernels_f64_, VMM_ISA)() { return kernels<double>; }
+template <class T>
+const Kernels<T>& Kernels<T>::VMM_ISA() {
+  return kernels<T>;
+}
+template const Kernels<float>& Kernels<float>::VMM_ISA();
+template const Kernels<double>& Kernels<double>::VMM_ISA();
 
 }  // namespace vmm

@@ -93,19 +93,16 @@ struct Kernels {
   // of the probabilities of all groups; max tells the caller of an overflow.
   void (*assign)(const PackedMixture<T>&, std::int64_t group, const T* z, std::int64_t* label,
                  T* probability, T* entropy, T* max, T* scratch);
+
+  // As compiled for each instruction set.
+  static const Kernels& baseline();
+  static const Kernels& avx2();
+  static const Kernels& avx512();
 };
 
 // The value below which l_j is cut off, so that differences and sums of them stay finite. A max at
 // this bound means that every l_j overflowed.
 template <class T>
 constexpr T kLowestLogJoint = sizeof(T) == 4 ? T(-1e30) : T(-1e290);
-
-#define VMM_DECLARE_KERNELS(isa)             \
-  const Kernels<float>& kernels_f32_##isa(); \
-  const Kernels<double>& kernels_f64_##isa();
-VMM_DECLARE_KERNELS(baseline)
-VMM_DECLARE_KERNELS(avx2)
-VMM_DECLARE_KERNELS(avx512)
-#undef VMM_DECLARE_KERNELS
 
 }  // namespace vmm

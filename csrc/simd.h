@@ -64,6 +64,18 @@ Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// The lesser; a NaN in a comes through.
+template <class T>
+Vec<T> min(Vec<T> a, Vec<T> b) {
+  return b < a ? b : a;
+}
+
+// One instruction, for all that it looks like a loop.
+inline Vec<double> sqrt(Vec<double> x) {
+  for (int lane = 0; lane < Simd<double>::lanes; lane++) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+}
+
 // The sums of as many vectors, side by side in memory, as a vector has lanes; pairwise, so that the
 // order of additions is the same for every call.
 template <class T>
