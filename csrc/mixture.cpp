@@ -21,9 +21,9 @@ using std::int64_t;
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
-// Chunks of a tile, at most: enough that adding up the lanes of a component's sums costs little
-// next to filling them, few enough that z and its gradient stay in the second-level cache.
-constexpr int kTile = 8;
+// Components whose parts of grad_z are added up in T: of very many, most would be below the
+// rounding error of their sum.
+constexpr int64_t kGradientBlock = 256;
 
 // One value per sample of a chunk, on the stack: no kernel's chunk is wider than 8 vectors of 64
 // bytes.
@@ -128,13 +128,13 @@ class Tiles {
   }
 
   // The way back: rows of `target` [B, D] from a tile laid out as z is.
-  void store(int64_t k, const T* lanes, T* target) const {
+  void store(int64_t k, const double* lanes, T* target) const {
     const int64_t D = mixture_.dim;
     target += first(k) * D;
     for (int begin = 0; begin < count(k); begin += chunk_, lanes += D * chunk_)
       for (int i = 0; i < std::min(chunk_, count(k) - begin); i++, target += D)
         for (int64_t r = 0; r < D; r++)
-          target[turned(mixture_.transpose, D, r)] = lanes[r * chunk_ + i];
+          target[turned(mixture_.transpose, D, r)] = static_cast<T>(lanes[r * chunk_ + i]);
   }
 
   // Fills [size] with this tile's part of a [B] array; the filling is `rest`, as is all for null.
@@ -232,6 +232,7 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
   const int64_t tile = tiles.size();
   const int64_t buffer_size = (2 * D + 5) * tile + kernel.scratch_size(D);
   const auto buffers = make_buffer<T>(threads * buffer_size);
+  const auto totals = make_buffer<double>(grad_z ? threads * D * tile : 0);
 
   parallel_ranges(
       over_components ? packed.size : tiles.number(), threads,
@@ -239,7 +240,8 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
         T* z = buffers.get() + thread * buffer_size;
         T *grad = z + D * tile, *rows = grad + D * tile, *scratch = rows + 5 * tile;
         T* target = grad_copies ? grads.get() + thread * B * D : grad_z;
-        double* sum = sums.get() + (over_components ? 0 : thread * size);
+        double *sum = sums.get() + (over_components ? 0 : thread * size),
+               *total = totals.get() + thread * D * tile;
         const int64_t j_begin = over_components ? begin : 0,
                       j_end = over_components ? end : packed.size;
         const int64_t k_begin = over_components ? 0 : begin,
@@ -252,11 +254,16 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
             tiles.gather(k, softmax + row * B, softmax[row * B + last], rows + row * tile);
           tiles.gather(k, grad_lse, T(0), rows + 3 * tile);
           tiles.gather(k, grad_expected, T(0), rows + 4 * tile);
-          if (target) std::fill(grad, grad + D * tile, T(0));
-          kernel.backward(packed, j_begin, j_end, z, tiles.count(k),
-                          {rows, rows + tile, rows + 2 * tile}, rows + 3 * tile, rows + 4 * tile,
-                          nullptr, sum, target ? grad : nullptr, scratch);
-          if (target) tiles.store(k, grad, target);
+          if (target) std::fill(total, total + D * tile, 0.0);
+          for (int64_t j = j_begin; j < j_end; j += kGradientBlock) {
+            if (target) std::fill(grad, grad + D * tile, T(0));
+            kernel.backward(packed, j, std::min(j + kGradientBlock, j_end), z, tiles.count(k),
+                            {rows, rows + tile, rows + 2 * tile}, rows + 3 * tile, rows + 4 * tile,
+                            nullptr, sum, target ? grad : nullptr, scratch);
+            if (target)
+              for (int64_t i = 0; i < D * tile; i++) total[i] += grad[i];
+          }
+          if (target) tiles.store(k, total, target);
         }
       });
 

@@ -25,6 +25,9 @@ using std::int64_t;
 constexpr int kGroup = VMM_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kVectorsPerChunk = 8;
 constexpr int kBlock = 16;  // components between two corrections of the running maximum
+// Rows of which squares are added up in one go: of hundreds, rounding would be felt. No less than
+// kSmallDim, so that l has the same bits wherever it is computed.
+constexpr int kSquares = 20;
 
 template <class T>
 constexpr int chunk_size() {
@@ -102,16 +105,23 @@ void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* 
   for (int64_t r = 0; r < dim; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < kGroup; v++) lane(d, r, v) = lane(z, r, v) - component.center[r];
-  Vec<T> square[kGroup] = {};
+  Vec<T> square[kGroup] = {}, part[kGroup] = {};
   int64_t r = 0;
-  for (; r + kRows <= dim; r += kRows)
-    add_squares<kRows>(component.whitening + packed_row(r), r, d, y, square);
-  const T* w = component.whitening + packed_row(r);
-  if (dim - r == 1) add_squares<1>(w, r, d, y, square);
-  if (dim - r == 2) add_squares<2>(w, r, d, y, square);
-  if (dim - r == 3) add_squares<3>(w, r, d, y, square);
+  for (; r + kRows <= dim; r += kRows) {
+    add_squares<kRows>(component.whitening + packed_row(r), r, d, y, part);
+    if ((r + kRows) % kSquares) continue;
 #pragma GCC unroll 4
-  for (int v = 0; v < kGroup; v++) l[v] = log_joint_of(component, square[v]);
+    for (int v = 0; v < kGroup; v++) {
+      square[v] += part[v];
+      part[v] = Vec<T>{};
+    }
+  }
+  const T* w = component.whitening + packed_row(r);
+  if (dim - r == 1) add_squares<1>(w, r, d, y, part);
+  if (dim - r == 2) add_squares<2>(w, r, d, y, part);
+  if (dim - r == 3) add_squares<3>(w, r, d, y, part);
+#pragma GCC unroll 4
+  for (int v = 0; v < kGroup; v++) l[v] = log_joint_of(component, square[v] + part[v]);
 }
 
 // The loop body(Index<0>), body(Index<1>), .., body(Index<N - 1>), unrolled whatever the compiler
@@ -134,6 +144,7 @@ VMM_INLINE void unrolled(Body body) {
 // compiler a second, so that double, which is rare, goes without.
 template <class T>
 constexpr int kSmallDim = VMM_VECTOR_BYTES >= 32 && sizeof(T) == 4 ? 20 : 0;
+static_assert(kSmallDim<float> <= kSquares);
 constexpr int kSmallGroup = 2;
 template <int kDim, class T>
 VMM_INLINE void log_joint_small(const Component<T>& component, const T* z, Vec<T>* l) {
@@ -164,29 +175,45 @@ VMM_INLINE void log_joint_small(const Component<T>& component, const T* z, Vec<T
   for (int v = 0; v < kSmallGroup; v++) l[v] = log_joint_of(component, square[v]);
 }
 
+// A sum with what it has in excess of the exact one (Kahan 1965): of a hundred thousand components
+// most are each below its rounding error, but not all together.
+template <class T>
+struct KahanSum {
+  Vec<T> value = {}, excess = {};
+
+  void operator+=(Vec<T> x) {
+    const Vec<T> y = x - excess, total = value + y;
+    excess = (total - value) - y;
+    value = total;
+  }
+  void operator*=(Vec<T> factor) {
+    value *= factor;
+    excess *= factor;
+  }
+};
+
 // (max, sum of exp(l - max), sum of exp(l - max) (l - max)): associative, and the difference of
 // log-sum-exp and expectation, the entropy, is had without cancellation.
 template <class T>
 struct OnlineSoftmax {
-  Vec<T> max_ = broadcast<T>(kLowestLogJoint<T>), sum_ = {}, weighted_ = {};
+  Vec<T> max_ = broadcast<T>(kLowestLogJoint<T>);
+  KahanSum<T> sum_, weighted_;
 
   // What has been added so far, seen from a maximum that is at least as high.
   void raise(Vec<T> top) {
     const Vec<T> gap = max_ - top;
     const Vec<T> scale = exp<T>(gap);
-    weighted_ = (weighted_ + sum_ * gap) * scale;
+    weighted_ += sum_.value * gap;
+    weighted_ *= scale;
     sum_ *= scale;
     max_ = top;
   }
-  void add_below_max(Vec<T> l) {
+  void add(Vec<T> l) {
+    raise(max<T>(max_, l));
     const Vec<T> gap = l - max_;
     const Vec<T> e = exp<T>(gap);
     sum_ += e;
     weighted_ += e * gap;
-  }
-  void add(Vec<T> l) {
-    raise(max<T>(max_, l));
-    add_below_max(l);
   }
 };
 
@@ -199,7 +226,7 @@ int64_t sums_size(int64_t dim) {
 
 template <class T>
 int64_t scratch_size(int64_t dim) {
-  const int64_t forward = dim * chunk_size<T>() + kBlock * group_size<T>();
+  const int64_t forward = (dim + 2 * kTile) * chunk_size<T>() + kBlock * group_size<T>();
   const int64_t backward = (2 * dim + 1) * chunk_size<T>() + sums_size<T>(dim) * Simd<T>::lanes;
   return forward > backward ? forward : backward;
 }
@@ -221,7 +248,9 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
   const int64_t dim = kDim ? kDim : mixture.dim;
   const int chunks = (count + chunk - 1) / chunk;
   T* d = scratch;
-  T* block = d + dim * chunk;
+  T* sum_excess = d + dim * chunk;
+  T* weighted_excess = sum_excess + kTile * chunk;
+  T* block = weighted_excess + kTile * chunk;
   for (int64_t begin = 0; begin < mixture.size; begin += kBlock) {
     const int size =
         static_cast<int>(mixture.size - begin < kBlock ? mixture.size - begin : kBlock);
@@ -235,7 +264,10 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
 #pragma GCC unroll 4
         for (int v = 0; v < kGroup; v++) {
           const int i = sample + v * lanes;
-          if (begin) softmax[v] = {at(out.max + i), at(out.log_sum + i), at(out.gap + i)};
+          if (begin)
+            softmax[v] = {at(out.max + i),
+                          {at(out.log_sum + i), at(sum_excess + i)},
+                          {at(out.gap + i), at(weighted_excess + i)}};
           top[v] = softmax[v].max_;
         }
         for (int j = 0; j < size; j++) {
@@ -252,18 +284,28 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
             top[v] = max<T>(top[v], l_j[v]);
           }
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < kGroup; v++) softmax[v].raise(top[v]);
+        Vec<T> sum[kGroup] = {}, weighted[kGroup] = {};
         for (int j = 0; j < size; j++)
 #pragma GCC unroll 4
-          for (int v = 0; v < kGroup; v++) softmax[v].add_below_max(at(l + j * stride + v * lanes));
+          for (int v = 0; v < kGroup; v++) {
+            const Vec<T> gap = at(l + j * stride + v * lanes) - top[v];
+            const Vec<T> e = exp<T>(gap);
+            sum[v] += e;
+            weighted[v] += e * gap;
+          }
         const bool last = begin + size == mixture.size;
 #pragma GCC unroll 4
         for (int v = 0; v < kGroup; v++) {
           const int i = sample + v * lanes;
-          at(out.max + i) = softmax[v].max_;
-          at(out.log_sum + i) = last ? log<T>(softmax[v].sum_) : softmax[v].sum_;
-          at(out.gap + i) = last ? softmax[v].weighted_ / softmax[v].sum_ : softmax[v].weighted_;
+          softmax[v].raise(top[v]);
+          softmax[v].sum_ += sum[v];
+          softmax[v].weighted_ += weighted[v];
+          const Vec<T> total = softmax[v].sum_.value, weighted_total = softmax[v].weighted_.value;
+          at(out.max + i) = top[v];
+          at(out.log_sum + i) = last ? log<T>(total) : total;
+          at(out.gap + i) = last ? weighted_total / total : weighted_total;
+          at(sum_excess + i) = softmax[v].sum_.excess;
+          at(weighted_excess + i) = softmax[v].weighted_.excess;
         }
       }
   }
@@ -525,7 +567,7 @@ void grouped_log_joint(const PackedMixture<T>& mixture, int64_t begin, int64_t e
     for (int v = 0; v < kGroup; v++) softmax[v].add(l[v]);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kGroup; v++) l[v] = softmax[v].max_ + log<T>(softmax[v].sum_);
+  for (int v = 0; v < kGroup; v++) l[v] = softmax[v].max_ + log<T>(softmax[v].sum_.value);
 }
 
 template <class T>
@@ -583,11 +625,11 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 #pragma GCC unroll 4
     for (int v = 0; v < kGroup; v++) {
       const int i = first + v * lanes;
-      const Vec<T> log_sum = log<T>(softmax[v].sum_);
+      const Vec<T> total = softmax[v].sum_.value;
       at(max + i) = softmax[v].max_;
-      at(probability + i) = 1 / softmax[v].sum_;
+      at(probability + i) = 1 / total;
       // Rounding may leave a tiny negative number where one group has all the probability.
-      at(entropy + i) = vmm::max<T>(log_sum - softmax[v].weighted_ / softmax[v].sum_, Vec<T>{});
+      at(entropy + i) = vmm::max<T>(log<T>(total) - softmax[v].weighted_.value / total, Vec<T>{});
     }
   }
 }

@@ -55,6 +55,10 @@ struct Softmax {
   T* gap;
 };
 
+// Chunks of a tile, at most: enough that adding up the lanes of a component's sums costs little
+// next to filling them, few enough that z and its gradient stay in the second-level cache.
+constexpr int kTile = 8;
+
 template <class T>
 struct Kernels {
   int chunk;

@@ -1,5 +1,7 @@
 """Shared by all tests: small random mixtures, and each instruction set in turn."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -20,6 +22,33 @@ def isa(request, monkeypatch):
     except ValueError:
         pytest.skip(f"this machine has no {request.param}")
     return request.param
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Let the core use up to so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def shifted(x, items=1):
+    """The same values so many items behind an address that is aligned to vectors."""
+    count = x.numel() * x.element_size()
+    buffer = bytearray(count + (64 + items) * x.element_size())
+    start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 64
+    start += items * x.element_size()
+    flat = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=start)
+    return flat.copy_(x.flatten()).view(x.shape)
+
+
+def strided(x):
+    """The same values with the order of dimensions reversed in memory and gaps between items."""
+    reverse = tuple(range(x.ndim))[::-1]
+    return x.permute(reverse).contiguous().permute(reverse).repeat_interleave(2, 0)[::2]
 
 
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
