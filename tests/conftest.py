@@ -51,6 +51,11 @@ def strided(x):
     return x.permute(reverse).contiguous().permute(reverse).repeat_interleave(2, 0)[::2]
 
 
+def expanded(x):
+    """The first entry for all, with strides of zero."""
+    return x[:1].expand_as(x)
+
+
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
     """z [B, D], centers [J, D], well-conditioned lower-triangular whitening, offsets [J]."""
     generator = torch.Generator().manual_seed(seed)

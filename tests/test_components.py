@@ -3,7 +3,7 @@
 import mpmath
 import pytest
 import torch
-from conftest import FORMS, random_gaussians
+from conftest import FORMS, expanded, random_gaussians, shifted, strided, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,17 +165,36 @@ def test_pruned_component(form):
         assert (grad[pruned] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [shifted, strided, expanded])
 @pytest.mark.parametrize("form", FORMS)
-def test_strided_and_expanded_inputs(form):
-    inputs = random_gaussians(6, 6, 4, form)
-    strided = [x if x is None else x.repeat_interleave(2, -1)[..., ::2] for x in inputs]
-    assert not any(x.is_contiguous() for x in strided if x is not None)
-    assert_equals_reference(strided, 6, False, **TIGHT)
-    expanded = [x if x is None else x[:1].expand(x.shape) for x in inputs]
-    plain = [x if x is None else x.contiguous() for x in expanded]
-    torch.testing.assert_close(
-        ops.whitened_components(*expanded, 6), ops.whitened_components(*plain, 6)
-    )
+def test_inputs_lie_anywhere_in_memory(form, layout, dtype):
+    """Misaligned, with gaps, or with strides of zero: the values alone count."""
+    inputs = random_gaussians(6, 6, 4, form, dtype)
+    laid_out = [x if x is None else layout(x) for x in inputs]
+    given = [x for x in laid_out if x is not None]
+    assert all(x.data_ptr() % 64 if layout is shifted else not x.is_contiguous() for x in given)
+    outputs = []
+    for tensors in (laid_out, [x if x is None else x.contiguous().clone() for x in laid_out]):
+        leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
+        values = ops.whitened_components(*leaves, 6)
+        total = values[0].sum() + values[1].sum()  # upstream gradients have strides of zero
+        grads = torch.autograd.grad(total, [x for x in leaves if x is not None])
+        outputs.append((*values, *grads))
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(100_000, 1, 2), (2, 2, 128), (1, 1, 129)])
+def test_many_components_and_dimensions(shape, form):
+    components, per_component, dim = shape
+    centers = components * per_component
+    log_weights, *factors = random_gaussians(components, centers, dim, form)
+    for factor in factors:
+        # Less below the diagonal: a random triangle's condition grows exponentially with D.
+        if factor is not None and factor.ndim == 3:
+            factor.tril_(-1).div_(dim).add_(torch.eye(dim, dtype=torch.float64))
+    assert_equals_reference((log_weights, *factors), centers, False, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("expected", [False, True])
@@ -199,14 +218,10 @@ def test_upper_triangles_are_not_read(expected):
 @pytest.mark.parametrize("form", FORMS)
 def test_same_bits_at_any_thread_count(form, expected):
     inputs = random_gaussians(41, 123, 20, form, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
+    runs = []
+    for count in (1, 1, 2, 3):
+        with threads(count):
             runs.append(results(ops.whitened_components, inputs, 123, expected))
-    finally:
-        torch.set_num_threads(threads)
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import expanded, shifted, strided, threads
 from test_mixture import random_components
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.profiler import ProfilerActivity, profile
@@ -37,9 +38,9 @@ def leaf(x, dtype):
     return x.detach().to(dtype, copy=True).requires_grad_()
 
 
-def points(d=3, dtype=torch.float64, seed=1):
+def points(d=3, dtype=torch.float64, seed=1, b=B):
     generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(B, d, generator=generator, dtype=torch.float64)).to(dtype)
+    return (2 * torch.randn(b, d, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def copied(parameters, dtype=None):
@@ -294,6 +295,65 @@ def test_maximise_concentration(counts, start):
     expected = closed_form.maximise_concentration(counts)
     actual = _core.maximise_concentration(counts.data_ptr(), len(counts), start)
     assert actual == pytest.approx(expected, rel=1e-8)
+
+
+# --- memory, sizes and threads ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [shifted, strided, expanded])
+def test_inputs_lie_anywhere_in_memory(layout, dtype):
+    """What the encoder gives may be misaligned, have gaps, or strides of zero."""
+    parameters = random_parameters(c=6, d=4, dtype=dtype)
+    given = [layout(x.detach()) for x in parameters[:2]]
+    laid_out = parameters._replace(
+        centers=given[0].requires_grad_(), scale=given[1].requires_grad_()
+    )
+    plain = copied(laid_out._replace(centers=given[0].contiguous(), scale=given[1].contiguous()))
+    z, objective = layout(points(4, dtype)), Objective("learnt", "dirichlet", 0.0, True, 500)
+    outputs = []
+    for p, at in ((laid_out, z), (plain, z.contiguous().clone())):
+        loss, gradients = empirical_bayes.map_gradients(p, at, objective, list(p))
+        sums = empirical_bayes.statistics(p, at, 0.7)
+        outputs.append((torch.tensor(loss), *gradients, *sums))
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize(("c", "d"), [(30_000, 2), (2, 128)])
+def test_many_components_and_dimensions(c, d):
+    parameters = random_parameters(c=c, d=d, scale="diagonal")
+    with torch.no_grad():  # a random triangle's condition grows exponentially with D
+        parameters.raw_precision.copy_(parameters.raw_precision.tril(-1).div(d))
+    objective = Objective("learnt", "dirichlet", 0.0, True, None)
+    assert_gradients(parameters, points(d, b=3), objective)
+
+
+def one_of_each(inference, seed=0):
+    """Parameters, sums and running sums after a step of each kind."""
+    parameters = random_parameters(c=120, k=2, d=16, seed=seed)
+    z, objective = points(16, b=500), Objective("learnt", "stick-breaking", 0.2, True, 1000)
+    if inference == "gradient":
+        loss, gradients = empirical_bayes.map_gradients(parameters, z, objective, list(parameters))
+        return (torch.tensor(loss), *gradients)
+    shapes = ((240,), (240, 16), (240, 16, 16), (240, 16))
+    sums = closed_form.Statistics(*(torch.zeros(x, dtype=torch.float64) for x in shapes))
+    running = Running(sums, torch.zeros((), dtype=torch.int64))
+    settings = {"temperature": 0.7, "rate": 0.1, "free_centers": False}
+    with torch.no_grad():
+        empirical_bayes.online_step(parameters, z, running, objective, **settings)
+    return (*running.sums, *parameters)
+
+
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_threads_change_rounding_alone(inference):
+    """The same bits on every run at one thread count, and rounding between two."""
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            first, second = (one_of_each(inference) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        results.append(first)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 # --- the private Adam ---
