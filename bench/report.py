@@ -22,13 +22,6 @@ REASONS: dict[str, str] = {
     "training step": "Matrix products of the encoder on the pseudo-inputs: J rows pass it forward "
     "and back beside the batch's in `kl`, and once more in `update`, which at J = 100 and B = 256 "
     "is a third of all products of the step with N(0, I). Next: fewer pseudo-inputs a step.",
-    "forward + backward from (m, S, L, pi)": "Building A is a chain of small float64 operations "
-    "of torch, whose calls cost as much as the pairs at small B. Next: one compiled operation from "
-    "(m, S, L, pi) to A and c, with its backward.",
-    "empirical-Bayes step": "The step is a chain of small torch operations around one fast kernel. "
-    "Next: the objective, its gradient and Adam in compiled operations.",
-    "torch operators": "The parameters' densities and the mixture are built of torch operators. "
-    "Next: a compiled operation for each of the two.",
     "call overhead": "Most of it is Python: checks, allocations and the autograd function. Next: "
     "fewer of each, or a C++ autograd function.",
 }
