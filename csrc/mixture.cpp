@@ -34,56 +34,82 @@ struct Lanes {
   alignas(64) T data[kMaxChunk<T>];
 };
 
+// Threads for moving so many numbers one by one.
+int threads_to_move(int threads, int64_t numbers) {
+  return useful_threads(threads, 16.0 * static_cast<double>(numbers));
+}
+
 // A^T form: with P the reversal of coordinates, |A^T d| = |(P A^T P) (P d)| and P A^T P is lower
 // triangular again. Only packing, unpacking and z's transposition into lanes know of it.
 int64_t turned(bool transpose, int64_t dim, int64_t r) { return transpose ? dim - 1 - r : r; }
 
-// Where in A [D, D] the numbers of a packed triangle come from.
-std::vector<int64_t> packed_sources(bool transpose, int64_t dim) {
-  std::vector<int64_t> sources(static_cast<std::size_t>(dim * (dim + 1) / 2));
-  for (int64_t r = 0; r < dim; r++)
-    for (int64_t t = 0; t <= r; t++)
-      sources[packed_index(dim, r, t)] =
-          transpose ? (dim - 1 - t) * dim + dim - 1 - r : r * dim + t;
-  return sources;
-}
+// The numbers of a matrix of the user's, [D, D], by the row and column that the kernels give them.
+template <class T>
+class Turned {
+ public:
+  Turned(T* matrix, bool transpose, int64_t dim)
+      : origin_(transpose ? matrix + dim * dim - 1 : matrix),
+        row_(transpose ? -1 : dim),
+        column_(transpose ? -dim : 1) {}
+  T& operator()(int64_t r, int64_t t) const { return origin_[r * row_ + t * column_]; }
+
+ private:
+  T* origin_;
+  int64_t row_, column_;
+};
 
 template <class T>
 class Packed {
  public:
-  explicit Packed(const Mixture<T>& mixture)
-      : dim_(mixture.dim),
-        records_(make_buffer<T>(mixture.num_components * record_size(mixture.dim))) {
-    const int64_t D = dim_, J = mixture.num_components, triangle = D * (D + 1) / 2;
-    const std::vector<int64_t> sources = packed_sources(mixture.transpose, D);
-    component_.reserve(static_cast<std::size_t>(J));
-    T* record = records_.get();
-    for (int64_t j = 0; j < J; j++) {
-      const T c = mixture.offsets[j];
-      if (c == -std::numeric_limits<T>::infinity()) continue;
-      const T* m = mixture.centers + j * D;
-      const T* A = mixture.whitening + j * D * D;
-      record[0] = c;
-      for (int64_t r = 0; r < D; r++) record[1 + r] = m[turned(mixture.transpose, D, r)];
-      for (int64_t i = 0; i < triangle; i++) record[1 + D + i] = A[sources[i]];
-      if (!is_finite(c)) fail("offsets", "finite or -inf", j);
-      if (!all_finite(record + 1, D)) fail("centers", "finite", j);
-      if (!all_finite(record + 1 + D, triangle)) fail("whitening", "finite", j);
-      component_.push_back(j);
-      record += record_size(D);
-    }
+  Packed(const Mixture<T>& mixture, int threads) : dim_(mixture.dim) {
+    for (int64_t j = 0; j < mixture.num_components; j++)
+      if (mixture.offsets[j] != -std::numeric_limits<T>::infinity()) component_.push_back(j);
     if (component_.empty())
       throw std::invalid_argument(
           "offsets are all -inf, so that every component is pruned; at least one must be finite");
+    const auto size = static_cast<int64_t>(component_.size());
+    const int64_t length = record_size(dim_);
+    records_ = make_buffer<T>(size * length);
+    threads = threads_to_move(threads, size * length);
+    std::vector<int64_t> bad(static_cast<std::size_t>(threads), kNone);
+    parallel_ranges(size, threads, [&](int thread, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end && bad[thread] == kNone; i++)
+        if (!pack(mixture, component_[i], records_.get() + i * length)) bad[thread] = i;
+    });
+    const int64_t first = *std::min_element(bad.begin(), bad.end());
+    if (first != kNone) refuse(first);
   }
   PackedMixture<T> view() const {
     return {records_.get(), component_.data(), static_cast<int64_t>(component_.size()), dim_};
   }
 
  private:
-  static void fail(const char* name, const char* condition, int64_t j) {
-    throw std::invalid_argument(std::string(name) + " must be " + condition + ", but component " +
-                                std::to_string(j) + " has a value that is not");
+  // Returns whether all is finite.
+  bool pack(const Mixture<T>& mixture, int64_t j, T* record) const {
+    const int64_t D = dim_;
+    const T* m = mixture.centers + j * D;
+    const Turned<const T> A(mixture.whitening + j * D * D, mixture.transpose, D);
+    T* out = record;
+    *out++ = mixture.offsets[j];
+    for (int64_t r = 0; r < D; r++) *out++ = m[turned(mixture.transpose, D, r)];
+    for (int64_t first = 0; first < D; first += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, D - first);
+      for (int64_t t = 0; t < first; t++)
+        for (int64_t r = 0; r < rows; r++) *out++ = A(first + r, t);
+      for (int64_t t = 0; t < rows; t++)
+        for (int64_t r = t; r < rows; r++) *out++ = A(first + r, first + t);
+    }
+    return all_finite(record, record_size(D));
+  }
+  [[noreturn]] void refuse(int64_t i) const {
+    const T* record = records_.get() + i * record_size(dim_);
+    const bool offset = is_finite(record[0]);
+    const char* name = !offset                         ? "offsets"
+                       : !all_finite(record + 1, dim_) ? "centers"
+                                                       : "whitening";
+    throw std::invalid_argument(
+        std::string(name) + " must be finite" + (offset ? "" : " or -inf") + ", but component " +
+        std::to_string(component_[static_cast<std::size_t>(i)]) + " has a value that is not");
   }
   int64_t dim_;
   Buffer<T> records_;
@@ -127,14 +153,25 @@ class Tiles {
     return kNone;
   }
 
-  // The way back: rows of `target` [B, D] from a tile laid out as z is.
-  void store(int64_t k, const double* lanes, T* target) const {
+  // The tile by rows, [count][stride], filled up with zeros.
+  void load_rows(int64_t k, int64_t stride, T* rows) const {
+    const int64_t D = mixture_.dim;
+    const T* z = samples_.z + first(k) * D;
+    for (int i = 0; i < count(k); i++, rows += stride, z += D) {
+      for (int64_t r = 0; r < D; r++) rows[r] = z[turned(mixture_.transpose, D, r)];
+      std::fill(rows + D, rows + stride, T(0));
+    }
+  }
+
+  // The way back: rows of `target` [B, D] from the sum of a tile in lanes and one by rows.
+  void store(int64_t k, const double* lanes, const double* rows, int64_t stride, T* target) const {
     const int64_t D = mixture_.dim;
     target += first(k) * D;
     for (int begin = 0; begin < count(k); begin += chunk_, lanes += D * chunk_)
-      for (int i = 0; i < std::min(chunk_, count(k) - begin); i++, target += D)
+      for (int i = 0; i < std::min(chunk_, count(k) - begin); i++, target += D, rows += stride)
         for (int64_t r = 0; r < D; r++)
-          target[turned(mixture_.transpose, D, r)] = static_cast<T>(lanes[r * chunk_ + i]);
+          target[turned(mixture_.transpose, D, r)] =
+              static_cast<T>(lanes[r * chunk_ + i] + rows[r]);
   }
 
   // Fills [size] with this tile's part of a [B] array; the filling is `rest`, as is all for null.
@@ -208,62 +245,107 @@ void add_copies(T* sums, int64_t size, int copies) {
     for (int64_t i = 0; i < size; i++) sums[i] += sums[copy * size + i];
 }
 
+// What a backward pass needs of a tile besides its lanes, and its part of grad_z.
+template <class T>
+class TileRows {
+ public:
+  TileRows(int64_t dim, int64_t stride, int64_t size, bool with_grad)
+      : lanes_size_(with_grad ? dim * size : 0),
+        rows_size_(with_grad ? stride * size : 0),
+        rows_(make_buffer<T>(stride * size)),
+        grad_(make_buffer<T>(lanes_size_ + rows_size_)),
+        total_(make_buffer<double>(lanes_size_ + rows_size_)) {}
+
+  T* rows() const { return rows_.get(); }
+  T* grad_lanes() const { return lanes_size_ ? grad_.get() : nullptr; }
+  T* grad_rows() const { return lanes_size_ ? grad_.get() + lanes_size_ : nullptr; }
+  const double* total_lanes() const { return total_.get(); }
+  const double* total_rows() const { return total_.get() + lanes_size_; }
+  void clear_total() { std::fill_n(total_.get(), lanes_size_ + rows_size_, 0.0); }
+  void clear_grad() { std::fill_n(grad_.get(), lanes_size_ + rows_size_, T(0)); }
+  void add_grad() {
+    for (int64_t i = 0; i < lanes_size_ + rows_size_; i++) total_[i] += grad_[i];
+  }
+
+ private:
+  int64_t lanes_size_, rows_size_;
+  Buffer<T> rows_, grad_;
+  Buffer<double> total_;
+};
+
+// l of all pairs, [packed.size][stride], kept from a forward pass for the sums; or null.
+template <class T>
+struct LogJoint {
+  T* values = nullptr;
+  int64_t stride = 0;
+};
+
+// So many bytes of l stay in the caches between two passes.
+constexpr int64_t kKeptBytes = 1 << 21;
+
+// Threads share out either samples (each has sums of its own) or components (each has a grad_z of
+// its own): whichever needs less memory for the copies. Both are added up in the order of threads.
+bool over_components(int64_t samples, int64_t components, int64_t dim, int threads) {
+  return components * statistics_size(dim) > samples * dim && components >= threads;
+}
+
 // Sums over all samples, [size, statistics_size] in float64, and grad_z.
 template <class T>
 Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                           const PackedMixture<T>& packed, const Kernels<T>& kernel, int threads,
-                          const T* softmax, const T* grad_lse, const T* grad_expected, T* grad_z) {
+                          const T* softmax, const T* grad_lse, const T* grad_expected,
+                          LogJoint<T> log_joint, T* grad_z) {
   const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
   threads = threads_for(threads, 3.0 * B * packed.size, D);
-  // Threads share out either samples (each has sums of its own) or components (each has a grad_z of
-  // its own): whichever needs less memory for the copies. Both are added up in the order of
-  // threads.
-  const bool over_components = size > B * D && packed.size >= threads;
+  const bool by_component = over_components(B, packed.size, D, threads);
   const Tiles<T> tiles(mixture, samples, kernel.chunk,
-                       tile_chunks(B, kernel.chunk, over_components ? 1 : threads, kTile));
+                       tile_chunks(B, kernel.chunk, by_component ? 1 : threads, kTile));
   threads = static_cast<int>(std::max<int64_t>(
-      1, std::min<int64_t>(threads, over_components ? packed.size : tiles.number())));
-  const int sum_copies = over_components ? 1 : threads;
-  const int grad_copies = over_components && grad_z ? threads : 0;
+      1, std::min<int64_t>(threads, by_component ? packed.size : tiles.number())));
+  const int sum_copies = by_component ? 1 : threads;
+  const int grad_copies = by_component && grad_z ? threads : 0;
   auto sums = make_buffer<double>(size * sum_copies);
-  std::fill(sums.get(), sums.get() + size * sum_copies, 0.0);
   auto grads = make_buffer<T>(B * D * grad_copies);
   // Allocated here: an exception must not leave a parallel region.
-  const int64_t tile = tiles.size();
-  const int64_t buffer_size = (2 * D + 5) * tile + kernel.scratch_size(D);
+  const int64_t tile = tiles.size(), stride = kernel.row_stride(D);
+  const int64_t buffer_size = (D + 5) * tile + kernel.scratch_size(D);
   const auto buffers = make_buffer<T>(threads * buffer_size);
-  const auto totals = make_buffer<double>(grad_z ? threads * D * tile : 0);
+  std::vector<TileRows<T>> all_rows;
+  for (int thread = 0; thread < threads; thread++)
+    all_rows.emplace_back(D, stride, tile, grad_z != nullptr);
 
   parallel_ranges(
-      over_components ? packed.size : tiles.number(), threads,
+      by_component ? packed.size : tiles.number(), threads,
       [&](int thread, int64_t begin, int64_t end) {
         T* z = buffers.get() + thread * buffer_size;
-        T *grad = z + D * tile, *rows = grad + D * tile, *scratch = rows + 5 * tile;
+        T *per_sample = z + D * tile, *scratch = per_sample + 5 * tile;
+        TileRows<T>& rows = all_rows[thread];
         T* target = grad_copies ? grads.get() + thread * B * D : grad_z;
-        double *sum = sums.get() + (over_components ? 0 : thread * size),
-               *total = totals.get() + thread * D * tile;
-        const int64_t j_begin = over_components ? begin : 0,
-                      j_end = over_components ? end : packed.size;
-        const int64_t k_begin = over_components ? 0 : begin,
-                      k_end = over_components ? tiles.number() : end;
+        const int64_t j_begin = by_component ? begin : 0, j_end = by_component ? end : packed.size;
+        const int64_t k_begin = by_component ? 0 : begin,
+                      k_end = by_component ? tiles.number() : end;
+        double* sum = sums.get() + (by_component ? 0 : thread * size);
+        std::fill(sum + j_begin * statistics_size(D), sum + j_end * statistics_size(D), 0.0);
         for (int64_t k = k_begin; k < k_end; k++) {
           tiles.load(k, z);
+          tiles.load_rows(k, stride, rows.rows());
           const int64_t last = tiles.first(k) + tiles.count(k) - 1;
           // The filling repeats the last sample, with weights of zero.
           for (int row = 0; row < 3; row++)
-            tiles.gather(k, softmax + row * B, softmax[row * B + last], rows + row * tile);
-          tiles.gather(k, grad_lse, T(0), rows + 3 * tile);
-          tiles.gather(k, grad_expected, T(0), rows + 4 * tile);
-          if (target) std::fill(total, total + D * tile, 0.0);
+            tiles.gather(k, softmax + row * B, softmax[row * B + last], per_sample + row * tile);
+          tiles.gather(k, grad_lse, T(0), per_sample + 3 * tile);
+          tiles.gather(k, grad_expected, T(0), per_sample + 4 * tile);
+          rows.clear_total();
           for (int64_t j = j_begin; j < j_end; j += kGradientBlock) {
-            if (target) std::fill(grad, grad + D * tile, T(0));
-            kernel.backward(packed, j, std::min(j + kGradientBlock, j_end), z, tiles.count(k),
-                            {rows, rows + tile, rows + 2 * tile}, rows + 3 * tile, rows + 4 * tile,
-                            nullptr, sum, target ? grad : nullptr, scratch);
-            if (target)
-              for (int64_t i = 0; i < D * tile; i++) total[i] += grad[i];
+            rows.clear_grad();
+            kernel.backward(packed, j, std::min(j + kGradientBlock, j_end), z, rows.rows(),
+                            tiles.count(k), {per_sample, per_sample + tile, per_sample + 2 * tile},
+                            per_sample + 3 * tile, per_sample + 4 * tile,
+                            log_joint.values ? log_joint.values + tiles.first(k) : nullptr,
+                            log_joint.stride, sum, rows.grad_lanes(), rows.grad_rows(), scratch);
+            rows.add_grad();
           }
-          if (target) tiles.store(k, total, target);
+          if (target) tiles.store(k, rows.total_lanes(), rows.total_rows(), stride, target);
         }
       });
 
@@ -281,8 +363,6 @@ template <class T>
 Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
                                   const PackedMixture<T>& packed, const Kernels<T>& kernel,
                                   int threads, T grad_lse, T grad_expected, double* totals) {
-  // Small enough for the second-level cache, unless one chunk is more.
-  constexpr int64_t kKeptBytes = 1 << 21;
   const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
   const int64_t chunk_bytes = packed.size * kernel.chunk * static_cast<int64_t>(sizeof(T));
   const int limit =
@@ -291,25 +371,27 @@ Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
                        tile_chunks(B, kernel.chunk, threads, limit));
   auto sums = make_buffer<double>((size + 2) * threads);
   std::fill(sums.get(), sums.get() + (size + 2) * threads, 0.0);
-  const int64_t tile = tiles.size(), row_size = (5 + packed.size) * tile;
-  const auto rows = make_buffer<T>(threads * row_size);
+  const int64_t tile = tiles.size(), stride = kernel.row_stride(D);
+  const int64_t buffer_size = (5 + packed.size + stride) * tile;
+  const auto buffers = make_buffer<T>(threads * buffer_size);
   for_each_tile<T>(
       tiles, mixture, kernel, threads, [&](int thread, int64_t k, const T* z, T* scratch) {
-        T *max = rows.get() + thread * row_size, *log_sum = max + tile, *gap = log_sum + tile;
+        T *max = buffers.get() + thread * buffer_size, *log_sum = max + tile, *gap = log_sum + tile;
         T *lse_weights = gap + tile, *expected_weights = lse_weights + tile,
-          *log_joint = expected_weights + tile;
+          *rows = expected_weights + tile, *log_joint = rows + stride * tile;
         double* sum = sums.get() + thread * (size + 2);
         const int n = tiles.count(k);
-        kernel.log_prob(packed, z, n, {max, log_sum, gap}, log_joint, scratch);
+        kernel.log_prob(packed, z, n, {max, log_sum, gap}, log_joint, tile, scratch);
         for (int i = 0; i < n; i++) {
           sum[size] += static_cast<double>(max[i]) + log_sum[i];
           sum[size + 1] += static_cast<double>(max[i]) + gap[i];
         }
+        tiles.load_rows(k, stride, rows);
         std::fill(lse_weights, lse_weights + 2 * tile, T(0));
         std::fill(lse_weights, lse_weights + n, grad_lse);
         std::fill(expected_weights, expected_weights + n, grad_expected);
-        kernel.backward(packed, 0, packed.size, z, n, {max, log_sum, gap}, lse_weights,
-                        expected_weights, log_joint, sum, nullptr, scratch);
+        kernel.backward(packed, 0, packed.size, z, rows, n, {max, log_sum, gap}, lse_weights,
+                        expected_weights, log_joint, tile, sum, nullptr, nullptr, scratch);
         return tiles.overflowed(k, max);
       });
   add_copies(sums.get(), size + 2, threads);
@@ -318,15 +400,12 @@ Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
   return sums;
 }
 
-}  // namespace
-
 template <class T>
-void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected,
-              T* softmax) {
-  const Packed<T> packed(mixture);
-  const auto& kernel = current_kernels<Kernels<T>>();
+void forward(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<T>& packed,
+             const Kernels<T>& kernel, int threads, T* lse, T* expected, T* softmax,
+             LogJoint<T> log_joint) {
   const int64_t B = samples.count;
-  threads = threads_for(threads, static_cast<double>(B) * packed.view().size, mixture.dim);
+  threads = threads_for(threads, static_cast<double>(B) * packed.size, mixture.dim);
   const Tiles<T> tiles(mixture, samples, kernel.chunk,
                        tile_chunks(B, kernel.chunk, threads, kTile));
   const int64_t tile = tiles.size();
@@ -335,8 +414,10 @@ void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse
       tiles, mixture, kernel, threads, [&](int thread, int64_t k, const T* z, T* scratch) {
         T *max = rows.get() + thread * 3 * tile, *log_sum = max + tile, *gap = log_sum + tile;
         const int n = tiles.count(k);
-        kernel.log_prob(packed.view(), z, n, {max, log_sum, gap}, nullptr, scratch);
         const int64_t first = tiles.first(k);
+        kernel.log_prob(packed, z, n, {max, log_sum, gap},
+                        log_joint.values ? log_joint.values + first : nullptr, log_joint.stride,
+                        scratch);
         for (int i = 0; i < n; i++) {
           lse[first + i] = max[i] + log_sum[i];
           expected[first + i] = max[i] + gap[i];
@@ -348,20 +429,32 @@ void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse
       });
 }
 
+}  // namespace
+
+template <class T>
+void log_prob(const Mixture<T>& mixture, Samples<T> samples, int threads, T* lse, T* expected,
+              T* softmax) {
+  const Packed<T> packed(mixture, threads);
+  forward<T>(mixture, samples, packed.view(), current_kernels<Kernels<T>>(), threads, lse, expected,
+             softmax, {});
+}
+
 template <class T>
 void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int threads, const T* softmax,
                        const T* grad_lse, const T* grad_expected, T* grad_z, T* grad_centers,
                        T* grad_whitening, T* grad_offsets) {
-  const Packed<T> packed(mixture);
+  const Packed<T> packed(mixture, threads);
   const PackedMixture<T> view = packed.view();
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components;
   const auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
-                                  grad_expected, grad_z);
-  std::fill(grad_centers, grad_centers + J * D, T(0));
-  std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
-  std::fill(grad_offsets, grad_offsets + J, T(0));
-  threads = useful_threads(threads, static_cast<double>(view.size) * D * D * (D + 3) / 3);
+                                  grad_expected, {}, grad_z);
+  if (view.size < J) {
+    std::fill(grad_centers, grad_centers + J * D, T(0));
+    std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
+    std::fill(grad_offsets, grad_offsets + J, T(0));
+  }
+  threads = useful_threads(threads, static_cast<double>(view.size) * D * D * (D + 12) / 3);
   const int64_t row = kernel.gradients_stride(D), gradient_size = 2 * (D + 1) * row;
   const auto gradients = make_buffer<double>(threads * gradient_size);
   parallel_ranges(view.size, threads, [&](int thread, int64_t begin, int64_t end) {
@@ -373,12 +466,11 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
       const int64_t out = view.component[j];
       grad_offsets[out] = static_cast<T>(*sum);
       T* m = grad_centers + out * D;
-      T* A = grad_whitening + out * D * D;
+      const Turned<T> A(grad_whitening + out * D * D, mixture.transpose, D);
       for (int64_t r = 0; r < D; r++) {
         m[turned(mixture.transpose, D, r)] = static_cast<T>(center[r]);
-        for (int64_t t = 0; t <= r; t++)
-          A[mixture.transpose ? (D - 1 - t) * D + D - 1 - r : r * D + t] =
-              static_cast<T>(whitening[r * row + t]);
+        for (int64_t t = 0; t <= r; t++) A(r, t) = static_cast<T>(whitening[r * row + t]);
+        for (int64_t t = r + 1; t < D; t++) A(r, t) = T(0);
       }
     }
   });
@@ -445,61 +537,60 @@ void kl_backward(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> po
                        grad_centers, grad_whitening, grad_offsets);
 }
 
-template <class T>
+template <class T, class Out>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
-                T grad_expected, double* N, double* s, double* M, double* totals) {
+                T grad_expected, Out* N, Out* s, Out* M, double* totals) {
   // Up to so many bytes of sums, each thread has its own and the samples are passed over once.
   constexpr double kCopiedBytes = 1 << 28;
-  const Packed<T> packed(mixture);
+  const Packed<T> packed(mixture, threads);
   const PackedMixture<T> view = packed.view();
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
   const int useful = threads_for(threads, 2.0 * B * view.size, D);
+  const int64_t stride = (B + kernel.chunk - 1) / kernel.chunk * kernel.chunk;
+  const bool kept = view.size * stride * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   Buffer<double> sums;
-  if (useful == 1 || 8.0 * useful * view.size * statistics_size(D) < kCopiedBytes) {
+  if (useful == 1 || (!(kept && over_components(B, view.size, D, useful)) &&
+                      8.0 * useful * view.size * statistics_size(D) < kCopiedBytes)) {
     sums = accumulate_at_once<T>(mixture, samples, view, kernel, useful, grad_lse, grad_expected,
                                  totals);
   } else {
-    const auto rows = make_buffer<T>(7 * B);
+    const auto rows = make_buffer<T>(7 * B), values = make_buffer<T>(kept ? view.size * stride : 0);
+    const LogJoint<T> log_joint{kept ? values.get() : nullptr, stride};
     T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *grads = softmax + 3 * B;
-    log_prob<T>(mixture, samples, threads, lse, expected, softmax);
+    forward<T>(mixture, samples, view, kernel, threads, lse, expected, softmax, log_joint);
     totals[0] = std::accumulate(lse, lse + B, 0.0);
     totals[1] = std::accumulate(expected, expected + B, 0.0);
     std::fill(grads, grads + B, grad_lse);
     std::fill(grads + B, grads + 2 * B, grad_expected);
-    sums =
-        accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B, nullptr);
+    sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B,
+                         log_joint, nullptr);
   }
-  std::fill(N, N + J, 0.0);
-  std::fill(s, s + J * D, 0.0);
-  std::fill(M, M + J * D * D, 0.0);
-  for (int64_t j = 0; j < view.size; j++) {
-    const double* sum = sums.get() + j * statistics_size(D);
-    const int64_t out = view.component[j];
-    N[out] = *sum++;
-    for (int64_t r = 0; r < D; r++) s[out * D + turned(mixture.transpose, D, r)] = *sum++;
-    for (int64_t r = 0; r < D; r++)
-      for (int64_t t = 0; t <= r; t++) {
-        const int64_t row = turned(mixture.transpose, D, r),
-                      column = turned(mixture.transpose, D, t);
-        M[(out * D + row) * D + column] = M[(out * D + column) * D + row] = *sum++;
-      }
+  if (view.size < J) {
+    std::fill(N, N + J, Out(0));
+    std::fill(s, s + J * D, Out(0));
+    std::fill(M, M + J * D * D, Out(0));
   }
+  parallel_ranges(view.size, threads_to_move(threads, view.size * D * D),
+                  [&](int, int64_t begin, int64_t end) {
+                    for (int64_t j = begin; j < end; j++) {
+                      const double* sum = sums.get() + j * statistics_size(D);
+                      const int64_t out = view.component[j];
+                      N[out] = static_cast<Out>(*sum++);
+                      for (int64_t r = 0; r < D; r++)
+                        s[out * D + turned(mixture.transpose, D, r)] = static_cast<Out>(*sum++);
+                      const Turned<Out> M_j(M + out * D * D, mixture.transpose, D);
+                      for (int64_t r = 0; r < D; r++)
+                        for (int64_t t = 0; t <= r; t++)
+                          M_j(r, t) = M_j(t, r) = static_cast<Out>(*sum++);
+                    }
+                  });
 }
 
 template <class T>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N, T* s, T* M) {
-  const int64_t D = mixture.dim, J = mixture.num_components, size = J * (1 + D + D * D);
-  const auto sums = make_buffer<double>(size);
   double totals[2];
-  statistics<T>(mixture, samples, threads, T(1), T(0), sums.get(), sums.get() + J,
-                sums.get() + J * (1 + D), totals);
-  const auto narrow = [](const double* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; i++) to[i] = static_cast<T>(from[i]);
-  };
-  narrow(sums.get(), J, N);
-  narrow(sums.get() + J, J * D, s);
-  narrow(sums.get() + J * (1 + D), J * D * D, M);
+  statistics<T, T>(mixture, samples, threads, T(1), T(0), N, s, M, totals);
 }
 
 // The operations below go chunk by chunk.
@@ -515,7 +606,7 @@ void for_each_chunk(const Mixture<T>& mixture, Samples<T> samples, const PackedM
 
 template <class T>
 void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads, T* out) {
-  const Packed<T> packed(mixture);
+  const Packed<T> packed(mixture, threads);
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
@@ -530,7 +621,7 @@ void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int
 template <class T>
 void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
                       T* out) {
-  const Packed<T> packed(mixture);
+  const Packed<T> packed(mixture, threads);
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t groups = mixture.num_components / group;
   std::fill(out, out + samples.count * groups, T(0));
@@ -539,7 +630,7 @@ void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t gro
                       Lanes<T> max, log_sum, gap;
                       const Softmax<T> softmax{max.data, log_sum.data, gap.data};
                       const int n = chunks.count(k);
-                      kernel.log_prob(packed.view(), z, n, softmax, nullptr, scratch);
+                      kernel.log_prob(packed.view(), z, n, softmax, nullptr, 0, scratch);
                       kernel.responsibilities(packed.view(), group, groups, z, softmax, n,
                                               out + chunks.first(k) * groups, scratch);
                       return chunks.overflowed(k, max.data);
@@ -549,7 +640,7 @@ void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t gro
 template <class T>
 void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads,
             int64_t* label, T* probability, T* entropy) {
-  const Packed<T> packed(mixture);
+  const Packed<T> packed(mixture, threads);
   const auto& kernel = current_kernels<Kernels<T>>();
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
@@ -566,18 +657,18 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
                     });
 }
 
-#define VMM_INSTANTIATE(T)                                                                         \
-  template void kl<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, T*, T*);                  \
-  template void kl_backward<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, const T*,        \
-                               const T*, T*, T*, T*, T*, T*);                                      \
-  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                       \
-  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*,       \
-                                     const T*, T*, T*, T*, T*);                                    \
-  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                     \
-  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T, T, double*, double*, double*, \
-                              double*);                                                            \
-  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                     \
-  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);              \
+#define VMM_INSTANTIATE(T)                                                                        \
+  template void kl<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, T*, T*);                 \
+  template void kl_backward<T>(const Mixture<T>&, Samples<T>, Posteriors<T>, int, const T*,       \
+                               const T*, T*, T*, T*, T*, T*);                                     \
+  template void log_prob<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                      \
+  template void log_prob_backward<T>(const Mixture<T>&, Samples<T>, int, const T*, const T*,      \
+                                     const T*, T*, T*, T*, T*);                                   \
+  template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                    \
+  template void statistics<T, double>(const Mixture<T>&, Samples<T>, int, T, T, double*, double*, \
+                                      double*, double*);                                          \
+  template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                    \
+  template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);             \
   template void assign<T>(const Mixture<T>&, Samples<T>, int64_t, int, int64_t*, T*, T*);
 VMM_INSTANTIATE(float)
 VMM_INSTANTIATE(double)

@@ -7,7 +7,9 @@
 // for a small D. Subtracting before whitening keeps the precision of centres far from the origin.
 // Matrices are walked in blocks of kRows rows times kGroup vectors, whose sums stay in registers.
 // The log-sum-exp is accumulated online over blocks of components (Milakov & Gimelshein 2018) and
-// the backward pass recomputes l, so that nothing of size B x J exists.
+// the backward pass recomputes l, so that nothing of size B x J exists. Where few samples of a
+// component have a weight other than 0, which is the rule for clusters that are far apart, its sums
+// are over those alone.
 #include "mixture_kernels.h"
 
 #include "simd.h"
@@ -64,6 +66,13 @@ decltype(auto) lane(Pointer rows, int64_t r, int v) {
   return at(rows + (r * kVectorsPerChunk + v) * lanes);
 }
 
+// The same for a group's own rows, [D][group].
+template <class Pointer>
+decltype(auto) group_lane(Pointer rows, int64_t r, int v) {
+  constexpr int lanes = VMM_VECTOR_BYTES / sizeof(*rows);
+  return at(rows + (r * kGroup + v) * lanes);
+}
+
 // y = W d for the rows first .. first + R - 1, whose packed numbers start at w.
 template <int R, class T>
 VMM_INLINE void multiply_rows(const T* w, int64_t first, const T* d, Vec<T> (&y)[R][kGroup]) {
@@ -93,12 +102,12 @@ VMM_INLINE void add_squares(const T* w, int64_t first, const T* d, T* y_out, Vec
 #pragma GCC unroll 4
     for (int v = 0; v < kGroup; v++) {
       square[v] += y[r][v] * y[r][v];
-      if (y_out) lane(y_out, first + r, v) = y[r][v];
+      if (y_out) group_lane(y_out, first + r, v) = y[r][v];
     }
 }
 
-// l for one group of vectors of a chunk. z points at the group's lanes; d (and y, unless null)
-// receive z - m and W (z - m) there.
+// l for one group of vectors of a chunk. z points at the group's lanes; d receives z - m there, and
+// y [D][group], unless null, W (z - m).
 template <class T>
 void log_joint_group(const Component<T>& component, int64_t dim, const T* z, T* d, T* y,
                      Vec<T>* l) {
@@ -224,10 +233,25 @@ int64_t sums_size(int64_t dim) {
   return (statistics_size(dim) + lanes - 1) / lanes * lanes;
 }
 
+// Rows of z are filled up to whole vectors.
+template <class T>
+int64_t row_stride(int64_t dim) {
+  constexpr int lanes = Simd<T>::lanes;
+  return (dim + lanes - 1) / lanes * lanes;
+}
+
+constexpr int kFew = 64;  // samples that are looked at one by one, at a time
+template <class T>
+int64_t few_size(int64_t dim) {
+  return (2 * dim + 2 * kFew + 2) * row_stride<T>(dim) + kRows * group_size<T>() +
+         kTile * chunk_size<T>();
+}
+
 template <class T>
 int64_t scratch_size(int64_t dim) {
   const int64_t forward = (dim + 2 * kTile) * chunk_size<T>() + kBlock * group_size<T>();
-  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + sums_size<T>(dim) * Simd<T>::lanes;
+  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + dim * group_size<T>() +
+                           sums_size<T>(dim) * Simd<T>::lanes + few_size<T>(dim);
   return forward > backward ? forward : backward;
 }
 
@@ -242,7 +266,7 @@ int lanes_in_use(int count, int k) {
 // kDim is the dimension if it is small, else 0.
 template <int kDim, class T>
 void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Softmax<T> out,
-                    T* log_joint, T* scratch) {
+                    T* log_joint, int64_t stride, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
   const int64_t dim = kDim ? kDim : mixture.dim;
@@ -257,8 +281,8 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
     for (int k = 0; k < chunks; k++)
       for (int first = 0; first < lanes_in_use<T>(count, k); first += group_size<T>()) {
         const int sample = k * chunk + first;
-        T* l = log_joint ? log_joint + begin * chunks * chunk + sample : block;
-        const int64_t stride = log_joint ? chunks * chunk : group_size<T>();
+        T* l = log_joint ? log_joint + begin * stride + sample : block;
+        const int64_t l_stride = log_joint ? stride : group_size<T>();
         OnlineSoftmax<T> softmax[kGroup];
         Vec<T> top[kGroup];
 #pragma GCC unroll 4
@@ -280,7 +304,7 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
           else
             log_joint_group<T>(component, dim, z_k, d, nullptr, l_j);
           for (int v = 0; v < kGroup; v++) {
-            at(l + j * stride + v * lanes) = l_j[v];
+            at(l + j * l_stride + v * lanes) = l_j[v];
             top[v] = max<T>(top[v], l_j[v]);
           }
         }
@@ -288,7 +312,7 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
         for (int j = 0; j < size; j++)
 #pragma GCC unroll 4
           for (int v = 0; v < kGroup; v++) {
-            const Vec<T> gap = at(l + j * stride + v * lanes) - top[v];
+            const Vec<T> gap = at(l + j * l_stride + v * lanes) - top[v];
             const Vec<T> e = exp<T>(gap);
             sum[v] += e;
             weighted[v] += e * gap;
@@ -313,11 +337,12 @@ void log_prob_sized(const PackedMixture<T>& mixture, const T* z, int count, Soft
 
 template <int kDim, class T>
 void log_prob(const PackedMixture<T>& mixture, const T* z, int count, Softmax<T> out, T* log_joint,
-              T* scratch) {
+              int64_t stride, T* scratch) {
   if constexpr (kDim > 0) {
-    if (mixture.dim != kDim) return log_prob<kDim - 1>(mixture, z, count, out, log_joint, scratch);
+    if (mixture.dim != kDim)
+      return log_prob<kDim - 1>(mixture, z, count, out, log_joint, stride, scratch);
   }
-  log_prob_sized<kDim>(mixture, z, count, out, log_joint, scratch);
+  log_prob_sized<kDim>(mixture, z, count, out, log_joint, stride, scratch);
 }
 
 // The rows first .. first + R - 1 of W^T y.
@@ -334,7 +359,7 @@ VMM_INLINE void multiply_columns(const T* whitening, int64_t dim, int64_t first,
 #pragma GCC unroll 4
     for (int r = t; r < R; r++, w++)
 #pragma GCC unroll 4
-      for (int v = 0; v < kGroup; v++) x[t][v] += *w * lane(y, first + r, v);
+      for (int v = 0; v < kGroup; v++) x[t][v] += *w * group_lane(y, first + r, v);
   int64_t r = first + R;
   for (; r + kRows <= dim; r += kRows) {
     w = whitening + packed_row(r) + first * kRows;
@@ -342,7 +367,7 @@ VMM_INLINE void multiply_columns(const T* whitening, int64_t dim, int64_t first,
 #pragma GCC unroll 4
       for (int t = 0; t < R; t++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kGroup; v++) x[t][v] += w[t * kRows + i] * lane(y, r + i, v);
+        for (int v = 0; v < kGroup; v++) x[t][v] += w[t * kRows + i] * group_lane(y, r + i, v);
   }
   const int rest = static_cast<int>(dim - r);
   w = whitening + packed_row(r) + first * rest;
@@ -350,7 +375,7 @@ VMM_INLINE void multiply_columns(const T* whitening, int64_t dim, int64_t first,
 #pragma GCC unroll 4
     for (int t = 0; t < R; t++)
 #pragma GCC unroll 4
-      for (int v = 0; v < kGroup; v++) x[t][v] += w[t * rest + i] * lane(y, r + i, v);
+      for (int v = 0; v < kGroup; v++) x[t][v] += w[t * rest + i] * group_lane(y, r + i, v);
 }
 
 template <int R, class T>
@@ -428,33 +453,188 @@ void add_statistics(int64_t dim, const T* weight, const T* d, int vectors, T* u,
   if (dim - r == 3) add_product_rows<3>(u, d, vectors, r, sums);
 }
 
+// --- samples of which few have a weight: their dimensions lie in lanes instead ---
+
+// What add_few needs besides the component.
 template <class T>
-void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z, int count,
-              Softmax<T> softmax, const T* grad_lse, const T* grad_expected, const T* log_joint,
-              double* statistics, T* grad_z, T* scratch) {
+struct Few {
+  Few(int64_t dim, T* scratch)
+      : stride(row_stride<T>(dim)),
+        whitening(scratch),
+        precision(whitening + dim * stride),
+        center(precision + dim * stride),
+        unused(center + stride),
+        d(unused + stride),
+        u(d + kFew * stride),
+        block(u + kFew * stride),
+        weight(block + kRows * group_size<T>()) {}
+
+  int64_t stride;
+  T *whitening, *precision;  // [D][stride]: W, and W^T W
+  T *center, *unused;        // [stride]: m, and a row to be written to
+  T *d, *u;                  // [kFew][stride]: d and w d
+  T* block;                  // [kRows][group]
+  T* weight;                 // [count], of the samples
+  int sample[kTile * chunk_size<T>()];
+  int count = 0;
+};
+
+template <class T>
+void unpack_precision(const T* packed, int64_t dim, Few<T>& few) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t stride = few.stride;
+  for (int64_t i = 0; i < dim * stride; i += lanes)
+    at(few.whitening + i) = at(few.precision + i) = Vec<T>{};
+  for (int64_t first = 0; first < dim; first += kRows) {
+    const int64_t rows = dim - first < kRows ? dim - first : kRows;
+    for (int64_t t = 0; t < first; t++)
+      for (int64_t r = 0; r < rows; r++) few.whitening[(first + r) * stride + t] = *packed++;
+    for (int64_t t = 0; t < rows; t++)
+      for (int64_t r = t; r < rows; r++)
+        few.whitening[(first + r) * stride + first + t] = *packed++;
+  }
+  for (int64_t q = 0; q < dim; q++) {
+    const T* row = few.whitening + q * stride;
+    for (int64_t t = 0; t <= q; t++)
+      for (int64_t i = 0; i <= q; i += lanes)
+        at(few.precision + t * stride + i) += row[t] * at(row + i);
+  }
+}
+
+// Adds the sums over samples of u_r d_t for kRows rows r and the columns of V vectors.
+template <int V, class T>
+VMM_INLINE void add_outer_products(const T* u, const T* d, int count, int64_t stride, T* block) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> total[kRows][V] = {};
+  for (int i = 0; i < count; i++, u += stride, d += stride)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) total[r][v] += u[r] * at(d + v * lanes);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) at(block + (r * V + v) * lanes) = total[r][v];
+}
+
+// x[i] -= u[i] P for kRows samples i and the columns of V vectors.
+template <int V, class T>
+VMM_INLINE void subtract_rows(const T* u, const T* precision, int64_t dim, int64_t stride,
+                              T* const (&x)[kRows]) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> total[kRows][V] = {};
+  for (int64_t r = 0; r < dim; r++, precision += stride)
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) total[i][v] += u[i * stride + r] * at(precision + v * lanes);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) at(x[i] + v * lanes) -= total[i][v];
+}
+
+// Calls body(Index<V>, first) for groups of V = kGroup vectors, and for what is left one by one.
+template <class T, class Body>
+VMM_INLINE void for_each_columns(int64_t size, Body body) {
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t t = 0;
+  for (; t + kGroup * lanes <= size; t += kGroup * lanes) body(Index<kGroup>{}, t);
+  if constexpr (kGroup > 2)
+    for (; t + 2 * lanes <= size; t += 2 * lanes) body(Index<2>{}, t);
+  for (; t < size; t += lanes) body(Index<1>{}, t);
+}
+
+// Adds the samples of `few` to the statistics, and subtracts w W^T W d from their rows of grad.
+template <class T>
+void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& few,
+             double* statistics, T* grad) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t stride = few.stride;
+  if (few.count == 0) return;
+  for (int64_t t = 0; t < stride; t++) few.center[t] = t < dim ? component.center[t] : T(0);
+  if (grad) unpack_precision(component.whitening, dim, few);
+  for (int begin = 0; begin < few.count; begin += kFew) {
+    const int count = few.count - begin < kFew ? few.count - begin : kFew;
+    double N = 0;
+    for (int i = 0; i < count; i++) {
+      const T* z = rows + few.sample[begin + i] * stride;
+      const T w = few.weight[begin + i];
+      for (int64_t t = 0; t < stride; t += lanes) {
+        const Vec<T> d = at(z + t) - at(few.center + t);
+        at(few.d + i * stride + t) = d;
+        at(few.u + i * stride + t) = w * d;
+      }
+      N += w;
+    }
+    statistics[0] += N;
+    double* s = statistics + 1;
+    for (int64_t t = 0; t < stride; t += lanes) {
+      Vec<T> total{};
+      for (int i = 0; i < count; i++) total += at(few.u + i * stride + t);
+      for (int64_t k = 0; k < lanes && t + k < dim; k++) s[t + k] += total[k];
+    }
+    double* M = s + dim;
+    for (int64_t first = 0; first < dim; first += kRows) {
+      const int64_t end = dim - first < kRows ? dim : first + kRows;
+      for_each_columns<T>((end + lanes - 1) / lanes * lanes, [&](auto V, int64_t t) {
+        constexpr int width = V.value * lanes;
+        add_outer_products<V.value>(few.u + first, few.d + t, count, stride, few.block);
+        for (int64_t r = first; r < end; r++) {
+          double* out = M + r * (r + 1) / 2 + t;
+          const T* total = few.block + (r - first) * width;
+          for (int64_t k = 0; k < width && t + k <= r; k++) out[k] += total[k];
+        }
+      });
+    }
+    if (!grad) continue;
+    for (int i = count; i % kRows; i++)
+      for (int64_t t = 0; t < stride; t++) few.u[i * stride + t] = 0;
+    for (int i = 0; i < count; i += kRows) {
+      T* x[kRows];
+      for (int k = 0; k < kRows; k++)
+        x[k] = i + k < count ? grad + few.sample[begin + i + k] * stride : few.unused;
+      for_each_columns<T>(stride, [&](auto V, int64_t t) {
+        T* const x_t[kRows] = {x[0] + t, x[1] + t, x[2] + t, x[3] + t};
+        subtract_rows<V.value>(few.u + i * stride, few.precision + t, dim, stride, x_t);
+      });
+    }
+  }
+}
+
+template <class T>
+void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z,
+              const T* rows, int count, Softmax<T> softmax, const T* grad_lse,
+              const T* grad_expected, const T* log_joint, int64_t stride, double* statistics,
+              T* grad_z, T* grad_rows, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
   const int64_t dim = mixture.dim;
   const int chunks = (count + chunk - 1) / chunk;
   T* d = scratch;
-  T* y = d + dim * chunk;  // W d, then w d
-  T* weight = y + dim * chunk;
-  T* totals = weight + chunk;
+  T* u = d + dim * chunk;
+  T* weight = u + dim * chunk;
+  T* y = weight + chunk;
+  T* totals = y + dim * group_size<T>();
+  Few<T> few(dim, totals + sums_size<T>(dim) * lanes);
+  // Whether few samples have a weight, as was so in the chunk before.
+  bool are_few = true;
   for (int64_t j = begin; j < end; j++) {
     const Component<T> component(mixture, j);
     bool untouched = true;
+    few.count = 0;
     for (int k = 0; k < chunks; k++) {
       const T* z_k = z + k * dim * chunk;
       const int in_use = lanes_in_use<T>(count, k);
-      typename Simd<T>::IntVec any{};
+      typename Simd<T>::IntVec with_weight{};
       for (int first = 0; first < in_use; first += group_size<T>()) {
         Vec<T> l[kGroup];
         if (!log_joint)
-          log_joint_group<T>(component, dim, z_k + first, d + first, y + first, l);
+          log_joint_group<T>(component, dim, z_k + first, d + first, are_few ? nullptr : y, l);
         else
 #pragma GCC unroll 4
           for (int v = 0; v < kGroup; v++)
-            l[v] = at(log_joint + (j * chunks + k) * chunk + first + v * lanes);
+            l[v] = at(log_joint + j * stride + k * chunk + first + v * lanes);
 #pragma GCC unroll 4
         for (int v = 0; v < kGroup; v++) {
           const int i = first + v * lanes, sample = k * chunk + i;
@@ -463,28 +643,35 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
           const Vec<T> w = p * (at(grad_lse + sample) + at(grad_expected + sample) *
                                                             (1 + below - at(softmax.gap + sample)));
           at(weight + i) = w;
-          any |= w != 0;
+          with_weight -= w != 0;
         }
-      }
-      bool negligible = true;  // a far-off component: all its weights are exactly 0
-      for (int i = 0; i < lanes; i++) negligible &= !any[i];
-      if (negligible) continue;
-
-      if (untouched)
-        for (int64_t i = 0; i < sums_size<T>(dim); i++) at(totals + i * lanes) = Vec<T>{};
-      untouched = false;
-      if (grad_z)
-        for (int first = 0; first < in_use; first += group_size<T>())
-          subtract_gradient(component.whitening, dim, y + first, weight + first,
+        if (grad_z && !are_few)
+          subtract_gradient(component.whitening, dim, y, weight + first,
                             grad_z + k * dim * chunk + first);
-      if (log_joint)
-        for (int64_t r = 0; r < dim; r++)
-          for (int v = 0; v < in_use / lanes; v++)
-            lane(d, r, v) = lane(z_k, r, v) - component.center[r];
-      add_statistics(dim, weight, d, in_use / lanes, y, totals);
+      }
+      int number = 0;  // a far-off component's weights are all exactly 0
+      for (int i = 0; i < lanes; i++) number += static_cast<int>(with_weight[i]);
+      if (number && are_few) {
+        for (int i = 0; i < in_use; i++) {
+          few.sample[few.count] = k * chunk + i;
+          few.weight[few.count] = weight[i];
+          few.count += weight[i] != 0;
+        }
+      } else if (number) {
+        if (untouched)
+          for (int64_t i = 0; i < sums_size<T>(dim); i++) at(totals + i * lanes) = Vec<T>{};
+        untouched = false;
+        if (log_joint)
+          for (int64_t r = 0; r < dim; r++)
+            for (int v = 0; v < in_use / lanes; v++)
+              lane(d, r, v) = lane(z_k, r, v) - component.center[r];
+        add_statistics(dim, weight, d, in_use / lanes, u, totals);
+      }
+      are_few = 2 * number < in_use;
     }
-    if (untouched) continue;
     double* out = statistics + j * statistics_size(dim);
+    add_few(component, dim, rows, few, out, grad_rows);
+    if (untouched) continue;
     for (int64_t i = 0; i < statistics_size(dim); i += lanes) {
       const Vec<T> total = sums<T>(totals + i * lanes);
       for (int lane = 0; lane < lanes && i + lane < statistics_size(dim); lane++)
@@ -635,9 +822,9 @@ void assign(const PackedMixture<T>& mixture, int64_t group, const T* z, int64_t*
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {chunk_size<T>(), scratch_size<T>,     log_prob<kSmallDim<T>, T>,
-                                backward<T>,     gradients_stride,    gradients<T>,
-                                log_joint<T>,    responsibilities<T>, assign<T>};
+constexpr Kernels<T> kernels = {
+    chunk_size<T>(),  scratch_size<T>, row_stride<T>, log_prob<kSmallDim<T>, T>, backward<T>,
+    gradients_stride, gradients<T>,    log_joint<T>,  responsibilities<T>,       assign<T>};
 
 }  // namespace
 

@@ -66,18 +66,24 @@ struct Kernels {
   // Number of T that `scratch` must hold, for every function below.
   std::int64_t (*scratch_size)(std::int64_t dim);
 
-  // Over a tile: lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l). l itself
-  // goes to log_joint [size][chunks * chunk] unless that is null.
-  void (*log_prob)(const PackedMixture<T>&, const T* z, int count, Softmax<T>, T* log_joint,
-                   T* scratch);
+  // Numbers from one row to the next where a tile of samples lies by rows, [tile][row_stride].
+  std::int64_t (*row_stride)(std::int64_t dim);
 
-  // Adds a tile to the statistics of records [begin, end) with the weights
+  // Over a tile: lse = log sum_j exp l_j and expected = sum_j q_j l_j, q = softmax(l). l itself
+  // goes to log_joint [size][stride], of which a tile is some columns, unless that is null.
+  void (*log_prob)(const PackedMixture<T>&, const T* z, int count, Softmax<T>, T* log_joint,
+                   std::int64_t stride, T* scratch);
+
+  // Adds a tile, which lies in lanes (z) and by rows, to the statistics of records [begin, end)
+  // with the weights
   //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
-  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to grad_z, laid out as z is. l is
-  // recomputed unless log_joint has it; grad_z needs it recomputed.
+  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to the sum of grad_z, laid out as z
+  // is, and grad_rows, laid out as rows is. l is recomputed unless log_joint has it; grad_z needs
+  // it recomputed.
   void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
-                   int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
-                   const T* log_joint, double* statistics, T* grad_z, T* scratch);
+                   const T* rows, int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
+                   const T* log_joint, std::int64_t stride, double* statistics, T* grad_z,
+                   T* grad_rows, T* scratch);
 
   // The mixture's gradients from one record's statistics: center [D] = W^T W s and the lower
   // triangle of whitening [D, gradients_stride(D)] = -W M, in aligned memory. scratch holds D

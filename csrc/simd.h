@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace vmm {
 namespace {
@@ -63,6 +66,18 @@ template <class T>
 Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+
+// GCC makes a comparison and a blend of the above for the widest vectors.
+#ifdef __AVX512F__
+template <>
+inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_max_ps(a, b);
+}
+template <>
+inline Vec<double> max<double>(Vec<double> a, Vec<double> b) {
+  return _mm512_max_pd(a, b);
+}
+#endif
 
 // The lesser; a NaN in a comes through.
 template <class T>

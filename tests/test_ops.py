@@ -97,6 +97,32 @@ def test_many_tiles(shape, count, transpose):
     torch.testing.assert_close(slopes, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(1500, 7, 10), (700, 9, 3), (400, 5, 33), (300, 4, 130)])
+def test_few_samples_with_a_weight(isa, shape, transpose):
+    """Components whose samples are few and scattered, next to such whose samples come together."""
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        z, centers, whitening, offsets = random_mixture(*shape, dtype=dtype)
+        centers = 200 * centers
+        of = torch.arange(len(z)) % 3
+        of[len(z) // 2 :] = 3
+        mixture = (centers[of] + z, centers, whitening, offsets)
+        weighty = ops.mixture_responsibilities(*mixture, transpose) > 0
+        assert weighty[: len(z) // 2].double().mean() < 0.4
+        assert weighty[len(z) // 2 :, 3].all()
+        tolerances = {"rtol": tolerance, "atol": tolerance}
+        got, expected = (all_outputs(m, mixture, transpose) for m in (ops, reference))
+        assert_close(got, expected, **tolerances)
+        for actual, wanted in zip(
+            gradients(ops, mixture, transpose),
+            gradients(reference, mixture, transpose),
+            strict=True,
+        ):
+            torch.testing.assert_close(
+                actual, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+            )
+
+
 def composed_kl(z, centers, whitening, offsets, transpose, scale):
     """The estimate from its parts."""
     lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
