@@ -24,7 +24,7 @@ from bench.problems import Size
 from bench.records import Row
 from bench.timing import Sampler, sampler, take_turns, threads
 from vmm_fast import VMMPrior, ops
-from vmm_fast.mixture import Components
+from vmm_fast.mixture import Components, gaussian_parameters
 
 TOLERANCE = 1e-3  # of a float32 result against float64; who is further off is wrong
 
@@ -35,6 +35,7 @@ GRADIENT_STEP = "empirical-Bayes step, gradient"
 CLOSED_FORM_STEP = "empirical-Bayes step, closed form"
 EM_STEP = "E- and M-step"
 OVERHEAD = "call overhead"
+ENCODER = "encoder"
 OPERATORS = "torch operators"
 
 
@@ -204,7 +205,7 @@ def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) 
 
 
 def empirical_bayes(plan: Plan) -> Iterator[Row]:
-    """``VMMPrior.update`` against the same maths in eager torch."""
+    """``VMMPrior.update`` against the same maths in eager torch, less what the encoder takes."""
     for inference, mode in (("gradient", GRADIENT_STEP), ("closed-form", CLOSED_FORM_STEP)):
         for size in plan.step:
             ours, encoder = vmm_prior(size, inference)
@@ -215,10 +216,23 @@ def empirical_bayes(plan: Plan) -> Iterator[Row]:
                 name: problems.error(_step_values(prior, z, encoder), exact)
                 for name, prior in priors.items()
             }
+            errors[ENCODER] = 0.0
             samplers = {
                 name: sampler(partial(prior.update, z, encoder)) for name, prior in priors.items()
             }
-            yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
+            samplers[ENCODER] = sampler(partial(_encode, encoder, ours.pseudo_inputs))
+            rows = _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
+            *steps, alone = list(rows)
+            for row in steps:
+                for quantile in ("min", "p20", "p50", "p80"):
+                    row[quantile] -= alone["p50"]
+                yield {**row, "encoder_p50": alone["p50"]}
+
+
+def _encode(encoder: Callable[[Tensor], Distribution], pseudo_inputs: Tensor) -> None:
+    """Take pseudo-inputs through an encoder and gradients back, as a step does."""
+    mean, scale = gaussian_parameters(encoder(pseudo_inputs))
+    torch.autograd.grad((mean, scale), pseudo_inputs, (mean.detach(), scale.detach()))
 
 
 def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], Distribution]]:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace vmm {
 
@@ -12,9 +13,16 @@ struct AdamSettings {
   double learning_rate, beta1, beta2, epsilon;
 };
 
-// One step of parameter x [size] after `steps` earlier ones.
 template <class T>
-void adam_step(const AdamSettings&, double steps, std::int64_t size, int threads, const T* gradient,
-               T* parameter, T* first_moment, T* second_moment);
+struct AdamParameter {
+  std::int64_t size;
+  const T* gradient;
+  T *parameter, *first_moment, *second_moment;
+  float* steps;  // taken so far
+};
+
+// One step of every parameter. Returns false, and changes nothing, unless all gradients are finite.
+template <class T>
+bool adam_step(const AdamSettings&, const std::vector<AdamParameter<T>>&, int threads);
 
 }  // namespace vmm

@@ -1,7 +1,6 @@
 // Python bindings of csrc/components.h. Arguments are addresses and sizes: vmm_fast/ops.py checks
 // shapes, dtypes and devices before it takes an address.
-#include <pybind11/pybind11.h>
-
+#include "bind.h"
 #include "components.h"
 
 namespace py = pybind11;
@@ -9,12 +8,8 @@ namespace py = pybind11;
 namespace {
 
 using std::int64_t;
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using vmm::Address;
+using vmm::pointer;
 
 template <class T>
 vmm::Components<T> components(Address log_weights, Address precision_cholesky, Address scale,

@@ -1,25 +1,23 @@
 // Python bindings of csrc/empirical_bayes.h and csrc/adam.h. Arguments are addresses and sizes:
 // vmm_fast/inference/empirical_bayes.py and gradient.py check shapes, dtypes and devices first.
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "adam.h"
+#include "bind.h"
 #include "empirical_bayes.h"
-#include "finite.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using std::int64_t;
-using Address = std::uintptr_t;
+using vmm::Address;
+using vmm::pointer;
 namespace eb = vmm::empirical_bayes;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 eb::Sums sums(Address N, Address s, Address M) {
   return {pointer<double>(N), pointer<double>(s), pointer<double>(M)};
@@ -85,19 +83,16 @@ void bind(py::module_& m, const std::string& suffix) {
                               pointer<double>(running_centers), pointer<int64_t>(running_steps)});
         },
         nogil);
+  // A parameter is its size and the addresses of gradient, values, moments and step count.
   m.def(("adam_step" + suffix).c_str(),
-        [](double learning_rate, double beta1, double beta2, double epsilon, int64_t size,
-           int threads, Address gradient, Address parameter, Address first_moment,
-           Address second_moment, Address steps) {
-          vmm::adam_step<T>({learning_rate, beta1, beta2, epsilon}, *pointer<float>(steps), size,
-                            threads, pointer<const T>(gradient), pointer<T>(parameter),
-                            pointer<T>(first_moment), pointer<T>(second_moment));
-          ++*pointer<float>(steps);
-        },
-        nogil);
-  m.def(("all_finite" + suffix).c_str(),
-        [](Address values, int64_t size) {
-          return vmm::all_finite<T>(pointer<const T>(values), size);
+        [](double learning_rate, double beta1, double beta2, double epsilon, int threads,
+           const std::vector<std::array<Address, 6>>& given) {
+          std::vector<vmm::AdamParameter<T>> parameters;
+          for (const auto& [size, gradient, parameter, first_moment, second_moment, steps] : given)
+            parameters.push_back({static_cast<int64_t>(size), pointer<const T>(gradient),
+                                  pointer<T>(parameter), pointer<T>(first_moment),
+                                  pointer<T>(second_moment), pointer<float>(steps)});
+          return vmm::adam_step<T>({learning_rate, beta1, beta2, epsilon}, parameters, threads);
         },
         nogil);
 }

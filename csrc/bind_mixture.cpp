@@ -1,7 +1,6 @@
 // Python bindings of csrc/mixture.h. Arguments are addresses and sizes: vmm_fast/ops.py checks
 // shapes, dtypes and devices before it takes an address.
-#include <pybind11/pybind11.h>
-
+#include "bind.h"
 #include "instruction_set.h"
 #include "mixture.h"
 
@@ -10,12 +9,8 @@ namespace py = pybind11;
 namespace {
 
 using std::int64_t;
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using vmm::Address;
+using vmm::pointer;
 
 template <class T>
 vmm::Mixture<T> mixture(Address centers, Address whitening, Address offsets, int64_t J, int64_t D,

@@ -1,24 +1,18 @@
 // Python bindings of stick_breaking.h: data pointers come as integers, checked by
 // vmm_fast.inference.stick_breaking, so that building needs neither torch nor numpy.
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-
+#include "bind.h"
 #include "stick_breaking.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using vmm::Address;
+using vmm::pointer;
 
-double posterior(std::uintptr_t counts, std::int64_t num_components, double concentration,
-                 double discount, double prior_shape, double prior_rate, std::uintptr_t order,
-                 std::uintptr_t a, std::uintptr_t b, std::uintptr_t expected_log_weights,
-                 std::uintptr_t mean_weights, std::uintptr_t map_weights) {
+double posterior(Address counts, std::int64_t num_components, double concentration, double discount,
+                 double prior_shape, double prior_rate, Address order, Address a, Address b,
+                 Address expected_log_weights, Address mean_weights, Address map_weights) {
   double concentration_update = 0.0;
   vmm::stick_breaking::posterior(
       pointer<const double>(counts), num_components, concentration, discount, prior_shape,
@@ -28,14 +22,12 @@ double posterior(std::uintptr_t counts, std::int64_t num_components, double conc
   return concentration_update;
 }
 
-void sticks_to_log_weights(std::uintptr_t sticks, std::int64_t num_components,
-                           std::uintptr_t log_weights) {
+void sticks_to_log_weights(Address sticks, std::int64_t num_components, Address log_weights) {
   vmm::stick_breaking::sticks_to_log_weights(pointer<const double>(sticks), num_components,
                                              pointer<double>(log_weights));
 }
 
-void log_weights_to_sticks(std::uintptr_t log_weights, std::int64_t num_components,
-                           std::uintptr_t sticks) {
+void log_weights_to_sticks(Address log_weights, std::int64_t num_components, Address sticks) {
   vmm::stick_breaking::log_weights_to_sticks(pointer<const double>(log_weights), num_components,
                                              pointer<double>(sticks));
 }

@@ -158,12 +158,15 @@ void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, dou
   const int64_t K = p.per_component, D = p.dim, J = p.num_components * K;
   const auto whitening = make_buffer<U>(J * D * D), tempered = make_buffer<U>(J);
   const double factor = 1.0 / std::sqrt(temperature);
-  for (int64_t j = 0; j < J; j++) {
-    const double* L_c = L.get() + j / K * D * D;
-    U* out = whitening.get() + j * D * D;
-    for (int64_t i = 0; i < D * D; i++) out[i] = static_cast<U>(factor * L_c[i]);
-    tempered[j] = static_cast<U>(offsets[j] / temperature);
-  }
+  const double moved = static_cast<double>(J * D * D);
+  parallel_ranges(J, useful_threads(threads, 4.0 * moved), [&](int, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j++) {
+      const double* L_c = L.get() + j / K * D * D;
+      U* out = whitening.get() + j * D * D;
+      for (int64_t i = 0; i < D * D; i++) out[i] = static_cast<U>(factor * L_c[i]);
+      tempered[j] = static_cast<U>(offsets[j] / temperature);
+    }
+  });
   Buffer<U> centers, z;
   const Mixture<U> mixture{
       converted<U>(p.centers, J * D, centers), whitening.get(), tempered.get(), J, D, true};

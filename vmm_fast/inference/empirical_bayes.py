@@ -8,6 +8,7 @@ is decided here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ class _CoreParameters:
         )
 
 
+@functools.lru_cache(maxsize=16)
 def _core_priors(objective: Objective) -> Any:
     weights = {
         "dirichlet": _core.Weights.dirichlet,

@@ -19,23 +19,25 @@ __all__ = ["PrivateAdam"]
 _SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 
 
-def _all_finite(x: Tensor) -> bool:
-    if x.is_cpu and x.is_contiguous() and x.dtype in _SUFFIXES:
-        return getattr(_core, f"all_finite{_SUFFIXES[x.dtype]}")(x.data_ptr(), x.numel())
-    return bool(x.isfinite().all())
-
-
-def _in_core(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether the compiled step serves these tensors, else torch's does."""
-    tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-    return (
-        not torch.compiler.is_compiling()
-        and parameter.dtype in _SUFFIXES
-        and all(x.is_cpu and x.dtype == parameter.dtype for x in tensors)
-        and all(x.is_contiguous() for x in tensors if x is not gradient)
-        and state["step"].is_cpu
-        and state["step"].dtype == torch.float32
-    )
+def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]) -> bool:
+    """Whether the compiled step serves these parameters and gradients, else torch's does."""
+    if torch.compiler.is_compiling() or not moved:
+        return False
+    dtype = moved[0][0].dtype
+    if dtype not in _SUFFIXES:
+        return False
+    for (parameter, gradient), state in zip(moved, states, strict=True):
+        written = (parameter, state["exp_avg"], state["exp_avg_sq"])
+        steps = state["step"]
+        if not (
+            all(x.is_cpu and x.dtype == dtype and x.is_contiguous() for x in written)
+            and gradient.is_cpu
+            and gradient.dtype == dtype
+            and steps.is_cpu
+            and steps.dtype == torch.float32
+        ):
+            return False
+    return True
 
 
 class PrivateAdam:
@@ -80,16 +82,19 @@ class PrivateAdam:
         if processes > 1:
             gradients = [g if g is None else g / processes for g in gradients]
         moved = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
-        if not (math.isfinite(loss) and all(_all_finite(g) for _, g in moved)):
+        self._follow_parameters()
+        states = [self._state(p) for p, _ in moved]
+        in_core, finite = _in_core(moved, states), math.isfinite(loss)
+        if finite and in_core:
+            finite = self._core_step(moved, states)
+        elif finite:
+            finite = all(bool(g.isfinite().all()) for _, g in moved)
+        if not finite:
             raise FloatingPointError(
                 f"the empirical-Bayes step's loss is {float(loss)} or has a gradient that is not "
                 "finite; the prior is unchanged. Lower learning_rate, or check the encoder's output"
             )
-        self._follow_parameters()
-        states = [self._state(p) for p, _ in moved]
-        if all(_in_core(p, g, state) for (p, g), state in zip(moved, states, strict=True)):
-            for (p, g), state in zip(moved, states, strict=True):
-                self._core_step(p, g.contiguous(), state)
+        if in_core:
             return
         kept = [p.grad for p in self.parameters]
         try:
@@ -101,29 +106,41 @@ class PrivateAdam:
                 p.grad = old
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Steps and moments, where torch.optim.Adam keeps them."""
-        state = self._adam.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+        """Steps and moments as torch.optim.Adam keeps them, new ones before the first step."""
+        return self._adam.state.get(parameter) or {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
-    def _core_step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+    def _core_step(
+        self, moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]
+    ) -> bool:
+        """Move parameters by their gradients, unless one is not finite."""
         (group,) = self._adam.param_groups
-        getattr(_core, f"adam_step{_SUFFIXES[parameter.dtype]}")(
+        moved = [(p, g.contiguous()) for p, g in moved]
+        taken = getattr(_core, f"adam_step{_SUFFIXES[moved[0][0].dtype]}")(
             group["lr"],
             *group["betas"],
             group["eps"],
-            parameter.numel(),
             torch.get_num_threads(),
-            gradient.data_ptr(),
-            parameter.data_ptr(),
-            state["exp_avg"].data_ptr(),
-            state["exp_avg_sq"].data_ptr(),
-            state["step"].data_ptr(),
+            [
+                (
+                    p.numel(),
+                    g.data_ptr(),
+                    p.data_ptr(),
+                    state["exp_avg"].data_ptr(),
+                    state["exp_avg_sq"].data_ptr(),
+                    state["step"].data_ptr(),
+                )
+                for (p, g), state in zip(moved, states, strict=True)
+            ],
         )
-        increment_version(parameter)
+        if taken:
+            for (p, _), state in zip(moved, states, strict=True):
+                self._adam.state[p] = state
+                increment_version(p)
+        return taken
 
     def _follow_parameters(self) -> None:
         """Move the moments to where Module.to() has moved the parameters."""
