@@ -51,12 +51,15 @@ void bind(py::module_& m, const std::string& suffix) {
   m.def(("map_gradients" + suffix).c_str(),
         [](const Parameters& parameters, Address z, int64_t B, const eb::ParameterPriors& priors,
            bool responsibility_gradient, double prior_weight, int threads, Address centers,
-           Address scale, Address raw_precision, Address logits, Address raw_alpha) {
+           Address scale, Address raw_precision, Address logits, Address raw_alpha, Address N,
+           Address s, Address M) {
+          const eb::Sums batch = sums(N, s, M);
           return eb::map_gradients<T>(
               parameters, {pointer<const T>(z), B}, priors, responsibility_gradient, prior_weight,
               threads,
               {pointer<T>(centers), pointer<T>(scale), pointer<T>(raw_precision),
-               pointer<T>(logits), pointer<T>(raw_alpha)});
+               pointer<T>(logits), pointer<T>(raw_alpha)},
+              N ? &batch : nullptr);
         },
         nogil);
   m.def(("mixture_sums" + suffix).c_str(),

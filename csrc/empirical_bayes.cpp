@@ -80,11 +80,13 @@ struct ExpectedLogJoint {
 
   // The weighted sums over points and totals of vmm::statistics, with l / temperature.
   void sum(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-           double grad_lse, double grad_expected, Sums sums, double* totals) const {
+           double grad_lse, double grad_expected, Sums sums, double* totals,
+           Sums slopes = {}) const {
     if (float32_suffices)
-      sum_in<T>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals);
+      sum_in<T>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals, slopes);
     else
-      sum_in<double>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals);
+      sum_in<double>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals,
+                     slopes);
   }
 
   Buffer<double> L, log_det, log_pi, offsets;
@@ -93,7 +95,7 @@ struct ExpectedLogJoint {
  private:
   template <class U>
   void sum_in(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-              double grad_lse, double grad_expected, Sums sums, double* totals) const;
+              double grad_lse, double grad_expected, Sums sums, double* totals, Sums slopes) const;
 };
 
 template <class T>
@@ -154,7 +156,7 @@ template <class T>
 template <class U>
 void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, double temperature,
                                  int threads, double grad_lse, double grad_expected, Sums sums,
-                                 double* totals) const {
+                                 double* totals, Sums slopes) const {
   const int64_t K = p.per_component, D = p.dim, J = p.num_components * K;
   const auto whitening = make_buffer<U>(J * D * D), tempered = make_buffer<U>(J);
   const double factor = 1.0 / std::sqrt(temperature);
@@ -172,7 +174,8 @@ void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, dou
       converted<U>(p.centers, J * D, centers), whitening.get(), tempered.get(), J, D, true};
   const Samples<U> points{converted<U>(samples.z, samples.count * D, z), samples.count};
   vmm::statistics<U>(mixture, points, threads, static_cast<U>(grad_lse),
-                     static_cast<U>(grad_expected), sums.N, sums.s, sums.M, totals);
+                     static_cast<U>(grad_expected), sums.N, sums.s, sums.M, totals, slopes.N,
+                     slopes.s);
 }
 
 // log p(pi) and, where gamma is learnt, its hyperprior; gradients by log pi [C] and by gamma.
@@ -243,16 +246,25 @@ void constrained(const Parameters<T>& p, int threads, T* precision_cholesky, T* 
 template <class T>
 double map_gradients(const Parameters<T>& p, Samples<T> samples, const ParameterPriors& priors,
                      bool responsibility_gradient, double prior_weight, int threads,
-                     const Gradients<T>& gradients) {
+                     const Gradients<T>& gradients, const Sums* batch) {
   const int64_t C = p.num_components, K = p.per_component, D = p.dim, J = C * K;
   if (priors.map_prior == MapPrior::none) prior_weight = 0.0;
   const double data_weight = 1.0 / static_cast<double>(samples.count);
   const ExpectedLogJoint<T> mixture(p, threads);
-  const auto memory = make_buffer<double>(J * (1 + D + D * D));
-  const Sums sums{memory.get(), memory.get() + J, memory.get() + J * (1 + D)};
+  const auto memory = make_buffer<double>(J * (1 + D + (batch ? 0 : D * D)));
+  Sums sums{memory.get(), memory.get() + J, batch ? nullptr : memory.get() + J * (1 + D)};
   double totals[2];
-  mixture.sum(p, samples, 1.0, threads, responsibility_gradient ? 0.0 : 1.0,
-              responsibility_gradient ? 1.0 : 0.0, sums, totals);
+  if (!batch) {
+    mixture.sum(p, samples, 1.0, threads, responsibility_gradient ? 0.0 : 1.0,
+                responsibility_gradient ? 1.0 : 0.0, sums, totals);
+  } else if (responsibility_gradient) {
+    if (gradients.raw_precision)
+      throw std::invalid_argument("the batch's sums do not have the gradient of raw_precision");
+    mixture.sum(p, samples, 1.0, threads, 1.0, 0.0, *batch, totals, sums);
+  } else {
+    sums = *batch;
+    mixture.sum(p, samples, 1.0, threads, 1.0, 0.0, sums, totals);
+  }
 
   const Weighted weighted{sums, data_weight, prior_weight, wishart_scale(C, D)};
   const auto log_priors = make_buffer<double>(C), grad_log_pi = make_buffer<double>(C);
@@ -460,7 +472,7 @@ void online_step(const Parameters<T>& p, Sums batch, double count, double rate, 
 #define VMM_INSTANTIATE(T)                                                                         \
   template void constrained<T>(const Parameters<T>&, int, T*, T*);                                 \
   template double map_gradients<T>(const Parameters<T>&, Samples<T>, const ParameterPriors&, bool, \
-                                   double, int, const Gradients<T>&);                              \
+                                   double, int, const Gradients<T>&, const Sums*);                 \
   template void statistics<T>(const Parameters<T>&, Samples<T>, double, int, Sums);                \
   template void maximise<T>(const Parameters<T>&, Sums, double, const ParameterPriors&, Learnt,    \
                             int);                                                                  \

@@ -84,18 +84,19 @@ struct Gradients {
   T* raw_alpha;
 };
 
-// The loss, in nats per point; prior_weight is 1 / n.
-template <class T>
-double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
-                     bool responsibility_gradient, double prior_weight, int threads,
-                     const Gradients<T>&);
-
 // N [J], s [J, D] (t above) and M [J, D, D].
 struct Sums {
   double* N;
   double* s;
   double* M;
 };
+
+// The loss, in nats per point; prior_weight is 1 / n. Sums with w = softmax(l) go to *batch unless
+// it is null, from the same pass over the points; raw_precision has no gradient then.
+template <class T>
+double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
+                     bool responsibility_gradient, double prior_weight, int threads,
+                     const Gradients<T>&, const Sums* batch);
 
 // Sums with w = softmax(l / temperature).
 template <class T>

@@ -289,13 +289,14 @@ bool over_components(int64_t samples, int64_t components, int64_t dim, int threa
   return components * statistics_size(dim) > samples * dim && components >= threads;
 }
 
-// Sums over all samples, [size, statistics_size] in float64, and grad_z.
+// Sums over all samples, [size, sums_length] in float64, and grad_z.
 template <class T>
 Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                           const PackedMixture<T>& packed, const Kernels<T>& kernel, int threads,
                           const T* softmax, const T* grad_lse, const T* grad_expected,
-                          LogJoint<T> log_joint, T* grad_z) {
-  const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
+                          LogJoint<T> log_joint, bool slopes, T* grad_z) {
+  const int64_t D = mixture.dim, B = samples.count, length = sums_length(D, slopes),
+                size = packed.size * length;
   threads = threads_for(threads, 3.0 * B * packed.size, D);
   const bool by_component = over_components(B, packed.size, D, threads);
   const Tiles<T> tiles(mixture, samples, kernel.chunk,
@@ -325,7 +326,7 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
         const int64_t k_begin = by_component ? 0 : begin,
                       k_end = by_component ? tiles.number() : end;
         double* sum = sums.get() + (by_component ? 0 : thread * size);
-        std::fill(sum + j_begin * statistics_size(D), sum + j_end * statistics_size(D), 0.0);
+        std::fill(sum + j_begin * length, sum + j_end * length, 0.0);
         for (int64_t k = k_begin; k < k_end; k++) {
           tiles.load(k, z);
           tiles.load_rows(k, stride, rows.rows());
@@ -342,7 +343,8 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
                             tiles.count(k), {per_sample, per_sample + tile, per_sample + 2 * tile},
                             per_sample + 3 * tile, per_sample + 4 * tile,
                             log_joint.values ? log_joint.values + tiles.first(k) : nullptr,
-                            log_joint.stride, sum, rows.grad_lanes(), rows.grad_rows(), scratch);
+                            log_joint.stride, slopes, sum, rows.grad_lanes(), rows.grad_rows(),
+                            scratch);
             rows.add_grad();
           }
           if (target) tiles.store(k, rows.total_lanes(), rows.total_rows(), stride, target);
@@ -362,8 +364,9 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
 template <class T>
 Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
                                   const PackedMixture<T>& packed, const Kernels<T>& kernel,
-                                  int threads, T grad_lse, T grad_expected, double* totals) {
-  const int64_t D = mixture.dim, B = samples.count, size = packed.size * statistics_size(D);
+                                  int threads, T grad_lse, T grad_expected, bool slopes,
+                                  double* totals) {
+  const int64_t D = mixture.dim, B = samples.count, size = packed.size * sums_length(D, slopes);
   const int64_t chunk_bytes = packed.size * kernel.chunk * static_cast<int64_t>(sizeof(T));
   const int limit =
       static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kTile, kKeptBytes / chunk_bytes)));
@@ -391,7 +394,7 @@ Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
         std::fill(lse_weights, lse_weights + n, grad_lse);
         std::fill(expected_weights, expected_weights + n, grad_expected);
         kernel.backward(packed, 0, packed.size, z, rows, n, {max, log_sum, gap}, lse_weights,
-                        expected_weights, log_joint, tile, sum, nullptr, nullptr, scratch);
+                        expected_weights, log_joint, tile, slopes, sum, nullptr, nullptr, scratch);
         return tiles.overflowed(k, max);
       });
   add_copies(sums.get(), size + 2, threads);
@@ -448,7 +451,7 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components;
   const auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
-                                  grad_expected, {}, grad_z);
+                                  grad_expected, {}, false, grad_z);
   if (view.size < J) {
     std::fill(grad_centers, grad_centers + J * D, T(0));
     std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
@@ -539,7 +542,8 @@ void kl_backward(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> po
 
 template <class T, class Out>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
-                T grad_expected, Out* N, Out* s, Out* M, double* totals) {
+                T grad_expected, Out* N, Out* s, Out* M, double* totals, Out* slope_N,
+                Out* slope_s) {
   // Up to so many bytes of sums, each thread has its own and the samples are passed over once.
   constexpr double kCopiedBytes = 1 << 28;
   const Packed<T> packed(mixture, threads);
@@ -548,12 +552,13 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
   const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
   const int useful = threads_for(threads, 2.0 * B * view.size, D);
   const int64_t stride = (B + kernel.chunk - 1) / kernel.chunk * kernel.chunk;
+  const bool slopes = slope_N != nullptr;
   const bool kept = view.size * stride * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   Buffer<double> sums;
   if (useful == 1 || (!(kept && over_components(B, view.size, D, useful)) &&
                       8.0 * useful * view.size * statistics_size(D) < kCopiedBytes)) {
     sums = accumulate_at_once<T>(mixture, samples, view, kernel, useful, grad_lse, grad_expected,
-                                 totals);
+                                 slopes, totals);
   } else {
     const auto rows = make_buffer<T>(7 * B), values = make_buffer<T>(kept ? view.size * stride : 0);
     const LogJoint<T> log_joint{kept ? values.get() : nullptr, stride};
@@ -564,21 +569,30 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
     std::fill(grads, grads + B, grad_lse);
     std::fill(grads + B, grads + 2 * B, grad_expected);
     sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B,
-                         log_joint, nullptr);
+                         log_joint, slopes, nullptr);
   }
   if (view.size < J) {
     std::fill(N, N + J, Out(0));
     std::fill(s, s + J * D, Out(0));
     std::fill(M, M + J * D * D, Out(0));
+    if (slopes) {
+      std::fill(slope_N, slope_N + J, Out(0));
+      std::fill(slope_s, slope_s + J * D, Out(0));
+    }
   }
+  const auto unpack_moments = [&](const double* sum, int64_t j, Out* N, Out* s) {
+    N[j] = static_cast<Out>(*sum++);
+    for (int64_t r = 0; r < D; r++)
+      s[j * D + turned(mixture.transpose, D, r)] = static_cast<Out>(*sum++);
+  };
   parallel_ranges(view.size, threads_to_move(threads, view.size * D * D),
                   [&](int, int64_t begin, int64_t end) {
                     for (int64_t j = begin; j < end; j++) {
-                      const double* sum = sums.get() + j * statistics_size(D);
+                      const double* sum = sums.get() + j * sums_length(D, slopes);
                       const int64_t out = view.component[j];
-                      N[out] = static_cast<Out>(*sum++);
-                      for (int64_t r = 0; r < D; r++)
-                        s[out * D + turned(mixture.transpose, D, r)] = static_cast<Out>(*sum++);
+                      unpack_moments(sum, out, N, s);
+                      if (slopes) unpack_moments(sum + statistics_size(D), out, slope_N, slope_s);
+                      sum += 1 + D;
                       const Turned<Out> M_j(M + out * D * D, mixture.transpose, D);
                       for (int64_t r = 0; r < D; r++)
                         for (int64_t t = 0; t <= r; t++)
@@ -590,7 +604,7 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
 template <class T>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T* N, T* s, T* M) {
   double totals[2];
-  statistics<T, T>(mixture, samples, threads, T(1), T(0), N, s, M, totals);
+  statistics<T, T>(mixture, samples, threads, T(1), T(0), N, s, M, totals, nullptr, nullptr);
 }
 
 // The operations below go chunk by chunk.
@@ -666,7 +680,7 @@ void assign(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int th
                                      const T*, T*, T*, T*, T*);                                   \
   template void statistics<T>(const Mixture<T>&, Samples<T>, int, T*, T*, T*);                    \
   template void statistics<T, double>(const Mixture<T>&, Samples<T>, int, T, T, double*, double*, \
-                                      double*, double*);                                          \
+                                      double*, double*, double*, double*);                        \
   template void log_joint<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);                    \
   template void responsibilities<T>(const Mixture<T>&, Samples<T>, int64_t, int, T*);             \
   template void assign<T>(const Mixture<T>&, Samples<T>, int64_t, int, int64_t*, T*, T*);

@@ -70,10 +70,11 @@ template <class T>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T* N, T* s, T* M);
 
 // The same in float64 with w_ij = q_ij (grad_lse + grad_expected (1 + l_ij - expected_i)), and
-// totals [2] = sum_i lse_i, sum_i expected_i.
+// totals [2] = sum_i lse_i, sum_i expected_i. slope_N [J] and slope_s [J, D], unless null, are the
+// sums with w_ij = q_ij (1 + l_ij - expected_i), the gradient of expected_i by l_ij.
 template <class T, class Out>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T grad_lse, T grad_expected, Out* N,
-                Out* s, Out* M, double* totals);
+                Out* s, Out* M, double* totals, Out* slope_N, Out* slope_s);
 
 // Below, `group` consecutive components count as one: l_ig = log sum_{j in g} exp l_ij. [B, J /
 // group]

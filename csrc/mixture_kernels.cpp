@@ -228,9 +228,13 @@ struct OnlineSoftmax {
 
 // A component's sums before their lanes are added up: one vector each, in whole squares.
 template <class T>
-int64_t sums_size(int64_t dim) {
+int64_t squares(int64_t size) {
   constexpr int lanes = Simd<T>::lanes;
-  return (statistics_size(dim) + lanes - 1) / lanes * lanes;
+  return (size + lanes - 1) / lanes * lanes;
+}
+template <class T>
+int64_t totals_size(int64_t dim) {
+  return (squares<T>(statistics_size(dim)) + squares<T>(1 + dim)) * Simd<T>::lanes;
 }
 
 // Rows of z are filled up to whole vectors.
@@ -244,14 +248,14 @@ constexpr int kFew = 64;  // samples that are looked at one by one, at a time
 template <class T>
 int64_t few_size(int64_t dim) {
   return (2 * dim + 2 * kFew + 2) * row_stride<T>(dim) + kRows * group_size<T>() +
-         kTile * chunk_size<T>();
+         2 * kTile * chunk_size<T>();
 }
 
 template <class T>
 int64_t scratch_size(int64_t dim) {
   const int64_t forward = (dim + 2 * kTile) * chunk_size<T>() + kBlock * group_size<T>();
-  const int64_t backward = (2 * dim + 1) * chunk_size<T>() + dim * group_size<T>() +
-                           sums_size<T>(dim) * Simd<T>::lanes + few_size<T>(dim);
+  const int64_t backward = (2 * dim + 2) * chunk_size<T>() + dim * group_size<T>() +
+                           totals_size<T>(dim) + few_size<T>(dim);
   return forward > backward ? forward : backward;
 }
 
@@ -431,26 +435,45 @@ void add_product_rows(const T* u, const T* d, int vectors, int64_t row, T* sums)
   add_products<R, R, true>(u, d, vectors, row, row, sums);
 }
 
-// Adds the sums over a chunk of w, u and the lower triangle of u d^T, where u = w d, to sums
-// [statistics_size][lanes].
+// Adds the sums over a chunk of w and w d to sums [1 + D][lanes]; w d goes to u unless that is
+// null.
 template <class T>
-void add_statistics(int64_t dim, const T* weight, const T* d, int vectors, T* u, T* sums) {
+void add_moments(int64_t dim, const T* weight, const T* d, int vectors, T* u, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
   for (int v = 0; v < vectors; v++) at(sums) += at(weight + v * lanes);
   sums += lanes;
   for (int64_t r = 0; r < dim; r++, sums += lanes) {
     Vec<T> total{};
     for (int v = 0; v < vectors; v++) {
-      lane(u, r, v) = at(weight + v * lanes) * lane(d, r, v);
-      total += lane(u, r, v);
+      const Vec<T> product = at(weight + v * lanes) * lane(d, r, v);
+      if (u) lane(u, r, v) = product;
+      total += product;
     }
     at(sums) += total;
   }
+}
+
+// Adds the sums over a chunk of w, u and the lower triangle of u d^T, where u = w d, to sums
+// [statistics_size][lanes].
+template <class T>
+void add_statistics(int64_t dim, const T* weight, const T* d, int vectors, T* u, T* sums) {
+  add_moments(dim, weight, d, vectors, u, sums);
+  sums += (1 + dim) * Simd<T>::lanes;
   int64_t r = 0;
   for (; r + kRows <= dim; r += kRows) add_product_rows<kRows>(u, d, vectors, r, sums);
   if (dim - r == 1) add_product_rows<1>(u, d, vectors, r, sums);
   if (dim - r == 2) add_product_rows<2>(u, d, vectors, r, sums);
   if (dim - r == 3) add_product_rows<3>(u, d, vectors, r, sums);
+}
+
+// Adds up the lanes of totals [size][lanes], which is filled up to whole squares, into out.
+template <class T>
+void add_lanes(const T* totals, int64_t size, double* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int64_t i = 0; i < size; i += lanes) {
+    const Vec<T> total = sums<T>(totals + i * lanes);
+    for (int lane = 0; lane < lanes && i + lane < size; lane++) out[i + lane] += total[lane];
+  }
 }
 
 // --- samples of which few have a weight: their dimensions lie in lanes instead ---
@@ -467,14 +490,15 @@ struct Few {
         d(unused + stride),
         u(d + kFew * stride),
         block(u + kFew * stride),
-        weight(block + kRows * group_size<T>()) {}
+        weight(block + kRows * group_size<T>()),
+        slope(weight + kTile * chunk_size<T>()) {}
 
   int64_t stride;
   T *whitening, *precision;  // [D][stride]: W, and W^T W
   T *center, *unused;        // [stride]: m, and a row to be written to
   T *d, *u;                  // [kFew][stride]: d and w d
   T* block;                  // [kRows][group]
-  T* weight;                 // [count], of the samples
+  T *weight, *slope;         // [count], of the samples
   int sample[kTile * chunk_size<T>()];
   int count = 0;
 };
@@ -545,10 +569,10 @@ VMM_INLINE void for_each_columns(int64_t size, Body body) {
   for (; t < size; t += lanes) body(Index<1>{}, t);
 }
 
-// Adds the samples of `few` to the statistics, and subtracts w W^T W d from their rows of grad.
+// Adds the samples of `few` to the sums, and subtracts w W^T W d from their rows of grad.
 template <class T>
-void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& few,
-             double* statistics, T* grad) {
+void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& few, bool slopes,
+             double* sums, T* grad) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t stride = few.stride;
   if (few.count == 0) return;
@@ -556,23 +580,30 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
   if (grad) unpack_precision(component.whitening, dim, few);
   for (int begin = 0; begin < few.count; begin += kFew) {
     const int count = few.count - begin < kFew ? few.count - begin : kFew;
-    double N = 0;
+    const T *weight = few.weight + begin, *slope = few.slope + begin;
     for (int i = 0; i < count; i++) {
       const T* z = rows + few.sample[begin + i] * stride;
-      const T w = few.weight[begin + i];
       for (int64_t t = 0; t < stride; t += lanes) {
         const Vec<T> d = at(z + t) - at(few.center + t);
         at(few.d + i * stride + t) = d;
-        at(few.u + i * stride + t) = w * d;
+        at(few.u + i * stride + t) = weight[i] * d;
       }
-      N += w;
+      sums[0] += weight[i];
     }
-    statistics[0] += N;
-    double* s = statistics + 1;
+    double* s = sums + 1;
     for (int64_t t = 0; t < stride; t += lanes) {
       Vec<T> total{};
       for (int i = 0; i < count; i++) total += at(few.u + i * stride + t);
       for (int64_t k = 0; k < lanes && t + k < dim; k++) s[t + k] += total[k];
+    }
+    if (slopes) {
+      double* out = sums + statistics_size(dim);
+      for (int i = 0; i < count; i++) out[0] += slope[i];
+      for (int64_t t = 0; t < stride; t += lanes) {
+        Vec<T> total{};
+        for (int i = 0; i < count; i++) total += slope[i] * at(few.d + i * stride + t);
+        for (int64_t k = 0; k < lanes && t + k < dim; k++) out[1 + t + k] += total[k];
+      }
     }
     double* M = s + dim;
     for (int64_t first = 0; first < dim; first += kRows) {
@@ -605,7 +636,7 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
 template <class T>
 void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z,
               const T* rows, int count, Softmax<T> softmax, const T* grad_lse,
-              const T* grad_expected, const T* log_joint, int64_t stride, double* statistics,
+              const T* grad_expected, const T* log_joint, int64_t stride, bool slopes, double* sums,
               T* grad_z, T* grad_rows, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
@@ -614,9 +645,11 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
   T* d = scratch;
   T* u = d + dim * chunk;
   T* weight = u + dim * chunk;
-  T* y = weight + chunk;
+  T* slope = weight + chunk;
+  T* y = slope + chunk;
   T* totals = y + dim * group_size<T>();
-  Few<T> few(dim, totals + sums_size<T>(dim) * lanes);
+  T* slope_totals = totals + squares<T>(statistics_size(dim)) * lanes;
+  Few<T> few(dim, totals + totals_size<T>(dim));
   // Whether few samples have a weight, as was so in the chunk before.
   bool are_few = true;
   for (int64_t j = begin; j < end; j++) {
@@ -640,9 +673,10 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
           const int i = first + v * lanes, sample = k * chunk + i;
           const Vec<T> below = l[v] - at(softmax.max + sample);
           const Vec<T> p = exp<T>(below - at(softmax.log_sum + sample));
-          const Vec<T> w = p * (at(grad_lse + sample) + at(grad_expected + sample) *
-                                                            (1 + below - at(softmax.gap + sample)));
+          const Vec<T> slope_i = 1 + below - at(softmax.gap + sample);
+          const Vec<T> w = p * (at(grad_lse + sample) + at(grad_expected + sample) * slope_i);
           at(weight + i) = w;
+          if (slopes) at(slope + i) = w != 0 ? p * slope_i : w;
           with_weight -= w != 0;
         }
         if (grad_z && !are_few)
@@ -655,28 +689,27 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
         for (int i = 0; i < in_use; i++) {
           few.sample[few.count] = k * chunk + i;
           few.weight[few.count] = weight[i];
+          if (slopes) few.slope[few.count] = slope[i];
           few.count += weight[i] != 0;
         }
       } else if (number) {
         if (untouched)
-          for (int64_t i = 0; i < sums_size<T>(dim); i++) at(totals + i * lanes) = Vec<T>{};
+          for (int64_t i = 0; i < totals_size<T>(dim); i += lanes) at(totals + i) = Vec<T>{};
         untouched = false;
         if (log_joint)
           for (int64_t r = 0; r < dim; r++)
             for (int v = 0; v < in_use / lanes; v++)
               lane(d, r, v) = lane(z_k, r, v) - component.center[r];
         add_statistics(dim, weight, d, in_use / lanes, u, totals);
+        if (slopes) add_moments<T>(dim, slope, d, in_use / lanes, nullptr, slope_totals);
       }
       are_few = 2 * number < in_use;
     }
-    double* out = statistics + j * statistics_size(dim);
-    add_few(component, dim, rows, few, out, grad_rows);
+    double* out = sums + j * sums_length(dim, slopes);
+    add_few(component, dim, rows, few, slopes, out, grad_rows);
     if (untouched) continue;
-    for (int64_t i = 0; i < statistics_size(dim); i += lanes) {
-      const Vec<T> total = sums<T>(totals + i * lanes);
-      for (int lane = 0; lane < lanes && i + lane < statistics_size(dim); lane++)
-        out[i + lane] += total[lane];
-    }
+    add_lanes(totals, statistics_size(dim), out);
+    if (slopes) add_lanes(slope_totals, 1 + dim, out + statistics_size(dim));
   }
 }
 

@@ -44,6 +44,12 @@ static constexpr std::int64_t packed_index(std::int64_t dim, std::int64_t r, std
 // per tile.
 static inline std::int64_t statistics_size(std::int64_t dim) { return record_size(dim); }
 
+// Length of its sums where `slopes` are wanted as well: behind N, s and M lie N and s once more
+// with the weights q_j (1 + l_j - expected), which are the gradient of expected.
+static inline std::int64_t sums_length(std::int64_t dim, bool slopes) {
+  return statistics_size(dim) + (slopes ? 1 + dim : 0);
+}
+
 // What the online log-sum-exp of a tile leaves, [chunks * chunk] each:
 //   lse = max + log_sum,   expected = max + gap
 // Kept apart, since adding them rounds to the magnitude of max: exp(l - lse) would lose in float32
@@ -74,15 +80,15 @@ struct Kernels {
   void (*log_prob)(const PackedMixture<T>&, const T* z, int count, Softmax<T>, T* log_joint,
                    std::int64_t stride, T* scratch);
 
-  // Adds a tile, which lies in lanes (z) and by rows, to the statistics of records [begin, end)
-  // with the weights
+  // Adds a tile, which lies in lanes (z) and by rows, to the sums [size][sums_length] of records
+  // [begin, end), with the weights
   //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
   // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to the sum of grad_z, laid out as z
   // is, and grad_rows, laid out as rows is. l is recomputed unless log_joint has it; grad_z needs
   // it recomputed.
   void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
                    const T* rows, int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
-                   const T* log_joint, std::int64_t stride, double* statistics, T* grad_z,
+                   const T* log_joint, std::int64_t stride, bool slopes, double* sums, T* grad_z,
                    T* grad_rows, T* scratch);
 
   // The mixture's gradients from one record's statistics: center [D] = W^T W s and the lower

@@ -57,9 +57,9 @@ def in_torch():
 
 def both_gradients(parameters, z, objective):
     learnt = [x for x in parameters if x is not None]
-    actual = empirical_bayes.map_gradients(parameters, z, objective, learnt)
+    *actual, _ = empirical_bayes.map_gradients(parameters, z, objective, learnt)
     with in_torch():
-        expected = empirical_bayes.map_gradients(parameters, z, objective, learnt)
+        *expected, _ = empirical_bayes.map_gradients(parameters, z, objective, learnt)
     return actual, expected
 
 
@@ -84,6 +84,38 @@ def assert_gradients(parameters, z, objective):
 def test_map_gradients(scale, k, responsibility_gradient, data_size, map_prior, weights, discount):
     objective = Objective(map_prior, weights, discount, responsibility_gradient, data_size)
     assert_gradients(random_parameters(k=k, scale=scale), points(), objective)
+
+
+@pytest.mark.parametrize("spread", [1, 60])  # points near all components, and near few
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("scale", ["full", "diagonal", None])
+@pytest.mark.parametrize("responsibility_gradient", [True, False])
+@pytest.mark.parametrize(("k", "d", "b"), [(1, 3, 37), (2, 21, 400), (1, 10, 2500)])
+def test_gradients_and_sums_in_one_pass(
+    isa, responsibility_gradient, scale, pruned, spread, k, d, b
+):
+    parameters = random_parameters(c=7, k=k, d=d, scale=scale)
+    with torch.no_grad():
+        parameters.centers.mul_(spread)
+        if pruned:
+            parameters.logits[2] = -math.inf
+    of = torch.arange(b) % len(parameters.centers)
+    z = parameters.centers[of].detach() + points(d, b=b)
+    objective = Objective("learnt", "dirichlet", 0.0, responsibility_gradient, 1000)
+    learnt = [x for x in (*parameters[:2], parameters.logits) if x is not None]
+    loss, gradients, sums = empirical_bayes.map_gradients(
+        parameters, z, objective, learnt, with_sums=True
+    )
+    expected_loss, expected, none = empirical_bayes.map_gradients(parameters, z, objective, learnt)
+    assert none is None
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+    with in_torch():
+        alone = empirical_bayes.statistics(parameters, z, 1.0)
+    torch.testing.assert_close(tuple(sums), tuple(alone), rtol=1e-9, atol=1e-9)
+    everything = [*learnt, parameters.raw_precision]
+    *_, sums = empirical_bayes.map_gradients(parameters, z, objective, everything, with_sums=True)
+    assert sums is None
 
 
 @pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
@@ -147,7 +179,7 @@ def test_float32_is_no_worse_than_torch(scale, weights, spread):
     with in_torch():
         wide = copied(exact, torch.float64)
         learnt = [x for x in wide if x is not None]
-        _, truth = empirical_bayes.map_gradients(wide, z.double(), objective, learnt)
+        _, truth, _ = empirical_bayes.map_gradients(wide, z.double(), objective, learnt)
     for mine, other, true in zip(ours, theirs, truth, strict=True):
         size = true.abs().max()
         error, budget = (mine - true).abs().max(), (other - true).abs().max()
@@ -169,7 +201,7 @@ def test_gradients_reach_what_the_encoder_read():
         allow_unused=True,
         retain_graph=True,
     )
-    loss, actual = empirical_bayes.map_gradients(parameters, z, objective, learnt)
+    loss, actual, _ = empirical_bayes.map_gradients(parameters, z, objective, learnt)
     assert isinstance(loss, float)
     assert actual[1] is None and expected[1] is None
     torch.testing.assert_close(actual[0], expected[0], **TIGHT)
@@ -313,7 +345,7 @@ def test_inputs_lie_anywhere_in_memory(layout, dtype):
     z, objective = layout(points(4, dtype)), Objective("learnt", "dirichlet", 0.0, True, 500)
     outputs = []
     for p, at in ((laid_out, z), (plain, z.contiguous().clone())):
-        loss, gradients = empirical_bayes.map_gradients(p, at, objective, list(p))
+        loss, gradients, _ = empirical_bayes.map_gradients(p, at, objective, list(p))
         sums = empirical_bayes.statistics(p, at, 0.7)
         outputs.append((torch.tensor(loss), *gradients, *sums))
     torch.testing.assert_close(*outputs)
@@ -333,7 +365,9 @@ def one_of_each(inference, seed=0):
     parameters = random_parameters(c=120, k=2, d=16, seed=seed)
     z, objective = points(16, b=500), Objective("learnt", "stick-breaking", 0.2, True, 1000)
     if inference == "gradient":
-        loss, gradients = empirical_bayes.map_gradients(parameters, z, objective, list(parameters))
+        loss, gradients, _ = empirical_bayes.map_gradients(
+            parameters, z, objective, list(parameters)
+        )
         return (torch.tensor(loss), *gradients)
     shapes = ((240,), (240, 16), (240, 16, 16), (240, 16))
     sums = closed_form.Statistics(*(torch.zeros(x, dtype=torch.float64) for x in shapes))

@@ -232,7 +232,8 @@ def map_gradients(
     learnt: Sequence[Tensor],
     *,
     retain_graph: bool = False,
-) -> tuple[float | Tensor, list[Tensor | None]]:
+    with_sums: bool = False,
+) -> tuple[float | Tensor, list[Tensor | None], Statistics | None]:
     """Value and gradients of :func:`map_loss`.
 
     Parameters
@@ -245,6 +246,8 @@ def map_gradients(
         What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
     retain_graph : bool
         Whether the graph that centers and scales come from is needed once more.
+    with_sums : bool
+        Whether the closed form's sums at temperature 1 are wanted from the same pass over z.
 
     Returns
     -------
@@ -252,6 +255,8 @@ def map_gradients(
         In nats per point; 0 where it depends on none of ``learnt``.
     gradients : list of Tensor or None
         One for each of ``learnt``; None where the loss does not depend on it.
+    sums : Statistics or None
+        What :func:`statistics` gives; None where they are no by-product.
 
     Raises
     ------
@@ -263,9 +268,9 @@ def map_gradients(
     if suffix is None:
         loss = map_loss(parameters, z, objective)
         if not learnt or not loss.requires_grad:
-            return 0.0, [None] * len(learnt)
+            return 0.0, [None] * len(learnt), None
         found = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
-        return loss.detach(), list(found)
+        return loss.detach(), list(found), None
 
     # The loss does not depend on the concentration where there are no priors.
     stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
@@ -273,10 +278,13 @@ def map_gradients(
     passed = [x for x in parameters[:2] if x is not None and x.requires_grad and upstream]
     own = [x for x in stored if any(x is y for y in learnt)]
     if not passed and not own:
-        return 0.0, [None] * len(learnt)
+        return 0.0, [None] * len(learnt), None
     gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in (*passed, *own)}
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
+    sums = None
+    if with_sums and all(x is not parameters.raw_precision for x in own):
+        sums = _empty_statistics(parameters)
     loss = _call(
         "map_gradients",
         suffix,
@@ -288,6 +296,7 @@ def map_gradients(
         1 / (objective.data_size or len(z)),
         torch.get_num_threads(),
         *(gradients.get(id(x)) for x in parameters),
+        *(sums[:3] if sums else (None, None, None)),
     )
     through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
     if passed:
@@ -296,7 +305,7 @@ def map_gradients(
             passed, upstream, arrived, retain_graph=retain_graph, allow_unused=True
         )
         through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
-    return loss, [through.get(id(x)) for x in learnt]
+    return loss, [through.get(id(x)) for x in learnt], sums
 
 
 # --- the closed form ---
@@ -309,15 +318,21 @@ class Running(NamedTuple):
     steps: Tensor
 
 
+def _empty_statistics(parameters: MixtureParameters) -> Statistics:
+    centers = parameters.centers.detach()
+    total, dim = centers.shape
+    shapes = ((total,), (total, dim), (total, dim, dim))
+    n, s, m = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    return Statistics(n, s, m, centers)
+
+
 def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> Statistics:
     """:func:`closed_form.statistics` of ``parameters``."""
     z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
         return closed_form.statistics(parameters.components().detach(), z, temperature)
-    total, dim = parameters.centers.shape
-    shapes = ((total,), (total, dim), (total, dim, dim))
-    n, s, m = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    sums = _empty_statistics(parameters)
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
     _call(
@@ -328,11 +343,9 @@ def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> 
         len(z),
         temperature,
         torch.get_num_threads(),
-        n,
-        s,
-        m,
+        *sums[:3],
     )
-    return Statistics(n, s, m, parameters.centers)
+    return sums
 
 
 def maximise(
@@ -399,6 +412,7 @@ def online_step(
     temperature: float,
     rate: float,
     free_centers: bool,
+    sums: Statistics | None = None,
 ) -> None:
     """Blend a batch's statistics, per point, into the running ones and maximise, all in place.
 
@@ -419,8 +433,11 @@ def online_step(
         Weight of the batch.
     free_centers : bool
         Whether the centers are parameters of their own.
+    sums : Statistics or None
+        The batch's, where they are known.
     """
-    sums = statistics(parameters, z, temperature)
+    if sums is None:
+        sums = statistics(parameters, z, temperature)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
     data_size = objective.data_size or count
     suffix = _in_core(parameters)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import (
     Assignment,
@@ -185,6 +186,8 @@ class EmpiricalBayesStep(NamedTuple):
         In nats per point.
     gradients : sequence of Tensor or None
         One for each parameter of the private Adam.
+    sums : Statistics or None
+        The closed form's, where they are a by-product.
     """
 
     z: Tensor
@@ -192,6 +195,7 @@ class EmpiricalBayesStep(NamedTuple):
     scale: Tensor | None
     loss: float | Tensor
     gradients: Sequence[Tensor | None]
+    sums: Statistics | None
 
 
 class LearntPrior(Prior):
@@ -217,8 +221,8 @@ class LearntPrior(Prior):
         z: Tensor,
         learnt: Sequence[Tensor],
         retain_graph: bool = False,
-    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
-        """Value of :meth:`map_loss` at given centers, and its gradients by ``learnt``."""
+    ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
+        """Value of :meth:`map_loss` at given centers, its gradients by ``learnt``, and sums."""
         raise NotImplementedError
 
     def components(self, encoder: Encoder | None = None) -> Components:

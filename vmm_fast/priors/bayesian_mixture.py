@@ -195,10 +195,14 @@ class BayesianMixturePrior(LearntPrior):
         z: Tensor,
         learnt: Sequence[Tensor],
         retain_graph: bool = False,
-    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
-        parameters = self._mixture_parameters(centers, scale)
+    ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
         return empirical_bayes.map_gradients(
-            parameters, z, self._objective, learnt, retain_graph=retain_graph
+            self._mixture_parameters(centers, scale),
+            z,
+            self._objective,
+            learnt,
+            retain_graph=retain_graph,
+            with_sums=self.inference == "closed-form" and self.temperature == 1,
         )
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
@@ -236,6 +240,7 @@ class BayesianMixturePrior(LearntPrior):
                     temperature=self.temperature,
                     rate=self.statistics_rate,
                     free_centers=self._free_centers,
+                    sums=step.sums,
                 )
 
     running_N: Tensor

@@ -75,12 +75,12 @@ class VampPrior(PseudoInputsPrior):
         z: Tensor,
         learnt: Sequence[Tensor],
         retain_graph: bool = False,
-    ) -> tuple[float | Tensor, Sequence[Tensor | None]]:
+    ) -> tuple[float | Tensor, Sequence[Tensor | None], None]:
         if not learnt:
-            return 0.0, ()
+            return 0.0, (), None
         loss = self._map_loss(centers, scale, z)
         gradients = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
-        return loss.detach(), gradients
+        return loss.detach(), gradients, None
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
         """Give -1/B sum_i log p(z_i), a scalar in nats per point."""
