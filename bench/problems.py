@@ -82,8 +82,9 @@ def whiten(p: Parameters) -> Whitened:
 
 
 def whitened(size: Size, dtype: torch.dtype = torch.float32) -> Whitened:
-    """The same mixture as a whitened one."""
-    return Whitened(*(x.to(dtype) for x in whiten(parameters(size, torch.float64))))
+    """The same mixture as a whitened one, contiguous as a model's own components are."""
+    exact = whiten(parameters(size, torch.float64))
+    return Whitened(*(x.to(dtype, memory_format=torch.contiguous_format) for x in exact))
 
 
 def reference_log_prob(inputs: Sequence[Tensor], to_whitened: Callable) -> tuple[Tensor, ...]:

@@ -245,7 +245,9 @@ def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], 
     pseudo_inputs = torch.cat([p.centers[..., None], p.scale], -1)
 
     def encoder(u: Tensor) -> Distribution:
-        return MultivariateNormal(u[..., 0], scale_tril=u[..., 1:].tril(), validate_args=False)
+        # A view would move along with the pseudo-inputs in the middle of a step.
+        mean = u[..., 0].clone()
+        return MultivariateNormal(mean, scale_tril=u[..., 1:].tril(), validate_args=False)
 
     prior = VMMPrior(
         pseudo_inputs,

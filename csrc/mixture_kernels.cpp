@@ -614,7 +614,8 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
         for (int64_t r = first; r < end; r++) {
           double* out = M + r * (r + 1) / 2 + t;
           const T* total = few.block + (r - first) * width;
-          for (int64_t k = 0; k < width && t + k <= r; k++) out[k] += total[k];
+          const int64_t columns = r + 1 - t < width ? r + 1 - t : width;
+          for (int64_t k = 0; k < columns; k++) out[k] += total[k];
         }
       });
     }

@@ -157,10 +157,11 @@ def test_reference_in_chunks(monkeypatch):
 def test_operations_of_a_pair_counted_by_hand():
     # D = 2: A d takes 3 multiply-adds, its squares 2; M takes 2 products w d and 3 multiply-adds.
     size = Size(1, 1, 2)
-    assert roofline.operations(roofline.LOG_PROB, size) == 2 * 5
-    assert roofline.operations(roofline.LOG_PROB_BACKWARD, size) == 2 * (5 + 5 + 3 + 5 + 3)
-    assert roofline.operations(roofline.STATISTICS, size) == 2 * (5 + 5 + 3)
-    assert roofline.operations(roofline.LOG_PROB, Size(7, 3, 2)) == 21 * 2 * 5
+    assert roofline.operations(roofline.LOG_PROB, size, 1) == 2 * 5
+    assert roofline.operations(roofline.LOG_PROB_BACKWARD, size, 1) == 2 * (5 + 5 + 3 + 5 + 3)
+    assert roofline.operations(roofline.STATISTICS, size, 1) == 2 * (5 + 5 + 3)
+    assert roofline.operations(roofline.STATISTICS, size, 0) == 2 * 5
+    assert roofline.operations(roofline.LOG_PROB, Size(7, 3, 2), 4) == 21 * 2 * 5
 
 
 def test_fma_loop_computes_what_it_counts():
