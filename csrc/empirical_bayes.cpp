@@ -27,7 +27,7 @@ constexpr double kLogTwoPi = 1.8378770664093453;
 constexpr double kLogPi = 1.1447298858494002;
 
 // A float whitening matrix of this condition number or more (as bounded from below by its norm over
-// its smallest diagonal element) is evaluated in double; vmm_fast/mixture.py has the same bound.
+// its smallest diagonal element) is evaluated in double; vmm_fast/ops.py has the same bound.
 constexpr double kFloat32Condition = 1e4;
 
 // torch.nn.functional.softplus: the identity above 20.

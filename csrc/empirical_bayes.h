@@ -92,7 +92,8 @@ struct Sums {
 };
 
 // The loss, in nats per point; prior_weight is 1 / n. Sums with w = softmax(l) go to *batch unless
-// it is null, from the same pass over the points; raw_precision has no gradient then.
+// it is null, from the same responsibilities; with a gradient through these, raw_precision's is not
+// among the by-products and must not be asked for.
 template <class T>
 double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
                      bool responsibility_gradient, double prior_weight, int threads,

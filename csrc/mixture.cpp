@@ -280,8 +280,9 @@ struct LogJoint {
   int64_t stride = 0;
 };
 
-// So many bytes of l stay in the caches between two passes.
-constexpr int64_t kKeptBytes = 1 << 21;
+// So many bytes of l stay in the caches between two passes; and so many, at most, does a thread
+// keep, where one chunk of very many components is more.
+constexpr int64_t kKeptBytes = 1 << 21, kMostKeptBytes = 1 << 23;
 
 // Threads share out either samples (each has sums of its own) or components (each has a grad_z of
 // its own): whichever needs less memory for the copies. Both are added up in the order of threads.
@@ -304,7 +305,7 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
   threads = static_cast<int>(std::max<int64_t>(
       1, std::min<int64_t>(threads, by_component ? packed.size : tiles.number())));
   const int sum_copies = by_component ? 1 : threads;
-  const int grad_copies = by_component && grad_z ? threads : 0;
+  const int grad_copies = by_component && grad_z && threads > 1 ? threads : 0;
   auto sums = make_buffer<double>(size * sum_copies);
   auto grads = make_buffer<T>(B * D * grad_copies);
   // Allocated here: an exception must not leave a parallel region.
@@ -544,7 +545,8 @@ template <class T, class Out>
 void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T grad_lse,
                 T grad_expected, Out* N, Out* s, Out* M, double* totals, Out* slope_N,
                 Out* slope_s) {
-  // Up to so many bytes of sums, each thread has its own and the samples are passed over once.
+  // Samples are passed over once, and each thread has sums of its own, unless these are more bytes,
+  // or so few samples lie in so many threads that sharing out components is less work.
   constexpr double kCopiedBytes = 1 << 28;
   const Packed<T> packed(mixture, threads);
   const PackedMixture<T> view = packed.view();
@@ -553,10 +555,13 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
   const int useful = threads_for(threads, 2.0 * B * view.size, D);
   const int64_t stride = (B + kernel.chunk - 1) / kernel.chunk * kernel.chunk;
   const bool slopes = slope_N != nullptr;
+  const auto size = static_cast<double>(view.size * sums_length(D, slopes));
   const bool kept = view.size * stride * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   Buffer<double> sums;
-  if (useful == 1 || (!(kept && over_components(B, view.size, D, useful)) &&
-                      8.0 * useful * view.size * statistics_size(D) < kCopiedBytes)) {
+  const int64_t chunk_bytes = view.size * kernel.chunk * static_cast<int64_t>(sizeof(T));
+  const bool shared_out = useful > 1 && kept && over_components(B, view.size, D, useful);
+  if (!shared_out && chunk_bytes <= kMostKeptBytes &&
+      (useful == 1 || 8.0 * useful * size < kCopiedBytes)) {
     sums = accumulate_at_once<T>(mixture, samples, view, kernel, useful, grad_lse, grad_expected,
                                  slopes, totals);
   } else {
@@ -626,9 +631,13 @@ void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
+                      const T* row = out + chunks.first(k) * groups;
                       kernel.log_joint(packed.view(), group, groups, z, chunks.count(k),
                                        out + chunks.first(k) * groups, scratch);
-                      return kNone;
+                      Lanes<T> max;
+                      for (int i = 0; i < chunks.count(k); i++, row += groups)
+                        max.data[i] = *std::max_element(row, row + groups);
+                      return chunks.overflowed(k, max.data);
                     });
 }
 

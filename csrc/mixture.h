@@ -5,7 +5,8 @@
 //
 // z [B, D], centers m [J, D], whitening A [J, D, D] of which the lower triangle is read, offsets c
 // [J]. c_j = -inf prunes component j. Extra memory is O(threads (D + J D^2)) or O(threads B D),
-// whichever is less; nothing of size B x J is stored unless it is what was asked for.
+// whichever is less, and a few MiB of l a thread for statistics; what grows with B x J is stored only
+// where it is what was asked for.
 //
 // Every function throws std::invalid_argument, naming the argument, for values that are not finite
 // and for a z whose log-density overflows T. The same input gives the same bits at one thread
@@ -71,7 +72,8 @@ void statistics(const Mixture<T>&, Samples<T>, int threads, T* N, T* s, T* M);
 
 // The same in float64 with w_ij = q_ij (grad_lse + grad_expected (1 + l_ij - expected_i)), and
 // totals [2] = sum_i lse_i, sum_i expected_i. slope_N [J] and slope_s [J, D], unless null, are the
-// sums with w_ij = q_ij (1 + l_ij - expected_i), the gradient of expected_i by l_ij.
+// sums with w_ij = q_ij (1 + l_ij - expected_i), the gradient of expected_i by l_ij; for grad_lse =
+// 1 and grad_expected = 0 alone.
 template <class T, class Out>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T grad_lse, T grad_expected, Out* N,
                 Out* s, Out* M, double* totals, Out* slope_N, Out* slope_s);

@@ -7,7 +7,7 @@
 // for a small D. Subtracting before whitening keeps the precision of centres far from the origin.
 // Matrices are walked in blocks of kRows rows times kGroup vectors, whose sums stay in registers.
 // The log-sum-exp is accumulated online over blocks of components (Milakov & Gimelshein 2018) and
-// the backward pass recomputes l, so that nothing of size B x J exists. Where few samples of a
+// the backward pass recomputes l, so that nothing of size B x J is needed. Where few samples of a
 // component have a weight other than 0, which is the rule for clusters that are far apart, its sums
 // are over those alone.
 #include "mixture_kernels.h"
@@ -247,7 +247,7 @@ int64_t row_stride(int64_t dim) {
 constexpr int kFew = 64;  // samples that are looked at one by one, at a time
 template <class T>
 int64_t few_size(int64_t dim) {
-  return (2 * dim + 2 * kFew + 2) * row_stride<T>(dim) + kRows * group_size<T>() +
+  return (2 * dim + 2 * kFew + kRows + 2) * row_stride<T>(dim) + kRows * group_size<T>() +
          2 * kTile * chunk_size<T>();
 }
 
@@ -484,44 +484,38 @@ struct Few {
   Few(int64_t dim, T* scratch)
       : stride(row_stride<T>(dim)),
         whitening(scratch),
-        precision(whitening + dim * stride),
-        center(precision + dim * stride),
+        transposed(whitening + dim * stride),
+        center(transposed + dim * stride),
         unused(center + stride),
         d(unused + stride),
         u(d + kFew * stride),
-        block(u + kFew * stride),
+        y(u + kFew * stride),
+        block(y + kRows * stride),
         weight(block + kRows * group_size<T>()),
         slope(weight + kTile * chunk_size<T>()) {}
 
   int64_t stride;
-  T *whitening, *precision;  // [D][stride]: W, and W^T W
-  T *center, *unused;        // [stride]: m, and a row to be written to
-  T *d, *u;                  // [kFew][stride]: d and w d
-  T* block;                  // [kRows][group]
-  T *weight, *slope;         // [count], of the samples
+  T *whitening, *transposed;  // [D][stride]: W and W^T
+  T *center, *unused;         // [stride]: m, and a row to be written to
+  T *d, *u;                   // [kFew][stride]: d and w d
+  T* y;                       // [kRows][stride]: W u
+  T* block;                   // [kRows][group]
+  T *weight, *slope;          // [count], of the samples
   int sample[kTile * chunk_size<T>()];
   int count = 0;
 };
 
 template <class T>
-void unpack_precision(const T* packed, int64_t dim, Few<T>& few) {
+void unpack_whitening(const T* packed, int64_t dim, Few<T>& few) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t stride = few.stride;
   for (int64_t i = 0; i < dim * stride; i += lanes)
-    at(few.whitening + i) = at(few.precision + i) = Vec<T>{};
+    at(few.whitening + i) = at(few.transposed + i) = Vec<T>{};
   for (int64_t first = 0; first < dim; first += kRows) {
-    const int64_t rows = dim - first < kRows ? dim - first : kRows;
-    for (int64_t t = 0; t < first; t++)
-      for (int64_t r = 0; r < rows; r++) few.whitening[(first + r) * stride + t] = *packed++;
-    for (int64_t t = 0; t < rows; t++)
-      for (int64_t r = t; r < rows; r++)
-        few.whitening[(first + r) * stride + first + t] = *packed++;
-  }
-  for (int64_t q = 0; q < dim; q++) {
-    const T* row = few.whitening + q * stride;
-    for (int64_t t = 0; t <= q; t++)
-      for (int64_t i = 0; i <= q; i += lanes)
-        at(few.precision + t * stride + i) += row[t] * at(row + i);
+    const int64_t end = dim - first < kRows ? dim : first + kRows;
+    for (int64_t t = 0; t < end; t++)
+      for (int64_t r = t < first ? first : t; r < end; r++)
+        few.whitening[r * stride + t] = few.transposed[t * stride + r] = *packed++;
   }
 }
 
@@ -541,21 +535,24 @@ VMM_INLINE void add_outer_products(const T* u, const T* d, int count, int64_t st
     for (int v = 0; v < V; v++) at(block + (r * V + v) * lanes) = total[r][v];
 }
 
-// x[i] -= u[i] P for kRows samples i and the columns of V vectors.
-template <int V, class T>
-VMM_INLINE void subtract_rows(const T* u, const T* precision, int64_t dim, int64_t stride,
-                              T* const (&x)[kRows]) {
+// x[i] <- u[i] A, or less that, for kRows samples i and the columns of V vectors of A [D][stride].
+template <int V, bool kSubtract, class T>
+VMM_INLINE void multiply_samples(const T* u, const T* A, int64_t dim, int64_t stride,
+                                 T* const (&x)[kRows]) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> total[kRows][V] = {};
-  for (int64_t r = 0; r < dim; r++, precision += stride)
+  for (int64_t r = 0; r < dim; r++, A += stride)
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) total[i][v] += u[i * stride + r] * at(precision + v * lanes);
+      for (int v = 0; v < V; v++) total[i][v] += u[i * stride + r] * at(A + v * lanes);
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) at(x[i] + v * lanes) -= total[i][v];
+    for (int v = 0; v < V; v++) {
+      Vec<T>& out = at(x[i] + v * lanes);
+      out = kSubtract ? out - total[i][v] : total[i][v];
+    }
 }
 
 // Calls body(Index<V>, first) for groups of V = kGroup vectors, and for what is left one by one.
@@ -577,7 +574,7 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
   const int64_t stride = few.stride;
   if (few.count == 0) return;
   for (int64_t t = 0; t < stride; t++) few.center[t] = t < dim ? component.center[t] : T(0);
-  if (grad) unpack_precision(component.whitening, dim, few);
+  if (grad) unpack_whitening(component.whitening, dim, few);
   for (int begin = 0; begin < few.count; begin += kFew) {
     const int count = few.count - begin < kFew ? few.count - begin : kFew;
     const T *weight = few.weight + begin, *slope = few.slope + begin;
@@ -623,12 +620,18 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
     for (int i = count; i % kRows; i++)
       for (int64_t t = 0; t < stride; t++) few.u[i * stride + t] = 0;
     for (int i = 0; i < count; i += kRows) {
-      T* x[kRows];
-      for (int k = 0; k < kRows; k++)
+      T *x[kRows], *y[kRows];
+      for (int k = 0; k < kRows; k++) {
         x[k] = i + k < count ? grad + few.sample[begin + i + k] * stride : few.unused;
+        y[k] = few.y + k * stride;
+      }
+      for_each_columns<T>(stride, [&](auto V, int64_t t) {
+        T* const y_t[kRows] = {y[0] + t, y[1] + t, y[2] + t, y[3] + t};
+        multiply_samples<V.value, false>(few.u + i * stride, few.transposed + t, dim, stride, y_t);
+      });
       for_each_columns<T>(stride, [&](auto V, int64_t t) {
         T* const x_t[kRows] = {x[0] + t, x[1] + t, x[2] + t, x[3] + t};
-        subtract_rows<V.value>(few.u + i * stride, few.precision + t, dim, stride, x_t);
+        multiply_samples<V.value, true>(few.y, few.whitening + t, dim, stride, x_t);
       });
     }
   }

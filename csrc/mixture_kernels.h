@@ -44,8 +44,9 @@ static constexpr std::int64_t packed_index(std::int64_t dim, std::int64_t r, std
 // per tile.
 static inline std::int64_t statistics_size(std::int64_t dim) { return record_size(dim); }
 
-// Length of its sums where `slopes` are wanted as well: behind N, s and M lie N and s once more
-// with the weights q_j (1 + l_j - expected), which are the gradient of expected.
+// Length of its sums where `slopes` are wanted as well, for grad_lse = 1 and grad_expected = 0
+// alone: behind N, s and M lie N and s once more with the weights q_j (1 + l_j - expected), which
+// are the gradient of expected.
 static inline std::int64_t sums_length(std::int64_t dim, bool slopes) {
   return statistics_size(dim) + (slopes ? 1 + dim : 0);
 }
@@ -62,14 +63,15 @@ struct Softmax {
 };
 
 // Chunks of a tile, at most: enough that adding up the lanes of a component's sums costs little
-// next to filling them, few enough that z and its gradient stay in the second-level cache.
+// next to filling them, few enough that z and its gradient stay in the second-level cache at the
+// usual dimensions.
 constexpr int kTile = 8;
 
 template <class T>
 struct Kernels {
   int chunk;
 
-  // Number of T that `scratch` must hold, for every function below.
+  // Number of T that `scratch` must hold, for every function below but gradients.
   std::int64_t (*scratch_size)(std::int64_t dim);
 
   // Numbers from one row to the next where a tile of samples lies by rows, [tile][row_stride].

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <cstdint>
-#ifdef __AVX512F__
+#if VMM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -68,7 +68,7 @@ Vec<T> max(Vec<T> a, Vec<T> b) {
 }
 
 // GCC makes a comparison and a blend of the above for the widest vectors.
-#ifdef __AVX512F__
+#if VMM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 template <>
 inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
   return _mm512_max_ps(a, b);

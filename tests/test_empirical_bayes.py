@@ -91,31 +91,54 @@ def test_map_gradients(scale, k, responsibility_gradient, data_size, map_prior, 
 @pytest.mark.parametrize("scale", ["full", "diagonal", None])
 @pytest.mark.parametrize("responsibility_gradient", [True, False])
 @pytest.mark.parametrize(("k", "d", "b"), [(1, 3, 37), (2, 21, 400), (1, 10, 2500)])
-def test_gradients_and_sums_in_one_pass(
-    isa, responsibility_gradient, scale, pruned, spread, k, d, b
+def test_gradients_and_sums_together(isa, responsibility_gradient, scale, pruned, spread, k, d, b):
+    parameters, z = spread_out(random_parameters(c=7, k=k, d=d, scale=scale), spread, pruned, b)
+    assert_sums_come_along(parameters, z, responsibility_gradient, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1, 30])
+@pytest.mark.parametrize("responsibility_gradient", [True, False])
+@pytest.mark.parametrize(("c", "d", "b"), [(100, 10, 256), (60, 21, 300), (100, 10, 6000)])
+def test_gradients_and_sums_together_on_two_threads(
+    responsibility_gradient, spread, dtype, c, d, b
 ):
-    parameters = random_parameters(c=7, k=k, d=d, scale=scale)
+    """Components shared out with l kept, and samples shared out."""
+    parameters, z = spread_out(random_parameters(c=c, d=d, dtype=dtype), spread, True, b)
+    with threads(2):
+        rtol = 1e-9 if dtype == torch.float64 else 2e-4
+        assert_sums_come_along(parameters, z, responsibility_gradient, rtol)
+
+
+def spread_out(parameters, spread, pruned, b):
+    """The same further apart, perhaps one pruned, and points that belong to all in turn."""
     with torch.no_grad():
         parameters.centers.mul_(spread)
         if pruned:
             parameters.logits[2] = -math.inf
     of = torch.arange(b) % len(parameters.centers)
-    z = parameters.centers[of].detach() + points(d, b=b)
+    noise = points(parameters.centers.shape[1], b=b, dtype=parameters.centers.dtype)
+    return parameters, parameters.centers[of].detach() + noise
+
+
+def assert_sums_come_along(parameters, z, responsibility_gradient, rtol):
     objective = Objective("learnt", "dirichlet", 0.0, responsibility_gradient, 1000)
     learnt = [x for x in (*parameters[:2], parameters.logits) if x is not None]
     loss, gradients, sums = empirical_bayes.map_gradients(
         parameters, z, objective, learnt, with_sums=True
     )
-    expected_loss, expected, none = empirical_bayes.map_gradients(parameters, z, objective, learnt)
-    assert none is None
-    assert loss == pytest.approx(expected_loss, rel=1e-12)
-    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+    wide = copied(parameters, torch.float64)
     with in_torch():
-        alone = empirical_bayes.statistics(parameters, z, 1.0)
-    torch.testing.assert_close(tuple(sums), tuple(alone), rtol=1e-9, atol=1e-9)
+        exact = [x for x in (*wide[:2], wide.logits) if x is not None]
+        truth, expected, _ = empirical_bayes.map_gradients(wide, z.double(), objective, exact)
+        alone = empirical_bayes.statistics(wide, z.double(), 1.0)
+    assert loss == pytest.approx(truth.item(), rel=rtol)
+    for actual, value in zip((*gradients, *sums), (*expected, *alone), strict=True):
+        atol = rtol * float(value.abs().max())
+        torch.testing.assert_close(actual.double(), value, rtol=rtol, atol=atol)
     everything = [*learnt, parameters.raw_precision]
-    *_, sums = empirical_bayes.map_gradients(parameters, z, objective, everything, with_sums=True)
-    assert sums is None
+    *_, none = empirical_bayes.map_gradients(parameters, z, objective, everything, with_sums=True)
+    assert none is None
 
 
 @pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])

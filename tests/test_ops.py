@@ -170,12 +170,6 @@ def test_kl_refuses_a_scale_that_is_not_positive(bad, full):
         ops.mixture_kl(*mixture, False, scale)
 
 
-def test_kl_names_a_scale_of_the_wrong_shape():
-    mixture = random_mixture(4, 3, 2)
-    with pytest.raises(ValueError, match=r"scale must have shape \[B, D\] = \[4, 2\]"):
-        ops.mixture_kl(*mixture, False, torch.ones(4, 3))
-
-
 @pytest.mark.parametrize("group", [2, 3, 12])
 def test_groups(isa, group):
     mixture = random_mixture(150, 12, 4)
@@ -220,6 +214,30 @@ def test_float32_error_budget(isa, scale, offset, transpose):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
+def test_float32_error_budget_of_unlike_components(isa, transpose):
+    """Centers 1e4 apart, standard deviations from 1e-3 to 1e3, some points far out."""
+    z, centers, whitening, offsets = random_mixture(240, 12, 10, dtype=torch.float32, seed=3)
+    deviation = torch.logspace(-3, 3, 12)
+    whitening = whitening / deviation[:, None, None]
+    offsets = offsets - 10 * deviation.log()
+    centers = 1e4 * centers
+    of = torch.arange(len(z)) % 12
+    z = centers[of] + deviation[of, None] * z
+    z[::8] = centers[0] + 1e-3 * 500 * torch.nn.functional.normalize(z[::8])  # out in a tail
+    mixture = (z, centers, whitening, offsets)
+    lowest = reference.mixture_log_joint(*to_double(mixture), transpose).amax(1).min()
+    assert lowest < -1e3
+    assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
+
+
+def test_far_off_samples_of_a_narrow_component():
+    """Products of A with itself overflow where neither A nor the gradient does."""
+    mixture = (torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1, 1), 1e20), torch.zeros(1))
+    for gradient in gradients(ops, mixture):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("shape", [(3, 100_000, 2), (5, 7, 128), (130, 33, 129), (300, 40, 17)])
 def test_many_components_and_dimensions(shape, transpose):
     """At one thread and at two: the same bits on every run, and errors within the budget."""
@@ -235,9 +253,10 @@ def test_many_components_and_dimensions(shape, transpose):
     assert torch.equal(label, reference.mixture_assign(*to_double(mixture), transpose)[0])
 
 
-def test_statistics_of_more_threads_than_memory_for_copies():
+@pytest.mark.parametrize("size", [3, 980])  # l is kept between the passes, and is not
+def test_statistics_of_more_threads_than_memory_for_copies(size):
     """Where a copy of the sums for every thread would be too large, components are shared out."""
-    mixture = random_mixture(3, 270, 128)
+    mixture = random_mixture(size, 270, 128, spread=0.2)
     with threads(16):
         first, second = (ops.mixture_statistics(*mixture) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -498,11 +517,25 @@ def test_errors_name_the_argument(position, value, error, message):
         ops.mixture_log_prob,
         ops.mixture_statistics,
         ops.mixture_responsibilities,
+        ops.mixture_log_joint,
         ops.mixture_assign,
     ]
     for function in functions:
         with pytest.raises(error, match=message):
             function(*mixture)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (torch.ones(3, 2, device="meta"), ValueError, "scale must be on z's device cpu"),
+        (torch.ones(3, 2, dtype=torch.int64), TypeError, "scale must be float64, float32"),
+        (torch.ones(3, 5), ValueError, r"scale must have shape \[B, D\] = \[3, 2\]"),
+    ],
+)
+def test_kl_names_the_scale(scale, error, message):
+    with pytest.raises(error, match=message):
+        ops.mixture_kl(*random_mixture(3, 4, 2), False, scale)
 
 
 def test_group_must_divide():

@@ -855,6 +855,12 @@ def mixture_kl(
         raise ValueError(
             f"scale must have shape [B, D] = {[size, dim]} or [B, D, D], but has {shape}"
         )
+    if scale.dtype not in _FLOATS and scale.dtype not in _HALVES:
+        raise TypeError(
+            f"scale must be float64, float32, float16 or bfloat16, but is {scale.dtype}"
+        )
+    if scale.device != z.device:
+        raise ValueError(f"scale must be on z's device {z.device}, but is on {scale.device}")
     compiling = torch.compiler.is_compiling()
     if scale.dtype != z.dtype:
         scale = scale.to(z.dtype)
@@ -875,7 +881,7 @@ def mixture_statistics(
     """Sufficient statistics under the responsibilities q = softmax(l), summed around the centers.
 
     N_j = sum_i q_ij, s_j = sum_i q_ij (z_i - m_j), M_j = sum_i q_ij (z_i - m_j)(z_i - m_j)^T.
-    Not differentiable. Sums are taken in float64 in a fixed order.
+    Not differentiable. Sums are taken in a fixed order, in float64 from tile to tile of points.
 
     Parameters
     ----------

@@ -247,7 +247,7 @@ def map_gradients(
     retain_graph : bool
         Whether the graph that centers and scales come from is needed once more.
     with_sums : bool
-        Whether the closed form's sums at temperature 1 are wanted from the same pass over z.
+        Whether the closed form's sums at temperature 1 are wanted as a by-product.
 
     Returns
     -------

@@ -127,6 +127,8 @@ class PseudoInputsPrior(LearntPrior):
             return super().kl(q, encoder, z)
         mean, _ = gaussian_parameters(self._check_posterior(q))
         z = gaussian_sample(q) if z is None else check_sample(z, mean)
+        if len(z) == 0:  # no step can be taken with it
+            return super().kl(q, encoder, z)
         inputs, aliases = self._aliased()
         centers, scale = self._encoded(inputs, encoder)
         kl = self._mixture(centers, scale).kl(q, z)
