@@ -65,8 +65,8 @@ void bind(py::module_& m, const std::string& suffix) {
   m.def(("mixture_sums" + suffix).c_str(),
         [](const Parameters& parameters, Address z, int64_t B, double temperature, int threads,
            Address N, Address s, Address M) {
-          eb::statistics<T>(parameters, {pointer<const T>(z), B}, temperature, threads,
-                            sums(N, s, M));
+          return eb::statistics<T>(parameters, {pointer<const T>(z), B}, temperature, threads,
+                                   sums(N, s, M));
         },
         nogil);
   m.def(("maximise" + suffix).c_str(),

@@ -304,10 +304,11 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
 }
 
 template <class T>
-void statistics(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-                Sums sums) {
+double statistics(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
+                  Sums sums) {
   double totals[2];
   ExpectedLogJoint<T>(p, threads).sum(p, samples, temperature, threads, 1.0, 0.0, sums, totals);
+  return totals[0];
 }
 
 namespace {
@@ -473,7 +474,7 @@ void online_step(const Parameters<T>& p, Sums batch, double count, double rate, 
   template void constrained<T>(const Parameters<T>&, int, T*, T*);                                 \
   template double map_gradients<T>(const Parameters<T>&, Samples<T>, const ParameterPriors&, bool, \
                                    double, int, const Gradients<T>&, const Sums*);                 \
-  template void statistics<T>(const Parameters<T>&, Samples<T>, double, int, Sums);                \
+  template double statistics<T>(const Parameters<T>&, Samples<T>, double, int, Sums);              \
   template void maximise<T>(const Parameters<T>&, Sums, double, const ParameterPriors&, Learnt,    \
                             int);                                                                  \
   template void online_step<T>(const Parameters<T>&, Sums, double, double, double, bool,           \

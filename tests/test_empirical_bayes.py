@@ -11,7 +11,7 @@ from test_mixture import random_components
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.profiler import ProfilerActivity, profile
 
-from vmm_fast import GaussianMixturePrior, VMMPrior, _core
+from vmm_fast import GaussianMixturePrior, VMMPrior, _core, reference
 from vmm_fast.inference import closed_form, empirical_bayes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 from vmm_fast.inference.gradient import PrivateAdam
@@ -131,7 +131,7 @@ def assert_sums_come_along(parameters, z, responsibility_gradient, rtol):
     with in_torch():
         exact = [x for x in (*wide[:2], wide.logits) if x is not None]
         truth, expected, _ = empirical_bayes.map_gradients(wide, z.double(), objective, exact)
-        alone = empirical_bayes.statistics(wide, z.double(), 1.0)
+        alone, _ = empirical_bayes.statistics(wide, z.double(), 1.0)
     assert loss == pytest.approx(truth.item(), rel=rtol)
     for actual, value in zip((*gradients, *sums), (*expected, *alone), strict=True):
         atol = rtol * float(value.abs().max())
@@ -238,15 +238,20 @@ def test_gradients_reach_what_the_encoder_read():
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_statistics(scale, temperature):
     parameters = random_parameters(k=2, scale=scale)
-    actual = empirical_bayes.statistics(parameters, points(), temperature)
+    actual, total = empirical_bayes.statistics(parameters, points(), temperature)
     with in_torch():
-        expected = empirical_bayes.statistics(parameters, points(), temperature)
+        expected, none = empirical_bayes.statistics(parameters, points(), temperature)
+    assert none is None
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, **TIGHT)
+    centers, whitening, offsets, transpose = parameters.components().detach().expected
+    tempered = (centers, whitening / temperature**0.5, offsets / temperature)
+    lse, _ = reference.mixture_log_prob(points(), *tempered, transpose)
+    assert total == pytest.approx(lse.sum().item(), rel=1e-11)
 
 
 def assert_maximises(parameters, z, objective, free_centers):
-    sums = empirical_bayes.statistics(parameters, z, 1.0).scaled(3.0)
+    sums = empirical_bayes.statistics(parameters, z, 1.0)[0].scaled(3.0)
     ours, theirs = copied(parameters), copied(parameters)
     sums = sums._replace(centers=sums.centers.detach().clone())
     versions = [x._version for x in ours if x is not None]
@@ -283,7 +288,7 @@ def test_maximise_free_centers(map_prior):
     before = copied(parameters)
     objective = Objective(map_prior, "dirichlet", 0.0, True, None)
     assert_maximises(parameters, points(), objective, True)
-    sums = empirical_bayes.statistics(parameters, points(), 1.0)
+    sums, _ = empirical_bayes.statistics(parameters, points(), 1.0)
     with torch.no_grad():
         empirical_bayes.maximise(parameters, sums, objective, True)
     if map_prior == "none":
@@ -299,7 +304,7 @@ def test_singular_scatter_keeps_the_previous_precision(dtype):
     before = parameters.raw_precision.clone()
     with torch.no_grad():
         parameters.centers.copy_(z.mean(0, keepdim=True))
-        sums = empirical_bayes.statistics(parameters, z, 1.0)
+        sums, _ = empirical_bayes.statistics(parameters, z, 1.0)
         objective = Objective("none", "dirichlet", 0.0, True, None)
         empirical_bayes.maximise(parameters, sums, objective, False)
     assert torch.equal(before, parameters.raw_precision)
@@ -369,7 +374,7 @@ def test_inputs_lie_anywhere_in_memory(layout, dtype):
     outputs = []
     for p, at in ((laid_out, z), (plain, z.contiguous().clone())):
         loss, gradients, _ = empirical_bayes.map_gradients(p, at, objective, list(p))
-        sums = empirical_bayes.statistics(p, at, 0.7)
+        sums, _ = empirical_bayes.statistics(p, at, 0.7)
         outputs.append((torch.tensor(loss), *gradients, *sums))
     torch.testing.assert_close(*outputs)
 

@@ -326,16 +326,25 @@ def _empty_statistics(parameters: MixtureParameters) -> Statistics:
     return Statistics(n, s, m, centers)
 
 
-def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> Statistics:
-    """:func:`closed_form.statistics` of ``parameters``."""
+def statistics(
+    parameters: MixtureParameters, z: Tensor, temperature: float
+) -> tuple[Statistics, float | None]:
+    """:func:`closed_form.statistics` of ``parameters``, and what comes along with them.
+
+    Returns
+    -------
+    sums : Statistics
+    total : float or None
+        sum_i log sum_j exp(l_ij / temperature); None where it is no by-product.
+    """
     z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
-        return closed_form.statistics(parameters.components().detach(), z, temperature)
+        return closed_form.statistics(parameters.components().detach(), z, temperature), None
     sums = _empty_statistics(parameters)
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
-    _call(
+    total = _call(
         "mixture_sums",
         suffix,
         core_parameters.view,
@@ -345,7 +354,7 @@ def statistics(parameters: MixtureParameters, z: Tensor, temperature: float) -> 
         torch.get_num_threads(),
         *sums[:3],
     )
-    return sums
+    return sums, total
 
 
 def maximise(
@@ -437,7 +446,7 @@ def online_step(
         The batch's, where they are known.
     """
     if sums is None:
-        sums = statistics(parameters, z, temperature)
+        sums, _ = statistics(parameters, z, temperature)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
     data_size = objective.data_size or count
     suffix = _in_core(parameters)

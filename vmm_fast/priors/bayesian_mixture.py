@@ -271,8 +271,9 @@ class BayesianMixturePrior(LearntPrior):
     ) -> list[float]:
         """Exact closed-form EM over a whole data set; pseudo-inputs and network stand still.
 
-        Each iteration is one pass for the responsibilities' statistics and one exact M-step with
-        every parameter prior at its full-data weight (n is the number of points).
+        Each iteration is a pass over the points for the responsibilities' statistics and the
+        objective, and one exact M-step with every parameter prior at its full-data weight (n is the
+        number of points).
 
         Parameters
         ----------
@@ -310,10 +311,12 @@ class BayesianMixturePrior(LearntPrior):
                 if len(batch) == 0:
                     continue
                 points = self._latents(batch)
-                part = empirical_bayes.statistics(parameters, points, self.temperature)
+                part, part_total = empirical_bayes.statistics(parameters, points, self.temperature)
                 sums = part if sums is None else sums.plus(part)
-                lse, _ = components.log_joint_expectation(batch)
-                total += float(lse.double().sum())
+                if part_total is None or self.temperature != 1:
+                    lse, _ = components.log_joint_expectation(points)
+                    part_total = float(lse.double().sum())
+                total += part_total
                 count += len(batch)
             if sums is None:
                 raise ValueError("z must have at least one point, but is empty")
