@@ -337,15 +337,20 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
             tiles.gather(k, softmax + row * B, softmax[row * B + last], per_sample + row * tile);
           tiles.gather(k, grad_lse, T(0), per_sample + 3 * tile);
           tiles.gather(k, grad_expected, T(0), per_sample + 4 * tile);
+          const WeightedTile<T> weighted{
+              z,
+              rows.rows(),
+              tiles.count(k),
+              {per_sample, per_sample + tile, per_sample + 2 * tile},
+              per_sample + 3 * tile,
+              per_sample + 4 * tile,
+              log_joint.values ? log_joint.values + tiles.first(k) : nullptr,
+              log_joint.stride};
           rows.clear_total();
           for (int64_t j = j_begin; j < j_end; j += kGradientBlock) {
             rows.clear_grad();
-            kernel.backward(packed, j, std::min(j + kGradientBlock, j_end), z, rows.rows(),
-                            tiles.count(k), {per_sample, per_sample + tile, per_sample + 2 * tile},
-                            per_sample + 3 * tile, per_sample + 4 * tile,
-                            log_joint.values ? log_joint.values + tiles.first(k) : nullptr,
-                            log_joint.stride, slopes, sum, rows.grad_lanes(), rows.grad_rows(),
-                            scratch);
+            kernel.backward(packed, j, std::min(j + kGradientBlock, j_end), weighted,
+                            {sum, slopes, rows.grad_lanes(), rows.grad_rows()}, scratch);
             rows.add_grad();
           }
           if (target) tiles.store(k, rows.total_lanes(), rows.total_rows(), stride, target);
@@ -394,8 +399,9 @@ Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
         std::fill(lse_weights, lse_weights + 2 * tile, T(0));
         std::fill(lse_weights, lse_weights + n, grad_lse);
         std::fill(expected_weights, expected_weights + n, grad_expected);
-        kernel.backward(packed, 0, packed.size, z, rows, n, {max, log_sum, gap}, lse_weights,
-                        expected_weights, log_joint, tile, slopes, sum, nullptr, nullptr, scratch);
+        const WeightedTile<T> weighted{
+            z, rows, n, {max, log_sum, gap}, lse_weights, expected_weights, log_joint, tile};
+        kernel.backward(packed, 0, packed.size, weighted, {sum, slopes, nullptr, nullptr}, scratch);
         return tiles.overflowed(k, max);
       });
   add_copies(sums.get(), size + 2, threads);

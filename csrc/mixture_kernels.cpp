@@ -638,14 +638,12 @@ void add_few(const Component<T>& component, int64_t dim, const T* rows, Few<T>& 
 }
 
 template <class T>
-void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const T* z,
-              const T* rows, int count, Softmax<T> softmax, const T* grad_lse,
-              const T* grad_expected, const T* log_joint, int64_t stride, bool slopes, double* sums,
-              T* grad_z, T* grad_rows, T* scratch) {
+void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end,
+              const WeightedTile<T>& tile, const TileSums<T>& out, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int chunk = chunk_size<T>();
   const int64_t dim = mixture.dim;
-  const int chunks = (count + chunk - 1) / chunk;
+  const int chunks = (tile.count + chunk - 1) / chunk;
   T* d = scratch;
   T* u = d + dim * chunk;
   T* weight = u + dim * chunk;
@@ -661,31 +659,32 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
     bool untouched = true;
     few.count = 0;
     for (int k = 0; k < chunks; k++) {
-      const T* z_k = z + k * dim * chunk;
-      const int in_use = lanes_in_use<T>(count, k);
+      const T* z_k = tile.z + k * dim * chunk;
+      const int in_use = lanes_in_use<T>(tile.count, k);
       typename Simd<T>::IntVec with_weight{};
       for (int first = 0; first < in_use; first += group_size<T>()) {
         Vec<T> l[kGroup];
-        if (!log_joint)
+        if (!tile.log_joint)
           log_joint_group<T>(component, dim, z_k + first, d + first, are_few ? nullptr : y, l);
         else
 #pragma GCC unroll 4
           for (int v = 0; v < kGroup; v++)
-            l[v] = at(log_joint + j * stride + k * chunk + first + v * lanes);
+            l[v] = at(tile.log_joint + j * tile.stride + k * chunk + first + v * lanes);
 #pragma GCC unroll 4
         for (int v = 0; v < kGroup; v++) {
           const int i = first + v * lanes, sample = k * chunk + i;
-          const Vec<T> below = l[v] - at(softmax.max + sample);
-          const Vec<T> p = exp<T>(below - at(softmax.log_sum + sample));
-          const Vec<T> slope_i = 1 + below - at(softmax.gap + sample);
-          const Vec<T> w = p * (at(grad_lse + sample) + at(grad_expected + sample) * slope_i);
+          const Vec<T> below = l[v] - at(tile.softmax.max + sample);
+          const Vec<T> p = exp<T>(below - at(tile.softmax.log_sum + sample));
+          const Vec<T> slope_i = 1 + below - at(tile.softmax.gap + sample);
+          const Vec<T> w =
+              p * (at(tile.grad_lse + sample) + at(tile.grad_expected + sample) * slope_i);
           at(weight + i) = w;
-          if (slopes) at(slope + i) = w != 0 ? p * slope_i : w;
+          if (out.slopes) at(slope + i) = w != 0 ? p * slope_i : w;
           with_weight -= w != 0;
         }
-        if (grad_z && !are_few)
+        if (out.grad_z && !are_few)
           subtract_gradient(component.whitening, dim, y, weight + first,
-                            grad_z + k * dim * chunk + first);
+                            out.grad_z + k * dim * chunk + first);
       }
       int number = 0;  // a far-off component's weights are all exactly 0
       for (int i = 0; i < lanes; i++) number += static_cast<int>(with_weight[i]);
@@ -693,27 +692,27 @@ void backward(const PackedMixture<T>& mixture, int64_t begin, int64_t end, const
         for (int i = 0; i < in_use; i++) {
           few.sample[few.count] = k * chunk + i;
           few.weight[few.count] = weight[i];
-          if (slopes) few.slope[few.count] = slope[i];
+          if (out.slopes) few.slope[few.count] = slope[i];
           few.count += weight[i] != 0;
         }
       } else if (number) {
         if (untouched)
           for (int64_t i = 0; i < totals_size<T>(dim); i += lanes) at(totals + i) = Vec<T>{};
         untouched = false;
-        if (log_joint)
+        if (tile.log_joint)
           for (int64_t r = 0; r < dim; r++)
             for (int v = 0; v < in_use / lanes; v++)
               lane(d, r, v) = lane(z_k, r, v) - component.center[r];
         add_statistics(dim, weight, d, in_use / lanes, u, totals);
-        if (slopes) add_moments<T>(dim, slope, d, in_use / lanes, nullptr, slope_totals);
+        if (out.slopes) add_moments<T>(dim, slope, d, in_use / lanes, nullptr, slope_totals);
       }
       are_few = 2 * number < in_use;
     }
-    double* out = sums + j * sums_length(dim, slopes);
-    add_few(component, dim, rows, few, slopes, out, grad_rows);
+    double* sums = out.sums + j * sums_length(dim, out.slopes);
+    add_few(component, dim, tile.rows, few, out.slopes, sums, out.grad_rows);
     if (untouched) continue;
-    add_lanes(totals, statistics_size(dim), out);
-    if (slopes) add_lanes(slope_totals, 1 + dim, out + statistics_size(dim));
+    add_lanes(totals, statistics_size(dim), sums);
+    if (out.slopes) add_lanes(slope_totals, 1 + dim, sums + statistics_size(dim));
   }
 }
 

@@ -62,6 +62,28 @@ struct Softmax {
   T* gap;
 };
 
+// What a tile's sums are of. The tile lies in lanes (z) and by rows; l is recomputed unless
+// log_joint [size][stride], of which the tile is some columns, has it.
+template <class T>
+struct WeightedTile {
+  const T* z;
+  const T* rows;
+  int count;
+  Softmax<T> softmax;
+  const T *grad_lse, *grad_expected;
+  const T* log_joint;
+  std::int64_t stride;
+};
+
+// Where they are added to: sums [size][sums_length]; grad_z, laid out as z is, and grad_rows, as
+// rows is, whose sum is the gradient of z, unless null.
+template <class T>
+struct TileSums {
+  double* sums;
+  bool slopes;
+  T *grad_z, *grad_rows;
+};
+
 // Chunks of a tile, at most: enough that adding up the lanes of a component's sums costs little
 // next to filling them, few enough that z and its gradient stay in the second-level cache at the
 // usual dimensions.
@@ -82,16 +104,11 @@ struct Kernels {
   void (*log_prob)(const PackedMixture<T>&, const T* z, int count, Softmax<T>, T* log_joint,
                    std::int64_t stride, T* scratch);
 
-  // Adds a tile, which lies in lanes (z) and by rows, to the sums [size][sums_length] of records
-  // [begin, end), with the weights
+  // Adds a tile to the sums of records [begin, end), with the weights
   //   w_j = exp(l_j - lse) (grad_lse + grad_expected (1 + l_j - expected))
-  // and, unless grad_z is null, -sum_j w_j W_j^T W_j (z - m_j) to the sum of grad_z, laid out as z
-  // is, and grad_rows, laid out as rows is. l is recomputed unless log_joint has it; grad_z needs
-  // it recomputed.
-  void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end, const T* z,
-                   const T* rows, int count, Softmax<T>, const T* grad_lse, const T* grad_expected,
-                   const T* log_joint, std::int64_t stride, bool slopes, double* sums, T* grad_z,
-                   T* grad_rows, T* scratch);
+  // and -sum_j w_j W_j^T W_j (z - m_j) to the gradient of z, for which l must be recomputed.
+  void (*backward)(const PackedMixture<T>&, std::int64_t begin, std::int64_t end,
+                   const WeightedTile<T>&, const TileSums<T>&, T* scratch);
 
   // The mixture's gradients from one record's statistics: center [D] = W^T W s and the lower
   // triangle of whitening [D, gradients_stride(D)] = -W M, in aligned memory. scratch holds D
