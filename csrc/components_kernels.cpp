@@ -263,7 +263,7 @@ struct Lanes {
 
   V operator[](int64_t element) const {
     typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-    Narrow x;
+    Narrow x{};
     for (int i = 0; i < kLanes; i++) x[i] = start[i][element];
     return __builtin_convertvector(x, V);
   }

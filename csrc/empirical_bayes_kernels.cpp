@@ -59,7 +59,7 @@ struct Lanes {
 
 template <class S>
 V load(const S* array, int64_t size, Lanes lanes, int64_t i) {
-  V x;
+  V x{};
   for (int lane = 0; lane < kLanes; lane++)
     x[lane] = static_cast<double>(array[lanes.index(lane) * size + i]);
   return x;

@@ -1,8 +1,10 @@
 """The compiled operations against the reference: values, gradients, precision, errors."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -548,6 +550,17 @@ def test_unknown_instruction_set(monkeypatch):
     known = "VMM_FAST_ISA is 'quantum'.* must be one of baseline, avx2, avx512"
     with pytest.raises(ValueError, match=known):
         ops.mixture_log_prob(*random_mixture(3, 4, 2))
+
+
+@pytest.mark.parametrize("kernels", ["mixture", "components", "empirical_bayes"])
+def test_kernels_are_of_no_one_processor(kernels):
+    """The source of the baseline is that of NEON, whose vectors are as wide."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    source = Path(__file__).parents[1] / "csrc" / f"{kernels}_kernels.cpp"
+    if compiler is None or not source.exists():
+        pytest.skip("needs aarch64-linux-gnu-g++ and the core's source")
+    options = "-std=c++17 -fsyntax-only -Wall -Wextra -Werror -Wno-psabi -DVMM_ISA=baseline"
+    subprocess.run([compiler, *options.split(), "-DVMM_VECTOR_BYTES=16", source], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which Linux has")
