@@ -1,5 +1,11 @@
 """Random mixtures of any size, and what every provider's result is checked against in float64.
 
+There are two kinds of mixture, since the core skips what a pair of a point and a component adds to
+sums where its responsibility is exactly 0 in float32. Clusters that overlap, the default, leave
+nearly all pairs with a weight at every D: nothing can be skipped, and time along D is that of the
+arithmetic. They are what a latent space looks like while a model trains. Clusters far apart, the
+favourable case, leave few such pairs from about D = 30 on.
+
 The reference is :mod:`vmm_fast.reference`, which the tests check against scipy; it goes through the
 points in chunks, since it holds [B, J, D] numbers at a time.
 """
@@ -12,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmm_fast import reference
+from vmm_fast import ops, reference
 
 REFERENCE_NUMBERS = 2**24  # of a [B, J, D] array of the reference, at a time
+WEIGHTS = 2**24  # of a [B, J] matrix of responsibilities, at a time
 
 
 class Size(NamedTuple):
@@ -53,10 +60,17 @@ def _triangular(size: Size, diagonal: float, generator: torch.Generator) -> Tens
     return diagonal * (0.5 * below + torch.diag_embed(spread))
 
 
-def parameters(size: Size, dtype: torch.dtype = torch.float32) -> Parameters:
-    """A random mixture in which a point has a few near components, and points drawn from it."""
+def parameters(
+    size: Size, dtype: torch.dtype = torch.float32, *, far_apart: bool = False
+) -> Parameters:
+    """A random mixture and points drawn from it.
+
+    The distance of two centers does not grow with D, so that clusters overlap alike at every D and
+    a point has a few near components; ``far_apart`` doubles it.
+    """
     generator = torch.Generator().manual_seed(0)
-    centers = 2 * torch.randn(size.J, size.D, generator=generator)
+    spread = (4 if far_apart else 2) * (10 / size.D) ** 0.5
+    centers = spread * torch.randn(size.J, size.D, generator=generator)
     of = torch.randint(size.J, (size.B,), generator=generator)
     z = centers[of] + torch.randn(size.B, size.D, generator=generator)
     values = Parameters(
@@ -81,10 +95,21 @@ def whiten(p: Parameters) -> Whitened:
     return Whitened(p.z, p.centers, whitening, p.logits.log_softmax(-1) + logdet - constant)
 
 
-def whitened(size: Size, dtype: torch.dtype = torch.float32) -> Whitened:
+def whitened(
+    size: Size, dtype: torch.dtype = torch.float32, *, far_apart: bool = False
+) -> Whitened:
     """The same mixture as a whitened one, contiguous as a model's own components are."""
-    exact = whiten(parameters(size, torch.float64))
+    exact = whiten(parameters(size, torch.float64, far_apart=far_apart))
     return Whitened(*(x.to(dtype, memory_format=torch.contiguous_format) for x in exact))
+
+
+def pairs_with_weight(p: Whitened, transpose: bool = False) -> int:
+    """How many pairs of a point and a component have a responsibility above 0."""
+    z, *mixture = p
+    return sum(
+        int((ops.mixture_responsibilities(part, *mixture, transpose) > 0).sum())
+        for part in z.split(max(1, WEIGHTS // len(p.centers)))
+    )
 
 
 def reference_log_prob(inputs: Sequence[Tensor], to_whitened: Callable) -> tuple[Tensor, ...]:

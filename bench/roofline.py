@@ -12,8 +12,9 @@ of a point and a component costs
     responsibilities    P
     assign              P
 
-A pair whose responsibility is exactly 0 in float32 needs no more than l: there are few others where
-clusters are far apart. The exponential and the maximum are not counted.
+A pair whose responsibility is exactly 0 in float32 needs no more than l and is counted so; clusters
+overlap here (``bench/problems.py``), and there are few such pairs. The exponential and the maximum
+are not counted.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def rows(plan: Plan, thread_counts: tuple[int, ...]) -> Iterator[Row]:
                 inputs = problems.whitened(size)
                 calls = {**limits, **kernels(inputs)}
                 error = errors(inputs)
-                with_weight = int((ops.mixture_responsibilities(*inputs) > 0).sum())
+                with_weight = problems.pairs_with_weight(inputs)
                 timings = take_turns(
                     {name: sampler(call) for name, call in calls.items()},
                     repeats=plan.repeats,

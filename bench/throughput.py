@@ -1,6 +1,9 @@
 """How fast densities, gradients and empirical-Bayes steps are, next to everybody else's.
 
 Every provider's result is compared with float64 before it is timed, and providers take turns.
+Clusters overlap, but for two modes that say otherwise (``bench/problems.py`` tells why there are
+two kinds); ``share_with_weight`` is the share of pairs of a point and a component whose
+responsibility is above 0 in float32.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from bench import problems, providers
 from bench.eager_prior import EagerVMM
-from bench.problems import Size
-from bench.records import Row
+from bench.problems import Size, Whitened
+from bench.records import Row, select
 from bench.timing import Sampler, sampler, take_turns, threads
 from vmm_fast import VMMPrior, ops
 from vmm_fast.mixture import Components, gaussian_parameters
@@ -34,6 +37,8 @@ PARAMETERS = "forward + backward from (m, S, L, pi)"
 GRADIENT_STEP = "empirical-Bayes step, gradient"
 CLOSED_FORM_STEP = "empirical-Bayes step, closed form"
 EM_STEP = "E- and M-step"
+BACKWARD_FAR_APART = f"{BACKWARD}, clusters far apart"
+EM_STEP_FAR_APART = f"{EM_STEP}, clusters far apart"
 OVERHEAD = "call overhead"
 ENCODER = "encoder"
 OPERATORS = "torch operators"
@@ -43,6 +48,7 @@ class Plan(NamedTuple):
     """Sizes of a run, and how long each case takes turns."""
 
     density: tuple[Size, ...]
+    far_apart: tuple[Size, ...]  # of these, with clusters far apart as well
     step: tuple[Size, ...]
     em: Size  # what all providers run
     em_full: Size  # what vmm_fast runs as well
@@ -61,6 +67,7 @@ FULL = Plan(
         Size(256, 100, 30),
         Size(4096, 500, 30),
     ),
+    far_apart=(Size(256, 100, 30), Size(4096, 500, 30)),
     step=(Size(256, 100, 10), Size(1024, 100, 10), Size(256, 100, 30)),
     em=Size(50_000, 500, 30),
     em_full=Size(1_000_000, 500, 30),
@@ -72,6 +79,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     density=(Size(32, 5, 3),),
+    far_apart=(Size(32, 5, 3),),
     step=(Size(32, 5, 3),),
     em=Size(500, 4, 3),
     em_full=Size(2000, 4, 3),
@@ -129,6 +137,11 @@ def _absent(mode: str, names: Iterable[str], why: str) -> Iterator[Row]:
         yield {"mode": mode, "provider": name, "absent": why}
 
 
+def share_with_weight(p: Whitened, transpose: bool = False) -> float:
+    """Share of the pairs of a point and a component whose responsibility is above 0."""
+    return problems.pairs_with_weight(p, transpose) / (len(p.z) * len(p.centers))
+
+
 def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
     """Give the call that computes a density and the gradients of its sum for all inputs."""
     leaves = type(inputs)(*(x.detach().requires_grad_() for x in inputs))
@@ -151,15 +164,19 @@ def _without_graph(call: Callable[..., Tensor], inputs: Any) -> Callable[[], Ten
 
 def whitened(plan: Plan) -> Iterator[Row]:
     """Forward, and forward with backward, of a mixture that is built."""
-    for mode in (FORWARD, BACKWARD):
+    for mode, sizes in (
+        (FORWARD, plan.density),
+        (BACKWARD, plan.density),
+        (BACKWARD_FAR_APART, plan.far_apart),
+    ):
         wanted = providers.whitened_densities()
         if not plan.slow_to_start:
             yield from _absent(mode, SLOW_TO_START, "left out by --quick")
             wanted = {k: v for k, v in wanted.items() if k not in SLOW_TO_START}
         elif "KeOps" not in wanted:
             yield from _absent(mode, ["KeOps"], "not installed")
-        for size in plan.density:
-            inputs = problems.whitened(size)
+        for size in sizes:
+            inputs = problems.whitened(size, far_apart=mode == BACKWARD_FAR_APART)
             truth = problems.reference_log_prob(inputs, lambda p: p)
             calls: dict[str, Callable[[], Any]] = {}
             errors = {}
@@ -171,7 +188,9 @@ def whitened(plan: Plan) -> Iterator[Row]:
                     calls[name] = gradient_call(density, inputs)
                     errors[name] = problems.error(calls[name](), truth)
             samplers = {name: sampler(call) for name, call in calls.items()}
-            yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
+            share = share_with_weight(inputs)
+            for row in _rows(mode, size, samplers, errors, plan.repeats, plan.seconds):
+                yield {**row, "share_with_weight": share}
 
 
 def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator[Row]:
@@ -182,6 +201,7 @@ def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) 
     for size in plan.density:
         inputs = problems.parameters(size)
         truth = problems.reference_log_prob(inputs, problems.whiten)
+        share = share_with_weight(problems.whitened(size))
         samplers, errors = {}, {}
         for provider, density in providers.PARAMETER_DENSITIES.items():
             call = gradient_call(density, inputs)
@@ -198,7 +218,7 @@ def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) 
             for row in _rows(PARAMETERS, size, samplers, errors, plan.repeats, plan.seconds):
                 if row["provider"] == name:
                     row["provider_version"] = versions
-                yield row
+                yield {**row, "share_with_weight": share}
 
 
 # --- the empirical-Bayes step ---
@@ -277,33 +297,43 @@ def _step_values(
 
 def em(plan: Plan) -> Iterator[Row]:
     """E- and M-step; vmm_fast also on the full data, the others on what they can hold."""
-    steps, errors = {}, {}
-    truth: tuple[Tensor, ...] | None = None
-    points = problems.parameters(plan.em_full).z
-    for name, make in providers.EM_STEPS.items():
-        if not providers.installed(name):
-            yield from _absent(EM_STEP, [name], "not installed")
-            continue
-        z, mixture = _em_problem(plan.em, points)
-        step = make(z, mixture)
+    absent = [name for name in providers.EM_STEPS if not providers.installed(name)]
+    yield from _absent(EM_STEP, absent, "not installed")
+    found = list(_em(EM_STEP, [name for name in providers.EM_STEPS if name not in absent], plan))
+    yield from found
+    # float64 would take minutes on the full data: its error is that on the part.
+    (ours,) = select(found, provider="vmm_fast")
+    z, mixture = _em_problem(plan.em_full)
+    full = {"vmm_fast": sampler(providers.vmm_fast_em(z, mixture).call)}
+    errors = {"vmm_fast": ours["error"]}
+    share = _em_share(z, mixture)
+    for row in _rows(EM_STEP, plan.em_full, full, errors, plan.em_repeats, 0.0):
+        yield {**row, "share_with_weight": share}
+    yield from _em(EM_STEP_FAR_APART, ["vmm_fast", "GaussianMixture"], plan)
+
+
+def _em(mode: str, names: Iterable[str], plan: Plan) -> Iterator[Row]:
+    z, mixture = _em_problem(plan.em, far_apart=mode == EM_STEP_FAR_APART)
+    truth = providers.maximum_likelihood(z, mixture)
+    samplers, errors = {}, {}
+    for name in names:
+        step = providers.EM_STEPS[name](z, mixture)
         step.call()
-        if step.expected is None and truth is None:
-            truth = providers.maximum_likelihood(z, mixture)
         expected = truth if step.expected is None else step.expected()
         errors[name] = problems.error(step.values(), expected)
-        steps[name] = sampler(step.call)
-    yield from _rows(EM_STEP, plan.em, steps, errors, plan.em_repeats, plan.seconds)
-    step = providers.vmm_fast_em(*_em_problem(plan.em_full, points))
-    full = {"vmm_fast": sampler(step.call)}
-    yield from _rows(
-        EM_STEP, plan.em_full, full, {"vmm_fast": errors["vmm_fast"]}, plan.em_repeats, 0.0
-    )
+        samplers[name] = sampler(step.call)
+    share = _em_share(z, mixture)
+    for row in _rows(mode, plan.em, samplers, errors, plan.em_repeats, plan.seconds):
+        yield {**row, "share_with_weight": share}
 
 
-def _em_problem(size: Size, points: Tensor) -> tuple[Tensor, Components]:
-    p = problems.parameters(size)
-    mixture = Components(p.centers, p.logits.log_softmax(-1), p.precision_cholesky)
-    return points[: size.B], mixture
+def _em_problem(size: Size, *, far_apart: bool = False) -> tuple[Tensor, Components]:
+    p = problems.parameters(size, far_apart=far_apart)
+    return p.z, Components(p.centers, p.logits.log_softmax(-1), p.precision_cholesky)
+
+
+def _em_share(z: Tensor, mixture: Components) -> float:
+    return share_with_weight(Whitened(z, *mixture.expected[:3]), transpose=True)
 
 
 # --- what a call costs beside its arithmetic ---

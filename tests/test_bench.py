@@ -64,13 +64,23 @@ def test_throughput_has_every_mode_and_says_who_is_absent(results):
     for mode, provider in (
         (throughput.FORWARD, "matmul"),
         (throughput.BACKWARD, "matmul"),
+        (throughput.BACKWARD_FAR_APART, "matmul"),
         (throughput.PARAMETERS, "torch.distributions"),
         (throughput.GRADIENT_STEP, "torch"),
         (throughput.CLOSED_FORM_STEP, "torch"),
         (throughput.EM_STEP, "GaussianMixture"),
         (throughput.EM_STEP, "BayesianGaussianMixture"),
+        (throughput.EM_STEP_FAR_APART, "GaussianMixture"),
     ):
         assert {(mode, provider), (mode, "vmm_fast")} <= found
+    for mode in (
+        throughput.FORWARD,
+        throughput.BACKWARD,
+        throughput.PARAMETERS,
+        throughput.EM_STEP,
+    ):
+        for row in select(rows, mode=mode):
+            assert "absent" in row or 0 < row["share_with_weight"] <= 1
     absent = {row["provider"]: row["absent"] for row in rows if "absent" in row}
     assert absent["KeOps"] == "left out by --quick"
     assert absent["TensorFlow Probability"] == "not installed"
@@ -141,6 +151,22 @@ def test_eager_prior_is_the_same_model(inference):
             either.update(z, encoder)
     for name, value in prior.named_parameters():
         torch.testing.assert_close(getattr(eager, name), value, msg=name)
+
+
+@pytest.mark.parametrize("dim", [4, 10, 30, 64])
+def test_clusters_overlap_alike_at_every_dimension(dim):
+    size = Size(256, 100, dim)
+    assert throughput.share_with_weight(problems.whitened(size)) > 0.8
+    if dim >= 30:
+        far_apart = problems.whitened(size, far_apart=True)
+        assert throughput.share_with_weight(far_apart) < 0.3
+
+
+def test_pairs_with_weight_in_chunks(monkeypatch):
+    inputs = problems.whitened(Size(20, 5, 30), far_apart=True)
+    whole = problems.pairs_with_weight(inputs)
+    monkeypatch.setattr(problems, "WEIGHTS", 15)  # three points at a time
+    assert 20 <= problems.pairs_with_weight(inputs) == whole < 100
 
 
 def test_reference_in_chunks(monkeypatch):
