@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.optimize import brentq
+from scipy.special import digamma
 from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
@@ -19,7 +21,7 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from vmm_fast import VMMPrior, reference
+from vmm_fast import VMMPrior
 from vmm_fast.inference import closed_form
 from vmm_fast.inference.map_objective import wishart_scale
 from vmm_fast.priors import Prior
@@ -66,32 +68,30 @@ class EagerVMM(Prior):
         prior = MixtureSameFamily(weights, components, validate_args=False)
         return -q.entropy() - prior.log_prob(z)
 
-    def _expected(self, posterior: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-        """Centers, L and offsets of the expected log-joint, as a whitened mixture by L^T."""
-        factor = self._precision_cholesky()
+    def _log_joint(
+        self, z: Tensor, posterior: Distribution, factor: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Expected log-joint [B, C], E[log N(z; mu, Lambda^-1)] + log pi, by one matrix product."""
+        centers, dim = posterior.mean, self.latent_dim
         penalty = 0.5 * (factor.mT @ posterior.scale_tril).square().sum((-2, -1))
         logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = 0.5 * self.latent_dim * math.log(2 * math.pi)
-        return posterior.mean, factor, self.logits.log_softmax(-1) + logdet - constant - penalty
+        offsets = logits.log_softmax(-1) + logdet - 0.5 * dim * math.log(2 * math.pi) - penalty
+        shift = (factor.mT @ centers[..., None])[..., 0]
+        y = (z @ factor.permute(1, 0, 2).flatten(1)).unflatten(1, centers.shape) - shift
+        return offsets - 0.5 * y.square().sum(-1)
 
     def map_loss(self, z: Tensor, encoder: Encoder) -> Tensor:
         """Negative empirical-Bayes objective with the gradient through the responsibilities."""
-        return self._map_loss(z, encoder(self.pseudo_inputs))
-
-    def _map_loss(self, z: Tensor, posterior: Distribution) -> Tensor:
-        centers, factor, offsets = self._expected(posterior)
-        count, dim = centers.shape
-        shift = (factor.mT @ centers[..., None])[..., 0]
-        y = (z @ factor.permute(1, 0, 2).flatten(1)).unflatten(1, (count, dim)) - shift
-        log_joint = offsets - 0.5 * y.square().sum(-1)
+        posterior = encoder(self.pseudo_inputs)
+        factor, dim, count = self._precision_cholesky(), self.latent_dim, self.num_components
+        log_joint = self._log_joint(z, posterior, factor, self.logits)
         data = (log_joint.softmax(-1) * log_joint).sum(-1).mean()
 
         alpha = softplus(self.raw_alpha)
         weights = self.logits.softmax(-1)
         concentration = (1 / (alpha * count)).expand(count)
         log_prior = Dirichlet(concentration, validate_args=False).log_prob(weights) - alpha
-        squares = centers.square().sum() + posterior.scale_tril.square().sum()
-        log_prior = log_prior - 0.5 * (squares + count * dim * math.log(2 * math.pi))
+        log_prior = log_prior + _log_center_prior(posterior)
         v, df = wishart_scale(count, dim), dim + 2
         normaliser = 0.5 * df * dim * math.log(2 * v) + torch.special.multigammaln(
             torch.tensor(0.5 * df), dim
@@ -102,48 +102,84 @@ class EagerVMM(Prior):
 
     def update(self, z: Tensor, encoder: Encoder) -> None:
         """One Adam step on :meth:`map_loss`; in the closed form of the pseudo-inputs alone."""
-        posterior = encoder(self.pseudo_inputs)
-        self.adam.zero_grad()
-        self._map_loss(z, posterior).backward()
-        self.adam.step()
         if self.closed_form:
-            with torch.no_grad():
-                self._online_step(z, posterior)
+            self._closed_form_update(z, encoder)
+            return
+        self.adam.zero_grad()
+        self.map_loss(z, encoder).backward()
+        self.adam.step()
 
-    def _online_step(self, z: Tensor, posterior: Distribution) -> None:
+    def _closed_form_update(self, z: Tensor, encoder: Encoder) -> None:
+        """Only what the pseudo-inputs change is differentiated; the sums share its softmax."""
+        posterior = encoder(self.pseudo_inputs)
+        factor = self._precision_cholesky().detach()
+        log_joint = self._log_joint(z, posterior, factor, self.logits.detach())
+        q = log_joint.softmax(-1)
+        data = (q * log_joint).sum(-1).mean()
+        loss = -data - _log_center_prior(posterior) / (self.data_size or len(z))
+        (self.pseudo_inputs.grad,) = torch.autograd.grad(loss, self.pseudo_inputs)
+        self.adam.step()
+        with torch.no_grad():
+            self._online_step(z, q, posterior, factor)
+
+    def _online_step(self, z: Tensor, q: Tensor, posterior: Distribution, factor: Tensor) -> None:
         """Running statistics, then the maximisers of weights, concentration and precisions."""
-        centers, factor, offsets = self._expected(posterior)
-        batch = reference.mixture_statistics(z, centers, factor, offsets, transpose=True)
         if self.running is None:
             weights = self.logits.softmax(-1)
-            covariance = torch.cholesky_inverse(factor)
-            start = (weights, torch.zeros_like(centers), weights[:, None, None] * covariance)
-        else:
-            start = self.running
+            self.running = weights, weights[:, None, None] * torch.cholesky_inverse(factor)
         self.running = tuple(
             (1 - self.rate) * old + self.rate / len(z) * new
-            for old, new in zip(start, batch, strict=True)
+            for old, new in zip(self.running, _statistics(z, q, posterior.mean), strict=True)
         )
-        count = self.data_size or len(z)
-        n, _, m = (count * x for x in self.running)
+        points = self.data_size or len(z)
+        n, m = (points * x for x in self.running)
 
         scale = posterior.scale_tril
         scatter = n[:, None, None] * (scale @ scale.mT) + m
-        eye = torch.eye(self.latent_dim)
+        eye = torch.eye(self.latent_dim, dtype=m.dtype)
         scatter = scatter + eye / wishart_scale(self.num_components, self.latent_dim)
-        precision = (n + 1)[:, None, None] * torch.linalg.inv(scatter)
-        factor = torch.linalg.cholesky(precision)
+        # scatter = U U^T with U upper triangular: its inverse has the lower factor U^-T.
+        upper = torch.linalg.cholesky(scatter.flip((-2, -1))).flip((-2, -1))
+        inverse = torch.linalg.solve_triangular(upper.mT, eye, upper=False)
+        factor = (n + 1).sqrt()[:, None, None] * inverse
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         raw = factor.tril(-1) + torch.diag_embed(diagonal + torch.log(-torch.expm1(-diagonal)))
         self.raw_precision.copy_(raw)
 
-        log_weights, concentration = closed_form.maximise_weights(
-            n,
-            float(1 / softplus(self.raw_alpha)),
-            weights="dirichlet",
-            discount=0.0,
-            map_prior="learnt",
+        concentration = _maximise_concentration(n)
+        log_weights, _ = closed_form.maximise_weights(
+            n, concentration, weights="dirichlet", discount=0.0, map_prior="fixed"
         )
         self.logits.copy_(log_weights)
-        alpha = torch.tensor(1 / concentration)
-        self.raw_alpha.copy_(alpha + torch.log(-torch.expm1(-alpha)))
+        alpha = 1 / concentration
+        self.raw_alpha.fill_(alpha + math.log(-math.expm1(-alpha)))
+
+
+def _log_center_prior(posterior: Distribution) -> Tensor:
+    """Sum over components of E[log N(mu; 0, I)]."""
+    squares = posterior.mean.square().sum() + posterior.scale_tril.square().sum()
+    return -0.5 * (squares + posterior.mean.numel() * math.log(2 * math.pi))
+
+
+def _statistics(z: Tensor, q: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """N [C], and M [C, D, D] around the centers by one product with all z z^T."""
+    n, total = q.sum(0), q.T @ z
+    squares = (q.T @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, 2 * z.shape[1:])
+    # sum q (z - m) (z - m)^T = sum q z z^T - t m^T - m (t - N m)^T, t = sum q z
+    s = total - n[:, None] * centers
+    cross = total[:, :, None] * centers[:, None, :] + centers[:, :, None] * s[:, None, :]
+    return n, squares - cross
+
+
+def _maximise_concentration(mass: Tensor) -> float:
+    """As :func:`closed_form.maximise_concentration`, without torch's cost of a call on scalars."""
+    x = mass.double().numpy()
+    count, total = len(x), x.sum()
+
+    def slope(t: float) -> float:
+        gamma = math.exp(t)
+        shares = (digamma(x + gamma / count) - digamma(gamma / count)).mean()
+        return gamma * (digamma(gamma) - digamma(total + gamma) + shares) + 1 / gamma
+
+    low, high = math.log(1e-6), math.log(1e6)
+    return math.exp(high if slope(high) > 0 else brentq(slope, low, high, xtol=1e-10))
