@@ -245,6 +245,13 @@ def test_quantiles():
     assert found == {"min": 1.0, "p20": 2.0, "p50": 3.5, "p80": 5.0, "repeats": 6}
 
 
+def test_time_beside_a_part():
+    sample = throughput._less(lambda calls: 5.0 * calls, lambda calls: 2.0 * calls)
+    assert sample(4) == pytest.approx(12.0)
+    disturbed = throughput._less(lambda calls: 5.0 * calls, lambda calls: 7.0 * calls)
+    assert disturbed(4) == pytest.approx(2.0)
+
+
 # --- rows, targets, comparison ---
 
 
