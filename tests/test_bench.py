@@ -13,7 +13,7 @@ import torch
 from bench import compare, peak, problems, providers, report, roofline, scaling, throughput
 from bench.eager_prior import EagerVMM
 from bench.problems import Size
-from bench.records import command, read_rows, select, write_rows
+from bench.records import command, environment, read_rows, select, write_rows
 from bench.targets import checks
 from bench.timing import quantiles, take_turns
 
@@ -86,16 +86,18 @@ def test_throughput_has_every_mode_and_says_who_is_absent(results):
     assert absent["TensorFlow Probability"] == "not installed"
 
 
-def test_page_has_pictures_and_verdicts(results):
+def test_page_has_pictures_and_targets(results):
     folder, printed = results
     page = (folder / "speed.md").read_text()
     for part in report.PARTS:
         assert f"![]({part}.png)" in page
         assert (folder / f"{part}.png").read_bytes().startswith(b"\x89PNG")
-    assert "| met |" in page
-    assert "| **MISSED** |" in page
     assert "not installed" in page
-    assert "MISSED  call overhead" in printed or "met     call overhead" in printed
+    for target in checks(
+        [row for part in report.PARTS for row in read_rows(folder / f"{part}.jsonl")]
+    ):
+        assert f"| {target.target} | {target.case} | {target.measured} | {target.asked} |" in page
+        assert f"{target.verdict:6}  {target.target}, {target.case}" in printed
 
 
 def test_compare_of_a_run_with_itself_finds_nothing(results):
@@ -105,12 +107,10 @@ def test_compare_of_a_run_with_itself_finds_nothing(results):
     assert done.stdout.startswith("0 slower, 0 faster")
 
 
-def test_command_line_fails_where_something_became_slower(results, tmp_path):
-    path, slower = results[0] / "throughput.jsonl", tmp_path / "slower.jsonl"
-    rows = [row for row in read_rows(path) if "p50" in row]
-    for row in rows:
-        row |= {key: 9 * row[key] for key in ("min", "p20", "p50", "p80")}
-    write_rows(slower, rows)
+def test_command_line_fails_where_something_became_slower(tmp_path):
+    path, slower = tmp_path / "before.jsonl", tmp_path / "slower.jsonl"
+    write_rows(path, [timed()])
+    write_rows(slower, [timed(p50=9e-3)])
     assert bench("compare", path, slower).returncode == 1
 
 
@@ -268,9 +268,21 @@ def test_targets_compare_rows_of_one_case():
     assert (small.case, small.verdict, small.asked) == ("(256, 100, 10)", "MISSED", "at least 10x")
     assert (large.case, large.verdict, large.asked) == ("(4096, 500, 30)", "met", "at least 25x")
     assert small.value == pytest.approx(9.9)
-    page = report.target_table([small, large])
-    assert page.count("**MISSED**") == 1
-    assert page.count("| met |") == 1
+
+
+def test_page_has_verdicts_and_reasons():
+    common = {"command": "python -m bench throughput", **environment()}
+    overhead = {"mode": throughput.OVERHEAD, "B": 1, "J": 1, "D": 1}
+    rows = [{**common, **timed(p50=70e-6), **overhead}]
+    rows += [{**common, **timed()}, {**common, **timed("torch.distributions", 20e-3)}]
+    page = report.page({"throughput": rows})
+    assert "| (1, 1, 1) | 70 us | at most 55 us | **MISSED** |" in page
+    assert "| (256, 100, 10) | 20x | at least 10x | met |" in page
+    assert page.count("| **MISSED** |") == page.count("| met |") == 1
+    missed = page.partition("## What is missed")[2].partition("## Throughput")[0]
+    assert missed.count("\n- ") == 1
+    assert "call overhead" in missed
+    assert "| (256, 100, 10) | - | 1 ms | 20 ms (20x) |" in page
 
 
 def test_statistics_of_scikit_learn_are_scaled_linearly():
