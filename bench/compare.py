@@ -8,6 +8,7 @@ itself drifts between runs. Rows of other machines, versions or threads are diff
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from bench.records import Row, read_rows
 KEY = (
     *("part", "mode", "axis", "provider", "B", "J", "D", "dtype"),
     *("threads", "cpu", "instruction_set"),
+    *("python", "torch", "numpy", "provider_version"),
 )
 DRIFT = 0.05
 
@@ -29,8 +31,9 @@ class Change(NamedTuple):
     verdict: str  # "slower", "faster" or "same"
 
 
-def _timed(rows: list[Row]) -> dict[tuple, Row]:
-    return {tuple(row.get(key) for key in KEY): row for row in rows if "p50" in row}
+def _timed(rows: list[Row]) -> dict[str, Row]:
+    # As text, since a provider may have several versions: one of each of its packages.
+    return {json.dumps([row.get(key) for key in KEY]): row for row in rows if "p50" in row}
 
 
 def compare(before: list[Row], after: list[Row]) -> list[Change]:

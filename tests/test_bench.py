@@ -331,8 +331,22 @@ def test_compare_lets_noise_pass(compared, after):
     assert ("1 faster" in printed) == (after["p50"] < 1e-3)
 
 
-def test_compare_knows_other_machines():
-    assert compare.compare([timed()], [timed(p50=1.0, cpu="b")]) == []
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cpu": "b"},
+        {"torch": "2.9"},
+        {"python": "3.13"},
+        {"numpy": "2.4"},
+        {"provider_version": {"tensorflow": "2.20", "tensorflow_probability": "0.26"}},
+    ],
+)
+def test_compare_knows_other_machines_and_versions(other):
+    versions = {"tensorflow": "2.19", "tensorflow_probability": "0.25"}
+    before = timed(torch="2.8", python="3.12", numpy="2.3", provider_version=versions)
+    after = before | {"p50": 1.0}
+    assert len(compare.compare([before], [after])) == 1
+    assert compare.compare([before], [after | other]) == []
 
 
 def test_command_names_no_place():
