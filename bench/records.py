@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info
 
 from vmm_fast import _core
 from vmm_fast._files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-# Options that name a file or folder.
-PLACES = ("data", "out", "checkpoint", "tfp-environment", "make-tfp-environment")
+# Options that say where something lies, and nothing of what is measured.
+PLACES = ("data", "out", "checkpoint")
+# Without it a provider is absent: the option stays, its folder does not.
+TFP_ENVIRONMENT = "--tfp-environment"
 
 Row = dict[str, Any]
 
@@ -34,8 +37,12 @@ def command(arguments: list[str]) -> str:
     kept: list[str] = []
     options = iter(arguments)
     for option in options:
-        if option.removeprefix("--") in PLACES:
-            next(options)
+        name, joined, _ = option.partition("=")
+        if name.removeprefix("--") in PLACES or name == TFP_ENVIRONMENT:
+            if not joined:
+                next(options)
+            if name == TFP_ENVIRONMENT:
+                kept += [TFP_ENVIRONMENT, "FOLDER"]
         elif option != "--resume":
             kept.append(option)
     return "python -m bench " + shlex.join(kept)
@@ -58,8 +65,15 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
         "instruction_set": _core.instruction_set(),
+        "openmp": _openmp_runtimes(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _openmp_runtimes() -> str:
+    """File names of the OpenMP runtimes that are loaded; torch's wheels bring their own."""
+    found = (x["filepath"] for x in threadpool_info() if x["user_api"] == "openmp")
+    return ", ".join(sorted(Path(path).name for path in found))
 
 
 def _cpu_name() -> str:

@@ -406,7 +406,7 @@ def page(parts: dict[str, list[Row]]) -> str:
         first = rows[0]
         text += f"\n## {name.capitalize()}\n\n{INTRODUCTIONS[name]}\n\n![]({name}.png)\n\n"
         text += TABLES[name](rows)
-        keys = ("date", "revision", "cpu", "instruction_set", "python", "torch", "numpy")
+        keys = ("date", "revision", "cpu", "instruction_set", "openmp", "python", "torch", "numpy")
         text += f"\n`{first['command']}`: {', '.join(str(first[key]) for key in keys)}.\n"
     return text
 

@@ -50,6 +50,7 @@ def test_every_part_writes_rows_that_can_be_repeated(results):
             assert row["command"] == "python -m bench all --quick --threads 1"
             for key in ("revision", "date", "torch", "cpu", "instruction_set", "threads", "dtype"):
                 assert row[key]
+            assert "omp" in row["openmp"]
         timed = [row for row in rows if "p50" in row]
         assert timed
         for row in timed:
@@ -350,8 +351,11 @@ def test_compare_knows_other_machines_and_versions(other):
 
 
 def test_command_names_no_place():
+    expected = "python -m bench throughput --threads 2 --tfp-environment FOLDER"
     arguments = ["throughput", "--out", "somewhere", "--threads", "2", "--tfp-environment", "there"]
-    assert command(arguments) == "python -m bench throughput --threads 2"
+    assert command(arguments) == expected
+    arguments = ["throughput", "--out=somewhere", "--threads", "2", "--tfp-environment=there"]
+    assert command(arguments) == expected
 
 
 def test_rows_survive_a_file(tmp_path):
