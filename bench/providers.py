@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from bench.problems import Parameters, Whitened, reference_statistics
-from vmm_fast import ops
+from vmm_fast import ops, reference
 from vmm_fast.inference import closed_form
 from vmm_fast.mixture import Components
 
@@ -107,6 +107,12 @@ def torch_distributions(p: Parameters) -> Tensor:
 PARAMETER_DENSITIES: dict[str, Density] = {
     "vmm_fast": vmm_fast_parameters,
     "torch.distributions": torch_distributions,
+}
+
+
+COMPONENT_BUILDERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "vmm_fast": ops.whitened_components,
+    "torch": reference.whitened_components,
 }
 
 

@@ -92,6 +92,7 @@ def throughput_tables(rows: Sequence[Row]) -> str:
         throughput.BACKWARD,
         throughput.BACKWARD_FAR_APART,
         throughput.PARAMETERS,
+        throughput.COMPONENTS,
         throughput.GRADIENT_STEP,
         throughput.CLOSED_FORM_STEP,
         throughput.EM_STEP,
@@ -218,13 +219,14 @@ def plot_throughput(figure: Figure, rows: Sequence[Row]) -> None:
         throughput.BACKWARD,
         throughput.BACKWARD_FAR_APART,
         throughput.PARAMETERS,
+        throughput.COMPONENTS,
         throughput.GRADIENT_STEP,
         throughput.CLOSED_FORM_STEP,
         throughput.EM_STEP,
         throughput.EM_STEP_FAR_APART,
     )
-    figure.set_size_inches(19, 7.5)
-    for ax, mode in zip(figure.subplots(2, 4, sharey=True).flat, panels, strict=True):
+    figure.set_size_inches(15, 11)
+    for ax, mode in zip(figure.subplots(3, 3, sharey=True).flat, panels, strict=True):
         found = [row for row in select(rows, mode=mode) if "p50" in row]
         ours = {_size(row): row["p50"] for row in select(found, provider="vmm_fast")}
         others = sorted({r["provider"] for r in found} - {"vmm_fast"}, key=list(COLORS).index)

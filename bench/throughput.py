@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from bench.eager_prior import EagerVMM
 from bench.problems import Size, Whitened
 from bench.records import Row, select
 from bench.timing import Sampler, sampler, take_turns, threads
-from vmm_fast import VMMPrior, ops
+from vmm_fast import VMMPrior, ops, reference
 from vmm_fast.mixture import Components, gaussian_parameters
 
 TOLERANCE = 1e-3  # of a float32 result against float64; who is further off is wrong
@@ -37,6 +37,7 @@ PARAMETERS = "forward + backward from (m, S, L, pi)"
 GRADIENT_STEP = "empirical-Bayes step, gradient"
 CLOSED_FORM_STEP = "empirical-Bayes step, closed form"
 EM_STEP = "E- and M-step"
+COMPONENTS = "building the components, forward + backward"
 BACKWARD_FAR_APART = f"{BACKWARD}, clusters far apart"
 EM_STEP_FAR_APART = f"{EM_STEP}, clusters far apart"
 OVERHEAD = "call overhead"
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     density: tuple[Size, ...]
     far_apart: tuple[Size, ...]  # of these, with clusters far apart as well
     step: tuple[Size, ...]
+    components: tuple[Size, ...]  # without points
     em: Size  # what all providers run
     em_full: Size  # what vmm_fast runs as well
     operators: Size
@@ -68,6 +70,7 @@ FULL = Plan(
     ),
     far_apart=(Size(256, 100, 30), Size(4096, 500, 30)),
     step=(Size(256, 100, 10), Size(1024, 100, 10), Size(256, 100, 30)),
+    components=(Size(0, 100, 10), Size(0, 100, 30)),
     em=Size(50_000, 500, 30),
     em_full=Size(1_000_000, 500, 30),
     operators=Size(256, 100, 10),
@@ -80,6 +83,7 @@ QUICK = Plan(
     density=(Size(32, 5, 3),),
     far_apart=(Size(32, 5, 3),),
     step=(Size(32, 5, 3),),
+    components=(Size(0, 5, 3),),
     em=Size(500, 4, 3),
     em_full=Size(2000, 4, 3),
     operators=Size(16, 4, 3),
@@ -104,6 +108,7 @@ def rows(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator
         for part in (
             whitened(plan),
             from_parameters(plan, thread_count, tfp_environment),
+            components(plan),
             empirical_bayes(plan),
             em(plan),
             overhead(plan),
@@ -218,6 +223,35 @@ def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) 
                 if row["provider"] == name:
                     row["provider_version"] = versions
                 yield {**row, "share_with_weight": share}
+
+
+def components(plan: Plan) -> Iterator[Row]:
+    """A and c from (L, s, log pi), and the gradients of all three."""
+    for size in plan.components:
+        p = problems.parameters(size)
+        inputs = (p.logits.log_softmax(-1), p.precision_cholesky, p.scale)
+        exact = _building(reference.whitened_components, [x.double() for x in inputs])
+        truth = [x.detach() for x in exact()]
+        calls = {
+            name: _building(build, inputs) for name, build in providers.COMPONENT_BUILDERS.items()
+        }
+        errors = {name: problems.error(call(), truth) for name, call in calls.items()}
+        samplers = {name: sampler(call) for name, call in calls.items()}
+        yield from _rows(COMPONENTS, size, samplers, errors, plan.repeats, plan.seconds)
+
+
+def _building(
+    build: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> Callable[[], tuple]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    count = len(inputs[0])
+    upstream = [torch.ones_like(x) for x in build(*leaves, count)]
+
+    def call() -> tuple:
+        built = build(*leaves, count)
+        return *built, *torch.autograd.grad(built, leaves, upstream)
+
+    return call
 
 
 # --- the empirical-Bayes step ---

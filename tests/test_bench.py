@@ -67,6 +67,7 @@ def test_throughput_has_every_mode_and_says_who_is_absent(results):
         (throughput.BACKWARD, "matmul"),
         (throughput.BACKWARD_FAR_APART, "matmul"),
         (throughput.PARAMETERS, "torch.distributions"),
+        (throughput.COMPONENTS, "torch"),
         (throughput.GRADIENT_STEP, "torch"),
         (throughput.CLOSED_FORM_STEP, "torch"),
         (throughput.EM_STEP, "GaussianMixture"),
