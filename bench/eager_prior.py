@@ -47,7 +47,7 @@ class EagerVMM(Prior):
         for name, value in prior.named_parameters():
             setattr(self, name, nn.Parameter(value.detach().clone()))
         learnt = [self.pseudo_inputs] if self.closed_form else list(self.parameters())
-        self.adam = torch.optim.Adam(learnt, lr=prior.learning_rate, eps=1e-7)
+        self.adam = torch.optim.Adam(learnt, lr=prior.learning_rate, eps=1e-7, fused=True)
         self.running: tuple[Tensor, ...] | None = None
 
     def _precision_cholesky(self) -> Tensor:
