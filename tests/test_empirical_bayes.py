@@ -550,3 +550,29 @@ def test_errors_leave_everything_as_it_was():
             prior.raw_precision[4, 2, 2] = kept
         after = (*prior.parameters(), *prior.buffers())
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_an_encoder_may_give_views_of_the_pseudo_inputs(core):
+    """The closed form's sums are around the centers that they were evaluated at."""
+
+    def encoder(copy):
+        def encode(u):
+            mean, scale = u[..., 0], u[..., 1].exp()
+            mean = mean.clone() if copy else mean
+            return torch.distributions.Independent(torch.distributions.Normal(mean, scale), 1)
+
+        return encode
+
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(6, 3, 2, generator=generator, dtype=torch.float64)
+    states = []
+    for copy in (True, False):
+        prior = VMMPrior(u, 3, inference="closed-form", learning_rate=0.1, data_size=100)
+        with contextlib.nullcontext() if core else in_torch():
+            for _ in range(3):
+                prior.update(points(), encoder(copy))
+        states.append({name: x for name, x in prior.state_dict().items() if torch.is_tensor(x)})
+    assert "running_centers" in states[0]
+    for name, x in states[0].items():
+        assert torch.equal(x, states[1][name]), name

@@ -228,12 +228,16 @@ class BayesianMixturePrior(LearntPrior):
         if self.joint:
             return
         step = self._step(z, encoder)
+        centers, scale = step.centers, step.scale
+        if self.inference == "closed-form" and not self._free_centers:
+            centers = _unshared(centers, self._learnt())
+            scale = None if scale is None else _unshared(scale, self._learnt())
         if self._adam is not None:
             self._adam.descend(step.loss, step.gradients)
         if self.inference == "closed-form":
             with torch.no_grad():
                 empirical_bayes.online_step(
-                    self._mixture_parameters(step.centers, step.scale),
+                    self._mixture_parameters(centers, scale),
                     z,
                     self._running,
                     self._objective,
@@ -327,3 +331,13 @@ class BayesianMixturePrior(LearntPrior):
                 break
             empirical_bayes.maximise(parameters, sums, self._objective, self._free_centers)
         return history
+
+
+def _unshared(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Copy what lies in the memory of a parameter, as an encoder's view of pseudo-inputs does.
+
+    The private Adam is about to move these; what else the encoder gives stays as it is.
+    """
+    memory = x.untyped_storage().data_ptr()
+    shared = any(memory == p.untyped_storage().data_ptr() for p in parameters)
+    return x.detach().clone() if shared else x
