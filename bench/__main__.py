@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import compare, digits, quality, report, roofline, scaling, step, throughput
+from bench import compare, digits, gpu, quality, report, roofline, scaling, step, throughput
 from bench.providers import make_tfp_environment
 from bench.records import RESULTS, Row, command, environment, write_rows
 from bench.targets import checks
@@ -68,9 +68,14 @@ def main() -> int:
     part = parts.add_parser("digits", help="scores and seconds on scikit-learn's digits")
     digits.add_arguments(part)
 
+    part = parts.add_parser("gpu", help="the kernels on a GPU: errors, speed, limits, memory")
+    gpu.add_arguments(part)
+
     args = parser.parse_args()
     if args.part == "compare":
         return compare.main(args)
+    if args.part == "gpu":
+        return gpu.main(args, sys.argv[1:])
     if args.part == "quality":
         quality.main(args)
     elif args.part == "digits":

@@ -85,7 +85,7 @@ def parameters(
 
 def whiten(p: Parameters) -> Whitened:
     """A = chol(Lambda^-1 + S)^-1 and c = log pi - D/2 log 2 pi + log det A."""
-    eye = torch.eye(p.z.shape[1], dtype=p.z.dtype)
+    eye = torch.eye(p.z.shape[1], dtype=p.z.dtype, device=p.z.device)
     inverse = torch.linalg.solve_triangular(p.precision_cholesky, eye, upper=False)
     scale = p.scale.tril()
     cholesky = torch.linalg.cholesky(inverse.mT @ inverse + scale @ scale.mT)

@@ -95,7 +95,7 @@ def vmm_fast_parameters(p: Parameters) -> Tensor:
 
 
 def torch_distributions(p: Parameters) -> Tensor:
-    eye = torch.eye(p.z.shape[1], dtype=p.z.dtype)
+    eye = torch.eye(p.z.shape[1], dtype=p.z.dtype, device=p.z.device)
     inverse = torch.linalg.solve_triangular(p.precision_cholesky, eye, upper=False)
     scale = p.scale.tril()
     covariance = inverse.mT @ inverse + scale @ scale.mT

@@ -64,6 +64,7 @@ def make_step(name: str, plan: Plan, x: Tensor, batch_size: int) -> Callable[[],
     """Give the call that trains one step on the next batch."""
     torch.manual_seed(0)
     model = VAE(plan.inputs, plan.latent_dim, make_prior(name, plan, x), hidden=plan.hidden)
+    model.to(x.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-7, fused=True)
     batches = x.split(batch_size)
     steps = 0

@@ -149,7 +149,7 @@ def share_with_weight(p: Whitened, transpose: bool = False) -> float:
 def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
     """Give the call that computes a density and the gradients of its sum for all inputs."""
     leaves = type(inputs)(*(x.detach().requires_grad_() for x in inputs))
-    upstream = torch.ones(len(inputs.z), dtype=inputs.z.dtype)
+    upstream = torch.ones_like(inputs.z[:, 0])
 
     def call() -> tuple:
         out = density(leaves)

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs, installed as ``vmm_fast.kernels``; GPUs run the reference meanwhile."""
+"""Triton kernels for GPUs of NVIDIA and AMD, installed as ``vmm_fast.kernels``; they need Triton."""

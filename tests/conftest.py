@@ -1,11 +1,15 @@
 """Shared by all tests: small random mixtures, and each instruction set in turn."""
 
 import contextlib
+import os
 
-import pytest
-import torch
+# Before Triton is imported: its kernels run in its interpreter, which needs no GPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
-from vmm_fast import _core
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from vmm_fast import _core  # noqa: E402
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)

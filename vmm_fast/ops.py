@@ -8,14 +8,15 @@ offsets c [J]. All operations are functions of
 For a Gaussian mixture, A = chol(Sigma)^-1 and c = log pi - D/2 log 2 pi + log det A. Only the lower
 triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
-On CPUs, float32 and float64 run in the compiled core; float16 and bfloat16 are computed in float32;
-other devices run the reference (which does not look for overflow).
-Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
-backward recomputes), :func:`mixture_statistics` and :func:`mixture_assign`.
+CPUs run the compiled core, GPUs of NVIDIA and AMD the Triton kernels, other devices plain torch
+(:mod:`vmm_fast.backends`); float16 and bfloat16 are computed in float32. Nothing of size [B, J] is
+stored by :func:`mixture_log_prob` (its backward recomputes), :func:`mixture_statistics` and
+:func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
-or devices, for values that are not finite, and for a z so far from every center that its
-log-density overflows the dtype.
+or devices. On CPUs it does so for values that are not finite, and for a z so far from every center
+that its log-density overflows the dtype; on GPUs, where to look would be to wait, these give NaN
+and -inf.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmm_fast import _core, reference
+from vmm_fast import backends, reference
+from vmm_fast.backends.core import latent_dim
+from vmm_fast.backends.plain import check_values, kl_from_lse
 
 __all__ = [
     "mixture_assign",
@@ -40,7 +43,7 @@ __all__ = [
     "whitened_components",
 ]
 
-_FLOATS = {torch.float32: "_float32", torch.float64: "_float64"}
+_FLOATS = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 
 # A float32 whitening matrix A of this condition number or more (as bounded from below by its norm
@@ -95,23 +98,6 @@ def _check(
     return arguments
 
 
-def _check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor) -> None:
-    """Check what the compiled core checks by itself, for the devices that it does not serve."""
-    for name, value in (("z", z), ("centers", centers), ("whitening", whitening.tril())):
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite, but has a NaN or infinite value")
-    if not (offsets < torch.inf).all():
-        raise ValueError("offsets must be finite or -inf, but has a NaN or infinite value")
-    if not (offsets > -torch.inf).any():
-        raise ValueError("offsets are all -inf, so that every component is pruned")
-
-
-def _latent_dim(precision_cholesky: Tensor | None, scale: Tensor | None) -> int:
-    given = scale if precision_cholesky is None else precision_cholesky
-    assert given is not None
-    return given.shape[-1] if given.ndim > 1 else 0
-
-
 def _check_components(
     log_weights: Tensor, precision_cholesky: Tensor | None, scale: Tensor | None, num_centers: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -145,7 +131,7 @@ def _check_components(
         raise ValueError(
             f"num_centers must be a multiple of C = {components}, but is {num_centers}"
         )
-    dim = _latent_dim(precision_cholesky, scale)
+    dim = latent_dim(precision_cholesky, scale)
     if precision_cholesky is not None and (
         precision_cholesky.shape != (components, dim, dim) or dim < 1
     ):
@@ -162,7 +148,7 @@ def _check_components(
             f"but has {list(scale.shape)}"
         )
     dtypes = {value.dtype for value in arguments.values() if value is not None}
-    if len(dtypes) == 1 and dtypes <= _FLOATS.keys():
+    if len(dtypes) == 1 and dtypes <= set(_FLOATS):
         return log_weights, precision_cholesky, scale
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return (
@@ -170,249 +156,6 @@ def _check_components(
         None if precision_cholesky is None else precision_cholesky.to(dtype),
         None if scale is None else scale.to(dtype),
     )
-
-
-# --- the compiled core: addresses and sizes ---
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _core_call(
-    name: str,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    transpose: bool,
-    *rest: Any,
-) -> None:
-    """Call an operation of the compiled core; ``rest`` are addresses and numbers."""
-    z, centers, whitening, offsets = (
-        z.contiguous(),
-        centers.contiguous(),
-        whitening.contiguous(),
-        offsets.contiguous(),
-    )
-    rows, dim = z.shape
-    getattr(_core, name + _FLOATS[z.dtype])(
-        z.data_ptr(),
-        centers.data_ptr(),
-        whitening.data_ptr(),
-        offsets.data_ptr(),
-        rows,
-        centers.shape[0],
-        dim,
-        transpose,
-        torch.get_num_threads(),
-        *rest,
-    )
-
-
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _log_prob_cpu(
-    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = z.shape[0]
-    lse, expected, softmax = (
-        torch.empty(size, dtype=z.dtype),
-        torch.empty(size, dtype=z.dtype),
-        torch.empty(3, size, dtype=z.dtype),
-    )
-    addresses = (lse.data_ptr(), expected.data_ptr(), softmax.data_ptr())
-    _core_call("log_prob", z, centers, whitening, offsets, transpose, *addresses)
-    return lse, expected, softmax
-
-
-def _log_prob_backward_cpu(
-    grad_lse: Tensor | None,
-    grad_expected: Tensor | None,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, ...]:
-    grads = _empty_like(z, centers, whitening, offsets)
-    upstream = [x if x is None else x.contiguous() for x in (grad_lse, grad_expected)]
-    _core_call(
-        "log_prob_backward",
-        z,
-        centers,
-        whitening,
-        offsets,
-        transpose,
-        softmax.data_ptr(),
-        *map(_address, upstream),
-        *(x.data_ptr() for x in grads),
-    )
-    return grads
-
-
-def _kl_cpu(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, Tensor]:
-    size = z.shape[0]
-    kl, softmax = torch.empty(size, dtype=z.dtype), torch.empty(3, size, dtype=z.dtype)
-    scale = scale.contiguous()
-    posteriors = (scale.data_ptr(), scale.ndim == 3)
-    addresses = (kl.data_ptr(), softmax.data_ptr())
-    _core_call("kl", z, centers, whitening, offsets, transpose, *posteriors, *addresses)
-    return kl, softmax
-
-
-def _kl_backward_cpu(
-    grad_kl: Tensor,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, ...]:
-    grads = _empty_like(z, centers, whitening, offsets, scale)
-    grad_z, *grad_mixture, grad_scale = grads
-    grad_kl, scale = grad_kl.contiguous(), scale.contiguous()
-    _core_call(
-        "kl_backward",
-        z,
-        centers,
-        whitening,
-        offsets,
-        transpose,
-        scale.data_ptr(),
-        scale.ndim == 3,
-        softmax.data_ptr(),
-        grad_kl.data_ptr(),
-        grad_z.data_ptr(),
-        grad_scale.data_ptr(),
-        *(x.data_ptr() for x in grad_mixture),
-    )
-    return grads
-
-
-def _statistics_cpu(
-    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, ...]:
-    out = _empty_like(offsets, centers, whitening)
-    addresses = (x.data_ptr() for x in out)
-    _core_call("statistics", z, centers, whitening, offsets, transpose, *addresses)
-    return out
-
-
-def _matrix_cpu(name: str):
-    def function(
-        z: Tensor,
-        centers: Tensor,
-        whitening: Tensor,
-        offsets: Tensor,
-        transpose: bool,
-        per_component: int,
-    ) -> Tensor:
-        out = torch.empty(z.shape[0], centers.shape[0] // per_component, dtype=z.dtype)
-        rest = (per_component, out.data_ptr())
-        _core_call(name, z, centers, whitening, offsets, transpose, *rest)
-        return out
-
-    return function
-
-
-def _assign_cpu(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    transpose: bool,
-    per_component: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = z.shape[0]
-    label = torch.empty(size, dtype=torch.int64)
-    out = (label, torch.empty(size, dtype=z.dtype), torch.empty(size, dtype=z.dtype))
-    rest = (per_component, *(x.data_ptr() for x in out))
-    _core_call("assign", z, centers, whitening, offsets, transpose, *rest)
-    return out
-
-
-def _components_call(
-    name: str,
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    whitening: Tensor,
-    expected: bool,
-    *rest: Tensor | None,
-) -> float:
-    """Call an operation of the compiled core on Components."""
-    inputs = [x if x is None else x.contiguous() for x in (log_weights, precision_cholesky, scale)]
-    total, dim = whitening.shape[:2]
-    return getattr(_core, name + _FLOATS[log_weights.dtype])(
-        *map(_address, inputs),
-        scale is not None and scale.ndim == 2,
-        expected,
-        log_weights.shape[0],
-        total,
-        dim,
-        torch.get_num_threads(),
-        whitening.data_ptr(),
-        *map(_address, rest),
-    )
-
-
-def _whitened_components_cpu(
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    num_centers: int,
-    expected: bool,
-) -> tuple[Tensor, Tensor, float]:
-    dim = _latent_dim(precision_cholesky, scale)
-    whitening = torch.empty(num_centers, dim, dim, dtype=log_weights.dtype)
-    offsets = torch.empty(num_centers, dtype=log_weights.dtype)
-    condition = _components_call(
-        "whitened_components", log_weights, precision_cholesky, scale, whitening, expected, offsets
-    )
-    return whitening, offsets, condition
-
-
-def _whitened_components_backward_cpu(
-    grad_whitening: Tensor,
-    grad_offsets: Tensor,
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    whitening: Tensor,
-    expected: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if x is not None and want
-        else None
-        for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
-    ]
-    upstream = (grad_whitening.contiguous(), grad_offsets.contiguous())
-    _components_call(
-        "whitened_components_backward",
-        log_weights,
-        precision_cholesky,
-        scale,
-        whitening,
-        expected,
-        *upstream,
-        *grads,
-    )
-    return grads
 
 
 # --- the torch ops: schema, implementation, fake, autograd ---
@@ -445,92 +188,42 @@ _library.define(
 )
 
 
-def _with_values_checked(function):
-    def checked(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, *rest: Any):
-        _check_values(z, centers, whitening, offsets)
-        return function(z, centers, whitening, offsets, *rest)
+def _on_mixture(name: str):
+    def implementation(z: Tensor, *rest: Any) -> Any:
+        return backends.call(name, z, z.shape[1], z, *rest)
 
-    return checked
-
-
-def _log_prob_reference(z, centers, whitening, offsets, transpose):
-    lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
-    return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
+    return implementation
 
 
-def _log_prob_backward_reference(
-    grad_lse, grad_expected, z, centers, whitening, offsets, softmax, transpose
-):
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (z, centers, whitening, offsets)]
-        outputs = reference.mixture_log_prob(*inputs, transpose)
-        return torch.autograd.grad(outputs, inputs, (grad_lse, grad_expected))
+def _log_prob_backward(grad_lse, grad_expected, z, *rest):
+    return backends.call("log_prob_backward", z, z.shape[1], grad_lse, grad_expected, z, *rest)
 
 
-def _whitened_components_reference(log_weights, precision_cholesky, scale, num_centers, expected):
-    values = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
-    whitening, offsets = reference.whitened_components(*values, num_centers, expected)
-    good = (whitening.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
-    good &= whitening.isfinite().flatten(1).all(-1)
-    if scale is not None:
-        good &= (scale.tril() if scale.ndim == 3 else scale).isfinite().flatten(1).all(-1)
-    if not good.all():
-        component = int((~good).nonzero()[0, 0]) * len(log_weights) // num_centers
-        raise ValueError(
-            f"component {component} has no positive-definite covariance: precision_cholesky and "
-            "the scale that the encoder gives its pseudo-input must be finite with a positive "
-            "diagonal"
-        )
-    return whitening.to(log_weights.dtype), offsets.to(log_weights.dtype)
+def _whitened_components(log_weights, precision_cholesky, scale, num_centers, expected):
+    inputs = (log_weights, precision_cholesky, scale, num_centers, expected)
+    dim = latent_dim(precision_cholesky, scale)
+    return backends.call("whitened_components", log_weights, dim, *inputs)
 
 
-def _whitened_components_backward_reference(
-    grad_whitening,
-    grad_offsets,
-    log_weights,
-    precision_cholesky,
-    scale,
-    whitening,
-    expected,
-    wanted,
-):
-    with torch.enable_grad():
-        inputs = [
-            x if x is None else x.detach().double().requires_grad_(want)
-            for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
-        ]
-        outputs = reference.whitened_components(*inputs, len(whitening), expected)
-        upstream = (grad_whitening.double(), grad_offsets.double())
-        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        grads = torch.autograd.grad(outputs, asked, upstream)
-    return [g.to(whitening.dtype) for g in grads]
+def _whitened_components_backward(grad_whitening, *rest):
+    dim = grad_whitening.shape[-1]
+    return backends.call("whitened_components_backward", grad_whitening, dim, grad_whitening, *rest)
 
 
 _IMPLEMENTATIONS = {
-    "mixture_log_prob": (_log_prob_cpu, _with_values_checked(_log_prob_reference)),
-    "mixture_log_prob_backward": (_log_prob_backward_cpu, _log_prob_backward_reference),
-    "mixture_statistics": (_statistics_cpu, _with_values_checked(reference.mixture_statistics)),
-    "mixture_log_joint": (
-        _matrix_cpu("log_joint"),
-        _with_values_checked(reference.mixture_log_joint),
-    ),
-    "mixture_responsibilities": (
-        _matrix_cpu("responsibilities"),
-        _with_values_checked(reference.mixture_responsibilities),
-    ),
-    "mixture_assign": (_assign_cpu, _with_values_checked(reference.mixture_assign)),
-    "whitened_components": (
-        lambda *inputs: _whitened_components_cpu(*inputs)[:2],
-        _whitened_components_reference,
-    ),
-    "whitened_components_backward": (
-        lambda *inputs: [g for g in _whitened_components_backward_cpu(*inputs) if g is not None],
-        _whitened_components_backward_reference,
-    ),
+    "mixture_log_prob": _on_mixture("log_prob"),
+    "mixture_log_prob_backward": _log_prob_backward,
+    "mixture_statistics": _on_mixture("statistics"),
+    "mixture_log_joint": _on_mixture("log_joint"),
+    "mixture_responsibilities": _on_mixture("responsibilities"),
+    "mixture_assign": _on_mixture("assign"),
+    "whitened_components": lambda *inputs: _whitened_components(*inputs)[:2],
+    "whitened_components_backward": lambda *inputs: [
+        g for g in _whitened_components_backward(*inputs) if g is not None
+    ],
 }
-for _name, (_cpu, _elsewhere) in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vmm_fast::mixture_log_prob", lib=_library)
@@ -563,7 +256,7 @@ def _(z, centers, whitening, offsets, transpose, pseudo_inputs_per_component):
 
 @torch.library.register_fake("vmm_fast::whitened_components", lib=_library)
 def _(log_weights, precision_cholesky, scale, num_centers, expected):
-    dim = _latent_dim(precision_cholesky, scale)
+    dim = latent_dim(precision_cholesky, scale)
     return log_weights.new_empty(num_centers, dim, dim), log_weights.new_empty(num_centers)
 
 
@@ -637,7 +330,8 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, centers, whitening, offsets, transpose):
-        lse, expected, softmax = _log_prob_cpu(z, centers, whitening, offsets, transpose)
+        inputs = (z, centers, whitening, offsets, transpose)
+        lse, expected, softmax = backends.call("log_prob", z, z.shape[1], *inputs)
         ctx.set_materialize_grads(False)
         ctx.transpose = transpose
         ctx.save_for_backward(z, centers, whitening, offsets, softmax)
@@ -647,9 +341,7 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx, grad_lse, grad_expected):
         if torch.is_grad_enabled():  # only under create_graph=True
             _refuse_double_backward("mixture_log_prob")(ctx)
-        return *_log_prob_backward_cpu(
-            grad_lse, grad_expected, *ctx.saved_tensors, ctx.transpose
-        ), None
+        return *_log_prob_backward(grad_lse, grad_expected, *ctx.saved_tensors, ctx.transpose), None
 
 
 class _WhitenedComponents(torch.autograd.Function):
@@ -658,7 +350,7 @@ class _WhitenedComponents(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_weights, precision_cholesky, scale, num_centers, expected):
         inputs = (log_weights, precision_cholesky, scale)
-        whitening, offsets, condition = _whitened_components_cpu(*inputs, num_centers, expected)
+        whitening, offsets, condition = _whitened_components(*inputs, num_centers, expected)
         ctx.expected = expected
         ctx.save_for_backward(*inputs, whitening)
         return whitening, offsets, condition
@@ -668,7 +360,7 @@ class _WhitenedComponents(torch.autograd.Function):
         if torch.is_grad_enabled():  # only under create_graph=True
             _refuse_double_backward("whitened_components")(ctx)
         return (
-            *_whitened_components_backward_cpu(
+            *_whitened_components_backward(
                 grad_whitening,
                 grad_offsets,
                 *ctx.saved_tensors,
@@ -686,7 +378,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, centers, whitening, offsets, scale, transpose):
         inputs = (z, centers, whitening, offsets, scale)
-        kl, softmax = _kl_cpu(*inputs, transpose)
+        kl, softmax = backends.call("kl", z, z.shape[1], *inputs, transpose)
         ctx.transpose = transpose
         ctx.save_for_backward(*inputs, softmax)
         return kl
@@ -695,7 +387,11 @@ class _KL(torch.autograd.Function):
     def backward(ctx, grad_kl):
         if torch.is_grad_enabled():  # only under create_graph=True
             _refuse_double_backward("mixture_log_prob")(ctx)
-        return *_kl_backward_cpu(grad_kl, *ctx.saved_tensors, ctx.transpose), None
+        saved = ctx.saved_tensors
+        grads = backends.call(
+            "kl_backward", grad_kl, saved[0].shape[1], grad_kl, *saved, ctx.transpose
+        )
+        return *grads, None
 
 
 # --- the public functions ---
@@ -745,7 +441,7 @@ def whitened_components(
         ``precision_cholesky`` is None.
     offsets : Tensor [J]
         Both are float64 in spite of float32 arguments where float32 would lose digits of
-        |A^T (z - m)|^2; never under ``torch.compile``, which cannot look at values.
+        |A^T (z - m)|^2; never on GPUs and under ``torch.compile``, which do not look at values.
 
     Raises
     ------
@@ -761,13 +457,12 @@ def whitened_components(
     inputs = _check_components(log_weights, precision_cholesky, scale, num_centers)
     if torch.compiler.is_compiling():
         return torch.ops.vmm_fast.whitened_components(*inputs, num_centers, expected)
-    if log_weights.is_cpu:
-        whitening, offsets, condition = _WhitenedComponents.apply(*inputs, num_centers, expected)
-    else:
-        whitening, offsets = torch.ops.vmm_fast.whitened_components(*inputs, num_centers, expected)
-        diagonal = whitening.detach().diagonal(dim1=-2, dim2=-1)
-        condition = (whitening.detach().norm(dim=(-2, -1)) / diagonal.amin(-1)).max()
-    if whitening.dtype == torch.float32 and condition > _FLOAT32_CONDITION:
+    whitening, offsets, condition = _WhitenedComponents.apply(*inputs, num_centers, expected)
+    if (
+        condition is not None
+        and whitening.dtype == torch.float32
+        and condition > _FLOAT32_CONDITION
+    ):
         L, s = (None if x is None else x.double() for x in inputs[1:])
         return whitened_components(inputs[0].double(), L, s, num_centers, expected)
     return whitening, offsets
@@ -813,9 +508,9 @@ def mixture_log_prob(
     The online log-sum-exp is that of Milakov & Gimelshein (2018), arXiv 1805.02867.
     """
     z, centers, whitening, offsets = _check(z, centers, whitening, offsets)
-    if z.is_cpu and not torch.compiler.is_compiling():
-        return _LogProb.apply(z, centers, whitening, offsets, transpose)
-    return torch.ops.vmm_fast.mixture_log_prob(z, centers, whitening, offsets, transpose)[:2]
+    if torch.compiler.is_compiling():
+        return torch.ops.vmm_fast.mixture_log_prob(z, centers, whitening, offsets, transpose)[:2]
+    return _LogProb.apply(z, centers, whitening, offsets, transpose)
 
 
 def mixture_kl(
@@ -861,18 +556,12 @@ def mixture_kl(
         )
     if scale.device != z.device:
         raise ValueError(f"scale must be on z's device {z.device}, but is on {scale.device}")
-    compiling = torch.compiler.is_compiling()
     if scale.dtype != z.dtype:
         scale = scale.to(z.dtype)
-    if z.is_cpu and not compiling:
-        return _KL.apply(z, centers, whitening, offsets, scale, transpose)
-    lse, _ = mixture_log_prob(z, centers, whitening, offsets, transpose)
-    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
-    kl = -diagonal.log().sum(-1) - 0.5 * dim * math.log(2 * math.pi * math.e) - lse
-    if not compiling and not kl.isfinite().all():
-        row = int((~kl.isfinite()).nonzero()[0, 0])
-        raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
-    return kl
+    if torch.compiler.is_compiling():
+        lse, _ = mixture_log_prob(z, centers, whitening, offsets, transpose)
+        return kl_from_lse(lse, scale)
+    return _KL.apply(z, centers, whitening, offsets, scale, transpose)
 
 
 def mixture_statistics(
@@ -973,7 +662,7 @@ def _grouped(name, z, centers, whitening, offsets, transpose, per_component) -> 
     inputs = _check(z, centers, whitening, offsets, per_component)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         if not torch.compiler.is_compiling():
-            _check_values(*inputs)
+            check_values(*inputs)
         return getattr(reference, name)(*inputs, transpose, per_component)
     return getattr(torch.ops.vmm_fast, name)(*inputs, transpose, per_component)
 

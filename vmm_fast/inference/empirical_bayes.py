@@ -19,6 +19,8 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
 from vmm_fast import _core
+from vmm_fast.backends import core_serves, in_kernels
+from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.mixture import Components
@@ -124,21 +126,23 @@ def _inverse_softplus(x: Tensor) -> Tensor:
 
 # --- the compiled core: addresses and sizes ---
 
-_SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
-
 
 def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | None:
     """Suffix of the core's functions that serve these tensors, None where none does."""
-    dtype = parameters.logits.dtype
-    stored = parameters[2:]
+    served = core_serves(parameters.logits) and _alike(parameters, z)
+    return SUFFIXES[parameters.logits.dtype] if served else None
+
+
+def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
+    """Whether all tensors have one device and dtype, as compiled code takes them."""
+    logits, stored = parameters.logits, parameters[2:]
     given = [x for x in (*parameters[:2], z) if x is not None]
-    served = (
+    return (
         not torch.compiler.is_compiling()
-        and dtype in _SUFFIXES
-        and all(x.is_cpu and x.dtype == dtype for x in (*stored, *given))
+        and logits.dtype in SUFFIXES
+        and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
         and all(x.is_contiguous() for x in stored)  # they are written in place
     )
-    return _SUFFIXES[dtype] if served else None
 
 
 def _widened(z: Tensor) -> Tensor:
@@ -264,13 +268,8 @@ def map_gradients(
         As :mod:`vmm_fast.ops` and :class:`vmm_fast.Components` say.
     """
     z = _widened(z)
-    suffix = _in_core(parameters, z)
-    if suffix is None:
-        loss = map_loss(parameters, z, objective)
-        if not learnt or not loss.requires_grad:
-            return 0.0, [None] * len(learnt), None
-        found = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
-        return loss.detach(), list(found), None
+    if not _alike(parameters, z):
+        return _map_gradients_in_torch(parameters, z, objective, learnt, retain_graph)
 
     # The loss does not depend on the concentration where there are no priors.
     stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
@@ -279,12 +278,53 @@ def map_gradients(
     own = [x for x in stored if any(x is y for y in learnt)]
     if not passed and not own:
         return 0.0, [None] * len(learnt), None
-    gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in (*passed, *own)}
+    if core_serves(z):
+        with_sums = with_sums and all(x is not parameters.raw_precision for x in own)
+        loss, gradients, sums = _map_gradients_in_core(
+            parameters, z, objective, (*passed, *own), with_sums
+        )
+    else:
+        found = _map_gradients_in_kernels(parameters, z, objective)
+        if found is None:
+            return _map_gradients_in_torch(parameters, z, objective, learnt, retain_graph)
+        (loss, gradients), sums = found, None
+    through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
+    if passed:
+        arrived = [gradients[id(x)] for x in passed]
+        left = torch.autograd.grad(
+            passed, upstream, arrived, retain_graph=retain_graph, allow_unused=True
+        )
+        through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
+    return loss, [through.get(id(x)) for x in learnt], sums
+
+
+def _map_gradients_in_torch(
+    parameters: MixtureParameters,
+    z: Tensor,
+    objective: Objective,
+    learnt: Sequence[Tensor],
+    retain_graph: bool,
+) -> tuple[float | Tensor, list[Tensor | None], None]:
+    loss = map_loss(parameters, z, objective)
+    if not learnt or not loss.requires_grad:
+        return 0.0, [None] * len(learnt), None
+    found = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
+    return loss.detach(), list(found), None
+
+
+def _map_gradients_in_core(
+    parameters: MixtureParameters,
+    z: Tensor,
+    objective: Objective,
+    wanted: Sequence[Tensor],
+    with_sums: bool,
+) -> tuple[float, dict[int, Tensor], Statistics | None]:
+    """Loss, the gradients by the ids of parameters, and the sums."""
+    gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in wanted}
+    suffix = SUFFIXES[z.dtype]
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
-    sums = None
-    if with_sums and all(x is not parameters.raw_precision for x in own):
-        sums = _empty_statistics(parameters)
+    sums = _empty_statistics(parameters) if with_sums else None
     loss = _call(
         "map_gradients",
         suffix,
@@ -298,14 +338,34 @@ def map_gradients(
         *(gradients.get(id(x)) for x in parameters),
         *(sums[:3] if sums else (None, None, None)),
     )
-    through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
-    if passed:
-        arrived = [gradients[id(x)] for x in passed]
-        left = torch.autograd.grad(
-            passed, upstream, arrived, retain_graph=retain_graph, allow_unused=True
-        )
-        through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
-    return loss, [through.get(id(x)) for x in learnt], sums
+    return loss, gradients, sums
+
+
+def _map_gradients_in_kernels(
+    parameters: MixtureParameters, z: Tensor, objective: Objective
+) -> tuple[Tensor, dict[int, Tensor]] | None:
+    """Loss and all gradients by the ids of parameters; None where no kernels serve z's device."""
+    count, (total, dim) = len(parameters.logits), parameters.centers.shape
+    normaliser = -count * map_objective.log_wishart_normaliser(count, dim)
+    normaliser -= 0.5 * total * dim * math.log(2 * math.pi)
+    inputs = (x if x is None else x.detach().contiguous() for x in (*parameters, z))
+    found = in_kernels(
+        "map_gradients",
+        z,
+        dim,
+        (
+            *inputs,
+            objective._replace(data_size=objective.data_size or len(z)),
+            map_objective.wishart_scale(count, dim),
+            normaliser,
+            map_objective.LOG_WEIGHT_FLOOR,
+        ),
+        lambda: None,
+    )
+    if found is None:
+        return None
+    loss, gradients = found
+    return loss, {id(x): g for x, g in zip(parameters, gradients, strict=True)}
 
 
 # --- the closed form ---

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vmm_fast import _core
+from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference.processes import sum_over_processes
 
 __all__ = ["PrivateAdam"]
-
-_SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 
 
 def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]) -> bool:
@@ -24,7 +23,7 @@ def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, 
     if torch.compiler.is_compiling() or not moved:
         return False
     dtype = moved[0][0].dtype
-    if dtype not in _SUFFIXES:
+    if dtype not in SUFFIXES:
         return False
     for (parameter, gradient), state in zip(moved, states, strict=True):
         written = (parameter, state["exp_avg"], state["exp_avg_sq"])
@@ -119,7 +118,7 @@ class PrivateAdam:
         """Move parameters by their gradients, unless one is not finite."""
         (group,) = self._adam.param_groups
         moved = [(p, g.contiguous()) for p, g in moved]
-        taken = getattr(_core, f"adam_step{_SUFFIXES[moved[0][0].dtype]}")(
+        taken = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
             group["lr"],
             *group["betas"],
             group["eps"],

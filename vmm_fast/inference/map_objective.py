@@ -29,6 +29,7 @@ __all__ = [
     "log_dirichlet",
     "log_parameter_prior",
     "log_wishart",
+    "log_wishart_normaliser",
     "map_loss",
     "wishart_scale",
 ]
@@ -67,18 +68,23 @@ def wishart_scale(num_components: int, latent_dim: int) -> float:
     return num_components ** (2 / latent_dim) / (latent_dim + 2)
 
 
+def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
+    """What one component's log-density loses: D df / 2 log 2 v + log of the gamma function."""
+    df = latent_dim + 2
+    log_gamma = torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), latent_dim)
+    scale = wishart_scale(num_components, latent_dim)
+    return 0.5 * df * latent_dim * math.log(2 * scale) + log_gamma.item()
+
+
 def log_wishart(precision_cholesky: Tensor) -> Tensor:
     """sum_c log Wishart(L_c L_c^T; D + 2, v I); a density over Lambda, no Cholesky Jacobian."""
     count, dim = precision_cholesky.shape[:2]
     factor = precision_cholesky.tril()
-    df, v = dim + 2, wishart_scale(count, dim)
-    normaliser = (
-        0.5 * df * dim * math.log(2 * v)
-        + torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), dim).item()
-    )
     # (df - D - 1) / 2 logdet(L L^T) = sum log diag L
     logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum()
-    return logdet - 0.5 / v * factor.square().sum() - count * normaliser
+    squares = factor.square().sum()
+    normaliser = log_wishart_normaliser(count, dim)
+    return logdet - 0.5 / wishart_scale(count, dim) * squares - count * normaliser
 
 
 def log_parameter_prior(

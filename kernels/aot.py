@@ -1,0 +1,344 @@
+"""Compiles every kernel ahead of time, for GPUs that need not be there, and bounds what it takes.
+
+``python -m vmm_fast.kernels.aot`` prints one row a kernel, configuration and target: registers a
+thread, bytes spilled to memory, shared memory, and whether matrix instructions are used. It exits 0
+only when every bound holds. The configurations are those that the launching functions choose, for
+dimensions of every tile size: they are called with the launch itself replaced by taking notes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vmm_fast.inference.empirical_bayes import Objective
+from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR
+from vmm_fast.kernels import components, empirical_bayes, groups, launch, log_prob, sums
+
+
+class Target(NamedTuple):
+    """A GPU architecture and its limits."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int  # bytes that a program may have
+    registers: int  # that a thread may have
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 255),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 255),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 255),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 512),
+}
+
+# One of every tile size; none fills its tile, which takes the most instructions.
+DIMS = (10, 30, 50, 100)
+DTYPES = ("float32", "float64")
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+_PAIR_KERNELS = (
+    "log_prob_kernel",
+    "backward_kernel",
+    "statistics_kernel",
+    "expected_sums_kernel",
+    "matrix_kernel",
+    "assign_kernel",
+)
+
+
+class Launch(NamedTuple):
+    """One compilation: a kernel, the types of its arguments, and the constants."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def configuration(self) -> str:
+        """The constants in words."""
+        dtype = {"*fp32": "float32", "*fp64": "float64"}[self.signature[0][1]]
+        left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "FLOOR", "enable_fp_fusion")
+        words = [
+            f"{name}={value}"
+            for name, value in (*self.constants, *self.options)
+            if name not in left_out
+        ]
+        return " ".join([dtype, *words])
+
+
+class Row(NamedTuple):
+    """What a compilation came to."""
+
+    kernel: str
+    configuration: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_memory: int
+    matrix_instructions: bool
+
+    def faults(self) -> list[str]:
+        """Give the bounds that do not hold."""
+        target = TARGETS[self.target]
+        found = []
+        if self.registers > target.registers:
+            found.append(f"{self.registers} registers, at most {target.registers}")
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes spilled, at most 0")
+        if self.shared_memory > target.shared_memory:
+            found.append(f"{self.shared_memory} bytes shared, at most {target.shared_memory}")
+        if (
+            self.kernel in _PAIR_KERNELS
+            and self.configuration.startswith("float32")
+            and not self.matrix_instructions
+        ):
+            found.append("no matrix instructions")
+        return found
+
+
+_KERNELS: dict[str, JITFunction] = {
+    kernel.__name__: kernel
+    for module in (components, empirical_bayes, groups, log_prob, sums)
+    for kernel in vars(module).values()
+    if isinstance(kernel, JITFunction) and kernel.__name__.endswith("_kernel")
+}
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Take notes of launches instead of launching."""
+    launches: list[Launch] = []
+
+    def take_note(kernel: JITFunction, *arguments: Any, **named: Any) -> None:
+        named.pop("grid")
+        named.pop("warmup")
+        options = {name: named.pop(name) for name in launch.options(0)}
+        names = [name for name in kernel.arg_names if name not in named]
+        values = dict(zip(names, arguments, strict=True)) | named
+        signature, constants = [], []
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                constants.append((parameter.name, value))
+                signature.append((parameter.name, "constexpr"))
+            elif isinstance(value, torch.Tensor):
+                signature.append((parameter.name, _TYPES[value.dtype]))
+            else:
+                signature.append((parameter.name, "i32"))
+        note = Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(options.items()))
+        if note not in launches:
+            launches.append(note)
+
+    with mock.patch.object(JITFunction, "run", take_note):
+        yield launches
+
+
+def launches(
+    backend: str, dims: Iterable[int] = DIMS, dtypes: Iterable[str] = DTYPES
+) -> list[Launch]:
+    """Every compilation that the launching functions ask for on a kind of GPU."""
+    with recorded() as found, mock.patch.object(launch, "BACKEND", backend):
+        for dtype in (getattr(torch, name) for name in dtypes):
+            for dim in dims:
+                for transpose in (False, True):
+                    _launch_on_pairs(dtype, dim, transpose)
+                if dim <= components.LARGEST_DIM:
+                    _launch_on_components(dtype, dim)
+                if dim <= empirical_bayes.LARGEST_DIM:
+                    _launch_empirical_bayes(dtype, dim)
+    return found
+
+
+def _launch_on_pairs(dtype: torch.dtype, dim: int, transpose: bool) -> None:
+    for count, number in ((256, 100), (1_000_000, 10_000)):  # with splits, and without
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        mixture = (
+            empty(count, dim),
+            empty(number, dim),
+            empty(number, dim, dim),
+            empty(number),
+        )
+        diagonal, full, each = empty(count, dim), empty(count, dim, dim), empty(count)
+        softmax = empty(3, count)
+        for scale in (None, diagonal, full):
+            log_prob.log_prob(*mixture, transpose, scale)
+            if scale is not None:
+                sums.backward(*mixture, softmax, each, None, transpose, scale)
+        for grad_expected in (None, each):
+            sums.backward(*mixture, softmax, each, grad_expected, transpose)
+        sums.statistics(*mixture, softmax, transpose)
+        groups.matrix(*mixture, transpose, 1, softmax)
+        groups.matrix(*mixture, transpose, 1, None)
+        groups.assign(*mixture, transpose, 1)
+
+
+def _launch_on_components(dtype: torch.dtype, dim: int) -> None:
+    count = 100
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    log_weights, full, diagonal = empty(count), empty(count, dim, dim), empty(count, dim)
+    forms = [(full, full), (full, diagonal), (full, None), (None, full), (None, diagonal)]
+    for precision_cholesky, scale in forms:
+        for expected in (False, True):
+            inputs = (log_weights, precision_cholesky, scale)
+            components.whitened_components(*inputs, count, expected)
+            for wanted in ((True, True, True), (False, False, True)):  # a step of either kind
+                components.whitened_components_backward(
+                    full, log_weights, *inputs, full, expected, wanted
+                )
+
+
+def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:
+    number, count = 100, 256
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    full, diagonal = empty(number, dim, dim), empty(number, dim)
+    for scale in (None, diagonal, full):
+        for weights, discount in (("dirichlet", 0.0), ("stick-breaking", 0.5)):
+            objective = Objective("learnt", weights, discount, True, count)
+            parameters = (diagonal, scale, full, empty(number), empty(1))
+            empirical_bayes.map_gradients(
+                *parameters, empty(count, dim), objective, 1.0, 0.0, LOG_WEIGHT_FLOOR
+            )
+
+
+def compiled(note: Launch, target_name: str) -> Row:
+    """Compile for a target and read out what it came to."""
+    target = TARGETS[target_name]
+    kernel = _KERNELS[note.kernel]
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (_, kind) in enumerate(note.signature)
+        if kind.startswith("*")
+    }
+    source = ASTSource(kernel, dict(note.signature), dict(note.constants), aligned)
+    binary = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options=dict(note.options),
+    )
+    if target.backend == "cuda":
+        registers, spilled = _cuda_resources(binary.asm["cubin"])
+        assembly = binary.asm["ptx"]
+        matrix = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", assembly)
+    else:
+        assembly = binary.asm["amdgcn"]
+        registers = _metadata(assembly, "vgpr_count")
+        spilled = 4 * (_metadata(assembly, "vgpr_spill_count"))
+        spilled += _metadata(assembly, "private_segment_fixed_size")
+        matrix = re.search(r"\bv_mfma_", assembly)
+    return Row(
+        note.kernel,
+        note.configuration,
+        target_name,
+        registers,
+        spilled,
+        binary.metadata.shared,
+        matrix is not None,
+    )
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack and local memory: the kernels have no other use."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def _metadata(assembly: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {name}")
+    return int(found.group(1))
+
+
+def rows(target_names: list[str], dims: list[int], dtypes: list[str]) -> list[Row]:
+    """Compile everything, on all cores."""
+    jobs = [
+        (note, name)
+        for name in target_names
+        for note in launches(TARGETS[name].backend, dims, dtypes)
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
+
+
+def table(found: list[Row]) -> str:
+    """One line a row."""
+    head = (
+        "kernel",
+        "configuration",
+        "target",
+        "registers",
+        "spilled",
+        "shared",
+        "matrix",
+        "bounds",
+    )
+    lines = [head] + [
+        (
+            row.kernel,
+            row.configuration,
+            row.target,
+            str(row.registers),
+            str(row.spilled_bytes),
+            str(row.shared_memory),
+            "yes" if row.matrix_instructions else "no",
+            "; ".join(row.faults()) or "hold",
+        )
+        for row in found
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 0 when every bound holds, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m vmm_fast.kernels.aot", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dim", nargs="+", type=int, default=list(DIMS), help="dimensions D")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options = parser.parse_args(arguments)
+    found = rows(options.target, options.dim, options.dtype)
+    print(table(found))
+    wrong = [row for row in found if row.faults()]
+    print(
+        f"\n{len(found)} compilations by Triton {triton.__version__} for "
+        f"{', '.join(options.target)}: {len(wrong)} break a bound"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

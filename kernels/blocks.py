@@ -1,0 +1,230 @@
+"""What the kernels share: tiles of points, components, l, and the online softmax.
+
+Points lie in rows of a tile [BLOCK_B, P], P the dimension D rounded up to a power of two of at
+least 16 (what a matrix instruction takes), filled up with zeros. A component's matrix W [P, P]
+whitens from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
+one. Beyond Q = 32 columns all is done in blocks, for larger tiles would not stay in registers, and
+blocks of W that are zero are left out. DTYPE is that of all arithmetic; what is loaded is cast to it
+at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def padded(D):
+    """P."""
+    return max(16, triton.next_power_of_2(D))
+
+
+@triton.constexpr_function
+def chunk(D):
+    """Q."""
+    return min(padded(D), 32)
+
+
+@triton.constexpr_function
+def lowest(DTYPE):
+    """Where l is cut off, so that differences and sums of it stay finite."""
+    return -1e290 if DTYPE == tl.float64 else -1e30
+
+
+@triton.jit
+def load_points(
+    pointer, rows, count, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """COLUMNS columns from ``first`` on of rows of [count, D]; what lies beyond is zero."""
+    columns = first + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows[:, None] < count) & (columns < D)
+    addresses = pointer + rows[:, None].to(tl.int64) * D + columns
+    return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_center(centers, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """COLUMNS elements from ``first`` on of m_j."""
+    columns = first + tl.arange(0, COLUMNS)
+    addresses = centers + tl.cast(j, tl.int64) * D + columns
+    return tl.load(addresses, mask=columns < D, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_whitening(
+    whitening,
+    j,
+    row,
+    column,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The block [ROWS, Q] of W at ``row``, ``column``; W is the lower A_j for ``TRANSPOSE``, else A_j^T."""
+    row = row + tl.arange(0, ROWS)[:, None]
+    column = column + tl.arange(0, chunk(D))[None, :]
+    if not TRANSPOSE:
+        row, column = column, row
+    mask = (row < D) & (column <= row)
+    addresses = whitening + tl.cast(j, tl.int64) * (D * D) + row * D + column
+    return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def whiten(
+    points,
+    z,
+    rows,
+    count,
+    centers,
+    whitening,
+    j,
+    column,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Q columns of y = (z - m_j) W, from ``column`` on; ``points`` are those of z up to Q columns."""
+    Q: tl.constexpr = chunk(D)
+    if D <= Q:
+        d = points - load_center(centers, j, 0, D, Q, DTYPE)[None, :]
+        w = load_whitening(whitening, j, 0, 0, D, Q, TRANSPOSE, DTYPE)
+        y = tl.dot(d, w, input_precision=PRECISION, out_dtype=DTYPE)
+    else:
+        y = tl.zeros([BLOCK_B, Q], DTYPE)
+        begin = column if TRANSPOSE else column * 0
+        end = column * 0 + D if TRANSPOSE else column + Q
+        for row in range(begin, end, Q):
+            d = load_points(z, rows, count, row, D, Q, DTYPE)
+            d -= load_center(centers, j, row, D, Q, DTYPE)[None, :]
+            w = load_whitening(whitening, j, row, column, D, Q, TRANSPOSE, DTYPE)
+            y += tl.dot(d, w, input_precision=PRECISION, out_dtype=DTYPE)
+    return y
+
+
+@triton.jit
+def log_joint(
+    points,
+    z,
+    rows,
+    count,
+    centers,
+    whitening,
+    offsets,
+    j,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """l [BLOCK_B] of component j; -inf is cut off, NaN is not."""
+    squares = tl.zeros([BLOCK_B], DTYPE)
+    for column in range(0, D, chunk(D)):
+        y = whiten(
+            points,
+            z,
+            rows,
+            count,
+            centers,
+            whitening,
+            j,
+            column,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+        )
+        squares += tl.sum(y * y, 1)
+    l = tl.load(offsets + j).to(DTYPE) - 0.5 * squares
+    return tl.maximum(l, lowest(DTYPE), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def kahan(total, excess, x):
+    """total + x, and what that has in excess of the exact sum (Kahan 1965)."""
+    y = x - excess
+    new = total + y
+    return new, (new - total) - y
+
+
+@triton.jit
+def add_online(top, total, total_excess, weighted, weighted_excess, l):
+    """Take one more l into (max, sum of exp(l - max), sum of exp(l - max) (l - max)).
+
+    Milakov & Gimelshein (2018), arXiv 1805.02867. The difference of log-sum-exp and expectation,
+    the entropy, is had without cancellation.
+    """
+    new = tl.maximum(top, l, propagate_nan=tl.PropagateNan.ALL)
+    gap = top - new
+    scale = tl.exp(gap)
+    weighted, weighted_excess = kahan(weighted, weighted_excess, total * gap)
+    total, total_excess = kahan(total * scale, total_excess * scale, tl.exp(l - new))
+    weighted, weighted_excess = kahan(
+        weighted * scale, weighted_excess * scale, tl.exp(l - new) * (l - new)
+    )
+    return new, total, total_excess, weighted, weighted_excess
+
+
+@triton.jit
+def load_softmax(softmax, rows, count):
+    """Maximum, log-sum and gap of the points, as ``log_prob`` has left them in [3, B]."""
+    mask = rows < count
+    top = tl.load(softmax + rows, mask=mask, other=0.0)
+    log_sum = tl.load(softmax + count + rows, mask=mask, other=0.0)
+    return top, log_sum, tl.load(softmax + 2 * count + rows, mask=mask, other=0.0)
+
+
+@triton.jit
+def merge_softmax(partial, rows, count, splits, MOST_SPLITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Online softmax (max, sum, weighted sum) of the points from its splits [splits, 3, B]."""
+    split = tl.arange(0, MOST_SPLITS)[:, None]
+    mask = (split < splits) & (rows < count)[None, :]
+    part = partial + split.to(tl.int64) * 3 * count + rows[None, :]
+    tops = tl.load(part, mask=mask, other=lowest(DTYPE))
+    totals = tl.load(part + count, mask=mask, other=0.0)
+    weighteds = tl.load(part + 2 * count, mask=mask, other=0.0)
+    top = tl.max(tops, 0)
+    gap = tops - top[None, :]
+    factor = tl.exp(gap)
+    # A maximum may drop a NaN, a sum keeps it.
+    return top, tl.sum(totals * factor, 0), tl.sum((weighteds + totals * gap) * factor, 0)
+
+
+@triton.jit
+def pair_weights(
+    l,
+    top,
+    log_sum,
+    gap,
+    rows,
+    count,
+    grad_lse,
+    grad_expected,
+    WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """w = q (g + h (1 + l - expected)) with q = exp(l - lse), 0 beyond the last point.
+
+    ``WEIGHTS`` says what the upstream gradients are: "lse" for g = 1 and h = 0, "expected" for
+    g = 0 and h = 1, "kl" for g = -``grad_lse`` and h = 0, "given lse" for h = 0, or "given both".
+    """
+    mask = rows < count
+    below = l - top
+    weight = tl.exp(below - log_sum)
+    if WEIGHTS == "expected":
+        weight *= 1.0 + below - gap
+    elif WEIGHTS == "kl":
+        weight *= -tl.load(grad_lse + rows, mask=mask, other=0.0).to(DTYPE)
+    elif WEIGHTS != "lse":
+        upstream = tl.load(grad_lse + rows, mask=mask, other=0.0).to(DTYPE)
+        if WEIGHTS == "given both":
+            slope = 1.0 + below - gap
+            upstream += tl.load(grad_expected + rows, mask=mask, other=0.0).to(DTYPE) * slope
+        weight *= upstream
+    return tl.where(mask, weight, 0.0)

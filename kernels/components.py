@@ -1,0 +1,374 @@
+"""Building the components, :func:`vmm_fast.ops.whitened_components`, and the backward of that.
+
+With L the precision's Cholesky factor, S = s s^T the covariance of the center and P = s^T L
+
+    marginal   I + P^T P = U U^T, U upper triangular,   A = L U^-T
+    expected   A = L,   the offset loses 1/2 |P|^2
+    without Lambda^-1   A = s^-1
+
+and offset = log(pi / K) - D/2 log 2 pi + log det A. Backward, for gradients G of A and g of the
+offset, with M = tril(A^T G) + g I made symmetric
+
+    marginal   grad_s = -tril(A M A^T s),   grad_L = tril(L^-T U^-T M U^-1)
+    expected   grad_s = -g tril(L L^T s),   grad_L = G + g (diag(1 / L) - tril(S L))
+    without Lambda^-1   grad_s = -tril(A^T G A^T) - g diag(A)
+
+so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). A matrix is
+a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and the
+factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a scale
+may be a thousandth or a thousandfold of the others. One program has one center, or in the backward
+all centers of a component, in order: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmm_fast.kernels import launch
+from vmm_fast.kernels.blocks import padded
+
+# Two tiles and a rank-1 update fit into registers up to here.
+LARGEST_DIM = 32
+WARPS = {16: 1, 32: 4}
+
+
+@triton.jit
+def load_lower(pointer, index, D: tl.constexpr):
+    """Lower triangle of a matrix of [.., D, D], float64."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    addresses = pointer + tl.cast(index, tl.int64) * (D * D) + row * D + column
+    return tl.load(addresses, mask=(row < D) & (column <= row), other=0.0).to(tl.float64)
+
+
+@triton.jit
+def store_lower(pointer, index, matrix, D: tl.constexpr):
+    """Write a lower triangle, and zeros above it."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    addresses = pointer + tl.cast(index, tl.int64) * (D * D) + row * D + column
+    matrix = tl.where(column <= row, matrix, 0.0)
+    tl.store(addresses, matrix, mask=(row < D) & (column < D))
+
+
+@triton.jit
+def load_diagonal(pointer, index, D: tl.constexpr):
+    """A diagonal of [.., D], float64."""
+    P: tl.constexpr = padded(D)
+    columns = tl.arange(0, P)
+    addresses = pointer + tl.cast(index, tl.int64) * D + columns
+    return tl.load(addresses, mask=columns < D, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def diagonal(matrix, D: tl.constexpr):
+    """Diagonal [P] of a tile, 1 from D on."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    return tl.sum(tl.where(row == column, tl.where(column < D, matrix, 1.0), 0.0), 0)
+
+
+@triton.jit
+def identity(D: tl.constexpr):
+    """A tile that is 1 on the diagonal."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    return tl.where(row == column, 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
+def scaled_precision(scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr):
+    """P = s^T L."""
+    if DIAGONAL:
+        return load_diagonal(scale, j, D)[:, None] * L
+    else:
+        s = load_lower(scale, j, D)
+        return tl.dot(tl.trans(s), L, input_precision="ieee", out_dtype=tl.float64)
+
+
+@triton.jit
+def times_inverse_factor(scaled, X, D: tl.constexpr):
+    """X U^-T for U U^T = I + P^T P, by elimination from the last column on."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)
+    column = tl.arange(0, P)[None, :]
+    gram = tl.dot(tl.trans(scaled), scaled, input_precision="ieee", out_dtype=tl.float64)
+    gram += identity(D)
+    for step in range(D):
+        t = D - 1 - step
+        # gram is symmetric: its row t is its column t.
+        across = tl.sum(tl.where(row[:, None] == t, gram, 0.0), 0)
+        down = tl.sum(tl.where(column == t, gram, 0.0), 1)
+        root = tl.sqrt(tl.sum(tl.where(row == t, down, 0.0), 0))
+        across = tl.where(row < t, across / root, 0.0)
+        down = tl.where(row < t, down / root, 0.0)
+        x = tl.sum(tl.where(column == t, X, 0.0), 1) / root
+        X = tl.where(column == t, x[:, None], X - x[:, None] * across[None, :])
+        gram -= down[:, None] * across[None, :]
+    return X
+
+
+@triton.jit
+def solve_lower(pointer, index, X, D: tl.constexpr):
+    """L^-1 X for a matrix L of [.., D, D]."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)
+    origin = pointer + tl.cast(index, tl.int64) * (D * D)
+    for k in range(D):
+        below = tl.load(origin + row * D + k, mask=(row > k) & (row < D), other=0.0).to(tl.float64)
+        pivot = tl.load(origin + k * D + k).to(tl.float64)
+        x = tl.sum(tl.where(row[:, None] == k, X, 0.0), 0) / pivot
+        X = tl.where(row[:, None] == k, x[None, :], X - below[:, None] * x[None, :])
+    return X
+
+
+@triton.jit
+def solve_lower_transposed(pointer, index, X, D: tl.constexpr):
+    """L^-T X for a matrix L of [.., D, D]."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)
+    origin = pointer + tl.cast(index, tl.int64) * (D * D)
+    for step in range(D):
+        k = D - 1 - step
+        before = tl.load(origin + k * D + row, mask=row < k, other=0.0).to(tl.float64)
+        pivot = tl.load(origin + k * D + k).to(tl.float64)
+        x = tl.sum(tl.where(row[:, None] == k, X, 0.0), 0) / pivot
+        X = tl.where(row[:, None] == k, x[None, :], X - before[:, None] * x[None, :])
+    return X
+
+
+@triton.jit(do_not_specialize=["per_component"])
+def components_kernel(
+    log_weights,  # [C]
+    precision_cholesky,  # [C, D, D], or not read
+    scale,  # [J, D, D], [J, D], or not read
+    whitening,  # [J, D, D]
+    offsets,  # [J]
+    per_component,  # K
+    D: tl.constexpr,
+    FORM: tl.constexpr,  # "marginal", "expected", "precision" (no scale), "scale" (no precision)
+    DIAGONAL: tl.constexpr,
+):
+    """A_j and the offset of one center."""
+    j = tl.program_id(0)
+    c = j // per_component
+    penalty = tl.zeros([1], tl.float64)
+    if FORM == "scale":
+        if DIAGONAL:
+            P: tl.constexpr = padded(D)
+            inside = (tl.arange(0, P) < D)[:, None]
+            s = load_diagonal(scale, j, D)[:, None]
+            A = identity(D) / tl.where(inside, s, 1.0)
+        else:
+            A = solve_lower(scale, j, identity(D), D)
+    else:
+        A = load_lower(precision_cholesky, c, D)
+        if FORM != "precision":
+            scaled = scaled_precision(scale, j, A, D, DIAGONAL)
+            if FORM == "marginal":
+                A = times_inverse_factor(scaled, A, D)
+            else:
+                penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
+    store_lower(whitening, j, A, D)
+    log_det = tl.sum(tl.log(diagonal(A, D)), 0)
+    share = tl.load(log_weights + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
+    # 1/2 log 2 pi
+    constant = tl.full([1], 0.9189385332046727, tl.float64) * D
+    tl.store(offsets + j + tl.arange(0, 1), share + (log_det - constant - penalty))
+
+
+@triton.jit(do_not_specialize=["per_component"])
+def components_backward_kernel(
+    log_weights,  # its gradient [C], or not written
+    precision_cholesky,  # [C, D, D], or not read
+    grad_precision,  # [C, D, D], or not written
+    scale,  # [J, D, D], [J, D], or not read
+    grad_scale,  # as scale, or not written
+    whitening,  # [J, D, D]
+    grad_whitening,  # [J, D, D]
+    grad_offsets,  # [J]
+    per_component,  # K
+    D: tl.constexpr,
+    FORM: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    WANT_WEIGHTS: tl.constexpr,
+    WANT_PRECISION: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
+):
+    """Gradients of one component, and of its K centers' scales, as far as they are wanted."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    c = tl.program_id(0)
+    by_weight = tl.zeros([1], tl.float64)
+    by_precision = tl.zeros([P, P], tl.float64)
+    for k in range(per_component):
+        j = c * per_component + k
+        g = tl.load(grad_offsets + j).to(tl.float64)
+        by_weight += g
+        if WANT_PRECISION or WANT_SCALE:
+            G = load_lower(grad_whitening, j, D)
+            if FORM == "marginal":
+                A = load_lower(whitening, j, D)
+                M = tl.dot(tl.trans(A), G, input_precision="ieee", out_dtype=tl.float64)
+                M = tl.where(column <= row, M, 0.0)
+                M = tl.where(column < row, M, 0.0) + tl.trans(M) + g * identity(D)
+                if WANT_SCALE:
+                    H = tl.dot(A, M, input_precision="ieee", out_dtype=tl.float64)
+                    H = tl.dot(H, tl.trans(A), input_precision="ieee", out_dtype=tl.float64)
+                    store_scale_product(grad_scale, scale, j, H, -1.0, D, DIAGONAL)
+                if WANT_PRECISION:
+                    L = load_lower(precision_cholesky, c, D)
+                    scaled = scaled_precision(scale, j, L, D, DIAGONAL)
+                    inverse = times_inverse_factor(scaled, identity(D), D)
+                    N = tl.dot(inverse, M, input_precision="ieee", out_dtype=tl.float64)
+                    N = tl.dot(N, tl.trans(inverse), input_precision="ieee", out_dtype=tl.float64)
+                    by_precision += solve_lower_transposed(precision_cholesky, c, N, D)
+            elif FORM == "scale":
+                A = load_lower(whitening, j, D)
+                H = tl.dot(tl.trans(A), G, input_precision="ieee", out_dtype=tl.float64)
+                H = tl.dot(H, tl.trans(A), input_precision="ieee", out_dtype=tl.float64)
+                H = -H - g * tl.where(row == column, A, 0.0)
+                if DIAGONAL:
+                    store_diagonal(grad_scale, j, tl.sum(tl.where(row == column, H, 0.0), 1), D)
+                else:
+                    store_lower(grad_scale, j, H, D)
+            else:
+                L = load_lower(precision_cholesky, c, D)
+                if WANT_PRECISION:
+                    inside = (row == column) & (row < D)
+                    by_precision += G + tl.where(inside, g / tl.where(inside, L, 1.0), 0.0)
+                if FORM == "expected":
+                    if WANT_PRECISION:
+                        scaled = scaled_precision(scale, j, L, D, DIAGONAL)
+                        if DIAGONAL:
+                            product = load_diagonal(scale, j, D)[:, None] * scaled
+                        else:
+                            s = load_lower(scale, j, D)
+                            product = tl.dot(
+                                s, scaled, input_precision="ieee", out_dtype=tl.float64
+                            )
+                        by_precision -= g * product
+                    if WANT_SCALE:
+                        H = tl.dot(L, tl.trans(L), input_precision="ieee", out_dtype=tl.float64)
+                        store_scale_product(grad_scale, scale, j, H, -g, D, DIAGONAL)
+    if WANT_WEIGHTS:
+        tl.store(log_weights + c + tl.arange(0, 1), by_weight)
+    if WANT_PRECISION:
+        store_lower(grad_precision, c, by_precision, D)
+
+
+@triton.jit
+def store_diagonal(pointer, index, values, D: tl.constexpr):
+    """Write what :func:`load_diagonal` reads."""
+    P: tl.constexpr = padded(D)
+    columns = tl.arange(0, P)
+    tl.store(pointer + tl.cast(index, tl.int64) * D + columns, values, mask=columns < D)
+
+
+@triton.jit
+def store_scale_product(grad_scale, scale, j, H, factor, D: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Write factor tril(H s)."""
+    P: tl.constexpr = padded(D)
+    if DIAGONAL:
+        row = tl.arange(0, P)[:, None]
+        column = tl.arange(0, P)[None, :]
+        on_diagonal = tl.sum(tl.where(row == column, H, 0.0), 1)
+        store_diagonal(grad_scale, j, factor * on_diagonal * load_diagonal(scale, j, D), D)
+    else:
+        s = load_lower(scale, j, D)
+        product = tl.dot(H, s, input_precision="ieee", out_dtype=tl.float64)
+        store_lower(grad_scale, j, factor * product, D)
+
+
+def form(precision_cholesky: Tensor | None, scale: Tensor | None, expected: bool) -> str:
+    """Which of the module's formulas applies."""
+    if precision_cholesky is None:
+        return "scale"
+    if scale is None:
+        return "precision"
+    return "expected" if expected else "marginal"
+
+
+def whitened_components(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool,
+) -> tuple[Tensor, Tensor]:
+    """A [J, D, D] and offsets [J]; tensors are contiguous and share dtype and device.
+
+    A component whose covariance is not finite and positive definite gives NaN.
+    """
+    given = scale if precision_cholesky is None else precision_cholesky
+    assert given is not None
+    dim, per_component = given.shape[-1], num_centers // len(log_weights)
+    whitening = log_weights.new_empty(num_centers, dim, dim)
+    offsets = log_weights.new_empty(num_centers)
+    with launch.on(log_weights.device):
+        components_kernel[(num_centers,)](
+            log_weights,
+            log_weights if precision_cholesky is None else precision_cholesky,
+            log_weights if scale is None else scale,
+            whitening,
+            offsets,
+            per_component,
+            D=dim,
+            FORM=form(precision_cholesky, scale, expected),
+            DIAGONAL=scale is not None and scale.ndim == 2,
+            **launch.options(WARPS[padded(dim)]),
+        )
+    return whitening, offsets
+
+
+def whitened_components_backward(
+    grad_whitening: Tensor,
+    grad_offsets: Tensor,
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    whitening: Tensor,
+    expected: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of log_weights, precision_cholesky and scale, None where they are not wanted."""
+    inputs = (log_weights, precision_cholesky, scale)
+    grads = [
+        torch.empty_like(x) if x is not None and want else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+    components, dim = len(log_weights), whitening.shape[-1]
+
+    def present(x: Tensor | None) -> Tensor:
+        return whitening if x is None else x  # not touched
+
+    with launch.on(log_weights.device):
+        components_backward_kernel[(components,)](
+            present(grads[0]),
+            present(precision_cholesky),
+            present(grads[1]),
+            present(scale),
+            present(grads[2]),
+            whitening,
+            grad_whitening,
+            grad_offsets,
+            len(whitening) // components,
+            D=dim,
+            FORM=form(precision_cholesky, scale, expected),
+            DIAGONAL=scale is not None and scale.ndim == 2,
+            WANT_WEIGHTS=grads[0] is not None,
+            WANT_PRECISION=grads[1] is not None,
+            WANT_SCALE=grads[2] is not None,
+            **launch.options(WARPS[padded(dim)]),
+        )
+    return grads

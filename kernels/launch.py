@@ -1,0 +1,81 @@
+"""How the kernels are launched: tile sizes and splits, from a small fixed table.
+
+Autotuning needs a device to time on and would make results differ from run to run, so that tile
+sizes follow from the dimension and dtype alone, and splits from the numbers of points and
+components: the same input gives the same bits. No launch waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmm_fast.kernels.blocks import padded
+
+LARGEST_DIM = 128
+# Programs that fill today's largest GPUs (132 to 304 multiprocessors) about twice.
+PROGRAMS = 512
+# Triton's name of the kind of GPU.
+BACKEND = "hip" if torch.version.hip else "cuda"
+# A second pass reads what the splits left: more of them would cost it more than they save.
+MOST_SPLITS = 16
+
+
+class Tile(NamedTuple):
+    """Points that a program takes at a time, and its warps."""
+
+    BLOCK_B: int
+    num_warps: int
+
+
+# By the padded dimension: d, y and a component's matrix stay in registers.
+TILES = {
+    torch.float32: {16: Tile(64, 4), 32: Tile(64, 4), 64: Tile(32, 4), 128: Tile(32, 8)},
+    torch.float64: {16: Tile(32, 4), 32: Tile(32, 4), 64: Tile(16, 8), 128: Tile(16, 8)},
+}
+
+
+def tile(dtype: torch.dtype, dim: int) -> Tile:
+    """Give the tile for a dimension of at most :data:`LARGEST_DIM`."""
+    return TILES[dtype][padded(dim)]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of matrices are taken."""
+    # AMD's matrix instructions multiply float32 as it is.
+    return "tf32x3" if dtype == torch.float32 and BACKEND == "cuda" else "ieee"
+
+
+def splits(tiles: int, work: int) -> tuple[int, int]:
+    """Programs that share the ``work`` items of each of ``tiles`` tiles, and items of each."""
+    wanted = max(1, min(work, MOST_SPLITS, PROGRAMS // max(tiles, 1)))
+    each = triton.cdiv(max(work, 1), wanted)
+    return triton.cdiv(max(work, 1), each), each
+
+
+def options(num_warps: int) -> dict[str, Any]:
+    """How a kernel is compiled; products are fused with sums, whatever Triton's default is."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def constants(z: Tensor, transpose: bool) -> dict[str, Any]:
+    """Keyword arguments that all kernels on pairs take."""
+    block, warps = tile(z.dtype, z.shape[1])
+    return {
+        "D": z.shape[1],
+        "BLOCK_B": block,
+        "TRANSPOSE": transpose,
+        "DTYPE": tl.float64 if z.dtype == torch.float64 else tl.float32,
+        "PRECISION": precision(z.dtype),
+        **options(warps),
+    }
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a tensor's device the current one, whose current stream Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

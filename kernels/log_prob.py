@@ -1,0 +1,224 @@
+"""log-sum-exp over the components and expected log-joint, or the KL estimate.
+
+:func:`vmm_fast.ops.mixture_log_prob` and :func:`vmm_fast.ops.mixture_kl`. Online log-sum-exp
+(Milakov & Gimelshein 2018): nothing of size [B, J] is stored. A program takes BLOCK_B points
+through one split of the components; where there are several splits, a second launch merges them.
+
+The same input gives the same bits: every program adds its components in order, the number of splits
+follows from the sizes alone, and the merge adds them up in one fixed tree.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmm_fast.kernels import launch
+from vmm_fast.kernels.blocks import (
+    add_online,
+    chunk,
+    load_points,
+    log_joint,
+    lowest,
+    merge_softmax,
+    padded,
+)
+
+
+@triton.jit
+def store_log_prob(
+    first,
+    second,
+    softmax,
+    scale,
+    rows,
+    count,
+    top,
+    total,
+    weighted,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+):
+    """Write what follows from an online softmax; softmax [3, B] is max, log-sum and gap.
+
+    ``first`` receives lse and ``second`` the expectation or, with a ``POSTERIOR`` scale that is
+    "diagonal" [B, D] or "full" [B, D, D], ``first`` the KL estimate -H(q) - lse.
+    """
+    mask = rows < count
+    log_sum = tl.log(total)
+    gap = weighted / total
+    tl.store(softmax + rows, top, mask=mask)
+    tl.store(softmax + count + rows, log_sum, mask=mask)
+    tl.store(softmax + 2 * count + rows, gap, mask=mask)
+    # Of a NaN only the sum tells.
+    none = (top <= lowest(DTYPE)) & (total == total)
+    lse = tl.where(none, float("-inf"), top + log_sum)
+    if POSTERIOR == "none":
+        tl.store(first + rows, lse, mask=mask)
+        tl.store(second + rows, top + gap, mask=mask)
+    else:
+        columns = tl.arange(0, padded(D))[None, :]
+        addresses = scale + rows[:, None].to(tl.int64) * D
+        if POSTERIOR == "full":
+            addresses = scale + rows[:, None].to(tl.int64) * (D * D) + columns * D
+        inside = mask[:, None] & (columns < D)
+        s = tl.load(addresses + columns, mask=inside, other=1.0).to(DTYPE)
+        # D/2 log 2 pi e
+        constant = tl.full([1], 1.4189385332046727, DTYPE) * D
+        tl.store(first + rows, -tl.sum(tl.log(s), 1) - constant - lse, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "components", "components_a_split"])
+def log_prob_kernel(
+    z,  # [B, D]
+    centers,  # [J, D]
+    whitening,  # [J, D, D]
+    offsets,  # [J]
+    scale,  # [B, D], [B, D, D], or not read
+    first,  # [B]: lse or KL
+    second,  # [B]: expectation
+    softmax,  # [3, B]
+    partial,  # [splits, 3, B]
+    count,  # B
+    components,  # J
+    components_a_split,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Final results, or for ``SPLIT`` one split's online softmax into ``partial``."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    split = tl.program_id(1)
+    points = load_points(z, rows, count, 0, D, chunk(D), DTYPE)
+    top = tl.full([BLOCK_B], lowest(DTYPE), DTYPE)
+    total = tl.zeros([BLOCK_B], DTYPE)
+    total_excess = tl.zeros([BLOCK_B], DTYPE)
+    weighted = tl.zeros([BLOCK_B], DTYPE)
+    weighted_excess = tl.zeros([BLOCK_B], DTYPE)
+    begin = split * components_a_split
+    for j in range(begin, tl.minimum(begin + components_a_split, components)):
+        l = log_joint(
+            points,
+            z,
+            rows,
+            count,
+            centers,
+            whitening,
+            offsets,
+            j,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+        )
+        top, total, total_excess, weighted, weighted_excess = add_online(
+            top, total, total_excess, weighted, weighted_excess, l
+        )
+    if SPLIT:
+        mask = rows < count
+        out = partial + split.to(tl.int64) * 3 * count + rows
+        tl.store(out, top, mask=mask)
+        tl.store(out + count, total, mask=mask)
+        tl.store(out + 2 * count, weighted, mask=mask)
+    else:
+        store_log_prob(
+            first,
+            second,
+            softmax,
+            scale,
+            rows,
+            count,
+            top,
+            total,
+            weighted,
+            D,
+            DTYPE,
+            POSTERIOR,
+        )
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def log_prob_merge_kernel(
+    partial,  # [splits, 3, B]
+    scale,  # [B, D], [B, D, D], or not read
+    first,  # [B]: lse or KL
+    second,  # [B]: expectation
+    softmax,  # [3, B]
+    count,  # B
+    splits,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+):
+    """Merge the splits of BLOCK_B points."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    top, total, weighted = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
+    store_log_prob(
+        first, second, softmax, scale, rows, count, top, total, weighted, D, DTYPE, POSTERIOR
+    )
+
+
+def log_prob(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give lse [B] (or with ``scale`` the KL estimate), the expectation [B] and softmax [3, B].
+
+    Tensors are contiguous and share dtype and device.
+    """
+    count, components = len(z), len(centers)
+    first, second, softmax = z.new_empty(count), z.new_empty(count), z.new_empty(3, count)
+    if count == 0:
+        return first, second, softmax
+    constants = launch.constants(z, transpose)
+    posterior = "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
+    tiles = triton.cdiv(count, constants["BLOCK_B"])
+    splits, each = launch.splits(tiles, components)
+    partial = softmax if splits == 1 else softmax.new_empty(splits, 3, count)
+    outputs = (first, second, softmax)
+    scale = z if scale is None else scale
+    with launch.on(z.device):
+        log_prob_kernel[(tiles, splits)](
+            z,
+            centers,
+            whitening,
+            offsets,
+            scale,
+            *outputs,
+            partial,
+            count,
+            components,
+            each,
+            POSTERIOR=posterior,
+            SPLIT=splits > 1,
+            **constants,
+        )
+        if splits > 1:
+            log_prob_merge_kernel[(tiles,)](
+                partial,
+                scale,
+                *outputs,
+                count,
+                splits,
+                D=constants["D"],
+                BLOCK_B=constants["BLOCK_B"],
+                MOST_SPLITS=launch.MOST_SPLITS,
+                DTYPE=constants["DTYPE"],
+                POSTERIOR=posterior,
+                **launch.options(4),
+            )
+    return outputs

@@ -1,0 +1,654 @@
+"""Weighted sums over the points, and the gradient of z: backward passes and M-step statistics.
+
+With weights w_ij (:func:`vmm_fast.kernels.blocks.pair_weights`), d = z_i - m_j and y = d W
+
+    N_j = sum_i w_ij,   s_j = sum_i w_ij d,   M_j = sum_i w_ij d^T d,   g_i = -sum_j w_ij y W^T
+
+of which N, W W^T s and -M W are the gradients by offset, center and W, and g that by z. l is
+recomputed. One launch does both: its first programs take BLOCK_B points each through one split of
+the components for g, the others one component each through one split of the points for the sums.
+Where there are several splits, a second launch adds them up.
+
+The same input gives the same bits: every program adds in order, the numbers of splits follow from
+the sizes alone, the second launch adds splits in order, and nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmm_fast.kernels import launch
+from vmm_fast.kernels.blocks import (
+    chunk,
+    load_center,
+    load_points,
+    load_softmax,
+    load_whitening,
+    log_joint,
+    merge_softmax,
+    padded,
+    pair_weights,
+    whiten,
+)
+
+
+@triton.jit
+def store_points(pointer, tile, rows, count, first, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write COLUMNS columns from ``first`` on of rows of [count, D]."""
+    columns = first + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows[:, None] < count) & (columns < D)
+    tl.store(pointer + rows[:, None].to(tl.int64) * D + columns, tile, mask=mask)
+
+
+@triton.jit
+def store_sums(
+    N_out,
+    s_out,
+    M_out,
+    whitening,
+    N,
+    s,
+    M,
+    j,
+    first,
+    slot,
+    D: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+):
+    """Write N, s and Q columns M of component j, or for ``GRADIENTS`` those by offset, m and A.
+
+    M is symmetric: its columns times W are as many rows of M W.
+    """
+    P: tl.constexpr = padded(D)
+    Q: tl.constexpr = chunk(D)
+    every = tl.arange(0, P)
+    some = first + tl.arange(0, Q)
+    origin = tl.cast(slot, tl.int64) * D
+    if GRADIENTS:
+        moment = s * 0.0
+        for begin in range(0, D, Q):
+            w = load_whitening(whitening, j, 0, begin, D, P, TRANSPOSE, DTYPE)
+            whitened = tl.sum(w * s[:, None], 0)  # s W
+            moment += tl.sum(w * whitened[None, :], 1)
+            slope = -tl.dot(tl.trans(M), w, input_precision=PRECISION, out_dtype=DTYPE)
+            row = some[:, None]
+            column = (begin + tl.arange(0, Q))[None, :]
+            if not TRANSPOSE:
+                row, column = column, row
+            slope = tl.where(column <= row, slope, 0.0)
+            mask = (row < D) & (column < D)
+            tl.store(M_out + origin * D + row * D + column, slope, mask=mask)
+        s = moment
+    else:
+        mask = (every[:, None] < D) & (some[None, :] < D)
+        tl.store(M_out + origin * D + every[:, None] * D + some[None, :], M, mask=mask)
+    if first == 0:
+        tl.store(N_out + slot, N)
+        tl.store(s_out + origin + every, s, mask=every < D)
+
+
+@triton.jit
+def add_sums(
+    z,
+    centers,
+    whitening,
+    offsets,
+    softmax,
+    grad_lse,
+    grad_expected,
+    N_out,
+    s_out,
+    M_out,
+    j,
+    first,
+    slot,
+    begin,
+    end,
+    count,
+    splits,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+):
+    """Sums of component j over the points from ``begin`` to ``end``, stored at ``slot``.
+
+    Of M, Q columns from ``first`` on. With ``MOST_SPLITS`` above 1 the softmax is yet to be merged
+    from its ``splits``.
+    """
+    P: tl.constexpr = padded(D)
+    Q: tl.constexpr = chunk(D)
+    center = load_center(centers, j, 0, D, P, DTYPE)
+    N = tl.zeros([BLOCK_B], DTYPE)
+    s = tl.zeros([P], DTYPE)
+    M = tl.zeros([P, Q], DTYPE)
+    for start in range(begin, end, BLOCK_B):
+        rows = start + tl.arange(0, BLOCK_B)
+        points = load_points(z, rows, count, 0, D, Q, DTYPE)
+        l = log_joint(
+            points,
+            z,
+            rows,
+            count,
+            centers,
+            whitening,
+            offsets,
+            j,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+        )
+        if MOST_SPLITS > 1:
+            top, total, weighted_sum = merge_softmax(
+                softmax, rows, count, splits, MOST_SPLITS, DTYPE
+            )
+            log_sum, gap = tl.log(total), weighted_sum / total
+        else:
+            top, log_sum, gap = load_softmax(softmax, rows, count)
+        weight = pair_weights(
+            l, top, log_sum, gap, rows, count, grad_lse, grad_expected, WEIGHTS, DTYPE
+        )
+        N += weight
+        # A far-off d may be infinite; its weight of 0 must win.
+        present = weight[:, None] != 0.0
+        if Q < P:
+            points = load_points(z, rows, count, 0, D, P, DTYPE)
+        d = tl.where(present, points - center[None, :], 0.0)
+        weighted = weight[:, None] * d
+        s += tl.sum(weighted, 0)
+        if Q < P:
+            some = load_center(centers, j, first, D, Q, DTYPE)
+            d = load_points(z, rows, count, first, D, Q, DTYPE) - some[None, :]
+            d = tl.where(present, d, 0.0)
+        M += tl.dot(tl.trans(weighted), d, input_precision=PRECISION, out_dtype=DTYPE)
+    store_sums(
+        N_out,
+        s_out,
+        M_out,
+        whitening,
+        tl.sum(N, 0),
+        s,
+        M,
+        j,
+        first,
+        slot,
+        D,
+        TRANSPOSE,
+        DTYPE,
+        PRECISION,
+        GRADIENTS,
+    )
+
+
+@triton.jit
+def store_scale_gradient(
+    scale,
+    grad_kl,
+    out,
+    rows,
+    count,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+):
+    """Gradient of the KL's -H(q) by the scale: -grad_kl / s on the diagonal, 0 elsewhere."""
+    P: tl.constexpr = padded(D)
+    columns = tl.arange(0, P)[None, :]
+    mask = (rows[:, None] < count) & (columns < D)
+    upstream = tl.load(grad_kl + rows, mask=rows < count, other=0.0).to(DTYPE)[:, None]
+    if POSTERIOR == "diagonal":
+        s = tl.load(scale + rows[:, None].to(tl.int64) * D + columns, mask=mask, other=1.0)
+        store_points(out, -upstream / s.to(DTYPE), rows, count, 0, D, P)
+    else:
+        matrix = rows[:, None].to(tl.int64) * (D * D)
+        for r in range(D):
+            s = tl.load(scale + matrix + r * D + columns, mask=mask & (columns == r), other=1.0)
+            value = tl.where(columns == r, -upstream / s.to(DTYPE), 0.0)
+            tl.store(out + matrix + r * D + columns, value, mask=mask)
+
+
+@triton.jit
+def add_gradient(
+    z,
+    centers,
+    whitening,
+    offsets,
+    softmax,
+    grad_lse,
+    grad_expected,
+    out,
+    rows,
+    first,
+    begin,
+    end,
+    count,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+):
+    """The part that the components from ``begin`` to ``end`` have in Q columns of the gradient."""
+    Q: tl.constexpr = chunk(D)
+    points = load_points(z, rows, count, 0, D, Q, DTYPE)
+    top, log_sum, gap = load_softmax(softmax, rows, count)
+    gradient = tl.zeros([BLOCK_B, Q], DTYPE)
+    for j in range(begin, end):
+        l = log_joint(
+            points,
+            z,
+            rows,
+            count,
+            centers,
+            whitening,
+            offsets,
+            j,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+        )
+        weight = pair_weights(
+            l, top, log_sum, gap, rows, count, grad_lse, grad_expected, WEIGHTS, DTYPE
+        )
+        # W is triangular: no other columns of y reach these columns of the gradient.
+        left = first * 0 if TRANSPOSE else first
+        right = first + Q if TRANSPOSE else first * 0 + D
+        for column in range(left, right, Q):
+            y = whiten(
+                points,
+                z,
+                rows,
+                count,
+                centers,
+                whitening,
+                j,
+                column,
+                D,
+                BLOCK_B,
+                TRANSPOSE,
+                DTYPE,
+                PRECISION,
+            )
+            # A far-off component's y may be infinite; its weight of 0 must win.
+            y = tl.where(weight[:, None] != 0.0, weight[:, None] * y, 0.0)
+            w = load_whitening(whitening, j, first, column, D, Q, TRANSPOSE, DTYPE)
+            gradient -= tl.dot(y, tl.trans(w), input_precision=PRECISION, out_dtype=DTYPE)
+    store_points(out, gradient, rows, count, first, D, Q)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "components",
+        "tiles",
+        "gradient_programs",
+        "components_a_split",
+        "points_a_split",
+    ]
+)
+def backward_kernel(
+    z,  # [B, D]
+    centers,  # [J, D]
+    whitening,  # [J, D, D]
+    offsets,  # [J]
+    scale,  # [B, D], [B, D, D], or not read
+    softmax,  # [3, B]
+    grad_lse,  # [B], or that of the KL
+    grad_expected,  # [B]
+    grad_z,  # [splits of the components, B, D]
+    grad_scale,  # as scale
+    N_out,  # [splits of the points, J], and so on
+    s_out,
+    M_out,
+    count,  # B
+    components,  # J
+    tiles,
+    gradient_programs,
+    components_a_split,
+    points_a_split,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    SPLIT_POINTS: tl.constexpr,
+):
+    """All gradients but for the adding up of splits."""
+    columns: tl.constexpr = (D + chunk(D) - 1) // chunk(D)
+    program = tl.program_id(0)
+    if program < gradient_programs:
+        first = program % columns * chunk(D)
+        tile = program // columns % tiles
+        split = program // columns // tiles
+        rows = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        begin = split * components_a_split
+        add_gradient(
+            z,
+            centers,
+            whitening,
+            offsets,
+            softmax,
+            grad_lse,
+            grad_expected,
+            grad_z + split.to(tl.int64) * count * D,
+            rows,
+            first,
+            begin,
+            tl.minimum(begin + components_a_split, components),
+            count,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+            WEIGHTS,
+        )
+        if POSTERIOR != "none":
+            if split + first == 0:
+                store_scale_gradient(scale, grad_lse, grad_scale, rows, count, D, DTYPE, POSTERIOR)
+    else:
+        slot = (program - gradient_programs) // columns
+        begin = (slot // components) * points_a_split
+        add_sums(
+            z,
+            centers,
+            whitening,
+            offsets,
+            softmax,
+            grad_lse,
+            grad_expected,
+            N_out,
+            s_out,
+            M_out,
+            slot % components,
+            (program - gradient_programs) % columns * chunk(D),
+            slot,
+            begin,
+            tl.minimum(begin + points_a_split, count),
+            count,
+            1,
+            D,
+            BLOCK_B,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+            WEIGHTS,
+            not SPLIT_POINTS,
+            1,
+        )
+
+
+@triton.jit(do_not_specialize=["count", "components", "points_a_split"])
+def statistics_kernel(
+    z,  # [B, D]
+    centers,  # [J, D]
+    whitening,  # [J, D, D]
+    offsets,  # [J]
+    softmax,  # [3, B]
+    N_out,  # [splits, J], and so on
+    s_out,
+    M_out,
+    count,  # B
+    components,  # J
+    points_a_split,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """N, s and M under the responsibilities, but for the adding up of splits."""
+    slot = tl.program_id(0)
+    first = tl.program_id(1) * chunk(D)
+    begin = (slot // components) * points_a_split
+    add_sums(
+        z,
+        centers,
+        whitening,
+        offsets,
+        softmax,
+        softmax,
+        softmax,
+        N_out,
+        s_out,
+        M_out,
+        slot % components,
+        first,
+        slot,
+        begin,
+        tl.minimum(begin + points_a_split, count),
+        count,
+        1,
+        D,
+        BLOCK_B,
+        TRANSPOSE,
+        DTYPE,
+        PRECISION,
+        "lse",
+        False,
+        1,
+    )
+
+
+@triton.jit(do_not_specialize=["size", "components", "gradient_programs", "parts", "point_splits"])
+def sums_merge_kernel(
+    grad_z_parts,  # [parts, size]
+    grad_z,  # [size]
+    N_parts,  # [point_splits, J], and so on
+    s_parts,
+    M_parts,
+    whitening,  # [J, D, D]
+    N_out,  # [J], and so on
+    s_out,
+    M_out,
+    size,  # B D
+    components,  # J
+    gradient_programs,
+    parts,
+    point_splits,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+):
+    """Add splits up, in order: the first programs those of z's gradient, the others the sums'."""
+    P: tl.constexpr = padded(D)
+    program = tl.program_id(0)
+    if program < gradient_programs:
+        index = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < size
+        total = tl.zeros([BLOCK], DTYPE)
+        for part in range(parts):
+            address = grad_z_parts + tl.cast(part, tl.int64) * size + index
+            total += tl.load(address, mask=inside, other=0.0)
+        tl.store(grad_z + index, total, mask=inside)
+    else:
+        Q: tl.constexpr = chunk(D)
+        columns: tl.constexpr = (D + Q - 1) // Q
+        j = (program - gradient_programs) // columns
+        first = (program - gradient_programs) % columns * Q
+        every = tl.arange(0, P)
+        some = first + tl.arange(0, Q)
+        mask = (every[:, None] < D) & (some[None, :] < D)
+        N = tl.zeros([1], DTYPE)
+        s = tl.zeros([P], DTYPE)
+        M = tl.zeros([P, Q], DTYPE)
+        for split in range(point_splits):
+            slot = tl.cast(split, tl.int64) * components + j
+            N += tl.load(N_parts + slot)
+            s += tl.load(s_parts + slot * D + every, mask=every < D, other=0.0)
+            addresses = M_parts + slot * (D * D) + every[:, None] * D + some[None, :]
+            M += tl.load(addresses, mask=mask, other=0.0)
+        store_sums(
+            N_out,
+            s_out,
+            M_out,
+            whitening,
+            tl.sum(N, 0),
+            s,
+            M,
+            j,
+            first,
+            j,
+            D,
+            TRANSPOSE,
+            DTYPE,
+            PRECISION,
+            GRADIENTS,
+        )
+
+
+def _sums(z: Tensor, components: int, splits: int) -> tuple[Tensor, ...]:
+    dim = z.shape[1]
+    shapes = ((components,), (components, dim), (components, dim, dim))
+    lead = () if splits == 1 else (splits,)
+    return tuple(z.new_empty(*lead, *shape) for shape in shapes)
+
+
+def _merge(
+    constants: dict[str, Any],
+    gradient: tuple[Tensor, Tensor, int],
+    parts: tuple[Tensor, ...],
+    whitening: Tensor,
+    out: tuple[Tensor, ...],
+    point_splits: int,
+    gradients: bool,
+) -> None:
+    """Launch the second pass where something was split; ``gradient`` is parts, sum and splits."""
+    block = 1024
+    grad_z_parts, grad_z, splits = gradient
+    programs = triton.cdiv(grad_z.numel(), block) if splits > 1 else 0
+    components = len(whitening) if point_splits > 1 else 0
+    if not programs + components:
+        return
+    columns = triton.cdiv(constants["D"], chunk(constants["D"]))
+    kept = ("D", "TRANSPOSE", "DTYPE", "PRECISION", *launch.options(0))
+    sums_merge_kernel[(programs + components * columns,)](
+        grad_z_parts,
+        grad_z,
+        *parts,
+        whitening,
+        *out,
+        grad_z.numel(),
+        components,
+        programs,
+        splits,
+        point_splits,
+        BLOCK=block,
+        GRADIENTS=gradients,
+        **{name: constants[name] for name in kept},
+    )
+
+
+def backward(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    softmax: Tensor,
+    grad_lse: Tensor,
+    grad_expected: Tensor | None,
+    transpose: bool,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients by z, centers, whitening, offsets and ``scale``.
+
+    With a ``scale``, ``grad_lse`` is the KL estimate's. Tensors are contiguous and share dtype and
+    device.
+    """
+    count, dim = z.shape
+    components = len(centers)
+    constants = launch.constants(z, transpose)
+    block = constants["BLOCK_B"]
+    tiles = triton.cdiv(count, block)
+    splits, each = launch.splits(tiles, components)
+    point_splits, tiles_a_split = launch.splits(components, tiles)
+    grad_z = torch.empty_like(z)
+    parts_z = grad_z if splits == 1 else z.new_empty(splits, count, dim)
+    grad_scale = None if scale is None else torch.empty_like(scale)
+    out = _sums(z, components, 1)
+    parts = out if point_splits == 1 else _sums(z, components, point_splits)
+    columns = triton.cdiv(dim, chunk(dim))
+    if scale is not None:
+        weights, posterior = "kl", "diagonal" if scale.ndim == 2 else "full"
+    else:
+        posterior = "none"
+        weights = "given lse" if grad_expected is None else "given both"
+    absent = softmax  # not read
+    with launch.on(z.device):
+        backward_kernel[((tiles * splits + components * point_splits) * columns,)](
+            z,
+            centers,
+            whitening,
+            offsets,
+            absent if scale is None else scale,
+            softmax,
+            grad_lse,
+            absent if grad_expected is None else grad_expected,
+            parts_z,
+            absent if grad_scale is None else grad_scale,
+            *parts,
+            count,
+            components,
+            tiles,
+            tiles * splits * columns,
+            each,
+            tiles_a_split * block,
+            WEIGHTS=weights,
+            POSTERIOR=posterior,
+            SPLIT_POINTS=point_splits > 1,
+            **constants,
+        )
+        gradient = (parts_z, grad_z, splits)
+        _merge(constants, gradient, parts, whitening, out, point_splits, gradients=True)
+    grad_offsets, grad_centers, grad_whitening = out
+    return grad_z, grad_centers, grad_whitening, grad_offsets, grad_scale
+
+
+def statistics(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, softmax: Tensor, transpose: bool
+) -> tuple[Tensor, ...]:
+    """N [J], s [J, D] and M [J, D, D]; tensors are contiguous and share dtype and device."""
+    components, dim = centers.shape
+    constants = launch.constants(z, transpose)
+    block = constants["BLOCK_B"]
+    splits, tiles_a_split = launch.splits(components, triton.cdiv(len(z), block))
+    out = _sums(z, components, 1)
+    parts = out if splits == 1 else _sums(z, components, splits)
+    with launch.on(z.device):
+        statistics_kernel[(components * splits, triton.cdiv(dim, chunk(dim)))](
+            z,
+            centers,
+            whitening,
+            offsets,
+            softmax,
+            *parts,
+            len(z),
+            components,
+            tiles_a_split * block,
+            **constants,
+        )
+        gradient = (softmax, softmax, 1)
+        _merge(constants, gradient, parts, whitening, out, splits, gradients=False)
+    return out

@@ -1,0 +1,549 @@
+"""The Triton kernels under Triton's interpreter, against the reference in float64."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FORMS, expanded, random_gaussians, random_mixture, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import (
+    all_outputs,
+    assert_close,
+    assert_within_budget,
+    composed_kl,
+    everything,
+    gradients,
+    random_scale,
+    to_double,
+)
+
+from vmm_fast import VMMPrior, backends, ops, reference
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl  # noqa: E402
+
+from vmm_fast.kernels import empirical_bayes, launch  # noqa: E402
+
+# numpy, which the interpreter computes with, warns of an overflow; a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    """Let the interpreter wrap the language once a launch.
+
+    It does so again at every call of a device function, around what it has wrapped before, so that
+    a launch of many calls slows down without bound.
+    """
+    from triton.runtime import interpreter
+
+    language = (triton.language, triton.language.core)
+    wrap = interpreter._patch_lang
+    wrapped = set()
+
+    def wrap_once(function):
+        seen = tuple(x in function.__globals__.values() for x in language)
+        if seen in wrapped:
+            return None
+        wrapped.add(seen)
+        scope = wrap(function)
+        restore = scope.restore
+
+        def restore_all():
+            wrapped.remove(seen)
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", wrap_once)
+        yield
+
+
+@contextlib.contextmanager
+def kernels(programs=512):
+    """Run every operation in the kernels; more ``programs`` than points and components split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", "triton")
+        patch.setattr(launch, "PROGRAMS", programs)
+        yield
+
+
+@pytest.fixture(params=[1, 512], ids=["whole", "split"])
+def forced(request):
+    with kernels(request.param):
+        yield
+
+
+def assert_gradients_close(mixture, transpose, **tolerance):
+    expected = gradients(reference, mixture, transpose)
+    torch.testing.assert_close(gradients(ops, mixture, transpose), expected, **tolerance)
+
+
+shapes = st.tuples(st.integers(0, 80), st.integers(1, 9), st.integers(1, 17))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=shapes,
+    transpose=st.booleans(),
+    programs=st.sampled_from([1, 512]),
+    seed=st.integers(0, 10**6),
+)
+def test_float64_equals_reference(shape, transpose, programs, seed):
+    mixture = random_mixture(*shape, seed=seed)
+    with kernels(programs):
+        got = all_outputs(ops, mixture, transpose)
+        assert_gradients_close(mixture, transpose, **TIGHT)
+    assert_close(got, all_outputs(reference, mixture, transpose), **TIGHT)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(70, 3, 33), (5, 2, 65), (3, 2, 128), (1, 1, 1), (200, 21, 2)])
+def test_every_tile_size(forced, shape, transpose):
+    mixture = random_mixture(*shape)
+    assert_close(
+        all_outputs(ops, mixture, transpose), all_outputs(reference, mixture, transpose), **TIGHT
+    )
+    assert_gradients_close(mixture, transpose, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("group", [2, 3, 12])
+def test_groups(forced, group):
+    mixture = random_mixture(40, 12, 4)
+    assert_close(
+        all_outputs(ops, mixture, group=group),
+        all_outputs(reference, mixture, group=group),
+        **TIGHT,
+    )
+    label, _, _ = ops.mixture_assign(*mixture, False, group)
+    torch.testing.assert_close(label, reference.mixture_assign(*mixture, False, group)[0])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(7, 4, 3), (70, 5, 18), (0, 2, 2), (1, 1, 1)])
+def test_kl_equals_its_parts(forced, shape, full):
+    mixture, scale = random_mixture(*shape), random_scale(shape[0], shape[2], full)
+    outputs = []
+    for kl in (ops.mixture_kl, composed_kl):
+        inputs = [x.detach().clone().requires_grad_() for x in (*mixture, scale)]
+        value = kl(*inputs[:4], True, inputs[4])
+        weights = torch.linspace(-1, 2, len(value), dtype=value.dtype)
+        outputs.append((value, *torch.autograd.grad(value @ weights, inputs)))
+    torch.testing.assert_close(*outputs, **TIGHT)
+
+
+# --- precision ---
+
+
+def tf32(x):
+    """The nearest number of 10 binary places, as ``cvt.rna.tf32.f32`` gives it."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Products as three passes of TF32, which the interpreter takes for exact ones."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    exact = InterpreterBuilder.create_dot
+    counted = []
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if "TF32x3" not in str(input_precision):
+            return exact(self, a, b, d, input_precision, max_num_imprecise_acc)
+        counted.append(1)
+        handle = type(a)
+        high = [tf32(x.data) for x in (a, b)]
+        low = [tf32(x.data - h) for x, h in zip((a, b), high, strict=True)]
+        for left, right in ((low[0], high[1]), (high[0], low[1]), (high[0], high[1])):
+            left, right = handle(left, a.dtype), handle(right, b.dtype)
+            d = exact(self, left, right, d, input_precision, max_num_imprecise_acc)
+        return d
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    yield
+    assert counted
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("scale", "offset"), [(1e-3, 1e4), (1.0, 0.0), (1e3, 1e4)])
+def test_float32_error_budget(forced, tensor_cores, scale, offset, transpose):
+    z, centers, whitening, offsets = random_mixture(70, 20, 10, dtype=torch.float32, seed=3)
+    mixture = (z * scale + offset, centers * scale + offset, whitening / scale, offsets)
+    assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 2), (6, 7, 128), (70, 33, 30)])
+def test_float32_error_budget_of_many_components(forced, tensor_cores, shape):
+    mixture = random_mixture(*shape, dtype=torch.float32, spread=min(2.0, 20 / shape[2]))
+    assert_within_budget(everything(ops, mixture, False), mixture, False)
+
+
+# --- hard inputs ---
+
+
+def test_far_tails(forced):
+    z, centers, whitening, offsets = random_mixture(50, 8, 5, dtype=torch.float32)
+    z = z * 500
+    lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets)
+    true, true_expected = reference.mixture_log_prob(*to_double((z, centers, whitening, offsets)))
+    assert true.min() < -1e6
+    torch.testing.assert_close(lse.double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected.double(), true_expected, rtol=1e-5, atol=1e-5)
+    q = ops.mixture_responsibilities(z, centers, whitening, offsets)
+    torch.testing.assert_close(q.sum(-1), torch.ones(50), rtol=1e-5, atol=0)
+
+
+def test_pruned_components(forced):
+    mixture = random_mixture(40, 7, 4)
+    pruned = mixture[3].clone()
+    pruned[[1, 4, 5]] = -torch.inf
+    whole = (*mixture[:3], pruned)
+    assert_close(all_outputs(ops, whole), all_outputs(reference, whole), **TIGHT)
+    kept = torch.tensor([0, 2, 3, 6])
+    small = (mixture[0], *(x[kept] for x in whole[1:]))
+    grads = gradients(ops, whole)
+    for g, other in zip(grads[1:], gradients(reference, small)[1:], strict=True):
+        torch.testing.assert_close(g[kept], other)
+        assert (g[[1, 4, 5]] == 0).all()
+
+
+def test_all_components_pruned(forced):
+    mixture = (*random_mixture(5, 3, 2)[:3], torch.full((3,), -torch.inf, dtype=torch.float64))
+    lse, _ = ops.mixture_log_prob(*mixture)
+    assert (lse == -torch.inf).all()
+
+
+def test_far_off_component_gives_no_nan(forced):
+    """A component whose whitened distance overflows has a weight of exactly 0."""
+    centers = torch.tensor([[0.0], [3e38]])
+    mixture = (torch.tensor([[0.0]]), centers, torch.full((2, 1, 1), 2.0), torch.zeros(2))
+    assert all(g.isfinite().all() for g in gradients(ops, mixture))
+
+
+@pytest.mark.parametrize("argument", range(4))
+def test_nan_gives_nan(forced, argument):
+    mixture = random_mixture(40, 5, 3)
+    mixture[argument].view(-1)[0] = torch.nan
+    lse, expected = ops.mixture_log_prob(*mixture)
+    assert lse[0].isnan() and expected[0].isnan()
+    assert ops.mixture_responsibilities(*mixture)[0].isnan().any()
+    assert ops.mixture_assign(*mixture)[1][0].isnan()
+    assert all(g.isnan().any() for g in gradients(ops, mixture))
+
+
+@pytest.mark.parametrize("layout", [strided, expanded])
+def test_any_layout(forced, layout):
+    mixture = tuple(layout(x) for x in random_mixture(20, 6, 3))
+    dense = tuple(x.contiguous() for x in mixture)
+    assert_close(all_outputs(ops, mixture), all_outputs(reference, dense), **TIGHT)
+    torch.testing.assert_close(gradients(ops, mixture), gradients(reference, dense), **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_computed_in_float32(forced, dtype):
+    mixture = random_mixture(20, 6, 3, dtype=dtype)
+    lse, _ = ops.mixture_log_prob(*mixture)
+    assert lse.dtype == torch.float32
+    true, _ = reference.mixture_log_prob(*to_double(mixture))
+    torch.testing.assert_close(lse.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_bits_on_every_run(forced):
+    mixture = random_mixture(150, 9, 10, dtype=torch.float32)
+    first, second = (everything(ops, mixture, False) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# --- building the components ---
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("components", "centers", "dim"), [(3, 6, 10), (2, 2, 1), (2, 2, 40)])
+def test_components(form, components, centers, dim, expected):
+    inputs = random_gaussians(components, centers, dim, form)
+    outputs = []
+    for module in (ops, reference):
+        leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
+        with kernels():
+            whitening, offsets = module.whitened_components(*leaves, centers, expected)
+            generator = torch.Generator().manual_seed(1)
+            weights = torch.randn(whitening.shape, generator=generator, dtype=torch.float64)
+            loss = (whitening * weights).sum() + (offsets * offsets.detach()).sum()
+            wanted = [x for x in leaves if x is not None]
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        outputs.append((whitening, offsets, [g for g in grads if g is not None]))
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["precision+full", "precision+diagonal"])
+def test_components_of_float32_with_unlike_scales(form):
+    log_weights, precision_cholesky, scale = random_gaussians(3, 3, 6, form)
+    deviation = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).view(3, *[1] * (scale.ndim - 1))
+    inputs = [x.float() for x in (log_weights, precision_cholesky, scale * deviation)]
+    true = reference.whitened_components(*(x.double() for x in inputs), 3)
+    with kernels():
+        got = ops.whitened_components(*inputs, 3)
+    for ours, exact in zip(got, true, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_components_that_are_not_positive_definite_give_nan():
+    log_weights, precision_cholesky, scale = random_gaussians(3, 3, 4, "precision+full")
+    precision_cholesky[1, 2, 2] = -1.0
+    with kernels():
+        _, offsets = ops.whitened_components(log_weights, precision_cholesky, scale, 3)
+    assert offsets.isnan().tolist() == [False, True, False]
+
+
+# --- the torch side ---
+
+
+def test_opcheck():
+    mixture = tuple(x.requires_grad_() for x in random_mixture(5, 4, 3))
+    components = random_gaussians(2, 4, 3, "precision+full")
+    with kernels():
+        torch.library.opcheck(torch.ops.vmm_fast.mixture_log_prob, (*mixture, True))
+        plain = [x.detach() for x in mixture]
+        for name in ("mixture_log_joint", "mixture_responsibilities", "mixture_assign"):
+            torch.library.opcheck(getattr(torch.ops.vmm_fast, name), (*plain, False, 2))
+        torch.library.opcheck(torch.ops.vmm_fast.mixture_statistics, (*plain, False))
+        leaves = [x.requires_grad_() for x in components]
+        torch.library.opcheck(torch.ops.vmm_fast.whitened_components, (*leaves, 4, False))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels launched."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names = []
+    run = InterpretedFunction.run
+
+    def counted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    return names
+
+
+@pytest.mark.parametrize("programs", [1, 512])
+def test_launches_of_a_variational_step(launched, programs):
+    """Build, forward, backward, the build's backward, and a second pass of what was split."""
+    from vmm_fast.mixture import Components
+
+    z, centers, *_ = random_mixture(130, 8, 3)
+    inputs = random_gaussians(8, 8, 3, "precision+full")
+    centers, *inputs, scale = (x.requires_grad_() for x in (centers, *inputs, torch.rand(130, 3)))
+    with kernels(programs):
+        components = Components(centers, *inputs)
+        q = torch.distributions.Normal(z, scale.double() + 0.1)
+        components.kl(q).mean().backward()
+    split = [name for name in launched if "merge" in name]
+    assert len(split) == (2 if programs > 1 else 0)
+    assert len(launched) == 4 + len(split) <= 6
+
+
+# --- dispatch ---
+
+
+class OnGPU:
+    """As much of a CUDA tensor as the choice of a backend looks at."""
+
+    is_cpu, is_cuda, device = False, True, "cuda:0"
+
+
+def test_a_gpu_is_served_by_the_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "FORCED", "")
+    monkeypatch.setattr(backends._gpu(), "log_prob", lambda *_: "in the kernels")
+    assert backends.call("log_prob", OnGPU(), 10) == "in the kernels"
+
+
+def test_a_gpu_without_triton_warns_once(monkeypatch, recwarn):
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(backends, "FORCED", "")
+    monkeypatch.setattr(backends, "_gpu", missing)
+    backends._warn.cache_clear()
+    mixture = random_mixture(5, 4, 3)
+    for _ in range(2):
+        lse, _, _ = backends.call("log_prob", OnGPU(), 3, *mixture, False)
+    torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
+    (warning,) = recwarn
+    assert "Triton cannot be imported (No module named 'triton')" in str(warning.message)
+
+
+def test_dimensions_beyond_the_kernels_warn_once(monkeypatch, recwarn):
+    monkeypatch.setattr(backends, "FORCED", "")
+    backends._warn.cache_clear()
+    mixture = random_mixture(2, 2, 129)
+    for _ in range(2):
+        backends.call("log_prob", OnGPU(), 129, *mixture, False)
+    (warning,) = recwarn
+    assert "up to 128 dimensions in log_prob, not 129" in str(warning.message)
+
+
+def test_a_failing_compiler_warns_once(monkeypatch, recwarn):
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(backends, "FORCED", "")
+    monkeypatch.setattr(backends._gpu(), "log_prob", fail)
+    backends._warn.cache_clear()
+    mixture = random_mixture(5, 4, 3)
+    for _ in range(2):
+        lse, _, _ = backends.call("log_prob", OnGPU(), 3, *mixture, False)
+    torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
+    (warning,) = recwarn
+    assert "RuntimeError: Failed to find C compiler" in str(warning.message)
+
+
+def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "FORCED", "core")
+    with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
+        backends.call("log_prob", OnGPU(), 3)
+    with kernels(), pytest.raises(ValueError, match="serves up to 128 dimensions in log_prob"):
+        ops.mixture_log_prob(*random_mixture(2, 2, 129))
+
+
+def test_an_unknown_backend_is_an_error():
+    environment = {**os.environ, "VMM_FAST_BACKEND": "cuda"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import vmm_fast"], env=environment, capture_output=True, text=True
+    )
+    assert "VMM_FAST_BACKEND must be core, triton or reference, or not be set, but is 'cuda'" in (
+        run.stderr
+    )
+
+
+@pytest.mark.parametrize("backend", ["core", "reference"])
+def test_forced_backends_agree(monkeypatch, backend):
+    monkeypatch.setattr(backends, "FORCED", backend)
+    mixture = random_mixture(20, 5, 3)
+    assert_close(all_outputs(ops, mixture), all_outputs(reference, mixture), **TIGHT)
+    assert_gradients_close(mixture, False, **TIGHT)
+    scale = random_scale(20, 3, False)
+    torch.testing.assert_close(
+        ops.mixture_kl(*mixture, False, scale), composed_kl(*mixture, False, scale)
+    )
+
+
+# --- the empirical-Bayes step ---
+
+
+def map_gradients(prior, z, encoder):
+    """Loss and gradients of a step, without taking it."""
+    step = prior._step(z, encoder)
+    return step.loss, [g for g in step.gradients if g is not None]
+
+
+def small_prior(latent_dim=3, full=False, **options):
+    """A prior of two pseudo-inputs a component, its encoder, and points."""
+    torch.manual_seed(0)
+    inputs = torch.randn(10, 5, dtype=torch.float64)
+    outputs = latent_dim + latent_dim * (latent_dim if full else 1)
+    network = torch.nn.Linear(5, outputs, dtype=torch.float64)
+
+    def encoder(x):
+        mean, rest = network(x).split([latent_dim, outputs - latent_dim], -1)
+        if not full:
+            return torch.distributions.Normal(mean, rest.exp())
+        matrix = rest.unflatten(-1, (latent_dim, latent_dim))
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).exp()
+        scale = matrix.tril(-1) + torch.diag_embed(diagonal)
+        return torch.distributions.MultivariateNormal(mean, scale_tril=scale)
+
+    prior = VMMPrior(inputs, latent_dim, pseudo_inputs_per_component=2, **options).double()
+    with torch.no_grad():
+        prior.logits.normal_()
+        prior.raw_precision.add_(0.1 * torch.randn_like(prior.raw_precision))
+    return prior, encoder, torch.randn(90, latent_dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("programs", [1, 512])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"map_prior": "learnt", "data_size": 500},
+        {"map_prior": "fixed"},
+        {"map_prior": "none", "responsibility_gradient": False},
+        {"map_prior": "learnt", "weights": "stick-breaking"},
+        {"map_prior": "learnt", "weights": "stick-breaking", "discount": 0.3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_gradients_of_the_empirical_bayes_step(monkeypatch, options, full, programs):
+    prior, encoder, z = small_prior(full=full, **options)
+    with kernels(programs):
+        loss, gradients = map_gradients(prior, z, encoder)
+    monkeypatch.setattr(backends, "FORCED", "reference")
+    expected_loss, expected = map_gradients(prior, z, encoder)
+    torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_a_step_with_pruned_and_tiny_components(monkeypatch):
+    for options in ({}, {"weights": "stick-breaking", "discount": 0.3}):
+        prior, encoder, z = small_prior(**options)
+        with torch.no_grad():
+            prior.logits[0], prior.logits[3] = -torch.inf, -40.0
+        with kernels():
+            found = map_gradients(prior, z, encoder)
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "FORCED", "reference")
+            expected = map_gradients(prior, z, encoder)
+        torch.testing.assert_close(float(found[0]), float(expected[0]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("programs", [1, 512])
+def test_launches_of_an_empirical_bayes_step(launched, programs):
+    prior, encoder, z = small_prior()
+    with kernels(programs):
+        prior.update(z, encoder)
+    assert len(launched) == 4
+
+
+@triton.jit
+def gamma_functions_kernel(x, log_gamma, psi, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = tl.load(x + i)
+    tl.store(log_gamma + i, empirical_bayes.lgamma(value))
+    tl.store(psi + i, empirical_bayes.digamma(value))
+
+
+def test_log_gamma_and_digamma():
+    x = torch.logspace(-8, 8, 64, dtype=torch.float64)
+    log_gamma, psi = torch.empty_like(x), torch.empty_like(x)
+    gamma_functions_kernel[(1,)](x, log_gamma, psi, N=64)
+    torch.testing.assert_close(log_gamma, torch.lgamma(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(psi, torch.digamma(x), rtol=1e-12, atol=1e-12)
+
+
+# --- compiled ahead of time ---
+
+
+def test_every_kernel_compiles_within_its_bounds():
+    """One dimension in float32 on every target; the command by itself does all, in longer."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "vmm_fast.kernels.aot", "--dim", "10"]
+    command += ["--dtype", "float32"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert f"  {target}  " in run.stdout

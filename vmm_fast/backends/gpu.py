@@ -1,0 +1,150 @@
+"""The operations in the Triton kernels of :mod:`vmm_fast.kernels`, for GPUs of NVIDIA and AMD.
+
+Nothing here waits for the device, so that values are not checked: a NaN gives NaN, as does a
+component whose covariance is not positive definite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vmm_fast.kernels import components, empirical_bayes, groups, launch, sums
+from vmm_fast.kernels import log_prob as log_prob_kernels
+
+
+def largest_dim(name: str) -> int:
+    """Most dimensions that an operation's kernels serve."""
+    if name == "map_gradients":
+        return empirical_bayes.LARGEST_DIM
+    return components.LARGEST_DIM if "components" in name else launch.LARGEST_DIM
+
+
+def log_prob(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return log_prob_kernels.log_prob(*_dense(z, centers, whitening, offsets), transpose)
+
+
+def log_prob_backward(
+    grad_lse: Tensor | None,
+    grad_expected: Tensor | None,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, ...]:
+    if grad_lse is None:
+        grad_lse = torch.zeros_like(z[:, 0])
+    upstream = _dense(grad_lse, grad_expected)
+    mixture = _dense(z, centers, whitening, offsets)
+    return sums.backward(*mixture, softmax, *upstream, transpose)[:4]
+
+
+def kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    *mixture, scale = _dense(z, centers, whitening, offsets, scale)
+    value, _, softmax = log_prob_kernels.log_prob(*mixture, transpose, scale)
+    return value, softmax
+
+
+def kl_backward(
+    grad_kl: Tensor,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+) -> tuple[Tensor | None, ...]:
+    *mixture, scale, grad_kl = _dense(z, centers, whitening, offsets, scale, grad_kl)
+    return sums.backward(*mixture, softmax, grad_kl, None, transpose, scale)
+
+
+def statistics(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
+) -> tuple[Tensor, ...]:
+    mixture = _dense(z, centers, whitening, offsets)
+    *_, softmax = log_prob_kernels.log_prob(*mixture, transpose)
+    return sums.statistics(*mixture, softmax, transpose)
+
+
+def log_joint(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    per_component: int,
+) -> Tensor:
+    mixture = _dense(z, centers, whitening, offsets)
+    return groups.matrix(*mixture, transpose, per_component, None)
+
+
+def responsibilities(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    per_component: int,
+) -> Tensor:
+    mixture = _dense(z, centers, whitening, offsets)
+    *_, softmax = log_prob_kernels.log_prob(*mixture, transpose)
+    return groups.matrix(*mixture, transpose, per_component, softmax)
+
+
+def assign(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    transpose: bool,
+    per_component: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mixture = _dense(z, centers, whitening, offsets)
+    return groups.assign(*mixture, transpose, per_component)
+
+
+def whitened_components(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool,
+) -> tuple[Tensor, Tensor, None]:
+    inputs = _dense(log_weights, precision_cholesky, scale)
+    return *components.whitened_components(*inputs, num_centers, expected), None
+
+
+def whitened_components_backward(
+    grad_whitening: Tensor,
+    grad_offsets: Tensor,
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    whitening: Tensor,
+    expected: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    upstream = _dense(grad_whitening, grad_offsets)
+    inputs = _dense(log_weights, precision_cholesky, scale, whitening)
+    return components.whitened_components_backward(*upstream, *inputs, expected, wanted)
+
+
+map_gradients = empirical_bayes.map_gradients
+
+
+def _dense(*tensors):
+    return tuple(x if x is None else x.contiguous() for x in tensors)

@@ -1,0 +1,177 @@
+"""The operations in plain torch, for any device: :mod:`vmm_fast.reference`, with values checked.
+
+Of size [B, J], and each check waits for the device. z's that overflow are not looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmm_fast import reference
+
+
+def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor) -> None:
+    """Check what the compiled core checks by itself.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite, or every offset is -inf.
+    """
+    for name, value in (("z", z), ("centers", centers), ("whitening", whitening.tril())):
+        if not value.isfinite().all():
+            raise ValueError(f"{name} must be finite, but has a NaN or infinite value")
+    if not (offsets < torch.inf).all():
+        raise ValueError("offsets must be finite or -inf, but has a NaN or infinite value")
+    if not (offsets > -torch.inf).any():
+        raise ValueError("offsets are all -inf, so that every component is pruned")
+
+
+def _checked(function: Callable) -> Callable:
+    def checked(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, *rest: Any) -> Any:
+        check_values(z, centers, whitening, offsets)
+        return function(z, centers, whitening, offsets, *rest)
+
+    return checked
+
+
+def log_prob(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_values(z, centers, whitening, offsets)
+    lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
+
+
+def _gradients(
+    function: Callable, inputs: Sequence[Tensor], upstream: Sequence[Tensor | None], *rest: Any
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*inputs, *rest)
+        given = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None]
+        return torch.autograd.grad([y for y, _ in given], inputs, [g for _, g in given])
+
+
+def log_prob_backward(
+    grad_lse: Tensor | None,
+    grad_expected: Tensor | None,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, ...]:
+    inputs = (z, centers, whitening, offsets)
+    upstream = (grad_lse, grad_expected)
+    return _gradients(reference.mixture_log_prob, inputs, upstream, transpose)
+
+
+def kl_from_lse(lse: Tensor, scale: Tensor) -> Tensor:
+    """-H(q) - lse [B] of Gaussians q with a scale [B, D] or [B, D, D]."""
+    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
+    constant = 0.5 * diagonal.shape[-1] * math.log(2 * math.pi * math.e)
+    return -diagonal.log().sum(-1) - constant - lse
+
+
+def _kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool,
+) -> tuple[Tensor]:
+    lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return (kl_from_lse(lse, scale),)
+
+
+def kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    check_values(z, centers, whitening, offsets)
+    (value,) = _kl(z, centers, whitening, offsets, scale, transpose)
+    if not value.isfinite().all():
+        row = int((~value.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
+    return value, value.new_empty(0)
+
+
+def kl_backward(
+    grad_kl: Tensor,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+) -> tuple[Tensor, ...]:
+    return _gradients(_kl, (z, centers, whitening, offsets, scale), (grad_kl,), transpose)
+
+
+statistics = _checked(reference.mixture_statistics)
+log_joint = _checked(reference.mixture_log_joint)
+responsibilities = _checked(reference.mixture_responsibilities)
+assign = _checked(reference.mixture_assign)
+
+
+def whitened_components(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    expected: bool,
+) -> tuple[Tensor, Tensor, float]:
+    values = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
+    whitening, offsets = reference.whitened_components(*values, num_centers, expected)
+    diagonal = whitening.diagonal(dim1=-2, dim2=-1)
+    good = (diagonal > 0).all(-1)
+    good &= whitening.isfinite().flatten(1).all(-1)
+    if scale is not None:
+        good &= (scale.tril() if scale.ndim == 3 else scale).isfinite().flatten(1).all(-1)
+    if not good.all():
+        component = int((~good).nonzero()[0, 0]) * len(log_weights) // num_centers
+        raise ValueError(
+            f"component {component} has no positive-definite covariance: precision_cholesky and "
+            "the scale that the encoder gives its pseudo-input must be finite with a positive "
+            "diagonal"
+        )
+    condition = float((whitening.norm(dim=(-2, -1)) / diagonal.amin(-1)).max())
+    return whitening.to(log_weights.dtype), offsets.to(log_weights.dtype), condition
+
+
+def whitened_components_backward(
+    grad_whitening: Tensor,
+    grad_offsets: Tensor,
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    whitening: Tensor,
+    expected: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    with torch.enable_grad():
+        inputs = [
+            x if x is None else x.detach().double().requires_grad_(want)
+            for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
+        ]
+        outputs = reference.whitened_components(*inputs, len(whitening), expected)
+        upstream = (grad_whitening.double(), grad_offsets.double())
+        asked = [x for x in inputs if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(outputs, asked, upstream))
+    return [
+        next(grads).to(whitening.dtype) if x is not None and x.requires_grad else None
+        for x in inputs
+    ]
