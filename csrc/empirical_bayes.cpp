@@ -324,9 +324,9 @@ double maximise_weights(const double* mass, int64_t count, const ParameterPriors
     std::vector<double> a(size), b(size), expected_log_weights(size), map_weights(size);
     std::vector<int64_t> order(size);
     double learnt_gamma;
-    stick_breaking::posterior(mass, count, gamma, priors.discount, 1.0, 1.0, order.data(), a.data(),
-                              b.data(), expected_log_weights.data(), shares.data(),
-                              map_weights.data(), &learnt_gamma);
+    stick_breaking::posterior({mass, count, &gamma, priors.discount, 1.0, 1.0},
+                              {order.data(), a.data(), b.data(), expected_log_weights.data(),
+                               shares.data(), map_weights.data(), &learnt_gamma});
     if (learnt) gamma = learnt_gamma;
   } else if (priors.map_prior != MapPrior::none) {
     if (learnt) gamma = maximise_concentration(mass, count, gamma);

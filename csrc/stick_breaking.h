@@ -105,7 +105,7 @@ VMM_HD inline double expected_log_stick(Beta q) { return -digamma_difference(q.a
 // E[log(1 - v)]
 VMM_HD inline double expected_log_rest(Beta q) { return -digamma_difference(q.b, q.a); }
 
-// argmax over v in [0, 1] of v^(a-1) (1-v)^(b-1), a density in v; never NaN:
+// argmax over v in [0, 1] of v^(a-1) (1-v)^(b-1), a density in v; NaN only if a or b is:
 //   a > 1 and b > 1   (a - 1) / (a + b - 2)
 //   a <= 1 < b        0  (decreasing; infinite at 0 if a < 1)
 //   b <= 1 < a        1
@@ -114,7 +114,8 @@ VMM_HD inline double expected_log_rest(Beta q) { return -digamma_difference(q.b,
 VMM_HD inline double stick_mode(Beta q) {
   if (q.a > 1.0 && q.b > 1.0) return (q.a - 1.0) / ((q.a - 1.0) + (q.b - 1.0));
   if (q.a == 1.0 && q.b == 1.0) return 0.5;
-  return q.a >= q.b ? 1.0 : 0.0;
+  if (q.a >= q.b) return 1.0;
+  return q.a < q.b ? 0.0 : NAN;
 }
 
 // log(exp(x) + exp(y)), -inf included.
@@ -124,20 +125,46 @@ VMM_HD inline double log_add(double x, double y) {
   return low == -INFINITY ? high : high + std::log1p(std::exp(low - high));
 }
 
-// Everything about the posterior in one call, O(C log C). `order` [C] receives the components by
-// decreasing count (ties by index); a, b [C-1] belong to the sorted sticks; expected_log_weights,
-// mean_weights and map_weights [C] are in the components' own order, as `counts` [C] is.
-// map_weights has every stick at its mode (in v, not in pi). `concentration_update` [1] receives
-// the mode of gamma.
-void posterior(const double* counts, std::int64_t num_components, double concentration,
-               double discount, double prior_shape, double prior_rate, std::int64_t* order,
-               double* a, double* b, double* expected_log_weights, double* mean_weights,
-               double* map_weights, double* concentration_update);
+// A count or a concentration; NaN for what is none, so that its results are NaN.
+VMM_HD inline double in_domain(double value) { return value >= 0.0 ? value : NAN; }
 
-// The mode of gamma given sum_log_rest = sum_{c<C} E[log(1 - v_c)], at least kMinConcentration.
-// d = 0: that of Gamma(shape + C - 1, rate - sum_log_rest). See the definition for d > 0.
-double update_concentration(double sum_log_rest, std::int64_t num_components, double discount,
-                            double prior_shape, double prior_rate);
+// A component in the order of size. What is no count stands among the zeros: the order is total
+// whatever the counts are. Aligned for a GPU to load it as one.
+struct alignas(16) Ranked {
+  double count;
+  std::int64_t component;
+};
+VMM_HD inline Ranked ranked(const double* counts, std::int64_t component) {
+  const double count = counts[component];
+  return {count > 0.0 ? count : 0.0, component};
+}
+VMM_HD inline bool precedes(Ranked x, Ranked y) {
+  return x.count > y.count || (x.count == y.count && x.component < y.component);
+}
+
+struct Given {
+  const double* counts;  // [C]
+  std::int64_t num_components;
+  const double* concentration;  // [1]
+  double discount, prior_shape, prior_rate;
+};
+
+// `order` [C] receives the components by decreasing count (ties by index); a, b [C-1] belong to the
+// sorted sticks; expected_log_weights, mean_weights and map_weights [C] are in the components' own
+// order, as counts are. map_weights has every stick at its mode (in v, not in pi). concentration
+// [1] receives the mode of gamma, and may be the given one.
+struct Posterior {
+  std::int64_t* order;
+  double *a, *b, *expected_log_weights, *mean_weights, *map_weights, *concentration;
+};
+
+// Everything about the posterior in one call, O(C log C).
+void posterior(const Given& given, const Posterior& out);
+
+// The same as a CUDA block of so many threads computes it, by members that are called one after
+// another by rising or falling rank. scratch holds 2 C.
+void emulated_posterior(const Given& given, const Posterior& out, Ranked* scratch, int members,
+                        bool falling);
 
 // log pi_c = log v_c + sum_{l<c} log(1 - v_l); sticks [C-1] in [0, 1], log_weights [C].
 void sticks_to_log_weights(const double* sticks, std::int64_t num_components, double* log_weights);

@@ -1,18 +1,23 @@
 """Stick-breaking weights against scipy, mpmath and brute force."""
 
 import math
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vmm_fast import _core
+from vmm_fast.inference import closed_form, stick_breaking
 from vmm_fast.inference.stick_breaking import (
     log_stick_breaking_prior,
     log_weights_to_sticks,
+    posterior_without_checks,
     stick_breaking_posterior,
     sticks_to_log_weights,
 )
@@ -99,6 +104,27 @@ def test_expectations_keep_their_relative_precision(counts, discount):
     """Where psi(a) - psi(a + b) cancels: mpmath with 60 digits, relative error."""
     concentration = 1e-3
     got = stick_breaking_posterior(double(counts), concentration, discount)
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(got.a.item()), mpmath.mpf(got.b.item())
+        log_v = mpmath.digamma(a) - mpmath.digamma(a + b)
+        log_rest = mpmath.digamma(b) - mpmath.digamma(a + b)
+    assert got.expected_log_weights[0].item() == pytest.approx(float(log_v), rel=1e-13, abs=0)
+    assert got.expected_log_weights[1].item() == pytest.approx(float(log_rest), rel=1e-13, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "tail", "concentration", "discount"),
+    [
+        (0.0, 0.0, 1e-8, 0.0),  # a = 1, b = 1e-8
+        (1e8, 0.0, 1e-8, 0.0),
+        (0.0, 0.0, 1e8, 1 - 1e-8),  # a = 1e-8, b = 1e8
+        (0.0, 0.0, 1e-8, 1 - 1e-8),  # b = 1
+        (1e8, 1e8, 1.0, 0.0),
+        (1e8, 1e8, 1e8, 0.5),
+    ],
+)
+def test_digamma_differences_at_the_ends(count, tail, concentration, discount):
+    got = stick_breaking_posterior(double([count, tail]), concentration, discount)
     with mpmath.workdps(60):
         a, b = mpmath.mpf(got.a.item()), mpmath.mpf(got.b.item())
         log_v = mpmath.digamma(a) - mpmath.digamma(a + b)
@@ -306,6 +332,124 @@ def test_two_runs_give_the_same_bits():
     for one, other in zip(first[:-1], second[:-1], strict=True):
         assert torch.equal(one, other)
     assert first.concentration == second.concentration
+
+
+# The GPU's algorithm: one member after another does what a thread of the block would do
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch):
+    """Makes the dispatch believe that the counts are on a GPU whose block has so many threads."""
+
+    def emulate(members, falling=False):
+        def launch(*arguments):
+            *shared, _device, _stream = arguments
+            _core.stick_breaking_posterior_emulated(*shared, members, falling)
+
+        kernels = SimpleNamespace(stick_breaking_posterior=launch)
+        monkeypatch.setattr(stick_breaking, "_cuda_kernels", lambda device: kernels)
+        stream = SimpleNamespace(cuda_stream=0)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    return emulate
+
+
+def many_counts(size):
+    rng = np.random.default_rng(3)
+    counts = rng.gamma(0.05, 100.0, size)
+    counts[rng.random(size) < 0.3] = 0.0
+    return counts
+
+
+TEAM_COUNTS = {
+    "1": [5.0],
+    "2": [1.0, 4.0],
+    "3": [0.5, 8.0, 8.0],
+    "ties": [3.0, 1.0, 7.0, 1.0] * 25,
+    "zeros": [0.0] * 33,
+    "huge": [1e12, 2.0**53, 1e-12, 0.0, 1.0, 1e12, 3.0] * 5,
+    "1000": many_counts(1000),
+    "100000": many_counts(100_000),
+}
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("name", TEAM_COUNTS)
+def test_team_against_one_member(name, discount, emulated_gpu):
+    counts = double(TEAM_COUNTS[name])
+    expected = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
+    # 512 is the size of the block; the others leave tiles and turns of every kind unfinished.
+    for members in (1, 2, 3, 7, 64, 512):
+        emulated_gpu(members)
+        got = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
+        assert torch.equal(got.order, expected.order)
+        for one, other in zip(got[1:], expected[1:], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-300)
+        # No member reads what another one writes in the same phase.
+        emulated_gpu(members, falling=True)
+        falling = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
+        for one, other in zip(got[:-1], falling[:-1], strict=True):
+            assert torch.equal(one, other)
+        assert got.concentration == falling.concentration
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(counts_strategy, concentrations, discounts, st.integers(1, 9))
+def test_team_sorts_and_follows_scipy(emulated_gpu, counts, concentration, discount, members):
+    emulated_gpu(members)
+    got = stick_breaking_posterior(double(counts), concentration, discount)
+    order, a, b, expected, mean = oracle(counts, concentration, discount)
+    np.testing.assert_array_equal(got.order, order)
+    np.testing.assert_allclose(got.a, a, rtol=1e-14)
+    np.testing.assert_allclose(got.b, b, rtol=1e-14)
+    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-10, atol=1e-15)
+    assert_maximises_concentration(got, discount, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("members", [None, 1, 4])
+@pytest.mark.parametrize("value", [math.nan, -1.0, -1e300, math.inf])
+@pytest.mark.parametrize("discount", [0.0, 0.3])
+def test_without_checks_what_is_no_count_gives_nan(members, value, discount, emulated_gpu):
+    if members is not None:
+        emulated_gpu(members)
+    counts = double([3.0, value, 3.0, 0.0, 5.0])
+    got = posterior_without_checks(counts, 1.0, discount)
+    assert got.order.sort().values.tolist() == [0, 1, 2, 3, 4]
+    assert got.mean_weights.isnan().any()
+    assert got.expected_log_weights.isnan().any()
+    assert got.concentration.isnan()
+    got = posterior_without_checks(counts.nan_to_num().clamp(0, 5), double(-1.0), discount)
+    assert got.mean_weights.isnan().all()
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        assert func is not torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("map_prior", ["fixed", "learnt"])
+def test_maximised_weights_do_not_wait_for_a_gpu(map_prior, emulated_gpu):
+    mass, gamma = double(TEAM_COUNTS["ties"]), double(1.3)
+    options = {"weights": "stick-breaking", "discount": 0.3, "map_prior": map_prior}
+    expected, expected_gamma = closed_form.maximise_weights(mass, 1.3, **options)
+    emulated_gpu(512)
+    with NeverWaiting():
+        log_weights, learnt = closed_form.maximise_weights(mass, gamma, **options)
+    torch.testing.assert_close(log_weights, expected, rtol=1e-12, atol=0)
+    assert float(learnt) == pytest.approx(float(expected_gamma), rel=1e-12)
+
+
+def test_more_components_than_the_gpu_takes_go_to_the_cpu(monkeypatch):
+    def kernels(device):
+        raise AssertionError
+
+    monkeypatch.setattr(stick_breaking, "_cuda_kernels", kernels)
+    assert stick_breaking_posterior(torch.ones(100_001), 1.0).order[-1] == 100_000
 
 
 # Sticks and weights

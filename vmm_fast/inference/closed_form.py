@@ -29,7 +29,7 @@ from torch import Tensor
 from vmm_fast import ops
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
 from vmm_fast.inference.processes import number_of_processes, sum_over_processes
-from vmm_fast.inference.stick_breaking import stick_breaking_posterior
+from vmm_fast.inference.stick_breaking import posterior_without_checks
 from vmm_fast.mixture import Components, WhitenedMixture
 
 __all__ = [
@@ -159,8 +159,8 @@ def maximise_centers(sums: Statistics, precision_cholesky: Tensor, map_prior: bo
 
 
 def maximise_weights(
-    mass: Tensor, concentration: float, *, weights: str, discount: float, map_prior: str
-) -> tuple[Tensor, float]:
+    mass: Tensor, concentration: float | Tensor, *, weights: str, discount: float, map_prior: str
+) -> tuple[Tensor, float | Tensor]:
     """log pi [C] (float64) and the concentration from the components' masses N_c [C].
 
     ``map_prior`` "none" gives N_c / N; "fixed" keeps the concentration; "learnt" maximises it.
@@ -168,7 +168,7 @@ def maximise_weights(
     if map_prior == "none":
         return (mass / mass.sum()).log().clamp_min(LOG_WEIGHT_FLOOR), concentration
     if weights == "stick-breaking":
-        posterior = stick_breaking_posterior(mass, concentration, discount)
+        posterior = posterior_without_checks(mass, concentration, discount)
         learnt = posterior.concentration if map_prior == "learnt" else concentration
         return posterior.mean_weights.log().clamp_min(LOG_WEIGHT_FLOOR), learnt
     if map_prior == "learnt":

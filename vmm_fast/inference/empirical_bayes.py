@@ -461,7 +461,7 @@ def _maximise_in_torch(
     kept = parameters.logits > -math.inf  # a pruned component stays pruned
     log_weights, gamma = closed_form.maximise_weights(
         mass[kept],
-        float(concentration(parameters.raw_alpha)),
+        concentration(parameters.raw_alpha).double(),
         weights=objective.weights,
         discount=objective.discount,
         map_prior=objective.map_prior,
@@ -469,7 +469,7 @@ def _maximise_in_torch(
     if parameters.logits.requires_grad:
         parameters.logits[kept] = log_weights.to(parameters.logits.dtype)
     if parameters.raw_alpha.requires_grad:
-        parameters.raw_alpha.copy_(raw_alpha(torch.tensor(gamma, dtype=torch.float64)))
+        parameters.raw_alpha.copy_(raw_alpha(torch.as_tensor(gamma, dtype=torch.float64)))
 
 
 def online_step(

@@ -6,13 +6,15 @@ Pitman-Yor process), truncated at C components,
     v_c ~ Beta(1 - d, gamma + c d)  for c = 1, .., C-1,   v_C = 1,   pi_c = v_c prod_{l<c} (1 - v_l)
 
 Components are ordered by size, the largest first. The posterior is computed in float64 by the
-compiled core (``csrc/stick_breaking.h``, with formulas and sources).
+compiled core (``csrc/stick_breaking.h``, with formulas and sources), or where the counts are, by a
+CUDA kernel: for up to 100,000 components on an NVIDIA GPU, in a build with a CUDA toolkit.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +25,13 @@ __all__ = [
     "StickBreakingPosterior",
     "log_stick_breaking_prior",
     "log_weights_to_sticks",
+    "posterior_without_checks",
     "stick_breaking_posterior",
     "sticks_to_log_weights",
 ]
+
+# One block of threads, a small part of a GPU, does all of the kernel's work.
+_MAX_COMPONENTS_ON_GPU = 100_000
 
 
 class StickBreakingPosterior(NamedTuple):
@@ -56,6 +62,18 @@ class StickBreakingPosterior(NamedTuple):
     concentration: float
 
 
+class Float64Posterior(NamedTuple):
+    """The same in float64, with the concentration as a tensor []."""
+
+    order: Tensor
+    a: Tensor
+    b: Tensor
+    expected_log_weights: Tensor
+    mean_weights: Tensor
+    map_weights: Tensor
+    concentration: Tensor
+
+
 def stick_breaking_posterior(
     counts: Tensor,
     concentration: float,
@@ -83,7 +101,9 @@ def stick_breaking_posterior(
     ----------
     counts : Tensor
         [C] float32 or float64, C >= 1: the (soft) counts N_c >= 0, in any order. The work is done
-        on the CPU in float64; other devices cost a copy there and back. Carries no gradient.
+        in float64, by a CUDA kernel on NVIDIA GPUs if it was built and C <= 100,000, else on the
+        CPU, at the cost of a copy there and back. A GPU is waited for in either case, to check
+        the values and to return the concentration. Carries no gradient.
     concentration : float
         gamma > 0.
     discount : float
@@ -137,41 +157,88 @@ def stick_breaking_posterior(
             raise ValueError(
                 f"concentration_prior: {name} is {value}; it must be finite and greater than 0"
             )
-    n = counts.detach().to("cpu", torch.float64).contiguous()
     # The sum is NaN or infinite as soon as one count is, and must itself be finite.
-    if n.min().item() < 0 or not math.isfinite(n.sum().item()):
+    n = counts.detach().double()
+    low, high, total = torch.stack([*n.aminmax(), n.sum()]).tolist()
+    if low < 0 or not math.isfinite(total):
         raise ValueError(
-            f"counts has values from {n.min().item()} to {n.max().item()} with sum "
-            f"{n.sum().item()}; they must be non-negative and finite, with a finite sum"
+            f"counts has values from {low} to {high} with sum {total}; they must be non-negative "
+            "and finite, with a finite sum"
         )
-
-    size = n.numel()
-    order = torch.empty(size, dtype=torch.int64)
-    a, b = n.new_empty(size - 1), n.new_empty(size - 1)
-    expected_log_weights, mean_weights, map_weights = (n.new_empty(size) for _ in range(3))
-    concentration_update = _core.stick_breaking_posterior(
-        n.data_ptr(),
-        size,
-        concentration,
-        discount,
-        shape,
-        rate,
-        order.data_ptr(),
-        a.data_ptr(),
-        b.data_ptr(),
-        expected_log_weights.data_ptr(),
-        mean_weights.data_ptr(),
-        map_weights.data_ptr(),
-    )
+    found = posterior_without_checks(n, concentration, discount, concentration_prior)
     return StickBreakingPosterior(
-        order=order.to(counts.device),
-        a=a.to(counts),
-        b=b.to(counts),
-        expected_log_weights=expected_log_weights.to(counts),
-        mean_weights=mean_weights.to(counts),
-        map_weights=map_weights.to(counts),
-        concentration=concentration_update,
+        order=found.order,
+        a=found.a.to(counts),
+        b=found.b.to(counts),
+        expected_log_weights=found.expected_log_weights.to(counts),
+        mean_weights=found.mean_weights.to(counts),
+        map_weights=found.map_weights.to(counts),
+        concentration=found.concentration.item(),
     )
+
+
+def posterior_without_checks(
+    counts: Tensor,
+    concentration: float | Tensor,
+    discount: float = 0.0,
+    concentration_prior: tuple[float, float] = (1.0, 1.0),
+) -> Float64Posterior:
+    """:func:`stick_breaking_posterior` that does not wait for a GPU which has the kernel.
+
+    A count or a concentration that is negative or NaN gives NaN.
+
+    Parameters
+    ----------
+    counts : Tensor
+        [C], C >= 1, any floating dtype.
+    concentration : float or Tensor
+        A tensor is 0-d.
+    discount, concentration_prior
+        As there.
+
+    Returns
+    -------
+    Float64Posterior
+        On the device of ``counts``.
+    """
+    size = counts.numel()
+    cuda = _cuda_kernels(counts.device) if size <= _MAX_COMPONENTS_ON_GPU else None
+    device = counts.device if cuda else torch.device("cpu")
+    n = counts.detach().to(device, torch.float64).contiguous()
+    if isinstance(concentration, Tensor):
+        gamma = concentration.detach().to(n)
+    else:
+        gamma = n.new_full((), concentration)
+    found = Float64Posterior(
+        order=torch.empty(size, dtype=torch.int64, device=device),
+        a=n.new_empty(size - 1),
+        b=n.new_empty(size - 1),
+        expected_log_weights=n.new_empty(size),
+        mean_weights=n.new_empty(size),
+        map_weights=n.new_empty(size),
+        concentration=n.new_empty(()),
+    )
+    addresses = [x.data_ptr() for x in found]
+    arguments = (n.data_ptr(), size, gamma.data_ptr(), discount, *concentration_prior, *addresses)
+    if cuda is None:
+        _core.stick_breaking_posterior(*arguments)
+    else:
+        scratch = n.new_empty(4 * size)  # counts and indices while they are sorted, twice
+        stream = torch.cuda.current_stream(device).cuda_stream
+        cuda.stick_breaking_posterior(*arguments, scratch.data_ptr(), device.index, stream)
+    return Float64Posterior(*(x.to(counts.device) for x in found))
+
+
+@functools.lru_cache
+def _cuda_kernels(device: torch.device) -> Any | None:
+    """The CUDA kernels, if they were built and run on this device."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    try:
+        from vmm_fast import _cuda
+    except ImportError:
+        return None
+    return _cuda if _cuda.is_served(device.index) else None
 
 
 def sticks_to_log_weights(sticks: Tensor) -> Tensor:
