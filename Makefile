@@ -30,7 +30,7 @@ sanitize: $(VENV)/.installed
 	$(RUN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
 		> $$(echo $(SANITIZE)/lib/python*/site-packages)/borrowed.pth
 	$(RUN)/python -m pip --python $(SANITIZE)/bin/python install --quiet --no-deps -e . \
-		-C build-dir=build/sanitized -C cmake.define.VMM_SANITIZE=ON
+		-C build-dir=build/sanitized -C cmake.define.VMM_SANITIZE=ON -C cmake.define.VMM_CUDA=OFF
 	$(SANITIZED) -c 'import sys; from vmm_fast import _core; \
 		sys.exit(not _core.__file__.startswith(sys.prefix) and f"the core is {_core.__file__}")'
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys $(KERNEL_TESTS)
