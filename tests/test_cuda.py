@@ -73,18 +73,19 @@ def test_gpu_against_cpu(name, discount, gpu):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-300)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_gpu_is_not_waited_for_and_graphs_capture(gpu):
     counts = torch.tensor([3.0, 1.0, 7.0, 0.0], dtype=torch.float64, device=gpu)
     gamma = torch.tensor(1.5, dtype=torch.float64, device=gpu)
     expected = posterior_without_checks(counts.cpu(), 1.5, 0.3)
-    graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     try:
         posterior_without_checks(counts, gamma, 0.3)
-        with torch.cuda.graph(graph):
-            got = posterior_without_checks(counts, gamma, 0.3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = posterior_without_checks(counts, gamma, 0.3)
     graph.replay()
     torch.testing.assert_close(
         tuple(x.cpu() for x in got), tuple(expected), rtol=1e-12, atol=1e-300
