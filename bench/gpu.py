@@ -29,7 +29,7 @@ from bench.records import RESULTS, Row, command, environment, write_rows
 from bench.report import duration
 from bench.timing import Sampler, take_turns
 
-SIZES = throughput.FULL.density + (Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
+SIZES = (*throughput.FULL.density, Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
 LARGE = 10**9  # pairs from which only what needs no [B, J] matrix takes part
 MEMORY = Size(65_536, 10_000, 32)
 QUICK_SIZES = (Size(32, 5, 3),)

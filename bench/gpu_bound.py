@@ -226,7 +226,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.launches, self.bytes = 0, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if not function.is_view and function.overloadpacket is not torch.ops.aten.detach:
             leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
@@ -279,7 +279,7 @@ def page() -> str:
         f"A launch is taken to cost {_seconds(LAUNCH)} and a component of a program's loop "
         f"{_seconds(STEP)} of waiting. float32 throughout.",
         "",
-        "| device | target | vector | matrix, a product in passes | exponentials | memory | source |",
+        "| device | target | vector | matrix, passes a product | exponentials | memory | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for d in DEVICES:

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs of NVIDIA and AMD, installed as ``vmm_fast.kernels``; they need Triton."""
+"""Triton kernels for GPUs of NVIDIA and AMD, installed as ``vmm_fast.kernels``; needs Triton."""

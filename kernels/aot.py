@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from vmm_fast.inference.empirical_bayes import Objective
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR
-from vmm_fast.kernels import components, empirical_bayes, groups, launch, log_prob, sums
+from vmm_fast.kernels import components, empirical_bayes, groups, launch, log_prob, nvcc, sums
 
 
 class Target(NamedTuple):
@@ -263,7 +263,7 @@ def compiled(note: Launch, target_name: str) -> Row:
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack and local memory: the kernels have no other use."""
+    """Registers a thread, and bytes of its stack and local memory, which only spills use."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -289,6 +289,15 @@ def rows(target_names: list[str], dims: list[int], dtypes: list[str]) -> list[Ro
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
+
+
+def cuda_rows(target_names: list[str]) -> list[Row]:
+    """The CUDA kernels of ``csrc/``; none where there is no nvcc."""
+    return [
+        Row(row.kernel, "CUDA", row.target, row.registers, row.spill_bytes, row.shared_bytes, False)
+        for row in nvcc.resource_report() or []
+        if row.target in target_names
+    ]
 
 
 def table(found: list[Row]) -> str:
@@ -330,11 +339,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dim", nargs="+", type=int, default=list(DIMS), help="dimensions D")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args(arguments)
-    found = rows(options.target, options.dim, options.dtype)
+    of_cuda = cuda_rows(options.target)
+    found = rows(options.target, options.dim, options.dtype) + of_cuda
     print(table(found))
+    if not of_cuda:
+        print("\nthe CUDA kernels of csrc/ are left out: no nvcc, or installed without sources")
     wrong = [row for row in found if row.faults()]
     print(
-        f"\n{len(found)} compilations by Triton {triton.__version__} for "
+        f"\n{len(found)} compilations, Triton {triton.__version__}, for "
         f"{', '.join(options.target)}: {len(wrong)} break a bound"
     )
     return 1 if wrong else 0

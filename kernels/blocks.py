@@ -4,8 +4,8 @@ Points lie in rows of a tile [BLOCK_B, P], P the dimension D rounded up to a pow
 least 16 (what a matrix instruction takes), filled up with zeros. A component's matrix W [P, P]
 whitens from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
 one. Beyond Q = 32 columns all is done in blocks, for larger tiles would not stay in registers, and
-blocks of W that are zero are left out. DTYPE is that of all arithmetic; what is loaded is cast to it
-at once.
+blocks of W that are zero are left out. DTYPE is that of all arithmetic; what is loaded is cast to
+it at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def chunk(D):
 @triton.constexpr_function
 def lowest(DTYPE):
     """Where l is cut off, so that differences and sums of it stay finite."""
-    return -1e290 if DTYPE == tl.float64 else -1e30
+    return -1e290 if tl.float64 == DTYPE else -1e30
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def load_whitening(
     TRANSPOSE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The block [ROWS, Q] of W at ``row``, ``column``; W is the lower A_j for ``TRANSPOSE``, else A_j^T."""
+    """The block [ROWS, Q] of W at ``row``, ``column``; W = A_j for ``TRANSPOSE``, else A_j^T."""
     row = row + tl.arange(0, ROWS)[:, None]
     column = column + tl.arange(0, chunk(D))[None, :]
     if not TRANSPOSE:
@@ -88,7 +88,7 @@ def whiten(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Q columns of y = (z - m_j) W, from ``column`` on; ``points`` are those of z up to Q columns."""
+    """Q columns of y = (z - m_j) W, from ``column`` on; ``points`` are the first Q of z's."""
     Q: tl.constexpr = chunk(D)
     if D <= Q:
         d = points - load_center(centers, j, 0, D, Q, DTYPE)[None, :]

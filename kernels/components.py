@@ -13,9 +13,9 @@ offset, with M = tril(A^T G) + g I made symmetric
     expected   grad_s = -g tril(L L^T s),   grad_L = G + g (diag(1 / L) - tril(S L))
     without Lambda^-1   grad_s = -tril(A^T G A^T) - g diag(A)
 
-so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). A matrix is
-a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and the
-factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a scale
+so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). A matrix
+is a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and
+the factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a scale
 may be a thousandth or a thousandfold of the others. One program has one center, or in the backward
 all centers of a component, in order: the same input gives the same bits.
 """

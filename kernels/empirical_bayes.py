@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmm_fast.kernels import components, launch
+from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import load_center, merge_softmax, padded
 from vmm_fast.kernels.components import (
     diagonal,
@@ -122,7 +122,9 @@ def store_hyper(
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What all logits have to say: log of their sum, and of x = max(log pi, floor) the sum, how
+    """What all logits have to say.
+
+    That is the log of the sum of their exponentials, and of x = max(log pi, floor) the sum, how
     many are above the floor, the smallest, the last index of that, and the sum of e^x.
     """
     index = tl.arange(0, BLOCK)

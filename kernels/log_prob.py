@@ -10,7 +10,6 @@ follows from the sizes alone, and the merge adds them up in one fixed tree.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -63,33 +63,23 @@ def store_sums(
     PRECISION: tl.constexpr,
     GRADIENTS: tl.constexpr,
 ):
-    """Write N, s and Q columns M of component j, or for ``GRADIENTS`` those by offset, m and A.
-
-    M is symmetric: its columns times W are as many rows of M W.
-    """
+    """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A."""
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     every = tl.arange(0, P)
-    some = first + tl.arange(0, Q)
+    row = every[:, None]
+    column = (first + tl.arange(0, Q))[None, :]
+    mask = (row < D) & (column < D)
     origin = tl.cast(slot, tl.int64) * D
     if GRADIENTS:
-        moment = s * 0.0
-        for begin in range(0, D, Q):
-            w = load_whitening(whitening, j, 0, begin, D, P, TRANSPOSE, DTYPE)
-            whitened = tl.sum(w * s[:, None], 0)  # s W
-            moment += tl.sum(w * whitened[None, :], 1)
-            slope = -tl.dot(tl.trans(M), w, input_precision=PRECISION, out_dtype=DTYPE)
-            row = some[:, None]
-            column = (begin + tl.arange(0, Q))[None, :]
-            if not TRANSPOSE:
-                row, column = column, row
-            slope = tl.where(column <= row, slope, 0.0)
-            mask = (row < D) & (column < D)
-            tl.store(M_out + origin * D + row * D + column, slope, mask=mask)
-        s = moment
-    else:
-        mask = (every[:, None] < D) & (some[None, :] < D)
-        tl.store(M_out + origin * D + every[:, None] * D + some[None, :], M, mask=mask)
+        w = load_whitening(whitening, j, 0, 0, D, P, TRANSPOSE, DTYPE)
+        whitened = tl.sum(w * s[:, None], 0)  # s W
+        s = tl.sum(w * whitened[None, :], 1)
+        M = -tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
+        if not TRANSPOSE:
+            row, column = column, row
+        M = tl.where(column <= row, M, 0.0)
+    tl.store(M_out + origin * D + row * D + column, M, mask=mask)
     if first == 0:
         tl.store(N_out + slot, N)
         tl.store(s_out + origin + every, s, mask=every < D)
@@ -330,9 +320,9 @@ def backward_kernel(
     PRECISION: tl.constexpr,
     WEIGHTS: tl.constexpr,
     POSTERIOR: tl.constexpr,
-    SPLIT_POINTS: tl.constexpr,
+    SUMS_ALONE: tl.constexpr,
 ):
-    """All gradients but for the adding up of splits."""
+    """All gradients but for the adding up of splits; for ``SUMS_ALONE`` N, s and M instead."""
     columns: tl.constexpr = (D + chunk(D) - 1) // chunk(D)
     program = tl.program_id(0)
     if program < gradient_programs:
@@ -362,9 +352,8 @@ def backward_kernel(
             PRECISION,
             WEIGHTS,
         )
-        if POSTERIOR != "none":
-            if split + first == 0:
-                store_scale_gradient(scale, grad_lse, grad_scale, rows, count, D, DTYPE, POSTERIOR)
+        if POSTERIOR != "none" and split + first == 0:
+            store_scale_gradient(scale, grad_lse, grad_scale, rows, count, D, DTYPE, POSTERIOR)
     else:
         slot = (program - gradient_programs) // columns
         begin = (slot // components) * points_a_split
@@ -392,7 +381,7 @@ def backward_kernel(
             DTYPE,
             PRECISION,
             WEIGHTS,
-            not SPLIT_POINTS,
+            not SUMS_ALONE,
             1,
         )
 
@@ -449,6 +438,65 @@ def statistics_kernel(
     )
 
 
+@triton.jit
+def load_block(
+    matrices, slot, row, column, D: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The block [ROWS, Q] at ``row``, ``column`` of a matrix of [.., D, D]."""
+    row = row + tl.arange(0, ROWS)[:, None]
+    column = column + tl.arange(0, chunk(D))[None, :]
+    addresses = matrices + tl.cast(slot, tl.int64) * (D * D) + row * D + column
+    return tl.load(addresses, mask=(row < D) & (column < D), other=0.0).to(DTYPE)
+
+
+@triton.jit
+def store_gradients(
+    N_out,
+    s_out,
+    M_out,
+    whitening,
+    M_parts,
+    N,
+    s,
+    j,
+    first,
+    components,
+    point_splits,
+    D: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block."""
+    P: tl.constexpr = padded(D)
+    Q: tl.constexpr = chunk(D)
+    every = tl.arange(0, P)
+    moment = tl.zeros([P], DTYPE)
+    for begin in range(0, D, Q):
+        slope = tl.zeros([Q, Q], DTYPE)
+        for k in range(0, D, Q):
+            M = tl.zeros([Q, Q], DTYPE)
+            for split in range(point_splits):
+                slot = tl.cast(split, tl.int64) * components + j
+                M += load_block(M_parts, slot, first, k, D, Q, DTYPE)
+            w = load_whitening(whitening, j, k, begin, D, Q, TRANSPOSE, DTYPE)
+            slope -= tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
+        row = (first + tl.arange(0, Q))[:, None]
+        column = (begin + tl.arange(0, Q))[None, :]
+        if not TRANSPOSE:
+            row, column = column, row
+        slope = tl.where(column <= row, slope, 0.0)
+        addresses = M_out + tl.cast(j, tl.int64) * (D * D) + row * D + column
+        tl.store(addresses, slope, mask=(row < D) & (column < D))
+        if first == 0:
+            w = load_whitening(whitening, j, 0, begin, D, P, TRANSPOSE, DTYPE)
+            whitened = tl.sum(w * s[:, None], 0)  # s W
+            moment += tl.sum(w * whitened[None, :], 1)
+    if first == 0:
+        tl.store(N_out + j, N)
+        tl.store(s_out + tl.cast(j, tl.int64) * D + every, moment, mask=every < D)
+
+
 @triton.jit(do_not_specialize=["size", "components", "gradient_programs", "parts", "point_splits"])
 def sums_merge_kernel(
     grad_z_parts,  # [parts, size]
@@ -489,34 +537,52 @@ def sums_merge_kernel(
         j = (program - gradient_programs) // columns
         first = (program - gradient_programs) % columns * Q
         every = tl.arange(0, P)
-        some = first + tl.arange(0, Q)
-        mask = (every[:, None] < D) & (some[None, :] < D)
         N = tl.zeros([1], DTYPE)
         s = tl.zeros([P], DTYPE)
-        M = tl.zeros([P, Q], DTYPE)
         for split in range(point_splits):
             slot = tl.cast(split, tl.int64) * components + j
             N += tl.load(N_parts + slot)
             s += tl.load(s_parts + slot * D + every, mask=every < D, other=0.0)
-            addresses = M_parts + slot * (D * D) + every[:, None] * D + some[None, :]
-            M += tl.load(addresses, mask=mask, other=0.0)
-        store_sums(
-            N_out,
-            s_out,
-            M_out,
-            whitening,
-            tl.sum(N, 0),
-            s,
-            M,
-            j,
-            first,
-            j,
-            D,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-            GRADIENTS,
-        )
+        if GRADIENTS and D > Q:
+            store_gradients(
+                N_out,
+                s_out,
+                M_out,
+                whitening,
+                M_parts,
+                tl.sum(N, 0),
+                s,
+                j,
+                first,
+                components,
+                point_splits,
+                D,
+                TRANSPOSE,
+                DTYPE,
+                PRECISION,
+            )
+        else:
+            M = tl.zeros([P, Q], DTYPE)
+            for split in range(point_splits):
+                slot = tl.cast(split, tl.int64) * components + j
+                M += load_block(M_parts, slot, 0, first, D, P, DTYPE)
+            store_sums(
+                N_out,
+                s_out,
+                M_out,
+                whitening,
+                tl.sum(N, 0),
+                s,
+                M,
+                j,
+                first,
+                j,
+                D,
+                TRANSPOSE,
+                DTYPE,
+                PRECISION,
+                GRADIENTS,
+            )
 
 
 def _sums(z: Tensor, components: int, splits: int) -> tuple[Tensor, ...]:
@@ -539,7 +605,7 @@ def _merge(
     block = 1024
     grad_z_parts, grad_z, splits = gradient
     programs = triton.cdiv(grad_z.numel(), block) if splits > 1 else 0
-    components = len(whitening) if point_splits > 1 else 0
+    components = 0 if parts is out else len(whitening)
     if not programs + components:
         return
     columns = triton.cdiv(constants["D"], chunk(constants["D"]))
@@ -588,8 +654,10 @@ def backward(
     parts_z = grad_z if splits == 1 else z.new_empty(splits, count, dim)
     grad_scale = None if scale is None else torch.empty_like(scale)
     out = _sums(z, components, 1)
-    parts = out if point_splits == 1 else _sums(z, components, point_splits)
     columns = triton.cdiv(dim, chunk(dim))
+    # Beyond a block, M W needs what other programs have summed.
+    second = point_splits > 1 or columns > 1
+    parts = _sums(z, components, point_splits) if second else out
     if scale is not None:
         weights, posterior = "kl", "diagonal" if scale.ndim == 2 else "full"
     else:
@@ -617,7 +685,7 @@ def backward(
             tiles_a_split * block,
             WEIGHTS=weights,
             POSTERIOR=posterior,
-            SPLIT_POINTS=point_splits > 1,
+            SUMS_ALONE=second,
             **constants,
         )
         gradient = (parts_z, grad_z, splits)

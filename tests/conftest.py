@@ -6,10 +6,10 @@ import os
 # Before Triton is imported: its kernels run in its interpreter, which needs no GPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from vmm_fast import _core  # noqa: E402
+from vmm_fast import _core
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from vmm_fast.kernels import nvcc
 
 from vmm_fast.inference.stick_breaking import posterior_without_checks, stick_breaking_posterior
+from vmm_fast.kernels import nvcc
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def in_kernels(
         return getattr(gpu, name)(*arguments)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, OSError, subprocess.SubprocessError, *_compiler_errors()) as error:
+    except _compiler_errors() as error:
         _warn(f"a Triton kernel could not be run ({type(error).__name__}: {error})")
         return otherwise()
 
@@ -88,10 +88,11 @@ def _gpu() -> ModuleType:
     return gpu
 
 
-def _compiler_errors() -> tuple[type[BaseException], ...]:
-    import triton
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from triton import CompilationError, TritonError
 
-    return (triton.CompilationError, triton.TritonError)
+    # Also what a missing C compiler or a missing driver raises.
+    return (CompilationError, TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
 @functools.cache

@@ -134,8 +134,9 @@ def whitened_components(
     num_centers: int,
     expected: bool,
 ) -> tuple[Tensor, Tensor, float]:
-    values = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
-    whitening, offsets = reference.whitened_components(*values, num_centers, expected)
+    pi, L, s = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
+    assert pi is not None
+    whitening, offsets = reference.whitened_components(pi, L, s, num_centers, expected)
     diagonal = whitening.diagonal(dim1=-2, dim2=-1)
     good = (diagonal > 0).all(-1)
     good &= whitening.isfinite().flatten(1).all(-1)
@@ -163,11 +164,12 @@ def whitened_components_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     with torch.enable_grad():
-        inputs = [
+        pi, L, s = inputs = [
             x if x is None else x.detach().double().requires_grad_(want)
             for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
         ]
-        outputs = reference.whitened_components(*inputs, len(whitening), expected)
+        assert pi is not None
+        outputs = reference.whitened_components(pi, L, s, len(whitening), expected)
         upstream = (grad_whitening.double(), grad_offsets.double())
         asked = [x for x in inputs if x is not None and x.requires_grad]
         grads = iter(torch.autograd.grad(outputs, asked, upstream))

@@ -278,6 +278,7 @@ def map_gradients(
     own = [x for x in stored if any(x is y for y in learnt)]
     if not passed and not own:
         return 0.0, [None] * len(learnt), None
+    loss: float | Tensor
     if core_serves(z):
         with_sums = with_sums and all(x is not parameters.raw_precision for x in own)
         loss, gradients, sums = _map_gradients_in_core(
