@@ -14,8 +14,10 @@ rounded up, per pair of a point and a component
 and what goes through memory: inputs and outputs once, what splits leave written and read. The time
 of a resource is its count over the device's rate, and the largest of these bounds the kernel. On
 small sizes none of them does, but the wait: launches, and the components that a program takes one
-after the other. Rates are those of the makers' data sheets; the waits are assumptions, named below.
-No figure on the page is measured.
+after the other. Components are built in float64 on the vector units, as many operations as the
+formulas of ``kernels/components.py`` have. What the caches between memory and processor carry is
+left out. Rates are those of the makers' data sheets; the waits are assumptions, named below. No
+figure on the page is measured.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from vmm_fast._files import write_atomically
 SIZES = (Size(256, 100, 10), Size(4096, 500, 30), Size(1_048_576, 10_000, 32))
 LAUNCH = 3e-6  # seconds between two dependent launches in a CUDA graph; eager Python takes longer
 STEP = 1e-6  # seconds that a program waits for one component's loads, product and exponential
+FLOAT64 = 2  # float32 operations in the time of one in float64, on these devices
+RESIDENT = 1000  # small programs that run at once
 
 
 class Device(NamedTuple):
@@ -177,6 +181,45 @@ def statistics(size: Size) -> Work:
     )
 
 
+def components(size: Size) -> Work:
+    """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64."""
+    p = _plan(size)
+    operations = 4 * p.P**3 + size.D * 7 * p.P**2
+    return Work(
+        1,
+        4 * size.J * (3 * size.D**2 + 2),
+        FLOAT64 * size.J * operations,
+        0,
+        size.J * p.P,
+        size.D * -(-size.J // RESIDENT),
+    )
+
+
+def components_backward(size: Size) -> Work:
+    """The factorisation again, five products, and D steps of substitution."""
+    p, first = _plan(size), components(size)
+    return first._replace(
+        bytes=4 * size.J * (6 * size.D**2 + 2),
+        vector=first.vector + FLOAT64 * size.J * (10 * p.P**3 + size.D * 4 * p.P**2),
+        steps=2 * first.steps,
+    )
+
+
+def empirical_bayes(size: Size) -> Work:
+    """By gradient: L from its stored form, the log-sum-exp, the sums, and the chain rule."""
+    p, first = _plan(size), log_prob(size)
+    moved, vector, matrix, special = _sums(size, p)
+    small = FLOAT64 * size.J * 10 * p.P**3
+    return Work(
+        4,
+        first.bytes + moved + 4 * size.J * 5 * size.D**2,
+        first.vector + vector + small,
+        first.matrix + matrix,
+        first.special + special,
+        first.steps + p.tiles_each + 2,
+    )
+
+
 def assign(size: Size) -> Work:
     p, first = _plan(size), log_prob(size)
     return first._replace(
@@ -200,11 +243,14 @@ def responsibilities(size: Size) -> Work:
 
 
 KERNELS: dict[str, Callable[[Size], Work]] = {
+    "components": components,
+    "components, backward": components_backward,
     "log_prob": log_prob,
     "log_prob, backward": backward,
     "statistics": statistics,
     "responsibilities": responsibilities,
     "assign": assign,
+    "empirical-Bayes step": empirical_bayes,
 }
 
 

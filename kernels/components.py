@@ -15,9 +15,9 @@ offset, with M = tril(A^T G) + g I made symmetric
 
 so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). A matrix
 is a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and
-the factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a scale
-may be a thousandth or a thousandfold of the others. One program has one center, or in the backward
-all centers of a component, in order: the same input gives the same bits.
+the factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a
+scale may be a thousandth or a thousandfold of the others. One program has one center, or in the
+backward all centers of a component, in order: the same input gives the same bits.
 """
 
 from __future__ import annotations
