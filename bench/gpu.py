@@ -30,6 +30,7 @@ from bench.report import duration
 from bench.timing import Sampler, take_turns
 
 SIZES = (*throughput.FULL.density, Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
+DEVICE = "cuda"  # torch's name of AMD's as well
 LARGE = 10**9  # pairs from which only what needs no [B, J] matrix takes part
 MEMORY = Size(65_536, 10_000, 32)
 QUICK_SIZES = (Size(32, 5, 3),)
@@ -50,7 +51,7 @@ def sampler(call: Callable[[], object]) -> Sampler:
 
 
 def _on_device(inputs: Any) -> Any:
-    return type(inputs)(*(x.cuda() for x in inputs))
+    return type(inputs)(*(x.to(DEVICE) for x in inputs))
 
 
 def errors(sizes: tuple[Size, ...]) -> Iterator[Row]:
@@ -64,8 +65,8 @@ def errors(sizes: tuple[Size, ...]) -> Iterator[Row]:
             yield {"mode": "error", "kernel": kernel, **size._asdict(), "error": error}
 
 
-def densities(sizes: tuple[Size, ...]) -> Iterator[Row]:
-    """Forward with backward, from A and from the parameters."""
+def densities(sizes: tuple[Size, ...], absent: tuple[str, ...]) -> Iterator[Row]:
+    """Forward with backward, from A and from the parameters, but for providers that are absent."""
     for size in sizes:
         large = size.B * size.J > LARGE
         for mode, inputs, wanted in (
@@ -76,23 +77,23 @@ def densities(sizes: tuple[Size, ...]) -> Iterator[Row]:
             calls = {
                 name: throughput.gradient_call(density, inputs)
                 for name, density in wanted.items()
-                if not large or name in ("vmm_fast", "KeOps")
+                if name not in absent and (not large or name in ("vmm_fast", "KeOps"))
             }
             samplers = {name: sampler(call) for name, call in calls.items()}
             for name, timing in take_turns(samplers, repeats=5, seconds=5.0).items():
                 yield {"mode": mode, "provider": name, **size._asdict(), **timing}
 
 
-def device_rates() -> gpu_bound.Device:
-    """What the device itself reaches in matrix products and copies."""
-    a = torch.randn(8192, 8192, device="cuda")
+def device_rates(rows: int, numbers: int) -> gpu_bound.Device:
+    """What the device itself reaches in products of square matrices and in copies."""
+    a = torch.randn(rows, rows, device=DEVICE)
     rates = []
     for tf32 in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = tf32
         timing = take_turns({"": sampler(lambda: a @ a)}, repeats=5, seconds=1.0)[""]
-        rates.append(2 * 8192**3 / timing["p50"])
+        rates.append(2 * rows**3 / timing["p50"])
     torch.backends.cuda.matmul.allow_tf32 = False
-    x = torch.empty(2**28, device="cuda")
+    x = torch.empty(numbers, device=DEVICE)
     y = torch.empty_like(x)
     copied = take_turns({"": sampler(lambda: y.copy_(x))}, repeats=5, seconds=1.0)[""]
     vector, matrix = rates
@@ -136,7 +137,7 @@ def kernels(sizes: tuple[Size, ...], device: gpu_bound.Device) -> Iterator[Row]:
 
 def training_steps(plan: step.Plan) -> Iterator[Row]:
     """The image VAE under each prior, in turns."""
-    x = 2 * torch.rand(4 * max(plan.batches), plan.inputs, device="cuda") - 1
+    x = 2 * torch.rand(4 * max(plan.batches), plan.inputs, device=DEVICE) - 1
     for size in plan.batches:
         samplers = {
             name: sampler(step.make_step(name, plan, x, size))
@@ -218,8 +219,8 @@ def main(args: argparse.Namespace, arguments: list[str]) -> int:
     rows = []
     for part in (
         errors(sizes),
-        densities(sizes),
-        kernels(sizes, device_rates()),
+        densities(sizes, throughput.SLOW_TO_START if args.quick else ()),
+        kernels(sizes, device_rates(*((64, 64) if args.quick else (8192, 2**28)))),
         training_steps(plan),
         memory(QUICK_SIZES[0] if args.quick else MEMORY),
     ):

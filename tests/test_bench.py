@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, peak, problems, providers, report, roofline, scaling, throughput
+from bench import (
+    compare,
+    gpu,
+    gpu_bound,
+    peak,
+    problems,
+    providers,
+    report,
+    roofline,
+    scaling,
+    throughput,
+)
 from bench.eager_prior import EagerVMM
 from bench.problems import Size
 from bench.records import command, environment, read_rows, select, write_rows
@@ -365,3 +376,55 @@ def test_rows_survive_a_file(tmp_path):
     assert read_rows(tmp_path / "x.jsonl") == rows
     assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0]) == rows[0]
     assert select(rows, b=None, a=1.5) == rows[:1]
+
+
+# --- on a GPU ---
+
+
+def test_gpu_says_where_there_is_none(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = bench("gpu", "--out", tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == "no GPU was found: torch.cuda.is_available() is False\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch.compile
+def test_gpu_measures_every_part(tmp_path, monkeypatch, capsys):
+    """With the CPU in the GPU's place: all but the device's own calls."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    answers = {
+        "is_available": True,
+        "get_device_name": "none",
+        "synchronize": None,
+        "memory_allocated": 0,
+        "max_memory_allocated": 2**20,
+        "reset_peak_memory_stats": None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    arguments = Namespace(quick=True, on_paper=False, out=str(tmp_path))
+    assert gpu.main(arguments, ["gpu", "--quick"]) == 0
+    rows = read_rows(tmp_path / "gpu.jsonl")
+    modes = ["error", throughput.BACKWARD, throughput.PARAMETERS, "rates", "kernel"]
+    assert list(dict.fromkeys(row["mode"] for row in rows)) == [*modes, "training step", "memory"]
+    assert {row["kernel"] for row in select(rows, mode="kernel")} == set(roofline.KERNELS)
+    for row in select(rows, mode="kernel"):
+        assert row["fraction"] == row["bound"] / row["p50"]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_gpu_bound_counts_products(tmp_path):
+    """At sizes that fill their tiles: J B products of [1, 32] and [32, 32]."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    size = Size(2**20, 10_000, 32)
+    pairs = size.B * size.J
+    assert gpu_bound.log_prob(size).matrix == pairs * 2 * 32 * 32
+    assert gpu_bound.backward(size).matrix == 4 * gpu_bound.log_prob(size).matrix
+    assert gpu_bound.log_prob(size).launches == 1
+    seconds = gpu_bound.times(gpu_bound.log_prob(size), gpu_bound.H100)
+    assert max(seconds, key=seconds.__getitem__) == "matrix units"
+    text = gpu_bound.write(tmp_path).read_text()
+    assert all(device.name in text for device in gpu_bound.DEVICES)
