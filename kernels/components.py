@@ -34,7 +34,7 @@ from vmm_fast.kernels.blocks import padded
 
 # Two tiles and a rank-1 update fit into registers up to here.
 LARGEST_DIM = 32
-WARPS = {16: 1, 32: 4}
+WARPS = {16: 1, 32: 8}
 
 
 @triton.jit

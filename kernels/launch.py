@@ -35,8 +35,8 @@ class Tile(NamedTuple):
 
 # By the padded dimension: d, y and a component's matrix stay in registers.
 TILES = {
-    torch.float32: {16: Tile(64, 4), 32: Tile(64, 4), 64: Tile(32, 8), 128: Tile(16, 8)},
-    torch.float64: {16: Tile(32, 4), 32: Tile(32, 4), 64: Tile(16, 4), 128: Tile(16, 4)},
+    torch.float32: {16: Tile(64, 4), 32: Tile(32, 4), 64: Tile(32, 8), 128: Tile(16, 8)},
+    torch.float64: {16: Tile(32, 4), 32: Tile(32, 4), 64: Tile(16, 4), 128: Tile(32, 8)},
 }
 
 
@@ -60,9 +60,10 @@ def splits(tiles: int, work: int) -> tuple[int, int]:
 
 def options(num_warps: int) -> dict[str, Any]:
     """How a kernel is compiled; products are fused with sums, whatever Triton's default is."""
-    chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if BACKEND == "hip":  # a wavefront has twice the lanes of a warp
+        return {"num_warps": max(1, num_warps // 2), "enable_fp_fusion": True}
     # Left to itself, NVIDIA's assembler spills a few registers so that more programs run at once.
-    return {**chosen, "maxnreg": 255} if BACKEND == "cuda" else chosen
+    return {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": 255}
 
 
 def constants(z: Tensor, transpose: bool) -> dict[str, Any]:
