@@ -34,7 +34,7 @@ from vmm_fast.kernels.blocks import padded
 
 # Two tiles and a rank-1 update fit into registers up to here.
 LARGEST_DIM = 32
-WARPS = {16: 1, 32: 8}
+WARPS = {16: 1, 32: 4}
 
 
 @triton.jit
@@ -224,8 +224,7 @@ def components_backward_kernel(
                 M = tl.where(column < row, M, 0.0) + tl.trans(M) + g * identity(D)
                 if WANT_SCALE:
                     H = tl.dot(A, M, input_precision="ieee", out_dtype=tl.float64)
-                    H = tl.dot(H, tl.trans(A), input_precision="ieee", out_dtype=tl.float64)
-                    store_scale_product(grad_scale, scale, j, H, -1.0, D, DIAGONAL)
+                    store_scale_product(grad_scale, scale, j, H, A, -1.0, D, DIAGONAL)
                 if WANT_PRECISION:
                     L = load_lower(precision_cholesky, c, D)
                     scaled = scaled_precision(scale, j, L, D, DIAGONAL)
@@ -259,8 +258,7 @@ def components_backward_kernel(
                             )
                         by_precision -= g * product
                     if WANT_SCALE:
-                        H = tl.dot(L, tl.trans(L), input_precision="ieee", out_dtype=tl.float64)
-                        store_scale_product(grad_scale, scale, j, H, -g, D, DIAGONAL)
+                        store_scale_product(grad_scale, scale, j, L, L, -g, D, DIAGONAL)
     if WANT_WEIGHTS:
         tl.store(log_weights + c + tl.arange(0, 1), by_weight)
     if WANT_PRECISION:
@@ -276,17 +274,17 @@ def store_diagonal(pointer, index, values, D: tl.constexpr):
 
 
 @triton.jit
-def store_scale_product(grad_scale, scale, j, H, factor, D: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Write factor tril(H s)."""
-    P: tl.constexpr = padded(D)
+def store_scale_product(
+    grad_scale, scale, j, X, Y, factor, D: tl.constexpr, DIAGONAL: tl.constexpr
+):
+    """Write factor tril(X Y^T s)."""
     if DIAGONAL:
-        row = tl.arange(0, P)[:, None]
-        column = tl.arange(0, P)[None, :]
-        on_diagonal = tl.sum(tl.where(row == column, H, 0.0), 1)
-        store_diagonal(grad_scale, j, factor * on_diagonal * load_diagonal(scale, j, D), D)
+        slope = factor * tl.sum(X * Y, 1) * load_diagonal(scale, j, D)
+        store_diagonal(grad_scale, j, slope, D)
     else:
         s = load_lower(scale, j, D)
-        product = tl.dot(H, s, input_precision="ieee", out_dtype=tl.float64)
+        product = tl.dot(tl.trans(Y), s, input_precision="ieee", out_dtype=tl.float64)
+        product = tl.dot(X, product, input_precision="ieee", out_dtype=tl.float64)
         store_lower(grad_scale, j, factor * product, D)
 
 
