@@ -93,6 +93,7 @@ class Row(NamedTuple):
     spilled_bytes: int
     shared_memory: int
     matrix_instructions: bool
+    atomics: bool
 
     def faults(self) -> list[str]:
         """Give the bounds that do not hold."""
@@ -104,6 +105,8 @@ class Row(NamedTuple):
             found.append(f"{self.spilled_bytes} bytes spilled, at most 0")
         if self.shared_memory > target.shared_memory:
             found.append(f"{self.shared_memory} bytes shared, at most {target.shared_memory}")
+        if self.atomics:
+            found.append("atomic operations, whose order is not determined")
         if (
             self.kernel in _PAIR_KERNELS
             and self.configuration.startswith("float32")
@@ -217,9 +220,16 @@ def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     full, diagonal = empty(number, dim, dim), empty(number, dim)
+    kinds = [
+        (map_prior, *weights)
+        for map_prior in ("none", "fixed", "learnt")
+        for weights in (("dirichlet", 0.0), ("stick-breaking", 0.0), ("stick-breaking", 0.5))
+        if map_prior != "none" or weights == ("dirichlet", 0.0)
+    ]
     for scale in (None, diagonal, full):
-        for weights, discount in (("dirichlet", 0.0), ("stick-breaking", 0.5)):
-            objective = Objective("learnt", weights, discount, True, count)
+        for map_prior, weights, discount in kinds:
+            # The rules of the gradient alternate; they differ in the sums alone.
+            objective = Objective(map_prior, weights, discount, map_prior == "learnt", count)
             parameters = (diagonal, scale, full, empty(number), empty(1))
             empirical_bayes.map_gradients(
                 *parameters, empty(count, dim), objective, 1.0, 0.0, LOG_WEIGHT_FLOOR
@@ -245,12 +255,14 @@ def compiled(note: Launch, target_name: str) -> Row:
         registers, spilled = _cuda_resources(binary.asm["cubin"])
         assembly = binary.asm["ptx"]
         matrix = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", assembly)
+        atomics = re.search(r"^\s*(@%\w+ )?(atom|red)\.", assembly, re.MULTILINE)
     else:
         assembly = binary.asm["amdgcn"]
         registers = _metadata(assembly, "vgpr_count")
         spilled = 4 * (_metadata(assembly, "vgpr_spill_count"))
         spilled += _metadata(assembly, "private_segment_fixed_size")
         matrix = re.search(r"\bv_mfma_", assembly)
+        atomics = re.search(r"_atomic_", assembly)
     return Row(
         note.kernel,
         note.configuration,
@@ -259,6 +271,7 @@ def compiled(note: Launch, target_name: str) -> Row:
         spilled,
         binary.metadata.shared,
         matrix is not None,
+        atomics is not None,
     )
 
 
@@ -294,7 +307,16 @@ def rows(target_names: list[str], dims: list[int], dtypes: list[str]) -> list[Ro
 def cuda_rows(target_names: list[str]) -> list[Row]:
     """The CUDA kernels of ``csrc/``; none where there is no nvcc."""
     return [
-        Row(row.kernel, "CUDA", row.target, row.registers, row.spill_bytes, row.shared_bytes, False)
+        Row(
+            row.kernel,
+            "CUDA",
+            row.target,
+            row.registers,
+            row.spill_bytes,
+            row.shared_bytes,
+            False,
+            False,
+        )
         for row in nvcc.resource_report() or []
         if row.target in target_names
     ]
@@ -339,6 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dim", nargs="+", type=int, default=list(DIMS), help="dimensions D")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
     of_cuda = cuda_rows(options.target)
     found = rows(options.target, options.dim, options.dtype) + of_cuda
     print(table(found))

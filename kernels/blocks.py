@@ -28,7 +28,7 @@ def chunk(D):
 
 @triton.constexpr_function
 def lowest(DTYPE):
-    """Where l is cut off, so that differences and sums of it stay finite."""
+    """Where l counts as -inf, so that differences and sums of it stay finite."""
     return -1e290 if tl.float64 == DTYPE else -1e30
 
 
@@ -227,4 +227,5 @@ def pair_weights(
             slope = 1.0 + below - gap
             upstream += tl.load(grad_expected + rows, mask=mask, other=0.0).to(DTYPE) * slope
         weight *= upstream
-    return tl.where(mask, weight, 0.0)
+    # What is cut off is -inf, however low all others are.
+    return tl.where(mask & ((l > lowest(DTYPE)) | (l != l)), weight, 0.0)

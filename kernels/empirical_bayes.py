@@ -448,32 +448,32 @@ def map_gradients_kernel(
             store_diagonal(grad_centers, j, prior * m - data * moment, D)
             if SCALE == "diagonal":
                 s = load_diagonal(scale, j, D)
-                slope = (data * N * tl.sum(L * L, 1) + prior) * s
-                store_diagonal(grad_scale, j, slope, D)
+                by_s = (data * N * tl.sum(L * L, 1) + prior) * s
+                store_diagonal(grad_scale, j, by_s, D)
                 second += tl.where(row == column, (N * s * s)[:, None], 0.0)
             elif SCALE == "full":
                 s = load_lower(scale, j, D)
                 scaled = tl.dot(tl.trans(L), s, input_precision="ieee", out_dtype=tl.float64)
-                slope = tl.dot(L, scaled, input_precision="ieee", out_dtype=tl.float64)
-                store_lower(grad_scale, j, data * N * slope + prior * s, D)
+                by_s = tl.dot(L, scaled, input_precision="ieee", out_dtype=tl.float64)
+                store_lower(grad_scale, j, data * N * by_s + prior * s, D)
                 second += N * tl.dot(s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64)
         # Only lower triangles were added: make it symmetric.
         second = tl.where(column <= row, second, 0.0)
         second += tl.trans(tl.where(column < row, second, 0.0))
-        slope = data * tl.dot(second, L, input_precision="ieee", out_dtype=tl.float64)
-        slope += prior * INVERSE_V * L
+        by_L = data * tl.dot(second, L, input_precision="ieee", out_dtype=tl.float64)
+        by_L += prior * INVERSE_V * L
         on_diagonal = (row == column) & (row < D)
         pivot = tl.where(on_diagonal, L, 1.0)
-        inner = (slope - (data * mass + prior) / pivot) * softplus_slope(raw)
-        store_lower(grad_raw_precision, c, tl.where(on_diagonal, inner, slope), D)
+        inner = (by_L - (data * mass + prior) / pivot) * softplus_slope(raw)
+        store_lower(grad_raw_precision, c, tl.where(on_diagonal, inner, by_L), D)
 
         log_pi = tl.load(logits + c).to(tl.float64) - log_total
         # Weights of all pairs sum to the number of points.
         everywhere = -1.0
         own = -data * mass
         if PRIORS != "none":
-            slope = weight_prior_slope(log_pi, c, gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT)
-            own -= prior * tl.where(log_pi >= FLOOR, slope, 0.0)
+            by_log_pi = weight_prior_slope(log_pi, c, gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT)
+            own -= prior * tl.where(log_pi >= FLOOR, by_log_pi, 0.0)
             everywhere = everywhere - prior * weight_prior_total(
                 gamma, hyper, count, FLOOR, WEIGHT_PRIOR, DISCOUNT
             )

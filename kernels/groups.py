@@ -109,6 +109,7 @@ def matrix_kernel(
         if NORMALISED:
             below = top - tl.load(softmax + rows, mask=mask, other=0.0)
             value = tl.exp(below - tl.load(softmax + count + rows, mask=mask, other=0.0)) * total
+            value = tl.where(top <= lowest(DTYPE), 0.0, value)
         else:
             value = tl.where(top <= lowest(DTYPE), float("-inf"), top + tl.log(total))
         tl.store(out + rows.to(tl.int64) * groups + g, value, mask=mask)

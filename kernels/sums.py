@@ -25,6 +25,7 @@ from torch import Tensor
 from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
     chunk,
+    kahan,
     load_center,
     load_points,
     load_softmax,
@@ -122,7 +123,9 @@ def add_sums(
     Q: tl.constexpr = chunk(D)
     center = load_center(centers, j, 0, D, P, DTYPE)
     N = tl.zeros([BLOCK_B], DTYPE)
+    N_excess = tl.zeros([BLOCK_B], DTYPE)
     s = tl.zeros([P], DTYPE)
+    s_excess = tl.zeros([P], DTYPE)
     M = tl.zeros([P, Q], DTYPE)
     for start in range(begin, end, BLOCK_B):
         rows = start + tl.arange(0, BLOCK_B)
@@ -152,14 +155,14 @@ def add_sums(
         weight = pair_weights(
             l, top, log_sum, gap, rows, count, grad_lse, grad_expected, WEIGHTS, DTYPE
         )
-        N += weight
+        N, N_excess = kahan(N, N_excess, weight)
         # A far-off d may be infinite; its weight of 0 must win.
         present = weight[:, None] != 0.0
         if Q < P:
             points = load_points(z, rows, count, 0, D, P, DTYPE)
         d = tl.where(present, points - center[None, :], 0.0)
         weighted = weight[:, None] * d
-        s += tl.sum(weighted, 0)
+        s, s_excess = kahan(s, s_excess, tl.sum(weighted, 0))
         if Q < P:
             some = load_center(centers, j, first, D, Q, DTYPE)
             d = load_points(z, rows, count, first, D, Q, DTYPE) - some[None, :]

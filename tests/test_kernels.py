@@ -363,59 +363,78 @@ def test_launches_of_a_variational_step(launched, programs):
 class OnGPU:
     """As much of a CUDA tensor as the choice of a backend looks at."""
 
-    is_cpu, is_cuda, device = False, True, "cuda:0"
+    is_cpu, is_cuda, device, dtype = False, True, "cuda:0", torch.float64
 
 
-def test_a_gpu_is_served_by_the_kernels(monkeypatch):
+@pytest.fixture
+def unforced(monkeypatch):
     monkeypatch.setattr(backends, "FORCED", "")
+    monkeypatch.setattr(backends, "_failed", set())
+
+
+def test_a_gpu_is_served_by_the_kernels(monkeypatch, unforced):
     monkeypatch.setattr(backends._gpu(), "log_prob", lambda *_: "in the kernels")
     assert backends.call("log_prob", OnGPU(), 10) == "in the kernels"
 
 
-def test_a_gpu_without_triton_warns_once(monkeypatch, recwarn):
-    def missing():
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(backends, "FORCED", "")
-    monkeypatch.setattr(backends, "_gpu", missing)
-    backends._warn.cache_clear()
-    mixture = random_mixture(5, 4, 3)
+def assert_warns_once(recwarn, message, *mixture):
+    """Plain torch computes, and says so at the first of two calls."""
     for _ in range(2):
-        lse, _, _ = backends.call("log_prob", OnGPU(), 3, *mixture, False)
-    torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
+        lse, _, _ = backends.call("log_prob", OnGPU(), mixture[0].shape[1], *mixture, False)
+        torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
     (warning,) = recwarn
-    assert "Triton cannot be imported (No module named 'triton')" in str(warning.message)
+    assert message in str(warning.message)
 
 
-def test_dimensions_beyond_the_kernels_warn_once(monkeypatch, recwarn):
-    monkeypatch.setattr(backends, "FORCED", "")
-    backends._warn.cache_clear()
-    mixture = random_mixture(2, 2, 129)
-    for _ in range(2):
-        backends.call("log_prob", OnGPU(), 129, *mixture, False)
-    (warning,) = recwarn
-    assert "up to 128 dimensions in log_prob, not 129" in str(warning.message)
+def test_a_gpu_without_triton_warns_once(monkeypatch, unforced, recwarn):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backends._gpu.cache_clear()
+    assert_warns_once(
+        recwarn, "the kernels need Triton, which is missing", *random_mixture(5, 4, 3)
+    )
 
 
-def test_a_failing_compiler_warns_once(monkeypatch, recwarn):
+def test_an_old_triton_warns_once(monkeypatch, unforced, recwarn):
+    monkeypatch.delattr(triton, "constexpr_function")
+    backends._gpu.cache_clear()
+    assert_warns_once(recwarn, "the kernels need Triton >= 3.4", *random_mixture(5, 4, 3))
+
+
+def test_dimensions_beyond_the_kernels_warn_once(unforced, recwarn):
+    assert_warns_once(recwarn, "up to 128 dimensions, not 129", *random_mixture(2, 2, 129))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, triton.TritonError])
+def test_a_failing_compiler_is_asked_and_warns_once(monkeypatch, unforced, recwarn, error):
+    calls = []
+
     def fail(*args):
-        raise RuntimeError("Failed to find C compiler")
+        calls.append(args)
+        raise error(f"Failed to find C compiler for file {len(calls)}")
 
-    monkeypatch.setattr(backends, "FORCED", "")
     monkeypatch.setattr(backends._gpu(), "log_prob", fail)
-    backends._warn.cache_clear()
-    mixture = random_mixture(5, 4, 3)
-    for _ in range(2):
-        lse, _, _ = backends.call("log_prob", OnGPU(), 3, *mixture, False)
-    torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
-    (warning,) = recwarn
-    assert "RuntimeError: Failed to find C compiler" in str(warning.message)
+    assert_warns_once(recwarn, "Error: Failed to find C compiler", *random_mixture(5, 4, 3))
+    assert len(calls) == 1
+
+
+def test_a_forward_in_plain_torch_serves_a_backward_in_the_kernels(monkeypatch):
+    mixture, scale = random_mixture(7, 4, 3), random_scale(7, 3, False)
+    leaves = [x.detach().requires_grad_() for x in (*mixture, scale)]
+    with kernels():
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "FORCED", "reference")
+            value = ops.mixture_kl(*leaves[:4], False, leaves[4]).sum()
+        found = torch.autograd.grad(value, leaves)
+    exact = [x.detach().requires_grad_() for x in (*mixture, scale)]
+    expected = torch.autograd.grad(composed_kl(*exact[:4], False, exact[4]).sum(), exact)
+    torch.testing.assert_close(found, expected, **TIGHT)
 
 
 def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.setattr(backends, "FORCED", "core")
-    with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
-        backends.call("log_prob", OnGPU(), 3)
+    for name in ("log_prob", "map_gradients"):
+        with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
+            backends.in_kernels(name, OnGPU(), 3, (), lambda: None)
     with kernels(), pytest.raises(ValueError, match="serves up to 128 dimensions in log_prob"):
         ops.mixture_log_prob(*random_mixture(2, 2, 129))
 

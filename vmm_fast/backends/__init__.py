@@ -3,17 +3,17 @@
 Each of the modules :mod:`~vmm_fast.backends.core` (CPU, float32 and float64),
 :mod:`~vmm_fast.backends.gpu` and :mod:`~vmm_fast.backends.plain` (any device) has the same
 functions: log_prob, log_prob_backward, kl, kl_backward, statistics, log_joint, responsibilities,
-assign, whitened_components and whitened_components_backward. The device decides. A GPU whose
-Triton is missing or fails to compile, and a dimension that the kernels do not serve, run in plain
-torch and warn once. The environment variable ``VMM_FAST_BACKEND``, read at import, forces "core",
-"triton" or "reference"; a forced backend that cannot serve raises an error instead.
+assign, whitened_components and whitened_components_backward. The device decides.
+On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
+not compile, or a dimension is beyond it, that operation does. The environment variable
+``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
+cannot serve raises an error instead.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -40,11 +40,7 @@ def core_serves(x: Tensor) -> bool:
 
 def call(name: str, x: Tensor, dim: int, *arguments: Any) -> Any:
     """Compute an operation of dimension ``dim`` with the backend that serves x's device."""
-    if x.is_cpu and not FORCED:
-        return getattr(core, name)(*arguments)
-    if FORCED == "core":
-        if not x.is_cpu:
-            raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
+    if x.is_cpu and FORCED in ("", "core"):
         return getattr(core, name)(*arguments)
     return in_kernels(name, x, dim, arguments, lambda: getattr(plain, name)(*arguments))
 
@@ -53,49 +49,57 @@ def in_kernels(
     name: str, x: Tensor, dim: int, arguments: Sequence[Any], otherwise: Callable[[], Any]
 ) -> Any:
     """Compute an operation in the kernels if they serve x's device, else ``otherwise``."""
-    if FORCED == "reference" or not (FORCED == "triton" or x.is_cuda):
+    if FORCED == "core" and not x.is_cpu:
+        raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
+    if FORCED in ("core", "reference") or not (FORCED or x.is_cuda):
+        return otherwise()
+    if FORCED:
+        gpu = _gpu()
+        if dim > gpu.largest_dim(name):
+            raise ValueError(
+                f"VMM_FAST_BACKEND=triton serves up to {gpu.largest_dim(name)} dimensions in "
+                f"{name}, not {dim}"
+            )
+        return getattr(gpu, name)(*arguments)
+    served: Any = (name, dim, x.dtype)
+    if _failed.intersection((served, "everything")):
         return otherwise()
     try:
         gpu = _gpu()
+        if dim > gpu.largest_dim(name):
+            reason = f"the kernels serve up to {gpu.largest_dim(name)} dimensions, not {dim}"
+        else:
+            return getattr(gpu, name)(*arguments)
     except ImportError as error:
-        if FORCED:
-            raise ImportError(f"VMM_FAST_BACKEND=triton, but {error}") from error
-        _warn(f"Triton cannot be imported ({error})")
-        return otherwise()
-    largest = gpu.largest_dim(name)
-    if dim > largest:
-        if FORCED:
-            raise ValueError(
-                f"VMM_FAST_BACKEND=triton serves up to {largest} dimensions in {name}, not {dim}"
-            )
-        _warn(f"the kernels serve up to {largest} dimensions in {name}, not {dim}")
-        return otherwise()
-    if FORCED:
-        return getattr(gpu, name)(*arguments)
-    try:
-        return getattr(gpu, name)(*arguments)
-    except torch.OutOfMemoryError:
+        reason, served = str(error), "everything"
+    except _DEVICE_ERRORS:
         raise
-    except _compiler_errors() as error:
-        _warn(f"a Triton kernel could not be run ({type(error).__name__}: {error})")
-        return otherwise()
+    except gpu.COMPILER_ERRORS as error:
+        reason = f"a kernel does not compile ({type(error).__name__}: {error})"
+    _failed.add(served)
+    warnings.warn(
+        f"{name}: {reason}; plain torch takes over, slower and with more memory", stacklevel=3
+    )
+    return otherwise()
+
+
+# What the kernels do not serve, as was found out: (operation, dimension, dtype), or "everything".
+_failed: set[Any] = set()
+# After an error of the device itself, plain torch would fail as well.
+_DEVICE_ERRORS = (
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
 
 
 @functools.cache
 def _gpu() -> ModuleType:
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f"the kernels need Triton, which is missing: {error}") from error
+    if not hasattr(triton, "constexpr_function"):
+        raise ImportError(f"the kernels need Triton >= 3.4, not {triton.__version__}")
     from vmm_fast.backends import gpu
 
     return gpu
-
-
-def _compiler_errors() -> tuple[type[Exception], ...]:
-    from triton import CompilationError, TritonError
-
-    # Also what a missing C compiler or a missing driver raises.
-    return (CompilationError, TritonError, RuntimeError, OSError, subprocess.SubprocessError)
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    """Say once why a GPU runs plain torch."""
-    warnings.warn(f"{reason}; plain torch takes over, slower and with more memory", stacklevel=2)

@@ -6,13 +6,18 @@ component whose covariance is not positive definite.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from vmm_fast.kernels import components, empirical_bayes, groups, launch, sums
 from vmm_fast.kernels import log_prob as log_prob_kernels
+
+# What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
+COMPILER_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
 def largest_dim(name: str) -> int:

@@ -100,12 +100,12 @@ def kl(
     scale: Tensor,
     transpose: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_values(z, centers, whitening, offsets)
-    (value,) = _kl(z, centers, whitening, offsets, scale, transpose)
+    lse, _, softmax = log_prob(z, centers, whitening, offsets, transpose)
+    value = kl_from_lse(lse, scale)
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0, 0])
         raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
-    return value, value.new_empty(0)
+    return value, softmax
 
 
 def kl_backward(

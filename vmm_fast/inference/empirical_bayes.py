@@ -1,9 +1,9 @@
 """The empirical-Bayes steps of a Bayesian mixture, in the compiled core where it applies.
 
 The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
-float64 on a CPU, in eager mode. Elsewhere the same steps run in plain torch: :mod:`map_objective`,
-differentiated by autograd, and :mod:`closed_form` are their definitions. Which of the two it is,
-is decided here and nowhere else.
+float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py``.
+Elsewhere the same steps run in plain torch: :mod:`map_objective`, differentiated by autograd, and
+:mod:`closed_form` are their definitions. Which of these it is, is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class MixtureParameters(NamedTuple):
         Raises
         ------
         ValueError
-            If no logit is finite or one is NaN.
+            If no logit is finite or one is NaN, on CPUs.
         """
         suffix = _in_core(self)
         if suffix and not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:])):
@@ -90,7 +90,9 @@ class MixtureParameters(NamedTuple):
             _call("constrained", suffix, view, threads, precision, log_weights)
             return Components(self.centers, log_weights, precision, self.scale)
         log_weights = self.logits.log_softmax(-1)
-        if not torch.compiler.is_compiling() and not log_weights.max() > -math.inf:
+        # On GPUs, to look would be to wait; they give NaN.
+        look = self.logits.is_cpu and not torch.compiler.is_compiling()
+        if look and not log_weights.max() > -math.inf:
             raise ValueError("logits must have at least one finite value and no NaN")
         dtype = self.centers.dtype
         precision = precision_cholesky(self.raw_precision)
