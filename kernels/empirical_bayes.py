@@ -524,6 +524,8 @@ def map_gradients(
     form = "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
     constants = launch.constants(z, transpose=True)
     # Merging the splits as it goes takes registers.
+    if z.dtype == torch.float64:
+        constants |= launch.options(8)
     block = constants["BLOCK_B"] = max(16, constants["BLOCK_B"] // 2)
     tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, total)
