@@ -26,6 +26,7 @@ from vmm_fast import VMMPrior, backends, ops, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+# Where Triton is missing, nothing below may be imported.
 import triton.language as tl  # noqa: E402
 
 from vmm_fast.kernels import empirical_bayes, launch  # noqa: E402
