@@ -211,6 +211,8 @@ def _launch_on_components(dtype: torch.dtype, dim: int) -> None:
                 components.whitened_components_backward(
                     full, log_weights, *inputs, full, expected, wanted
                 )
+    for scale in (None, diagonal, full):
+        components.stored_components(log_weights, full, scale, count)
 
 
 def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:

@@ -13,7 +13,9 @@ offset, with M = tril(A^T G) + g I made symmetric
     expected   grad_s = -g tril(L L^T s),   grad_L = G + g (diag(1 / L) - tril(S L))
     without Lambda^-1   grad_s = -tril(A^T G A^T) - g diag(A)
 
-so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). A matrix
+so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). L and
+log pi may be made on the way from what a prior stores: L = tril(raw, -1) + diag softplus(diag raw)
+and log pi = log softmax(logits). A matrix
 is a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and
 the factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a
 scale may be a thousandth or a thousandfold of the others. One program has one center, or in the
@@ -35,6 +37,7 @@ from vmm_fast.kernels.blocks import padded
 # Two tiles and a rank-1 update fit into registers up to here.
 LARGEST_DIM = 32
 WARPS = {16: 1, 32: 4}
+BLOCK = 256  # components that a loop over all of them takes at a time
 
 
 @triton.jit
@@ -83,6 +86,42 @@ def identity(D: tl.constexpr):
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     return tl.where(row == column, 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), the identity above 20: log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    rounded = u - 1.0
+    small = rounded == 0.0
+    value = tl.where(small, e, tl.log(u) * e / tl.where(small, 1.0, rounded))
+    return tl.where(x > 20.0, x, value)
+
+
+@triton.jit
+def constrained(raw, D: tl.constexpr):
+    """L from its unconstrained form."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    return tl.where((row == column) & (row < D), softplus(raw), raw)
+
+
+@triton.jit
+def log_normaliser(logits, count, BLOCK: tl.constexpr):
+    """Log of the sum of the exponentials of [count] logits, float64."""
+    index = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float64)
+    for begin in range(0, count, BLOCK):
+        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
+        top = tl.maximum(top, x.to(tl.float64))
+    largest = tl.max(top, 0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, count, BLOCK):
+        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
+        total += tl.exp(x.to(tl.float64) - largest)
+    return largest + tl.log(tl.sum(total, 0))
 
 
 @triton.jit
@@ -146,21 +185,31 @@ def solve_lower_transposed(pointer, index, X, D: tl.constexpr):
     return X
 
 
-@triton.jit(do_not_specialize=["per_component"])
+@triton.jit(do_not_specialize=["count", "per_component"])
 def components_kernel(
-    log_weights,  # [C]
-    precision_cholesky,  # [C, D, D], or not read
+    log_weights,  # [C]; the logits where STORED
+    precision_cholesky,  # [C, D, D], or not read; in its unconstrained form where STORED
     scale,  # [J, D, D], [J, D], or not read
     whitening,  # [J, D, D]
     offsets,  # [J]
+    log_weights_out,  # [C] and
+    precision_cholesky_out,  # [C, D, D] where STORED
+    count,  # C
     per_component,  # K
     D: tl.constexpr,
     FORM: tl.constexpr,  # "marginal", "expected", "precision" (no scale), "scale" (no precision)
     DIAGONAL: tl.constexpr,
+    STORED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A_j and the offset of one center."""
     j = tl.program_id(0)
     c = j // per_component
+    log_weight = tl.load(log_weights + c).to(tl.float64)
+    if STORED:
+        log_weight -= log_normaliser(log_weights, count, BLOCK)
+        if j % per_component == 0:
+            tl.store(log_weights_out + c, log_weight)
     penalty = tl.zeros([1], tl.float64)
     if FORM == "scale":
         if DIAGONAL:
@@ -172,6 +221,10 @@ def components_kernel(
             A = solve_lower(scale, j, identity(D), D)
     else:
         A = load_lower(precision_cholesky, c, D)
+        if STORED:
+            A = constrained(A, D)
+            if j % per_component == 0:
+                store_lower(precision_cholesky_out, c, A, D)
         if FORM != "precision":
             scaled = scaled_precision(scale, j, A, D, DIAGONAL)
             if FORM == "marginal":
@@ -180,7 +233,7 @@ def components_kernel(
                 penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
     store_lower(whitening, j, A, D)
     log_det = tl.sum(tl.log(diagonal(A, D)), 0)
-    share = tl.load(log_weights + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
+    share = log_weight - tl.log(per_component.to(tl.float64))
     # 1/2 log 2 pi
     constant = tl.full([1], 0.9189385332046727, tl.float64) * D
     tl.store(offsets + j + tl.arange(0, 1), share + (log_det - constant - penalty))
@@ -308,9 +361,30 @@ def whitened_components(
 
     A component whose covariance is not finite and positive definite gives NaN.
     """
+    inputs = (log_weights, precision_cholesky, scale)
+    return _build(*inputs, num_centers, form(precision_cholesky, scale, expected))
+
+
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, ...]:
+    """The marginal A and offsets, log pi [C] and L [C, D, D], from a prior's stored parameters."""
+    made = (torch.empty_like(logits), torch.empty_like(raw_precision))
+    kind = form(raw_precision, scale, expected=False)
+    return *_build(logits, raw_precision, scale, num_centers, kind, made), *made
+
+
+def _build(
+    log_weights: Tensor,
+    precision_cholesky: Tensor | None,
+    scale: Tensor | None,
+    num_centers: int,
+    form: str,
+    made: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     given = scale if precision_cholesky is None else precision_cholesky
     assert given is not None
-    dim, per_component = given.shape[-1], num_centers // len(log_weights)
+    dim, count = given.shape[-1], len(log_weights)
     whitening = log_weights.new_empty(num_centers, dim, dim)
     offsets = log_weights.new_empty(num_centers)
     with launch.on(log_weights.device):
@@ -320,10 +394,14 @@ def whitened_components(
             log_weights if scale is None else scale,
             whitening,
             offsets,
-            per_component,
+            *(made or (offsets, whitening)),  # not touched
+            count,
+            num_centers // count,
             D=dim,
-            FORM=form(precision_cholesky, scale, expected),
+            FORM=form,
             DIAGONAL=scale is not None and scale.ndim == 2,
+            STORED=made is not None,
+            BLOCK=BLOCK,
             **launch.options(WARPS[padded(dim)]),
         )
     return whitening, offsets

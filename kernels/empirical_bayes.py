@@ -28,10 +28,14 @@ from torch import Tensor
 from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import load_center, merge_softmax, padded
 from vmm_fast.kernels.components import (
+    BLOCK,
+    constrained,
     diagonal,
     load_diagonal,
     load_lower,
+    log_normaliser,
     scaled_precision,
+    softplus,
     store_diagonal,
     store_lower,
 )
@@ -40,22 +44,10 @@ from vmm_fast.kernels.sums import add_sums
 
 # Several tiles in float64 fit into registers up to here.
 LARGEST_DIM = 32
-BLOCK = 256  # components that a loop over all of them takes at a time
 WARPS = {16: 4, 32: 8}
 
 
 # --- functions of one variable, float64 ---
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x), the identity above 20: log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + e
-    rounded = u - 1.0
-    small = rounded == 0.0
-    value = tl.where(small, e, tl.log(u) * e / tl.where(small, 1.0, rounded))
-    return tl.where(x > 20.0, x, value)
 
 
 @triton.jit
@@ -106,15 +98,6 @@ def digamma(x):
 
 
 @triton.jit
-def constrained(raw, D: tl.constexpr):
-    """L from its unconstrained form."""
-    P: tl.constexpr = padded(D)
-    row = tl.arange(0, P)[:, None]
-    column = tl.arange(0, P)[None, :]
-    return tl.where((row == column) & (row < D), softplus(raw), raw)
-
-
-@triton.jit
 def store_hyper(
     logits,
     hyper,  # [6], float64
@@ -128,16 +111,7 @@ def store_hyper(
     many are above the floor, the smallest, the last index of that, and the sum of e^x.
     """
     index = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float64)
-    for begin in range(0, count, BLOCK):
-        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
-        top = tl.maximum(top, x.to(tl.float64))
-    largest = tl.max(top, 0)
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, count, BLOCK):
-        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
-        total += tl.exp(x.to(tl.float64) - largest)
-    log_total = largest + tl.log(tl.sum(total, 0))
+    log_total = log_normaliser(logits, count, BLOCK)
     counted = tl.zeros([BLOCK], tl.float64)
     above = tl.zeros([BLOCK], tl.float64)
     mass = tl.zeros([BLOCK], tl.float64)

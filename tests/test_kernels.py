@@ -21,8 +21,10 @@ from test_ops import (
     random_scale,
     to_double,
 )
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vmm_fast import VMMPrior, backends, ops, reference
+from vmm_fast.mixture import gaussian_parameters
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -301,6 +303,25 @@ def test_components_of_float32_with_unlike_scales(form):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["precision+full", "precision+diagonal", "precision"])
+@pytest.mark.parametrize(("components", "centers", "dim"), [(3, 6, 10), (2, 2, 32), (300, 300, 1)])
+def test_components_from_what_a_prior_stores(form, components, centers, dim):
+    logits, raw_precision, scale = random_gaussians(components, centers, dim, form)
+    logits[0] = -torch.inf
+    L = reference.precision_cholesky(raw_precision)
+    scale = None if scale is None else scale.requires_grad_()
+    with kernels():
+        whitening, offsets, *made = ops.stored_components(logits, raw_precision, scale, centers)
+        torch.testing.assert_close(made, [logits.log_softmax(-1), L], **TIGHT)
+        outputs = [(whitening, offsets)]
+        outputs.append(reference.whitened_components(made[0], L, scale, centers))
+        torch.testing.assert_close(*outputs, **TIGHT)
+        if scale is None:
+            return
+        loss = ((whitening.sin().sum() + offsets.exp().sum()) for whitening, offsets in outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(x, scale) for x in loss), **TIGHT)
+
+
 def test_components_that_are_not_positive_definite_give_nan():
     log_weights, precision_cholesky, scale = random_gaussians(3, 3, 4, "precision+full")
     precision_cholesky[1, 2, 2] = -1.0
@@ -335,27 +356,56 @@ def launched(monkeypatch):
 
     def counted(self, *args, **kwargs):
         names.append(self.fn.__name__)
-        return run(self, *args, **kwargs)
+        with _disable_current_modes():  # the interpreter copies with torch
+            return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
     return names
 
 
-@pytest.mark.parametrize("programs", [1, 512])
-def test_launches_of_a_variational_step(launched, programs):
-    """Build, forward, backward, the build's backward, and a second pass of what was split."""
-    from vmm_fast.mixture import Components
+class Computations(TorchDispatchMode):
+    """Names of the torch operations that would launch something on a GPU, or wait for it."""
 
-    z, centers, *_ = random_mixture(130, 8, 3)
-    inputs = random_gaussians(8, 8, 3, "precision+full")
-    centers, *inputs, scale = (x.requires_grad_() for x in (centers, *inputs, torch.rand(130, 3)))
-    with kernels(programs):
-        components = Components(centers, *inputs)
-        q = torch.distributions.Normal(z, scale.double() + 0.1)
-        components.kl(q).mean().backward()
+    IDLE = ("empty", "new_empty", "view", "detach", "expand", "alias", "as_strided", "unsqueeze")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        if not name.startswith(self.IDLE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("programs", [1, 512])
+@pytest.mark.parametrize("full", [False, True])
+def test_launches_of_a_variational_step(launched, full, programs):
+    """Build, forward, backward, the build's backward, and a second pass of what was split."""
+    prior, encoder, z = small_prior(full=full)
+    mean, scale = gaussian_parameters(encoder(prior.pseudo_inputs.detach()))
+    leaves = (mean, scale, z, 0.1 + z.abs())
+    leaves = [x.detach().contiguous().requires_grad_() for x in leaves]
+    mean, scale, z, deviation = leaves
+    at_pseudo_inputs = (
+        torch.distributions.MultivariateNormal(mean, scale_tril=scale, validate_args=False)
+        if full
+        else torch.distributions.Normal(mean, scale, validate_args=False)
+    )
+    q = torch.distributions.Normal(z, deviation, validate_args=False)
+    with kernels(programs), Computations() as computed:
+        kl = prior.kl(q, lambda _: at_pseudo_inputs, z)
+        gradients = torch.autograd.grad(kl, leaves, torch.ones_like(kl))
     split = [name for name in launched if "merge" in name]
     assert len(split) == (2 if programs > 1 else 0)
     assert len(launched) == 4 + len(split) <= 6
+    assert computed.names == ["ones_like.default"]
+
+    expected = prior.kl(q, lambda _: at_pseudo_inputs, z)
+    torch.testing.assert_close(kl, expected, **TIGHT)
+    expected = torch.autograd.grad(expected, leaves, torch.ones_like(kl))
+    torch.testing.assert_close(gradients, expected, **TIGHT)
 
 
 # --- dispatch ---

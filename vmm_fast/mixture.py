@@ -261,17 +261,37 @@ class Components:
             return self.marginal
         return self._once(expected=True)
 
-    def _once(self, expected: bool) -> WhitenedMixture:
-        """Build at the first use; what was built without a graph is not reused where one is due."""
+    @classmethod
+    def from_stored(
+        cls, centers: Tensor, logits: Tensor, raw_precision: Tensor, scale: Tensor | None
+    ) -> Components:
+        """Give the mixture of what a prior stores, with the marginal form built along with it.
+
+        For :class:`vmm_fast.inference.empirical_bayes.MixtureParameters`. Gradients reach centers
+        and scale alone.
+        """
+        made = ops.stored_components(logits, raw_precision, scale, len(centers))
+        whitening, offsets, log_weights, precision_cholesky = made
+        components = cls(centers, log_weights, precision_cholesky, scale)
+        mixture = WhitenedMixture(centers, whitening, offsets, True)
+        components._built[components._key(expected=False)] = mixture
+        return components
+
+    def _key(self, expected: bool) -> tuple[bool, bool, bool]:
+        """What was built without a graph is not reused where one is due."""
         graph = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in self._values()
         )
         # Tensors made in inference mode cannot enter a graph later.
-        key = (
+        return (
             expected,
             graph,
             not torch.compiler.is_compiling() and torch.is_inference_mode_enabled(),
         )
+
+    def _once(self, expected: bool) -> WhitenedMixture:
+        """Build at the first use."""
+        key = self._key(expected)
         if key not in self._built:
             self._built[key] = self._build(expected)
         return self._built[key]

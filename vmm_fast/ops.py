@@ -38,6 +38,7 @@ __all__ = [
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_statistics",
+    "stored_components",
     "whitened_components",
 ]
 
@@ -370,6 +371,33 @@ class _WhitenedComponents(torch.autograd.Function):
         )
 
 
+class _StoredComponents(torch.autograd.Function):
+    """Build from what a prior stores; see :func:`stored_components`."""
+
+    @staticmethod
+    def forward(ctx, logits, raw_precision, scale, num_centers):
+        inputs = (logits, raw_precision, scale, num_centers)
+        made = backends.call("stored_components", logits, raw_precision.shape[-1], *inputs)
+        whitening, _, log_weights, precision_cholesky = made
+        ctx.save_for_backward(log_weights, precision_cholesky, scale, whitening)
+        ctx.mark_non_differentiable(log_weights, precision_cholesky)
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    def backward(ctx, grad_whitening, grad_offsets, *_):
+        if torch.is_grad_enabled():  # only under create_graph=True
+            _refuse_double_backward("whitened_components")(ctx)
+        _, _, _, whitening = saved = ctx.saved_tensors
+        if grad_whitening is None:
+            grad_whitening = torch.zeros_like(whitening)
+        if grad_offsets is None:
+            grad_offsets = whitening.new_zeros(len(whitening))
+        upstream, wanted = (grad_whitening, grad_offsets), (False, False, True)
+        *_, grad_scale = _whitened_components_backward(*upstream, *saved, False, wanted)
+        return None, None, grad_scale, None
+
+
 class _KL(torch.autograd.Function):
     """Entropy and log-density of a batch in one call; see :func:`mixture_kl`."""
 
@@ -464,6 +492,37 @@ def whitened_components(
         L, s = (None if x is None else x.double() for x in inputs[1:])
         return whitened_components(inputs[0].double(), L, s, num_centers, expected)
     return whitening, offsets
+
+
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Marginal :func:`whitened_components` from what a prior stores, in one launch on GPUs.
+
+    log pi = log softmax(logits) and L = tril(raw_precision, -1) + diag softplus(diag
+    raw_precision). Differentiable once, in ``scale`` alone. Not for the compiled core.
+
+    Parameters
+    ----------
+    logits : Tensor [C]
+    raw_precision : Tensor [C, D, D]
+    scale, num_centers
+        As for :func:`whitened_components`.
+
+    Returns
+    -------
+    whitening : Tensor [J, D, D]
+    offsets : Tensor [J]
+    log_weights : Tensor [C]
+    precision_cholesky : Tensor [C, D, D]
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the module says.
+    """
+    _check_components(logits, raw_precision, scale, num_centers)
+    return _StoredComponents.apply(logits.detach(), raw_precision.detach(), scale, num_centers)
 
 
 def mixture_log_prob(

@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 __all__ = [
     "mixture_assign",
@@ -21,6 +22,7 @@ __all__ = [
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_statistics",
+    "precision_cholesky",
     "whitened_components",
 ]
 
@@ -144,3 +146,9 @@ def whitened_components(
                 )
     log_det = whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return whitening, shares + log_det - 0.5 * dim * math.log(2 * math.pi) - penalty
+
+
+def precision_cholesky(raw_precision: Tensor) -> Tensor:
+    """L [C, D, D] from its unconstrained form, tril(raw, -1) + diag softplus(diag raw)."""
+    diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
+    return raw_precision.tril(-1) + torch.diag_embed(diagonal)

@@ -3,7 +3,8 @@
 Each of the modules :mod:`~vmm_fast.backends.core` (CPU, float32 and float64),
 :mod:`~vmm_fast.backends.gpu` and :mod:`~vmm_fast.backends.plain` (any device) has the same
 functions: log_prob, log_prob_backward, kl, kl_backward, statistics, log_joint, responsibilities,
-assign, whitened_components and whitened_components_backward. The device decides.
+assign, whitened_components and whitened_components_backward, and but for the core
+stored_components. The device decides.
 On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
 not compile, or a dimension is beyond it, that operation does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from vmm_fast.backends import core, plain
 
-__all__ = ["call", "core_serves", "in_kernels"]
+__all__ = ["call", "core_serves", "in_kernels", "kernels_serve"]
 
 FORCED = os.environ.get("VMM_FAST_BACKEND", "")
 if FORCED not in ("", "core", "triton", "reference"):
@@ -36,6 +37,11 @@ if FORCED not in ("", "core", "triton", "reference"):
 def core_serves(x: Tensor) -> bool:
     """Whether the compiled core computes what is on x's device."""
     return x.is_cpu and FORCED in ("", "core")
+
+
+def kernels_serve(x: Tensor) -> bool:
+    """Whether the kernels are asked for what is on x's device, and plain torch after them."""
+    return FORCED == "triton" or (not FORCED and x.is_cuda)
 
 
 def call(name: str, x: Tensor, dim: int, *arguments: Any) -> Any:
@@ -51,7 +57,7 @@ def in_kernels(
     """Compute an operation in the kernels if they serve x's device, else ``otherwise``."""
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
-    if FORCED in ("core", "reference") or not (FORCED or x.is_cuda):
+    if not kernels_serve(x):
         return otherwise()
     if FORCED:
         gpu = _gpu()

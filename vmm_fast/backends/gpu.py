@@ -133,6 +133,12 @@ def whitened_components(
     return *components.whitened_components(*inputs, num_centers, expected), None
 
 
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, ...]:
+    return components.stored_components(*_dense(logits, raw_precision, scale), num_centers)
+
+
 def whitened_components_backward(
     grad_whitening: Tensor,
     grad_offsets: Tensor,

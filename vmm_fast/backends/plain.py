@@ -153,6 +153,14 @@ def whitened_components(
     return whitening.to(log_weights.dtype), offsets.to(log_weights.dtype), condition
 
 
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, ...]:
+    log_weights, L = logits.log_softmax(-1), reference.precision_cholesky(raw_precision)
+    built = whitened_components(log_weights, L, scale, num_centers, expected=False)
+    return *built[:2], log_weights, L
+
+
 def whitened_components_backward(
     grad_whitening: Tensor,
     grad_offsets: Tensor,

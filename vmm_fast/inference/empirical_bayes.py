@@ -19,11 +19,12 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
 from vmm_fast import _core
-from vmm_fast.backends import core_serves, in_kernels
+from vmm_fast.backends import core_serves, in_kernels, kernels_serve
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.mixture import Components
+from vmm_fast.reference import precision_cholesky
 
 __all__ = [
     "MixtureParameters",
@@ -73,36 +74,34 @@ class MixtureParameters(NamedTuple):
     logits: Tensor
     raw_alpha: Tensor
 
-    def components(self) -> Components:
-        """Give the mixture; gradients reach all five tensors where they are enabled.
+    def components(self, fixed: bool = False) -> Components:
+        """Give the mixture; gradients reach all five tensors, or ``fixed`` centers and scale alone.
 
         Raises
         ------
         ValueError
             If no logit is finite or one is NaN, on CPUs.
         """
+        fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:]))
         suffix = _in_core(self)
-        if suffix and not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:])):
+        if suffix and fixed:
             log_weights = torch.empty(self.logits.shape, dtype=self.logits.dtype)
             precision = torch.empty(self.raw_precision.shape, dtype=self.logits.dtype)
             view = _CoreParameters(self, suffix).view
             threads = torch.get_num_threads()
             _call("constrained", suffix, view, threads, precision, log_weights)
             return Components(self.centers, log_weights, precision, self.scale)
-        log_weights = self.logits.log_softmax(-1)
+        if fixed and kernels_serve(self.logits) and _alike(self, None):
+            return Components.from_stored(self.centers, self.logits, self.raw_precision, self.scale)
+        dtype = self.centers.dtype
+        with torch.set_grad_enabled(not fixed):
+            log_weights = self.logits.log_softmax(-1).to(dtype)
+            precision = precision_cholesky(self.raw_precision).to(dtype)
         # On GPUs, to look would be to wait; they give NaN.
         look = self.logits.is_cpu and not torch.compiler.is_compiling()
         if look and not log_weights.max() > -math.inf:
             raise ValueError("logits must have at least one finite value and no NaN")
-        dtype = self.centers.dtype
-        precision = precision_cholesky(self.raw_precision)
-        return Components(self.centers, log_weights.to(dtype), precision.to(dtype), self.scale)
-
-
-def precision_cholesky(raw_precision: Tensor) -> Tensor:
-    """L [C, D, D] from its unconstrained form."""
-    diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
-    return raw_precision.tril(-1) + torch.diag_embed(diagonal)
+        return Components(self.centers, log_weights, precision, self.scale)
 
 
 def raw_precision(precision_cholesky: Tensor) -> Tensor:

@@ -169,8 +169,7 @@ class BayesianMixturePrior(LearntPrior):
         return MixtureParameters(centers, scale, self.raw_precision, self.logits, self.raw_alpha)
 
     def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
-        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
-            return self._mixture_parameters(centers, scale).components()
+        return self._mixture_parameters(centers, scale).components(fixed=not self.joint)
 
     # --- the empirical-Bayes step ---
 

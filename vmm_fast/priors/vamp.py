@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,8 +63,8 @@ class VampPrior(PseudoInputsPrior):
         )
 
     def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
-        uniform = torch.zeros(self.num_components, dtype=centers.dtype, device=centers.device)
-        return Components(centers, uniform.log_softmax(-1), None, scale)
+        uniform = centers.new_full((self.num_components,), -math.log(self.num_components))
+        return Components(centers, uniform, None, scale)
 
     def _map_loss(self, centers: Tensor, scale: Tensor | None, z: Tensor) -> Tensor:
         return -self._mixture(centers, scale).log_prob(z).mean()
