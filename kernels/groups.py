@@ -1,8 +1,9 @@
 """What is asked for by name, per group of neighbouring components: l, responsibilities, labels.
 
 A group's l_g = log sum_{j in g} exp l_j. Points lie in tiles of BLOCK_B; a program takes a tile
-through one split of the groups, labels through all. The same input gives the same bits: every
-output is the work of one program, in order.
+through one split of the groups; where there are several splits, a second launch merges what they
+found for the labels. The same input gives the same bits: every output is the work of one program,
+in order, and the merge adds the splits up in one fixed tree.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vmm_fast.kernels.blocks import (
     load_points,
     log_joint,
     lowest,
+    merge_softmax,
 )
 
 
@@ -115,7 +117,27 @@ def matrix_kernel(
         tl.store(out + rows.to(tl.int64) * groups + g, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "groups", "per_group"])
+@triton.jit
+def store_assignment(
+    label_out,
+    probability_out,
+    entropy_out,
+    rows,
+    count,
+    label,
+    total,
+    weighted,
+):
+    """Write what follows from an online softmax of the groups."""
+    mask = rows < count
+    tl.store(label_out + rows, label, mask=mask)
+    tl.store(probability_out + rows, 1.0 / total, mask=mask)
+    # Rounding may leave a tiny negative number where one group has all the probability.
+    entropy = tl.maximum(tl.log(total) - weighted / total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(entropy_out + rows, entropy, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "groups", "groups_a_split", "per_group"])
 def assign_kernel(
     z,  # [B, D]
     centers,  # [J, D]
@@ -124,26 +146,34 @@ def assign_kernel(
     label_out,  # [B], int64
     probability_out,  # [B]
     entropy_out,  # [B]
+    labels,  # [splits, B], int64
+    partial,  # [splits, 3, B]
     count,  # B
     groups,
+    groups_a_split,
     per_group,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """The first of the most probable groups, its probability, and the entropy of all in nats."""
+    """The first of the most probable groups, its probability, and the entropy of all in nats.
+
+    For ``SPLIT`` the first of one split's groups, and their online softmax into ``partial``.
+    """
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = rows < count
+    split = tl.program_id(1)
     points = load_points(z, rows, count, 0, D, chunk(D), DTYPE)
-    label = tl.zeros([BLOCK_B], tl.int64)
     top = tl.full([BLOCK_B], lowest(DTYPE), DTYPE)
     total = tl.zeros([BLOCK_B], DTYPE)
     total_excess = tl.zeros([BLOCK_B], DTYPE)
     weighted = tl.zeros([BLOCK_B], DTYPE)
     weighted_excess = tl.zeros([BLOCK_B], DTYPE)
-    for g in range(groups):
+    begin = split * groups_a_split
+    label = tl.zeros([BLOCK_B], tl.int64) + begin
+    for g in range(begin, tl.minimum(begin + groups_a_split, groups)):
         top_g, total_g = group_log_joint(
             points,
             z,
@@ -165,11 +195,43 @@ def assign_kernel(
         top, total, total_excess, weighted, weighted_excess = add_online(
             top, total, total_excess, weighted, weighted_excess, l
         )
-    tl.store(label_out + rows, label, mask=mask)
-    tl.store(probability_out + rows, 1.0 / total, mask=mask)
-    # Rounding may leave a tiny negative number where one group has all the probability.
-    entropy = tl.maximum(tl.log(total) - weighted / total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(entropy_out + rows, entropy, mask=mask)
+    if SPLIT:
+        mask = rows < count
+        tl.store(labels + split.to(tl.int64) * count + rows, label, mask=mask)
+        out = partial + split.to(tl.int64) * 3 * count + rows
+        tl.store(out, top, mask=mask)
+        tl.store(out + count, total, mask=mask)
+        tl.store(out + 2 * count, weighted, mask=mask)
+    else:
+        store_assignment(
+            label_out, probability_out, entropy_out, rows, count, label, total, weighted
+        )
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def assign_merge_kernel(
+    labels,  # [splits, B], int64
+    partial,  # [splits, 3, B]
+    label_out,  # [B], int64
+    probability_out,  # [B]
+    entropy_out,  # [B]
+    count,  # B
+    splits,
+    BLOCK_B: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Merge the splits of BLOCK_B points."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    top, total, weighted = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
+    split = tl.arange(0, MOST_SPLITS)[:, None]
+    mask = (split < splits) & (rows < count)[None, :]
+    tops = tl.load(partial + split.to(tl.int64) * 3 * count + rows[None, :], mask=mask, other=0.0)
+    first = tl.min(tl.where(mask & (tops == top[None, :]), split, MOST_SPLITS), 0)
+    # Where all is NaN, none is the first.
+    first = tl.where(first < splits, first, 0)
+    label = tl.load(labels + first.to(tl.int64) * count + rows, mask=rows < count)
+    store_assignment(label_out, probability_out, entropy_out, rows, count, label, total, weighted)
 
 
 def matrix(
@@ -219,23 +281,43 @@ def assign(
     per_group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Label [B] (int64), its probability [B] and the entropy [B] of all groups."""
-    count = len(z)
+    count, groups = len(z), len(centers) // per_group
     label = z.new_empty(count, dtype=torch.int64)
-    probability, entropy = z.new_empty(count), z.new_empty(count)
-    if count:
-        constants = launch.constants(z, transpose)
-        with launch.on(z.device):
-            assign_kernel[(triton.cdiv(count, constants["BLOCK_B"]),)](
-                z,
-                centers,
-                whitening,
-                offsets,
-                label,
-                probability,
-                entropy,
+    outputs = (label, z.new_empty(count), z.new_empty(count))
+    if count == 0:
+        return outputs
+    constants = launch.constants(z, transpose)
+    tiles = triton.cdiv(count, constants["BLOCK_B"])
+    splits, each = launch.splits(tiles, groups)
+    # Not touched where there is one split.
+    labels = label if splits == 1 else label.new_empty(splits, count)
+    partial = z if splits == 1 else z.new_empty(splits, 3, count)
+    with launch.on(z.device):
+        assign_kernel[(tiles, splits)](
+            z,
+            centers,
+            whitening,
+            offsets,
+            *outputs,
+            labels,
+            partial,
+            count,
+            groups,
+            each,
+            per_group,
+            SPLIT=splits > 1,
+            **constants,
+        )
+        if splits > 1:
+            assign_merge_kernel[(tiles,)](
+                labels,
+                partial,
+                *outputs,
                 count,
-                len(centers) // per_group,
-                per_group,
-                **constants,
+                splits,
+                BLOCK_B=constants["BLOCK_B"],
+                MOST_SPLITS=launch.MOST_SPLITS,
+                DTYPE=constants["DTYPE"],
+                **launch.options(4),
             )
-    return label, probability, entropy
+    return outputs

@@ -132,6 +132,15 @@ def test_groups(forced, group):
     torch.testing.assert_close(label, reference.mixture_assign(*mixture, False, group)[0])
 
 
+def test_the_first_among_equals_is_assigned(forced):
+    z, *mixture = random_mixture(40, 6, 3)
+    mixture = [torch.cat([x, x]) for x in mixture]
+    mixture[2][:2] = -torch.inf
+    label, _, _ = ops.mixture_assign(z, *mixture)
+    torch.testing.assert_close(label, reference.mixture_assign(z, *mixture)[0])
+    assert 2 <= label.min() and label.max() < 8
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("shape", [(7, 4, 3), (70, 5, 18), (0, 2, 2), (1, 1, 1)])
 def test_kl_equals_its_parts(forced, shape, full):
