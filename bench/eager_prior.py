@@ -46,8 +46,8 @@ class EagerVMM(Prior):
         self.rate, self.data_size = prior.statistics_rate, prior.data_size
         for name, value in prior.named_parameters():
             setattr(self, name, nn.Parameter(value.detach().clone()))
-        learnt = [self.pseudo_inputs] if self.closed_form else list(self.parameters())
-        self.adam = torch.optim.Adam(learnt, lr=prior.learning_rate, eps=1e-7, fused=True)
+        self.learnt = [self.pseudo_inputs] if self.closed_form else list(self.parameters())
+        self.adam = torch.optim.Adam(self.learnt, lr=prior.learning_rate, eps=1e-7, fused=True)
         self.running: tuple[Tensor, ...] | None = None
 
     def _precision_cholesky(self) -> Tensor:
@@ -136,7 +136,7 @@ class EagerVMM(Prior):
 
         scale = posterior.scale_tril
         scatter = n[:, None, None] * (scale @ scale.mT) + m
-        eye = torch.eye(self.latent_dim, dtype=m.dtype)
+        eye = torch.eye(self.latent_dim, dtype=m.dtype, device=m.device)
         scatter = scatter + eye / wishart_scale(self.num_components, self.latent_dim)
         # scatter = U U^T with U upper triangular: its inverse has the lower factor U^-T.
         upper = torch.linalg.cholesky(scatter.flip((-2, -1))).flip((-2, -1))
@@ -173,7 +173,7 @@ def _statistics(z: Tensor, q: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 def _maximise_concentration(mass: Tensor) -> float:
     """As :func:`closed_form.maximise_concentration`, without torch's cost of a call on scalars."""
-    x = mass.double().numpy()
+    x = mass.double().cpu().numpy()
     count, total = len(x), x.sum()
 
     def slope(t: float) -> float:

@@ -5,6 +5,10 @@
 - errors of every operation against float64, which must be below 1e-3;
 - forward with backward from A, and from (m, S, L, pi), against torch.distributions, the matmul form
   in eager torch and compiled, and KeOps where it is installed, in turns;
+- what the prior adds to a training step, in turns with the same in eager torch, with errors against
+  float64 and the number of launches: ``prior.kl`` with its backward, from the stored parameters;
+  building the components with the backward of that; the empirical-Bayes step by gradient and in
+  closed form, the private Adam included, the encoder not;
 - every kernel against the bound of ``bench/gpu_bound.py``, with the rates of the device's own
   matrix products and copies, measured in the same run;
 - a training step of the image VAE under each prior;
@@ -18,21 +22,29 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.profiler import ProfilerActivity, profile
 
 from bench import gpu_bound, problems, providers, roofline, step, throughput
+from bench.eager_prior import EagerVMM
 from bench.problems import Size
 from bench.records import RESULTS, Row, command, environment, write_rows
 from bench.report import duration
 from bench.timing import Sampler, take_turns
+from vmm_fast import VMMPrior, reference
 
 SIZES = (*throughput.FULL.density, Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
 DEVICE = "cuda"  # torch's name of AMD's as well
 LARGE = 5 * 10**7  # pairs from which only what needs no [B, J] matrix takes part
 REFERENCE = 10**8  # numbers of a [B, J, D] array that the reference may make
+KL = "prior.kl, forward + backward"
 MEMORY = Size(65_536, 10_000, 32)
 QUICK_SIZES = (Size(32, 5, 3),)
 
@@ -83,6 +95,114 @@ def densities(sizes: tuple[Size, ...], absent: tuple[str, ...]) -> Iterator[Row]
             samplers = {name: sampler(call) for name, call in calls.items()}
             for name, timing in take_turns(samplers, repeats=5, seconds=5.0).items():
                 yield {"mode": mode, "provider": name, **size._asdict(), **timing}
+
+
+def prior_steps(sizes: tuple[Size, ...]) -> Iterator[Row]:
+    """What the prior adds to a training step; torch where a [B, J, D] array fits."""
+    for size in sizes:
+        fits = size.B * size.J * size.D <= REFERENCE
+        yield from _compared(KL, size, *_variational(size, fits))
+        yield from _compared(throughput.COMPONENTS, size, *_building(size))
+        for inference, mode in (
+            ("gradient", throughput.GRADIENT_STEP),
+            ("closed-form", throughput.CLOSED_FORM_STEP),
+        ):
+            yield from _compared(mode, size, *_empirical_bayes(size, inference, fits))
+
+
+# Of each provider the call to be timed, a part of it that does not count, and its error.
+Compared = tuple[dict[str, Callable[[], object]], Callable[[], object] | None, dict[str, float]]
+
+
+def _variational(size: Size, fits: bool) -> Compared:
+    """The encoder is left out: its outputs are leaves."""
+    p = _on_device(problems.parameters(size))
+    ours = throughput.vmm_prior(size, "gradient")[0].to(DEVICE)
+    inputs = (p.z, 0.5 + p.z.sigmoid(), p.centers, p.scale)
+
+    def call(prior: VMMPrior | EagerVMM, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+
+        def kl() -> tuple[Tensor, ...]:
+            z, deviation, centers, scale = leaves
+            q = Independent(Normal(z, deviation, validate_args=False), 1, validate_args=False)
+            at_pseudo_inputs = MultivariateNormal(
+                centers, scale_tril=scale.tril(), validate_args=False
+            )
+            value = prior.kl(q, lambda _: at_pseudo_inputs, z=z)
+            return value, *torch.autograd.grad(value, leaves, torch.ones_like(value))
+
+        return kl
+
+    calls = {"vmm_fast": call(ours, torch.float32)}
+    if not fits:
+        return calls, None, {}
+    calls["torch.distributions"] = call(EagerVMM(ours), torch.float32)
+    exact = call(EagerVMM(ours).double(), torch.float64)()
+    return calls, None, {name: problems.error(f(), exact) for name, f in calls.items()}
+
+
+def _building(size: Size) -> Compared:
+    """A and c from (L, s, log pi); in torch in float64, as ours is inside."""
+    p = _on_device(problems.parameters(size._replace(B=0)))
+    inputs = (p.logits.log_softmax(-1), p.precision_cholesky, p.scale)
+    exact = throughput.building(reference.whitened_components, [x.double() for x in inputs])()
+    calls = {
+        name: throughput.building(build, inputs)
+        for name, build in providers.COMPONENT_BUILDERS.items()
+    }
+    return calls, None, {name: problems.error(call(), exact) for name, call in calls.items()}
+
+
+def _empirical_bayes(size: Size, inference: str, fits: bool) -> Compared:
+    """The pseudo-inputs' way through the encoder and back is timed, and taken off."""
+    ours, encoder = throughput.vmm_prior(size, inference)
+    ours, z = ours.to(DEVICE), _on_device(problems.parameters(size)).z
+    priors = {"vmm_fast": ours}
+    errors = {}
+    if fits:
+        priors["torch"] = EagerVMM(ours)
+        exact = throughput.step_values(EagerVMM(ours).double(), z.double(), encoder)
+        errors = {
+            name: problems.error(throughput.step_values(prior, z, encoder), exact)
+            for name, prior in priors.items()
+        }
+    calls = {name: partial(prior.update, z, encoder) for name, prior in priors.items()}
+    return calls, partial(throughput.encode, encoder, ours.pseudo_inputs), errors
+
+
+def _compared(
+    mode: str,
+    size: Size,
+    calls: dict[str, Callable[[], object]],
+    left_out: Callable[[], object] | None,
+    errors: dict[str, float],
+) -> Iterator[Row]:
+    for provider, error in errors.items():
+        if not error < throughput.TOLERANCE:
+            raise RuntimeError(f"{provider}, {mode}, {tuple(size)}: error {error:.2g} in float32")
+    samplers, launched = {}, {}
+    for provider, call in calls.items():
+        samplers[provider], launched[provider] = sampler(call), launches(call)
+        if left_out is not None:
+            samplers[provider] = throughput.less(samplers[provider], sampler(left_out))
+            launched[provider] -= launches(left_out)
+    for provider, timing in take_turns(samplers, repeats=5, seconds=2.0).items():
+        row: Row = {"mode": mode, "provider": provider, **size._asdict(), **timing}
+        if provider in errors:
+            row["error"] = errors[provider]
+        yield {**row, "launches": launched[provider]}
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and fills that a call has the device do."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[getattr(ProfilerActivity, DEVICE.upper())]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    device = getattr(DeviceType, DEVICE.upper())
+    return sum(event.device_type == device for event in profiler.events())
 
 
 def device_rates(rows: int, numbers: int) -> gpu_bound.Device:
@@ -182,6 +302,8 @@ def table(rows: list[Row]) -> str:
             found.append(f"error {row['error']:.2g}")
         if "fraction" in row:
             found.append(f"{100 * row['fraction']:.0f} % of the bound")
+        if "launches" in row:
+            found.append(f"{row['launches']} launches")
         if "ratio" in row:
             found.append(f"{row['ratio']:.2f}x N(0, I)")
         if "peak_bytes" in row:
@@ -221,6 +343,7 @@ def main(args: argparse.Namespace, arguments: list[str]) -> int:
     for part in (
         errors(sizes),
         densities(sizes, throughput.SLOW_TO_START if args.quick else ()),
+        prior_steps(sizes),
         kernels(sizes, device_rates(*((64, 64) if args.quick else (8192, 2**28)))),
         training_steps(plan),
         memory(QUICK_SIZES[0] if args.quick else MEMORY),

@@ -138,7 +138,8 @@ def reference_statistics(p: Whitened, transpose: bool = False) -> tuple[Tensor, 
 
 def error(values: Sequence[Tensor], reference_values: Sequence[Tensor]) -> float:
     """Largest relative error of several tensors, each in the 2-norm."""
-    return max(
-        float((a.detach().double() - b).norm() / b.norm())
-        for a, b in zip(values, reference_values, strict=True)
-    )
+    with torch.no_grad():
+        return max(
+            float((a.double() - b).norm() / b.norm())
+            for a, b in zip(values, reference_values, strict=True)
+        )

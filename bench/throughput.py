@@ -230,17 +230,17 @@ def components(plan: Plan) -> Iterator[Row]:
     for size in plan.components:
         p = problems.parameters(size)
         inputs = (p.logits.log_softmax(-1), p.precision_cholesky, p.scale)
-        exact = _building(reference.whitened_components, [x.double() for x in inputs])
+        exact = building(reference.whitened_components, [x.double() for x in inputs])
         truth = [x.detach() for x in exact()]
         calls = {
-            name: _building(build, inputs) for name, build in providers.COMPONENT_BUILDERS.items()
+            name: building(build, inputs) for name, build in providers.COMPONENT_BUILDERS.items()
         }
         errors = {name: problems.error(call(), truth) for name, call in calls.items()}
         samplers = {name: sampler(call) for name, call in calls.items()}
         yield from _rows(COMPONENTS, size, samplers, errors, plan.repeats, plan.seconds)
 
 
-def _building(
+def building(
     build: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
 ) -> Callable[[], tuple]:
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -264,22 +264,22 @@ def empirical_bayes(plan: Plan) -> Iterator[Row]:
             ours, encoder = vmm_prior(size, inference)
             priors = {"vmm_fast": ours, "torch": EagerVMM(ours)}
             z = problems.parameters(size).z
-            exact = _step_values(EagerVMM(ours).double(), z.double(), encoder)
+            exact = step_values(EagerVMM(ours).double(), z.double(), encoder)
             errors = {
-                name: problems.error(_step_values(prior, z, encoder), exact)
+                name: problems.error(step_values(prior, z, encoder), exact)
                 for name, prior in priors.items()
             }
             samplers = {
-                name: _less(
+                name: less(
                     sampler(partial(prior.update, z, encoder)),
-                    sampler(partial(_encode, encoder, prior.pseudo_inputs)),
+                    sampler(partial(encode, encoder, prior.pseudo_inputs)),
                 )
                 for name, prior in priors.items()
             }
             yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
 
 
-def _less(whole: Sampler, part: Sampler) -> Sampler:
+def less(whole: Sampler, part: Sampler) -> Sampler:
     """Time what a call takes beside a part of it, which is timed right after it.
 
     A disturbed turn may make the part longer than the whole: a tenth of the whole is the least that
@@ -293,7 +293,7 @@ def _less(whole: Sampler, part: Sampler) -> Sampler:
     return sample
 
 
-def _encode(encoder: Callable[[Tensor], Distribution], pseudo_inputs: Tensor) -> None:
+def encode(encoder: Callable[[Tensor], Distribution], pseudo_inputs: Tensor) -> None:
     """Take pseudo-inputs through an encoder and gradients back, as a step does."""
     mean, scale = gaussian_parameters(encoder(pseudo_inputs))
     torch.autograd.grad((mean, scale), pseudo_inputs, (mean.detach(), scale.detach()))
@@ -324,13 +324,16 @@ def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], 
     return prior, encoder
 
 
-def _step_values(
+def step_values(
     prior: VMMPrior | EagerVMM, z: Tensor, encoder: Callable[[Tensor], Distribution]
 ) -> tuple[Tensor, ...]:
-    """The objective, its gradients, and the parameters after a step."""
-    parameters = [prior.pseudo_inputs, prior.raw_precision, prior.logits, prior.raw_alpha]
-    loss = prior.map_loss(z, encoder)
-    gradients = torch.autograd.grad(loss, parameters)
+    """The objective, the gradients that a step takes, and the parameters after it."""
+    if isinstance(prior, VMMPrior):
+        step = prior._step(z, encoder)
+        loss, gradients = torch.as_tensor(step.loss), step.gradients
+    else:
+        loss = prior.map_loss(z, encoder)
+        gradients = torch.autograd.grad(loss, prior.learnt)
     prior.update(z, encoder)
     after = (prior.raw_precision, prior.logits.softmax(-1), prior.raw_alpha)
     return tuple(x.detach().clone() for x in (loss, *gradients, *after))

@@ -259,9 +259,9 @@ def test_quantiles():
 
 
 def test_time_beside_a_part():
-    sample = throughput._less(lambda calls: 5.0 * calls, lambda calls: 2.0 * calls)
+    sample = throughput.less(lambda calls: 5.0 * calls, lambda calls: 2.0 * calls)
     assert sample(4) == pytest.approx(12.0)
-    disturbed = throughput._less(lambda calls: 5.0 * calls, lambda calls: 7.0 * calls)
+    disturbed = throughput.less(lambda calls: 5.0 * calls, lambda calls: 7.0 * calls)
     assert disturbed(4) == pytest.approx(2.0)
 
 
@@ -408,8 +408,15 @@ def test_gpu_measures_every_part(tmp_path, monkeypatch, capsys):
     arguments = Namespace(quick=True, on_paper=False, out=str(tmp_path))
     assert gpu.main(arguments, ["gpu", "--quick"]) == 0
     rows = read_rows(tmp_path / "gpu.jsonl")
-    modes = ["error", throughput.BACKWARD, throughput.PARAMETERS, "rates", "kernel"]
+    steps = [gpu.KL, throughput.COMPONENTS, throughput.GRADIENT_STEP, throughput.CLOSED_FORM_STEP]
+    modes = ["error", throughput.BACKWARD, throughput.PARAMETERS, *steps, "rates", "kernel"]
     assert list(dict.fromkeys(row["mode"] for row in rows)) == [*modes, "training step", "memory"]
+    for mode in steps:
+        ours, theirs = select(rows, mode=mode)
+        assert (ours["provider"], theirs["provider"][:5]) == ("vmm_fast", "torch")
+        for row in (ours, theirs):
+            assert row["error"] < throughput.TOLERANCE
+            assert row["launches"] > 0 < row["p50"]
     assert {row["kernel"] for row in select(rows, mode="kernel")} == set(roofline.KERNELS)
     for row in select(rows, mode="kernel"):
         assert row["fraction"] == row["bound"] / row["p50"]
