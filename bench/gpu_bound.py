@@ -124,7 +124,7 @@ def _plan(size: Size) -> Plan:
     from vmm_fast.kernels import launch  # needs Triton
     from vmm_fast.kernels.blocks import padded
 
-    block = launch.tile(torch.float32, size.D).BLOCK_B
+    block = launch.tile(torch.float32, size.D, 9).BLOCK_B
     tiles = -(-size.B // block)
     splits, each = launch.splits(tiles, size.J)
     point_splits, tiles_each = launch.splits(size.J, tiles)

@@ -40,6 +40,11 @@ class Target(NamedTuple):
     shared_memory: int  # bytes that a program may have
     registers: int  # that a thread may have
 
+    @property
+    def capability(self) -> int:
+        """As :func:`vmm_fast.kernels.launch.capability`."""
+        return self.arch // 10 if isinstance(self.arch, int) else 0
+
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024, 255),
@@ -154,10 +159,14 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches(
-    backend: str, dims: Iterable[int] = DIMS, dtypes: Iterable[str] = DTYPES
+    target: Target, dims: Iterable[int] = DIMS, dtypes: Iterable[str] = DTYPES
 ) -> list[Launch]:
     """Every compilation that the launching functions ask for on a kind of GPU."""
-    with recorded() as found, mock.patch.object(launch, "BACKEND", backend):
+    with (
+        recorded() as found,
+        mock.patch.object(launch, "BACKEND", target.backend),
+        mock.patch.object(launch, "capability", lambda device: target.capability),
+    ):
         for dtype in (getattr(torch, name) for name in dtypes):
             for dim in dims:
                 for transpose in (False, True):
@@ -297,11 +306,7 @@ def _metadata(assembly: str, name: str) -> int:
 
 def rows(target_names: list[str], dims: list[int], dtypes: list[str]) -> list[Row]:
     """Compile everything, on all cores."""
-    jobs = [
-        (note, name)
-        for name in target_names
-        for note in launches(TARGETS[name].backend, dims, dtypes)
-    ]
+    jobs = [(note, name) for name in target_names for note in launches(TARGETS[name], dims, dtypes)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
 

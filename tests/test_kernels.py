@@ -120,6 +120,32 @@ def test_every_tile_size(forced, shape, transpose):
     assert_gradients_close(mixture, transpose, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_larger_tile_of_some_gpus(monkeypatch, transpose):
+    mixture = random_mixture(70, 3, 30, dtype=torch.float32)
+    monkeypatch.setattr(launch, "capability", lambda device: 9)
+    with kernels():
+        assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
+
+
+def test_a_gpu_is_asked_once_for_its_kind(monkeypatch):
+    asked = []
+
+    def get_device_capability(device):
+        asked.append(device)
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+    launch.capability.cache_clear()
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    try:
+        for _ in range(2):
+            assert [launch.capability(device) for device in devices] == [9, 9, 0]
+        assert asked == devices[:2]
+    finally:
+        launch.capability.cache_clear()
+
+
 @pytest.mark.parametrize("group", [2, 3, 12])
 def test_groups(forced, group):
     mixture = random_mixture(40, 12, 4)
