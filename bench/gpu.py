@@ -207,6 +207,8 @@ def launches(call: Callable[[], object]) -> int:
 
 def device_rates(rows: int, numbers: int) -> gpu_bound.Device:
     """What the device itself reaches in products of square matrices and in copies."""
+    from vmm_fast.kernels import launch  # needs Triton
+
     a = torch.randn(rows, rows, device=DEVICE)
     rates = []
     for tf32 in (False, True):
@@ -222,6 +224,7 @@ def device_rates(rows: int, numbers: int) -> gpu_bound.Device:
     return gpu_bound.Device(
         torch.cuda.get_device_name(),
         "",
+        launch.capability(torch.device(DEVICE)),
         vector,
         vector if amd else matrix,
         1 if amd else 3,
@@ -244,7 +247,8 @@ def kernels(sizes: tuple[Size, ...], device: gpu_bound.Device) -> Iterator[Row]:
             if name == roofline.LOG_PROB_BACKWARD:  # the call is forward and backward
                 names = [roofline.LOG_PROB, name]
             bound = sum(
-                max(gpu_bound.times(gpu_bound.KERNELS[n](size), device).values()) for n in names
+                max(gpu_bound.times(gpu_bound.KERNELS[n](size, device), device).values())
+                for n in names
             )
             yield {
                 "mode": "kernel",

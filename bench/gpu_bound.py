@@ -1,23 +1,29 @@
 """What the GPU kernels must take at least: a roofline on paper, of operations, bytes and launches.
 
 ``python -m bench gpu --on-paper`` writes it to ``gpu-roofline.md``. For every kernel it counts what
-one call does to the padded tiles that :mod:`vmm_fast.kernels.launch` chooses, P the dimension
-rounded up, per pair of a point and a component
+one call does to the padded tiles that :mod:`vmm_fast.kernels.launch` chooses for the target. P is
+the dimension D rounded up; the matrices are taken in n x n blocks of Q = min(P, 32) columns, of
+which the T = n (n + 1) / 2 of a triangle are not zero. Per pair of a point and a component
 
-    a product of matrices          2 P^2 operations, three times over where float32 is split into
-                                   three passes of TF32: one product in log_prob, two in each half
-                                   of the backward (l once more, then the sum)
-    everything else                3 P (difference, square, sum) + 30 (online softmax) vector
-                                   operations, and P for each weighted sum
-    exponentials                   2 in log_prob, 1 in each half of the backward
+    a block of a product           2 Q^2 operations, three times over where float32 is split into
+                                   three passes of TF32
+    l                              T blocks
+    its gradient by z              for each of n blocks of columns l once more, and beyond Q columns
+                                   y as far as these need it, n (n + 1) (2 n + 1) / 6 blocks in all;
+                                   then T blocks for y W^T
+    M                              for each of n blocks of columns l once more and P / Q blocks
+    everything else                Q for every block of l and 2 Q for every Q columns of y
+                                   (difference, square, sum), 30 in the online softmax, 15 for a
+                                   weight, and P for each weighted sum: vector operations
+    exponentials                   2 in log_prob, 1 for every weight
 
 and what goes through memory: inputs and outputs once, what splits leave written and read. The time
 of a resource is its count over the device's rate, and the largest of these bounds the kernel. On
-small sizes none of them does, but the wait: launches, and the components that a program takes one
-after the other. Components are built in float64 on the vector units, as many operations as the
-formulas of ``kernels/components.py`` have. What the caches between memory and processor carry is
-left out. Rates are those of the makers' data sheets; the waits are assumptions, named below. No
-figure on the page is measured.
+small sizes none of them does, but the wait: launches, and the blocks of the components that a
+program takes one after the other. Components are built in float64 on the vector units, as many
+operations as the formulas of ``kernels/components.py`` have. What the caches between memory and
+processor carry is left out. Rates are those of the makers' data sheets; the waits are assumptions,
+named below. No figure on the page is measured.
 """
 
 from __future__ import annotations
@@ -33,9 +39,14 @@ from bench.problems import Parameters, Size
 from bench.providers import torch_distributions
 from vmm_fast._files import write_atomically
 
-SIZES = (Size(256, 100, 10), Size(4096, 500, 30), Size(1_048_576, 10_000, 32))
+SIZES = (
+    Size(256, 100, 10),
+    Size(4096, 500, 30),
+    Size(4096, 500, 100),
+    Size(1_048_576, 10_000, 32),
+)
 LAUNCH = 3e-6  # seconds between two dependent launches in a CUDA graph; eager Python takes longer
-STEP = 1e-6  # seconds that a program waits for one component's loads, product and exponential
+STEP = 1e-6  # seconds that a program waits for the loads and product of a component's block
 FLOAT64 = 2  # float32 operations in the time of one in float64, on these devices
 RESIDENT = 1000  # small programs that run at once
 
@@ -45,6 +56,7 @@ class Device(NamedTuple):
 
     name: str
     target: str
+    capability: int  # as vmm_fast.kernels.launch has it
     vector: float  # float32 operations
     matrix: float  # dense operations of the matrix instructions that the kernels use
     passes: int  # of these for one product in float32
@@ -57,6 +69,7 @@ DEVICES = (
     Device(
         "A100 80 GB SXM",
         "sm_80",
+        8,
         19.5e12,
         156e12,
         3,
@@ -67,6 +80,7 @@ DEVICES = (
     Device(
         "H100 SXM",
         "sm_90",
+        9,
         66.9e12,
         494.7e12,
         3,
@@ -77,6 +91,7 @@ DEVICES = (
     Device(
         "B200",
         "sm_100",
+        10,
         80e12,
         1100e12,
         3,
@@ -87,6 +102,7 @@ DEVICES = (
     Device(
         "MI300X",
         "gfx942",
+        0,
         163.4e12,
         163.4e12,
         1,
@@ -106,13 +122,16 @@ class Work(NamedTuple):
     vector: float
     matrix: float  # one pass
     special: float
-    steps: int  # components, or tiles of points, that a program takes one after the other
+    steps: int  # blocks of components or of tiles of points that a program takes in turn
 
 
 class Plan(NamedTuple):
-    """Tiles and splits of a size."""
+    """Tiles, blocks and splits of a size."""
 
     P: int
+    Q: int
+    blocks: int  # n
+    triangle: int  # T
     pairs: int
     splits: int
     each: int
@@ -120,70 +139,101 @@ class Plan(NamedTuple):
     tiles_each: int
 
 
-def _plan(size: Size) -> Plan:
+def _plan(size: Size, device: Device, halvings: int = 0) -> Plan:
+    """Tiles are those of the kernels on pairs, halved so often."""
     from vmm_fast.kernels import launch  # needs Triton
-    from vmm_fast.kernels.blocks import padded
+    from vmm_fast.kernels.blocks import chunk, padded
 
-    block = launch.tile(torch.float32, size.D, 9).BLOCK_B
+    block = launch.tile(torch.float32, size.D, device.capability).BLOCK_B
+    block = max(16, block >> halvings)
     tiles = -(-size.B // block)
-    splits, each = launch.splits(tiles, size.J)
-    point_splits, tiles_each = launch.splits(size.J, tiles)
-    return Plan(padded(size.D), tiles * block * size.J, splits, each, point_splits, tiles_each)
+    columns = chunk(size.D)
+    n = -(-size.D // columns)
+    return Plan(
+        padded(size.D),
+        columns,
+        n,
+        n * (n + 1) // 2,
+        tiles * block * size.J,
+        *launch.splits(tiles, size.J),
+        *launch.splits(size.J, tiles),
+    )
 
 
-def log_prob(size: Size) -> Work:
-    p = _plan(size)
-    mixture = size.J * (size.D**2 + size.D + 1)
+def _log_joint(p: Plan) -> tuple[float, float]:
+    """Vector and matrix operations of l, once for every pair."""
+    return p.pairs * (p.triangle + 2 * p.blocks) * p.Q, p.pairs * p.triangle * 2 * p.Q**2
+
+
+def _mixture(size: Size) -> int:
+    return size.J * (size.D**2 + size.D + 1)
+
+
+def _log_prob(size: Size, p: Plan) -> Work:
+    vector, matrix = _log_joint(p)
     partial = 3 * size.B * p.splits if p.splits > 1 else 0
     return Work(
         1 + (p.splits > 1),
-        4 * (size.B * (size.D + 5) + mixture + 2 * partial),
-        p.pairs * (3 * p.P + 30),
-        p.pairs * 2 * p.P**2,
+        4 * (size.B * (size.D + 5) + _mixture(size) + 2 * partial),
+        vector + 30 * p.pairs,
+        matrix,
         2 * p.pairs,
-        p.each,
+        p.each * p.triangle,
     )
 
 
-def _sums(size: Size, p: Plan) -> tuple[float, float, float, float]:
-    """Bytes, vector and matrix operations and exponentials of N, s and M."""
-    mixture = size.J * (size.D**2 + size.D + 1)
-    parts = 2 * mixture * p.point_splits if p.point_splits > 1 else 0
-    numbers = size.B * (size.D + 3) + 2 * mixture + parts
-    return 4 * numbers, p.pairs * (5 * p.P + 15), p.pairs * 4 * p.P**2, p.pairs
+def log_prob(size: Size, device: Device) -> Work:
+    return _log_prob(size, _plan(size, device))
 
 
-def backward(size: Size) -> Work:
-    p = _plan(size)
-    moved, vector, matrix, special = _sums(size, p)
+def _sums(size: Size, p: Plan, second: bool) -> Work:
+    """N, s and M, one launch, or with a ``second`` one that adds up what the first leaves."""
+    vector, matrix = _log_joint(p)
+    parts = 2 * _mixture(size) * p.point_splits if second else 0
+    return Work(
+        1 + second,
+        4 * (size.B * (size.D + 3) + 2 * _mixture(size) + parts),
+        p.blocks * (vector + p.pairs * (15 + 2 * p.P)),
+        p.blocks * (matrix + p.pairs * 2 * p.P * p.Q),
+        p.blocks * p.pairs,
+        p.tiles_each * p.triangle,
+    )
+
+
+def backward(size: Size, device: Device) -> Work:
+    """Both halves in one launch; then M W, and what splits have left."""
+    p = _plan(size, device)
+    vector, matrix = _log_joint(p)
+    sums = _sums(size, p, p.point_splits > 1 or p.blocks > 1)
     parts = 2 * size.B * size.D * p.splits if p.splits > 1 else 0
+    # One block of y is the one that l was taken of.
+    again = p.triangle * (2 * p.blocks + 1) // 3 if p.blocks > 1 else 0
     return Work(
-        1 + (p.splits > 1 or p.point_splits > 1),
-        moved + 4 * (size.B * (2 * size.D + 3) + parts),
-        vector + p.pairs * (4 * p.P + 15),
-        matrix + p.pairs * 4 * p.P**2,
-        special + p.pairs,
-        max(p.each, p.tiles_each),
+        max(sums.launches, 1 + (p.splits > 1)),
+        sums.bytes + 4 * (size.B * (2 * size.D + 3) + parts),
+        sums.vector + p.blocks * (vector + 15 * p.pairs) + p.pairs * (again + p.triangle) * p.Q,
+        sums.matrix
+        + p.blocks * matrix
+        + p.pairs * (again + p.triangle) * 2 * p.Q**2
+        + size.J * 2 * (p.blocks * p.Q) ** 3,
+        sums.special + p.blocks * p.pairs,
+        max(p.each * p.triangle, sums.steps),
     )
 
 
-def statistics(size: Size) -> Work:
+def _after(first: Work, second: Work) -> Work:
+    return Work(*(a + b for a, b in zip(first, second, strict=True)))
+
+
+def statistics(size: Size, device: Device) -> Work:
     """The log-sum-exp, then the sums."""
-    p = _plan(size)
-    first, (moved, vector, matrix, special) = log_prob(size), _sums(size, p)
-    return Work(
-        first.launches + 1 + (p.point_splits > 1),
-        first.bytes + moved,
-        first.vector + vector,
-        first.matrix + matrix,
-        first.special + special,
-        first.steps + p.tiles_each,
-    )
+    p = _plan(size, device)
+    return _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
 
 
-def components(size: Size) -> Work:
+def components(size: Size, device: Device) -> Work:
     """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64."""
-    p = _plan(size)
+    p = _plan(size, device)
     operations = 4 * p.P**3 + size.D * 7 * p.P**2
     return Work(
         1,
@@ -195,9 +245,9 @@ def components(size: Size) -> Work:
     )
 
 
-def components_backward(size: Size) -> Work:
+def components_backward(size: Size, device: Device) -> Work:
     """The factorisation again, five products, and D steps of substitution."""
-    p, first = _plan(size), components(size)
+    p, first = _plan(size, device), components(size, device)
     return first._replace(
         bytes=4 * size.J * (6 * size.D**2 + 2),
         vector=first.vector + FLOAT64 * size.J * (10 * p.P**3 + size.D * 4 * p.P**2),
@@ -205,44 +255,35 @@ def components_backward(size: Size) -> Work:
     )
 
 
-def empirical_bayes(size: Size) -> Work:
+def empirical_bayes(size: Size, device: Device) -> Work:
     """By gradient: L from its stored form, the log-sum-exp, the sums, and the chain rule."""
-    p, first = _plan(size), log_prob(size)
-    moved, vector, matrix, special = _sums(size, p)
-    small = FLOAT64 * size.J * 10 * p.P**3
-    return Work(
-        4,
-        first.bytes + moved + 4 * size.J * 5 * size.D**2,
-        first.vector + vector + small,
-        first.matrix + matrix,
-        first.special + special,
-        first.steps + p.tiles_each + 2,
+    p = _plan(size, device, halvings=1)
+    on_pairs = _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
+    return on_pairs._replace(
+        launches=4,
+        bytes=on_pairs.bytes + 4 * size.J * 5 * size.D**2,
+        vector=on_pairs.vector + FLOAT64 * size.J * 10 * p.P**3,
+        steps=on_pairs.steps + 2,
     )
 
 
-def assign(size: Size) -> Work:
-    p, first = _plan(size), log_prob(size)
+def assign(size: Size, device: Device) -> Work:
+    p, first = _plan(size, device), log_prob(size, device)
     return first._replace(
         launches=1,
-        bytes=4 * (size.B * (size.D + 4) + size.J * (size.D**2 + size.D + 1)),
+        bytes=4 * (size.B * (size.D + 4) + _mixture(size)),
         special=4 * p.pairs,
-        steps=size.J,
+        steps=size.J * p.triangle,
     )
 
 
-def responsibilities(size: Size) -> Work:
-    p, first = _plan(size), log_prob(size)
-    return Work(
-        first.launches + 1,
-        first.bytes + 4 * size.B * size.J,
-        2 * first.vector,
-        2 * first.matrix,
-        first.special + 2 * p.pairs,
-        2 * first.steps,
-    )
+def responsibilities(size: Size, device: Device) -> Work:
+    first = log_prob(size, device)
+    second = first._replace(launches=1, bytes=4 * size.B * size.J)
+    return _after(first, second)
 
 
-KERNELS: dict[str, Callable[[Size], Work]] = {
+KERNELS: dict[str, Callable[[Size, Device], Work]] = {
     "components": components,
     "components, backward": components_backward,
     "log_prob": log_prob,
@@ -252,6 +293,13 @@ KERNELS: dict[str, Callable[[Size], Work]] = {
     "assign": assign,
     "empirical-Bayes step": empirical_bayes,
 }
+
+
+def _served(kernel: str, size: Size) -> bool:
+    from vmm_fast.backends import gpu  # needs Triton
+
+    largest = gpu.largest_dim("map_gradients" if "empirical" in kernel else kernel)
+    return largest >= size.D
 
 
 def times(work: Work, device: Device) -> dict[str, float]:
@@ -322,7 +370,7 @@ def page() -> str:
     assert __doc__ is not None
     lines = ["# A roofline on paper for the GPU kernels", "", *__doc__.strip().splitlines(), ""]
     lines += [
-        f"A launch is taken to cost {_seconds(LAUNCH)} and a component of a program's loop "
+        f"A launch is taken to cost {_seconds(LAUNCH)} and a block of a program's loop "
         f"{_seconds(STEP)} of waiting. float32 throughout.",
         "",
         "| device | target | vector | matrix, passes a product | exponentials | memory | source |",
@@ -333,33 +381,29 @@ def page() -> str:
             f"| {d.name} | {d.target} | {_count(d.vector)}FLOP/s | {_count(d.matrix)}FLOP/s, "
             f"{d.passes} | {_count(d.special)}/s | {_count(d.bandwidth)}B/s | {d.source} |"
         )
-    lines += ["", f"## Counts, and the time on an {H100.name}", ""]
     lines += [
-        "| (B, J, D) | kernel | launches | bytes | vector op. | matrix op., one pass | "
-        "exponentials | at least | bound by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "",
+        "## Every kernel on every target",
+        "",
+        f"Counts are those of an {H100.name}; tiles, and with them splits and bytes, differ a "
+        "little between targets. A target's column has the time and what it is bound by. Kernels "
+        "that do not serve a dimension are left out.",
     ]
     for size in SIZES:
+        lines += ["", f"### (B, J, D) = {_name(size)}", ""]
+        heads = ("launches", "bytes", "vector op.", "matrix op., one pass", "exponentials")
+        heads = ("kernel", *heads, *(d.name for d in DEVICES))
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name, count in KERNELS.items():
-            work = count(size)
-            found = times(work, H100)
-            bound = max(found, key=found.__getitem__)
-            lines.append(
-                f"| {_name(size)} | {name} | {work.launches} | {_count(work.bytes)}B | "
-                f"{_count(work.vector)} | {_count(work.matrix)} | {_count(work.special)} | "
-                f"{_seconds(found[bound])} | {bound} |"
-            )
-    lines += ["", "## The same on every target, log_prob and its backward together", ""]
-    lines += [
-        "| (B, J, D) | " + " | ".join(d.name for d in DEVICES) + " |",
-        "|---|" + "---|" * len(DEVICES),
-    ]
-    for size in SIZES:
-        cells = []
-        for device in DEVICES:
-            both = [times(count(size), device) for count in (log_prob, backward)]
-            cells.append(_seconds(sum(max(found.values()) for found in both)))
-        lines.append(f"| {_name(size)} | " + " | ".join(cells) + " |")
+            if not _served(name, size):
+                continue
+            launches, *counts, _ = count(size, H100)
+            cells = [name, str(launches), *map(_count, counts)]
+            for device in DEVICES:
+                found = times(count(size, device), device)
+                bound = max(found, key=found.__getitem__)
+                cells.append(f"{_seconds(found[bound])}, {bound}")
+            lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "## torch.distributions for the same work",
@@ -374,7 +418,7 @@ def page() -> str:
     ]
     for size in SIZES:
         traffic = torch_distributions_traffic(size)
-        ours = [count(size) for count in (log_prob, backward)]
+        ours = [count(size, H100) for count in (log_prob, backward)]
         lines.append(
             f"| {_name(size)} | {traffic.launches} | {_count(traffic.bytes)}B | "
             f"{_seconds(traffic.bytes / H100.bandwidth + traffic.launches * LAUNCH)} | "

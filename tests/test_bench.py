@@ -27,6 +27,7 @@ from bench.problems import Size
 from bench.records import command, environment, read_rows, select, write_rows
 from bench.targets import checks
 from bench.timing import quantiles, take_turns
+from vmm_fast import backends
 
 ROOT = Path(__file__).parents[1]
 
@@ -423,15 +424,48 @@ def test_gpu_measures_every_part(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
-def test_gpu_bound_counts_products(tmp_path):
+def test_gpu_bound_counts_products():
     """At sizes that fill their tiles: J B products of [1, 32] and [32, 32]."""
     pytest.importorskip("triton", reason="Triton is not installed")
     size = Size(2**20, 10_000, 32)
     pairs = size.B * size.J
-    assert gpu_bound.log_prob(size).matrix == pairs * 2 * 32 * 32
-    assert gpu_bound.backward(size).matrix == 4 * gpu_bound.log_prob(size).matrix
-    assert gpu_bound.log_prob(size).launches == 1
-    seconds = gpu_bound.times(gpu_bound.log_prob(size), gpu_bound.H100)
+    forward, backward = (
+        count(size, gpu_bound.H100) for count in (gpu_bound.log_prob, gpu_bound.backward)
+    )
+    assert forward.matrix == pairs * 2 * 32 * 32
+    assert backward.matrix == 4 * forward.matrix + size.J * 2 * 32**3
+    assert forward.launches == backward.launches == 1
+    seconds = gpu_bound.times(forward, gpu_bound.H100)
     assert max(seconds, key=seconds.__getitem__) == "matrix units"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # of numpy, which the interpreter computes with
+def test_gpu_bound_counts_what_the_kernels_multiply(monkeypatch):
+    """Beyond 32 dimensions, in Triton's interpreter, which takes no product twice for once."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply, counted = InterpreterBuilder.create_dot, []
+
+    def create_dot(self, a, b, *rest):
+        counted.append(2 * a.data.size * b.data.shape[1])
+        return multiply(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(backends, "FORCED", "triton")
+    size = Size(5, 2, 70)
+    inputs = problems.whitened(size)
+    device = gpu_bound.DEVICES[-1]  # of the interpreter's tiles
+    for name, call in roofline.kernels(inputs).items():
+        names = [roofline.LOG_PROB, name] if name == roofline.LOG_PROB_BACKWARD else [name]
+        counted.clear()
+        call()
+        assert sum(counted) == sum(gpu_bound.KERNELS[n](size, device).matrix for n in names), name
+
+
+def test_gpu_bound_page(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
     text = gpu_bound.write(tmp_path).read_text()
     assert all(device.name in text for device in gpu_bound.DEVICES)
