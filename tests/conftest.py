@@ -3,8 +3,9 @@
 import contextlib
 import os
 
-# Before Triton is imported: its kernels run in its interpreter, which needs no GPU.
-os.environ["TRITON_INTERPRET"] = "1"
+# Before Triton is imported: its kernels run in its interpreter, which needs no GPU. A process that
+# test_gpu.py starts is told otherwise.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -13,6 +14,41 @@ from vmm_fast import _core
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter():
+    """Let the interpreter wrap the language once a launch.
+
+    It does so again at every call of a device function, around what it has wrapped before, so that
+    a launch of many calls slows down without bound.
+    """
+    import triton
+    from triton.runtime import interpreter
+
+    language = (triton.language, triton.language.core)
+    wrap = interpreter._patch_lang
+    wrapped = set()
+
+    def wrap_once(function):
+        seen = tuple(x in function.__globals__.values() for x in language)
+        if seen in wrapped:
+            return None
+        wrapped.add(seen)
+        scope = wrap(function)
+        restore = scope.restore
+
+        def restore_all():
+            wrapped.remove(seen)
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", wrap_once)
+        yield
+
 
 ISAS = ["baseline", "avx2", "avx512"]
 

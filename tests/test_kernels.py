@@ -34,42 +34,12 @@ import triton.language as tl  # noqa: E402
 from vmm_fast.kernels import empirical_bayes, launch  # noqa: E402
 
 # numpy, which the interpreter computes with, warns of an overflow; a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """Let the interpreter wrap the language once a launch.
-
-    It does so again at every call of a device function, around what it has wrapped before, so that
-    a launch of many calls slows down without bound.
-    """
-    from triton.runtime import interpreter
-
-    language = (triton.language, triton.language.core)
-    wrap = interpreter._patch_lang
-    wrapped = set()
-
-    def wrap_once(function):
-        seen = tuple(x in function.__globals__.values() for x in language)
-        if seen in wrapped:
-            return None
-        wrapped.add(seen)
-        scope = wrap(function)
-        restore = scope.restore
-
-        def restore_all():
-            wrapped.remove(seen)
-            restore()
-
-        scope.restore = restore_all
-        return scope
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", wrap_once)
-        yield
 
 
 @contextlib.contextmanager
