@@ -61,6 +61,11 @@ def in_kernels(
         return otherwise()
     if FORCED:
         gpu = _gpu()
+        if x.is_cpu and not gpu.INTERPRETED:
+            raise ValueError(
+                "VMM_FAST_BACKEND=triton serves CPU tensors in Triton's interpreter alone: set "
+                f"TRITON_INTERPRET=1 as well ({name})"
+            )
         if dim > gpu.largest_dim(name):
             raise ValueError(
                 f"VMM_FAST_BACKEND=triton serves up to {gpu.largest_dim(name)} dimensions in "

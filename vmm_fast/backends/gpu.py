@@ -19,6 +19,9 @@ from vmm_fast.kernels import log_prob as log_prob_kernels
 # What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
 COMPILER_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
+# Whether the kernels, as they were imported, run on a CPU.
+INTERPRETED = triton.knobs.runtime.interpret
+
 
 def largest_dim(name: str) -> int:
     """Most dimensions that an operation's kernels serve."""
