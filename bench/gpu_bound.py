@@ -269,11 +269,9 @@ def empirical_bayes(size: Size, device: Device) -> Work:
 
 def assign(size: Size, device: Device) -> Work:
     p, first = _plan(size, device), log_prob(size, device)
+    parts = 2 * size.B * 5 * p.splits if p.splits > 1 else 0  # as log_prob's, and labels
     return first._replace(
-        launches=1,
-        bytes=4 * (size.B * (size.D + 4) + _mixture(size)),
-        special=4 * p.pairs,
-        steps=size.J * p.triangle,
+        bytes=4 * (size.B * (size.D + 4) + _mixture(size) + parts), special=4 * p.pairs
     )
 
 
