@@ -28,7 +28,16 @@ from triton.runtime.jit import JITFunction
 
 from vmm_fast.inference.empirical_bayes import Objective
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR
-from vmm_fast.kernels import components, empirical_bayes, groups, launch, log_prob, nvcc, sums
+from vmm_fast.kernels import (
+    closed_form,
+    components,
+    empirical_bayes,
+    groups,
+    launch,
+    log_prob,
+    nvcc,
+    sums,
+)
 
 
 class Target(NamedTuple):
@@ -79,7 +88,7 @@ class Launch(NamedTuple):
     def configuration(self) -> str:
         """The constants in words."""
         dtype = {"*fp32": "float32", "*fp64": "float64"}[self.signature[0][1]]
-        left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "FLOOR", "enable_fp_fusion")
+        left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "EPSILON", "FLOOR", "enable_fp_fusion")
         words = [
             f"{name}={value}"
             for name, value in (*self.constants, *self.options)
@@ -123,7 +132,7 @@ class Row(NamedTuple):
 
 _KERNELS: dict[str, JITFunction] = {
     kernel.__name__: kernel
-    for module in (components, empirical_bayes, groups, log_prob, sums)
+    for module in (closed_form, components, empirical_bayes, groups, log_prob, sums)
     for kernel in vars(module).values()
     if isinstance(kernel, JITFunction) and kernel.__name__.endswith("_kernel")
 }
@@ -149,7 +158,8 @@ def recorded() -> Iterator[list[Launch]]:
             elif isinstance(value, torch.Tensor):
                 signature.append((parameter.name, _TYPES[value.dtype]))
             else:
-                signature.append((parameter.name, "i32"))
+                kind = "fp64" if isinstance(value, float) else "i32"
+                signature.append((parameter.name, kind))
         note = Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(options.items()))
         if note not in launches:
             launches.append(note)
@@ -175,6 +185,7 @@ def launches(
                     _launch_on_components(dtype, dim)
                 if dim <= empirical_bayes.LARGEST_DIM:
                     _launch_empirical_bayes(dtype, dim)
+                    _launch_closed_form(dtype, dim)
     return found
 
 
@@ -244,6 +255,29 @@ def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:
             parameters = (diagonal, scale, full, empty(number), empty(1))
             empirical_bayes.map_gradients(
                 *parameters, empty(count, dim), objective, 1.0, 0.0, LOG_WEIGHT_FLOOR
+            )
+
+
+def _launch_closed_form(dtype: torch.dtype, dim: int) -> None:
+    number, count = 100, 256
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    full, diagonal = empty(number, dim, dim), empty(number, dim)
+    sums = [x.double() for x in (empty(number), diagonal, full, diagonal)]
+    running = (*sums, empty((), dtype=torch.int64))
+    for scale, free_centers in ((None, False), (diagonal, False), (full, False), (None, True)):
+        for map_prior in ("none", "learnt"):
+            objective = Objective(map_prior, "dirichlet", 0.0, True, count)
+            closed_form.online_step(
+                *(diagonal, scale, full, empty(number), empty(1)),
+                empty(count, dim),
+                running,
+                objective,
+                (True,) * 4,
+                *(1.0, 0.1, free_centers),
+                *(1.0, LOG_WEIGHT_FLOOR),
             )
 
 

@@ -136,22 +136,32 @@ def scaled_precision(scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def times_inverse_factor(scaled, X, D: tl.constexpr):
-    """X U^-T for U U^T = I + P^T P, by elimination from the last column on."""
+    """X U^-T for U U^T = I + P^T P."""
+    gram = tl.dot(tl.trans(scaled), scaled, input_precision="ieee", out_dtype=tl.float64)
+    return times_inverse_factor_of(gram + identity(D), X, D)
+
+
+@triton.jit
+def times_inverse_factor_of(gram, X, D: tl.constexpr):
+    """X U^-T for U U^T = ``gram``, by elimination from the last column on.
+
+    Where ``gram`` is not positive definite, the result is not finite.
+    """
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)
     column = tl.arange(0, P)[None, :]
-    gram = tl.dot(tl.trans(scaled), scaled, input_precision="ieee", out_dtype=tl.float64)
-    gram += identity(D)
     for step in range(D):
         t = D - 1 - step
         # gram is symmetric: its row t is its column t.
         across = tl.sum(tl.where(row[:, None] == t, gram, 0.0), 0)
         down = tl.sum(tl.where(column == t, gram, 0.0), 1)
-        root = tl.sqrt(tl.sum(tl.where(row == t, down, 0.0), 0))
-        across = tl.where(row < t, across / root, 0.0)
-        down = tl.where(row < t, down / root, 0.0)
+        pivot = tl.sum(tl.where(row == t, down, 0.0), 0)
+        root = tl.sqrt(pivot)
+        across = tl.where(row < t, across, 0.0)
+        # Divided by the pivot, not twice by its root: what is singular leaves less than rounding.
+        down = tl.where(row < t, down / pivot, 0.0)
         x = tl.sum(tl.where(column == t, X, 0.0), 1) / root
-        X = tl.where(column == t, x[:, None], X - x[:, None] * across[None, :])
+        X = tl.where(column == t, x[:, None], X - x[:, None] * (across / root)[None, :])
         gram -= down[:, None] * across[None, :]
     return X
 

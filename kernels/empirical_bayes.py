@@ -136,6 +136,47 @@ def store_hyper(
     tl.store(hyper + 5, tl.sum(mass, 0))
 
 
+@triton.jit
+def store_expected(
+    centers,
+    scale,
+    raw_precision,
+    logits,
+    whitening,
+    offsets,
+    c,
+    per_component,
+    root,
+    INVERSE_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write component c's A and offsets, with l times ``root``^2; returns its log-priors."""
+    L = constrained(load_lower(raw_precision, c, D), D)
+    log_det = tl.sum(tl.log(diagonal(L, D)), 0)
+    constant = tl.full([1], 0.9189385332046727, tl.float64) * D
+    share = tl.load(logits + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
+    squares = INVERSE_V * tl.sum(tl.sum(L * L, 1), 0)
+    for k in range(per_component):
+        j = c * per_component + k
+        store_lower(whitening, j, root * L, D)
+        penalty = tl.zeros([1], tl.float64)
+        m = load_center(centers, j, 0, D, padded(D), tl.float64)
+        squares += tl.sum(m * m, 0)
+        if SCALE != "none":
+            scaled = scaled_precision(scale, j, L, D, SCALE == "diagonal")
+            penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
+            if SCALE == "diagonal":
+                s = load_diagonal(scale, j, D)
+                squares += tl.sum(s * s, 0)
+            else:
+                s = load_lower(scale, j, D)
+                squares += tl.sum(tl.sum(s * s, 1), 0)
+        offset = share + (log_det - constant - penalty)
+        tl.store(offsets + j + tl.arange(0, 1), root * root * offset)
+    return log_det - 0.5 * squares
+
+
 @triton.jit(do_not_specialize=["count", "per_component"])
 def expected_kernel(
     centers,  # [J, D]
@@ -157,28 +198,21 @@ def expected_kernel(
     """One component's L and offsets, and its log-priors up to constants; or the logits' sums."""
     c = tl.program_id(0)
     if c < count:
-        L = constrained(load_lower(raw_precision, c, D), D)
-        log_det = tl.sum(tl.log(diagonal(L, D)), 0)
-        constant = tl.full([1], 0.9189385332046727, tl.float64) * D
-        share = tl.load(logits + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
-        squares = INVERSE_V * tl.sum(tl.sum(L * L, 1), 0)
-        for k in range(per_component):
-            j = c * per_component + k
-            store_lower(whitening, j, L, D)
-            penalty = tl.zeros([1], tl.float64)
-            m = load_center(centers, j, 0, D, padded(D), tl.float64)
-            squares += tl.sum(m * m, 0)
-            if SCALE != "none":
-                scaled = scaled_precision(scale, j, L, D, SCALE == "diagonal")
-                penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
-                if SCALE == "diagonal":
-                    s = load_diagonal(scale, j, D)
-                    squares += tl.sum(s * s, 0)
-                else:
-                    s = load_lower(scale, j, D)
-                    squares += tl.sum(tl.sum(s * s, 1), 0)
-            tl.store(offsets + j + tl.arange(0, 1), share + (log_det - constant - penalty))
-        tl.store(log_priors + c, log_det - 0.5 * squares)
+        log_prior = store_expected(
+            centers,
+            scale,
+            raw_precision,
+            logits,
+            whitening,
+            offsets,
+            c,
+            per_component,
+            1.0,
+            INVERSE_V,
+            SCALE,
+            D,
+        )
+        tl.store(log_priors + c, log_prior)
     else:
         store_hyper(logits, hyper, count, FLOOR, BLOCK)
 
@@ -474,6 +508,69 @@ def map_gradients_kernel(
         tl.store(grad_raw_alpha, prior * slope * chain)
 
 
+def sums_over_points(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, weights: str
+) -> tuple[list[Tensor], Tensor]:
+    """Launch 2 and 3: N, s and M of each split of the points [splits, ..], and the data term's.
+
+    ``weights`` is one of :func:`vmm_fast.kernels.blocks.pair_weights`.
+    """
+    count, dim = z.shape
+    total = len(centers)
+    constants = launch.constants(z, transpose=True)
+    # Merging the splits as it goes takes registers.
+    if z.dtype == torch.float64:
+        constants |= launch.options(8)
+    block = constants["BLOCK_B"] = max(16, constants["BLOCK_B"] // 2)
+    tiles = triton.cdiv(count, block)
+    splits, each = launch.splits(tiles, total)
+    point_splits, tiles_a_split = launch.splits(total, tiles)
+    partial = z.new_empty(splits, 3, count)
+    sums = [
+        z.new_empty(point_splits, *shape) for shape in ((total,), (total, dim), whitening.shape)
+    ]
+    data = z.new_empty(point_splits, dtype=torch.float64)
+    log_prob_kernel[(tiles, splits)](
+        z,
+        centers,
+        whitening,
+        offsets,
+        z,
+        offsets,
+        offsets,
+        offsets,
+        partial,
+        count,
+        total,
+        each,
+        POSTERIOR="none",
+        SPLIT=True,
+        **constants,
+    )
+    expected_sums_kernel[(total + 1, point_splits)](
+        z,
+        centers,
+        whitening,
+        offsets,
+        partial,
+        *sums,
+        data,
+        count,
+        total,
+        splits,
+        tiles_a_split * block,
+        WEIGHTS=weights,
+        MOST_SPLITS=launch.MOST_SPLITS,
+        **constants,
+    )
+    return sums, data
+
+
+def scale_form(scale: Tensor | None) -> str:
+    """What kernels call the layout of s."""
+    return "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
+
+
 def map_gradients(
     centers: Tensor,
     scale: Tensor | None,
@@ -495,26 +592,12 @@ def map_gradients(
     count, dim = z.shape
     total, number = len(centers), len(logits)
     per_component = total // number
-    form = "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
-    constants = launch.constants(z, transpose=True)
-    # Merging the splits as it goes takes registers.
-    if z.dtype == torch.float64:
-        constants |= launch.options(8)
-    block = constants["BLOCK_B"] = max(16, constants["BLOCK_B"] // 2)
-    tiles = triton.cdiv(count, block)
-    splits, each = launch.splits(tiles, total)
-    point_splits, tiles_a_split = launch.splits(total, tiles)
 
     def exact(*shape: int) -> Tensor:
         return z.new_empty(shape, dtype=torch.float64)
 
     whitening, offsets = z.new_empty(total, dim, dim), z.new_empty(total)
     log_priors, hyper, loss = exact(number), exact(6), exact()
-    partial = z.new_empty(splits, 3, count)
-    sums = [
-        z.new_empty(point_splits, *shape) for shape in ((total,), (total, dim), whitening.shape)
-    ]
-    data = exact(point_splits)
     parameters = (centers, scale, raw_precision, logits, raw_alpha)
     grads = tuple(None if x is None else torch.empty_like(x) for x in parameters)
     given = [centers if x is None else x for x in parameters]  # an absent scale is not touched
@@ -522,7 +605,7 @@ def map_gradients(
     on_components = {
         "INVERSE_V": 1 / wishart_scale,
         "FLOOR": log_weight_floor,
-        "SCALE": form,
+        "SCALE": scale_form(scale),
         "D": dim,
         "BLOCK": BLOCK,
         **launch.options(WARPS[padded(dim)]),
@@ -538,39 +621,8 @@ def map_gradients(
             per_component,
             **on_components,
         )
-        log_prob_kernel[(tiles, splits)](
-            z,
-            centers,
-            whitening,
-            offsets,
-            z,
-            offsets,
-            offsets,
-            offsets,
-            partial,
-            count,
-            total,
-            each,
-            POSTERIOR="none",
-            SPLIT=True,
-            **constants,
-        )
-        expected_sums_kernel[(total + 1, point_splits)](
-            z,
-            centers,
-            whitening,
-            offsets,
-            partial,
-            *sums,
-            data,
-            count,
-            total,
-            splits,
-            tiles_a_split * block,
-            WEIGHTS="expected" if objective.responsibility_gradient else "lse",
-            MOST_SPLITS=launch.MOST_SPLITS,
-            **constants,
-        )
+        weights = "expected" if objective.responsibility_gradient else "lse"
+        sums, data = sums_over_points(z, centers, whitening, offsets, weights)
         map_gradients_kernel[(number + 1,)](
             *given,
             *sums,
@@ -582,7 +634,7 @@ def map_gradients(
             number,
             per_component,
             count,
-            point_splits,
+            len(data),
             objective.data_size,
             NORMALISER=normaliser,
             PRIORS=objective.map_prior,

@@ -11,6 +11,8 @@ import torch
 from conftest import FORMS, expanded, random_gaussians, random_mixture, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import polygamma
+from test_empirical_bayes import points, random_parameters
 from test_ops import (
     all_outputs,
     assert_close,
@@ -23,7 +25,9 @@ from test_ops import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from vmm_fast import VMMPrior, backends, ops, reference
+from vmm_fast import GaussianMixturePrior, VMMPrior, backends, ops, reference
+from vmm_fast.inference.closed_form import Statistics
+from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running, online_step
 from vmm_fast.mixture import gaussian_parameters
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,7 +35,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 # Where Triton is missing, nothing below may be imported.
 import triton.language as tl  # noqa: E402
 
-from vmm_fast.kernels import empirical_bayes, launch  # noqa: E402
+from vmm_fast.kernels import closed_form, empirical_bayes, launch  # noqa: E402
 
 # numpy, which the interpreter computes with, warns of an overflow; a GPU does not.
 pytestmark = [
@@ -134,7 +138,7 @@ def test_the_first_among_equals_is_assigned(forced):
     mixture[2][:2] = -torch.inf
     label, _, _ = ops.mixture_assign(z, *mixture)
     torch.testing.assert_close(label, reference.mixture_assign(z, *mixture)[0])
-    assert 2 <= label.min() and label.max() < 8
+    assert label.min() >= 2 and label.max() < 8
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -611,6 +615,188 @@ def test_log_gamma_and_digamma():
     gamma_functions_kernel[(1,)](x, log_gamma, psi, N=64)
     torch.testing.assert_close(log_gamma, torch.lgamma(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(psi, torch.digamma(x), rtol=1e-12, atol=1e-12)
+
+
+# --- the online step in closed form ---
+
+FORMS_OF_CENTERS = {"free": (1, None), "diagonal": (2, "diagonal"), "full": (2, "full")}
+
+
+def mixture_of(form, c=3, dtype=torch.float64):
+    per_component, scale = FORMS_OF_CENTERS[form]
+    return random_parameters(c=c, k=per_component, scale=scale, dtype=dtype)
+
+
+def no_sums(parameters):
+    total, dim = parameters.centers.shape
+    shapes = ((total,), (total, dim), (total, dim, dim), (total, dim))
+    sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+    return Running(Statistics(*sums), torch.zeros((), dtype=torch.int64))
+
+
+def after_online_steps(parameters, objective, batches, backend, programs=512, temperature=1.0):
+    """Running sums and parameters after some online steps, the centers moving between them."""
+    parameters = MixtureParameters(
+        *(
+            x if x is None else x.detach().clone().requires_grad_(x.requires_grad)
+            for x in parameters
+        )
+    )
+    running, free = no_sums(parameters), parameters.scale is None
+    with torch.no_grad(), kernels(programs), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", backend)
+        for z in batches:
+            settings = {"temperature": temperature, "rate": 0.2, "free_centers": free}
+            online_step(parameters, z, running, objective, **settings)
+            parameters.centers.add_(0.1)
+    return [*running.sums, running.steps, *(x for x in parameters if x is not None)]
+
+
+def assert_online_steps(parameters, objective, batches, tolerance=1e-8, **settings):
+    """The kernels take the same steps as torch; gives what they came to."""
+    expected = after_online_steps(parameters, objective, batches, "reference", **settings)
+    found = after_online_steps(parameters, objective, batches, "triton", **settings)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    return found
+
+
+def objective_of(map_prior="learnt", weights="dirichlet", discount=0.0, data_size=None):
+    return Objective(map_prior, weights, discount, True, data_size)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_CENTERS)
+@pytest.mark.parametrize(
+    ("objective", "programs", "temperature"),
+    [
+        (objective_of("none"), 1, 1.0),
+        (objective_of("fixed"), 512, 0.7),
+        (objective_of("learnt", data_size=500), 512, 1.0),
+        (objective_of("learnt", "stick-breaking", 0.3), 1, 2.0),
+    ],
+    ids=["none", "fixed", "learnt", "sticks"],
+)
+def test_online_steps(form, objective, programs, temperature):
+    batches = [points(seed=seed, b=40) for seed in (1, 2, 3)]
+    settings = {"programs": programs, "temperature": temperature}
+    assert_online_steps(mixture_of(form), objective, batches, **settings)
+
+
+@pytest.mark.parametrize("form", ["free", "full"])
+def test_online_steps_of_float32(form):
+    batches = [points(seed=seed, dtype=torch.float32) for seed in (1, 2)]
+    parameters = mixture_of(form, dtype=torch.float32)
+    assert_online_steps(parameters, objective_of(), batches, tolerance=1e-4)
+
+
+def test_online_steps_with_pruned_components():
+    parameters = mixture_of("diagonal")
+    with torch.no_grad():
+        parameters.logits[1] = -torch.inf
+    for objective in (objective_of(), objective_of("fixed", "stick-breaking")):
+        found = assert_online_steps(parameters, objective, [points(b=20), points(b=20, seed=2)])
+        logits = found[-2]
+        assert logits.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("map_prior", ["none", "learnt"])
+def test_online_steps_with_a_component_without_points(map_prior):
+    """Its center stays without a prior; so does its precision, where its scatter is singular."""
+    parameters = mixture_of("free")
+    with torch.no_grad():
+        parameters.centers[1] = 1e3
+    assert_online_steps(parameters, objective_of(map_prior), [points(b=20), points(b=20, seed=2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_singular_scatter_keeps_the_precision_in_an_online_step(dtype):
+    parameters, z = mixture_of("free", c=1, dtype=dtype), points(b=20, dtype=dtype)
+    z[:, 1] = z[:, 0]
+    with torch.no_grad():
+        parameters.centers.copy_(z.mean(0, keepdim=True))
+    before = parameters.raw_precision.clone()
+    running = no_sums(parameters)
+    settings = {"temperature": 1.0, "rate": 1.0, "free_centers": True}
+    with torch.no_grad(), kernels():
+        online_step(parameters, z, running, objective_of("none"), **settings)
+    assert torch.equal(parameters.raw_precision, before)
+
+
+@pytest.mark.parametrize("map_prior", ["fixed", "learnt"])
+def test_online_steps_with_fewer_points_than_components(map_prior):
+    """No component has the mass that the prior takes off, so that mass alone tells them apart."""
+    parameters = mixture_of("free", c=6)
+    with torch.no_grad():
+        parameters.raw_alpha.fill_(30.0)  # gamma = 1 / 30
+    objective = objective_of(map_prior, data_size=1)
+    mass = assert_online_steps(parameters, objective, [points(b=3)])[0]
+    assert mass.max() < 1 - 1 / 30
+
+
+def test_online_steps_of_even_counts():
+    """They are more even than any concentration explains, which goes to its upper end."""
+    parameters = mixture_of("free", c=2)
+    with torch.no_grad():
+        for x in parameters[:1] + parameters[2:4]:
+            x.zero_()
+    *_, raw_alpha = assert_online_steps(parameters, objective_of(data_size=5), [points(b=20)])
+    torch.testing.assert_close(1 / torch.nn.functional.softplus(raw_alpha).item(), 1e6)
+
+
+@pytest.mark.parametrize("still", range(4))
+def test_online_steps_leave_what_is_not_learnt(still):
+    parameters = mixture_of("free")
+    (parameters.centers, *parameters[2:])[still].requires_grad_(False)
+    found = assert_online_steps(parameters, objective_of(), [points(b=20)])
+    moved = (found[5] - 0.1, *found[6:])
+    before = (parameters.centers, *parameters[2:])
+    for index, (x, y) in enumerate(zip(moved, before, strict=True)):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-12) == (index == still)
+
+
+@pytest.mark.parametrize("form", ["free", "full"])
+def test_an_online_step_is_four_launches_and_no_wait(launched, form):
+    parameters, z = mixture_of(form), points()
+    versions = [x._version for x in parameters[2:]]
+    running = no_sums(parameters)
+    settings = {"temperature": 0.7, "rate": 0.1, "free_centers": form == "free"}
+    with torch.no_grad(), kernels(), Computations() as computed:
+        online_step(parameters, z, running, objective_of(), **settings)
+    assert len(launched) == 4
+    assert computed.names == []
+    assert all(x._version > v for x, v in zip(parameters[2:], versions, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
+def test_priors_in_closed_form_take_their_steps_in_kernels(launched, weights):
+    centers = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    free = GaussianMixturePrior(3, 3, centers, weights=weights, inference="closed-form")
+    vmm, encoder, z = small_prior(weights=weights, inference="closed-form")
+    for prior in (free, vmm):
+        with kernels():
+            prior.update(z[:20], encoder if prior is vmm else None)
+        assert launched[-4:] == [
+            "tempered_kernel",
+            "log_prob_kernel",
+            "expected_sums_kernel",
+            "maximise_kernel",
+        ]
+        assert prior.running_steps == 1
+
+
+@triton.jit
+def functions_kernel(x, psi, raw, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = tl.load(x + i)
+    tl.store(psi + i, closed_form.trigamma(value))
+    tl.store(raw + i, closed_form.inverse_softplus(value))
+
+
+def test_trigamma_and_inverse_softplus():
+    x = torch.logspace(-8, 8, 64, dtype=torch.float64)
+    psi, raw = torch.empty_like(x), torch.empty_like(x)
+    functions_kernel[(1,)](x, psi, raw, N=64)
+    torch.testing.assert_close(psi, torch.from_numpy(polygamma(1, x.numpy())), rtol=1e-13, atol=0)
+    torch.testing.assert_close(raw, x + torch.log(-torch.expm1(-x)), rtol=1e-13, atol=1e-13)
 
 
 # --- compiled ahead of time ---

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vmm_fast.kernels import components, empirical_bayes, groups, launch, sums
+from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, launch, sums
 from vmm_fast.kernels import log_prob as log_prob_kernels
 
 # What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
@@ -25,7 +25,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 def largest_dim(name: str) -> int:
     """Most dimensions that an operation's kernels serve."""
-    if name == "map_gradients":
+    if name in ("map_gradients", "online_step"):
         return empirical_bayes.LARGEST_DIM
     return components.LARGEST_DIM if "components" in name else launch.LARGEST_DIM
 
@@ -158,6 +158,7 @@ def whitened_components_backward(
 
 
 map_gradients = empirical_bayes.map_gradients
+online_step = closed_form.online_step
 
 
 def _dense(*tensors):

@@ -1,9 +1,10 @@
 """The empirical-Bayes steps of a Bayesian mixture, in the compiled core where it applies.
 
 The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
-float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py``.
-Elsewhere the same steps run in plain torch: :mod:`map_objective`, differentiated by autograd, and
-:mod:`closed_form` are their definitions. Which of these it is, is decided here and nowhere else.
+float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py`` and
+the online step in closed form from ``kernels/closed_form.py``. Elsewhere the same steps run in
+plain torch: :mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their
+definitions. Which of these it is, is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vmm_fast.backends import core_serves, in_kernels, kernels_serve
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
+from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
 from vmm_fast.reference import precision_cholesky
 
@@ -460,6 +462,12 @@ def _maximise_in_torch(
         )
         parameters.raw_precision.copy_(raw_precision(precision))
     mass = sums.N.unflatten(0, (len(parameters.logits), -1)).sum(1)
+    _maximise_weights_in_torch(parameters, mass, objective)
+
+
+def _maximise_weights_in_torch(
+    parameters: MixtureParameters, mass: Tensor, objective: Objective
+) -> None:
     kept = parameters.logits > -math.inf  # a pruned component stays pruned
     log_weights, gamma = closed_form.maximise_weights(
         mass[kept],
@@ -508,6 +516,10 @@ def online_step(
         The batch's, where they are known.
     """
     if sums is None:
+        if _online_step_in_kernels(
+            parameters, z, running, objective, temperature, rate, free_centers
+        ):
+            return
         sums, _ = statistics(parameters, z, temperature)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
     data_size = objective.data_size or count
@@ -543,3 +555,49 @@ def online_step(
         running.steps,
     )
     _written(parameters, free_centers)
+
+
+def _online_step_in_kernels(
+    parameters: MixtureParameters,
+    z: Tensor,
+    running: Running,
+    objective: Objective,
+    temperature: float,
+    rate: float,
+    free_centers: bool,
+) -> bool:
+    """Take the step if kernels serve z's device; statistics of other processes they have not."""
+    z = _widened(z)
+    written = (*running.sums, *parameters[:1]) if free_centers else running.sums
+    if (
+        core_serves(z)
+        or number_of_processes() > 1
+        or not _alike(parameters, z)
+        or not all(x.is_contiguous() for x in written)
+    ):
+        return False
+    count, dim = len(parameters.logits), z.shape[1]
+    moves = [x.requires_grad for x in (parameters.centers, *parameters[2:])]
+    mass = in_kernels(
+        "online_step",
+        z,
+        dim,
+        (
+            *(x if x is None else x.detach().contiguous() for x in (*parameters, z)),
+            (*running.sums, running.steps),
+            objective._replace(data_size=objective.data_size or len(z)),
+            moves,
+            temperature,
+            rate,
+            free_centers,
+            map_objective.wishart_scale(count, dim),
+            map_objective.LOG_WEIGHT_FLOOR,
+        ),
+        lambda: None,
+    )
+    if mass is None:
+        return False
+    _written(parameters, free_centers)
+    if objective.weights == "stick-breaking" and objective.map_prior != "none":
+        _maximise_weights_in_torch(parameters, mass, objective)
+    return True
