@@ -257,7 +257,8 @@ def components_backward(size: Size, device: Device) -> Work:
 
 def empirical_bayes(size: Size, device: Device) -> Work:
     """By gradient: L from its stored form, the log-sum-exp, the sums, and the chain rule."""
-    p = _plan(size, device, halvings=1)
+    # One table for all GPUs: the larger tiles would spill here.
+    p = _plan(size, device._replace(capability=0), halvings=1)
     on_pairs = _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
     return on_pairs._replace(
         launches=4,

@@ -251,7 +251,7 @@ def matrix(
     out = z.new_empty(len(z), groups)
     if len(z) == 0:
         return out
-    constants = launch.constants(z, transpose)
+    constants = launch.constants(z, transpose, launch.capability(z.device))
     tiles = triton.cdiv(len(z), constants["BLOCK_B"])
     splits, each = launch.splits(tiles, groups)
     with launch.on(z.device):
@@ -286,7 +286,7 @@ def assign(
     outputs = (label, z.new_empty(count), z.new_empty(count))
     if count == 0:
         return outputs
-    constants = launch.constants(z, transpose)
+    constants = launch.constants(z, transpose, launch.capability(z.device))
     tiles = triton.cdiv(count, constants["BLOCK_B"])
     splits, each = launch.splits(tiles, groups)
     # Not touched where there is one split.

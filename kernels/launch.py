@@ -83,9 +83,9 @@ def options(num_warps: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": 255}
 
 
-def constants(z: Tensor, transpose: bool) -> dict[str, Any]:
-    """Keyword arguments that all kernels on pairs take."""
-    block, warps = tile(z.dtype, z.shape[1], capability(z.device))
+def constants(z: Tensor, transpose: bool, capability: int = 0) -> dict[str, Any]:
+    """Keyword arguments that all kernels on pairs take; without a ``capability`` for any GPU."""
+    block, warps = tile(z.dtype, z.shape[1], capability)
     return {
         "D": z.shape[1],
         "BLOCK_B": block,

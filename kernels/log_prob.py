@@ -183,7 +183,7 @@ def log_prob(
     first, second, softmax = z.new_empty(count), z.new_empty(count), z.new_empty(3, count)
     if count == 0:
         return first, second, softmax
-    constants = launch.constants(z, transpose)
+    constants = launch.constants(z, transpose, launch.capability(z.device))
     posterior = "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
     tiles = triton.cdiv(count, constants["BLOCK_B"])
     splits, each = launch.splits(tiles, components)

@@ -648,7 +648,7 @@ def backward(
     """
     count, dim = z.shape
     components = len(centers)
-    constants = launch.constants(z, transpose)
+    constants = launch.constants(z, transpose, launch.capability(z.device))
     block = constants["BLOCK_B"]
     tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, components)
@@ -702,7 +702,7 @@ def statistics(
 ) -> tuple[Tensor, ...]:
     """N [J], s [J, D] and M [J, D, D]; tensors are contiguous and share dtype and device."""
     components, dim = centers.shape
-    constants = launch.constants(z, transpose)
+    constants = launch.constants(z, transpose, launch.capability(z.device))
     block = constants["BLOCK_B"]
     splits, tiles_a_split = launch.splits(components, triton.cdiv(len(z), block))
     out = _sums(z, components, 1)
