@@ -181,8 +181,7 @@ def launches(
             for dim in dims:
                 for transpose in (False, True):
                     _launch_on_pairs(dtype, dim, transpose)
-                if dim <= components.LARGEST_DIM:
-                    _launch_on_components(dtype, dim)
+                _launch_on_components(dtype, dim)
                 if dim <= empirical_bayes.LARGEST_DIM:
                     _launch_empirical_bayes(dtype, dim)
                     _launch_closed_form(dtype, dim)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BLOCK = 256  # components that a loop over all of them takes at a time
+
 
 @triton.constexpr_function
 def padded(D):
@@ -229,3 +231,33 @@ def pair_weights(
         weight *= upstream
     # What is cut off is -inf, however low all others are.
     return tl.where(mask & ((l > lowest(DTYPE)) | (l != l)), weight, 0.0)
+
+
+# --- components, float64 ---
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), the identity above 20: log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    rounded = u - 1.0
+    small = rounded == 0.0
+    value = tl.where(small, e, tl.log(u) * e / tl.where(small, 1.0, rounded))
+    return tl.where(x > 20.0, x, value)
+
+
+@triton.jit
+def log_normaliser(logits, count, BLOCK: tl.constexpr):
+    """Log of the sum of the exponentials of [count] logits, float64."""
+    index = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float64)
+    for begin in range(0, count, BLOCK):
+        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
+        top = tl.maximum(top, x.to(tl.float64))
+    largest = tl.max(top, 0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, count, BLOCK):
+        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
+        total += tl.exp(x.to(tl.float64) - largest)
+    return largest + tl.log(tl.sum(total, 0))

@@ -33,20 +33,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocks import load_center, padded
+from vmm_fast.kernels.blocked import identity, times_inverse_root
+from vmm_fast.kernels.blocks import BLOCK, load_center, padded, softplus
 from vmm_fast.kernels.components import (
-    BLOCK,
     constrained,
     diagonal,
-    identity,
     load_diagonal,
     load_lower,
-    softplus,
     solve_lower,
     store_diagonal,
     store_lower,
     times_inverse_factor,
-    times_inverse_factor_of,
 )
 from vmm_fast.kernels.empirical_bayes import (
     WARPS,
@@ -192,7 +189,7 @@ def store_maximised_precision(
     if MAP:
         scatter += INVERSE_V * identity(D)
         mass += 1.0
-    inverse = times_inverse_factor_of(scatter, identity(D), D)
+    inverse = times_inverse_root(scatter, identity(D), D)
     L = tl.sqrt(mass) * inverse
     on_diagonal = (row == column) & (row < D)
     raw = tl.where(on_diagonal, inverse_softplus(tl.where(on_diagonal, L, 1.0)), L)

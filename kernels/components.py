@@ -17,9 +17,10 @@ so that no Cholesky factorisation is differentiated (``csrc/components.h`` has t
 log pi may be made on the way from what a prior stores: L = tril(raw, -1) + diag softplus(diag raw)
 and log pi = log softmax(logits). A matrix
 is a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and
-the factorisations take one rank-1 update of the tile a step. Arithmetic is in float64, since a
-scale may be a thousandth or a thousandfold of the others. One program has one center, or in the
-backward all centers of a component, in order: the same input gives the same bits.
+the factorisations take one rank-1 update of the tile a step; beyond 32 dimensions the same is done
+in blocks (:mod:`blocked`). Arithmetic is in float64, since a scale may be a thousandth or a
+thousandfold of the others. One program has one center, or in the backward all centers of a
+component, in order: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocks import padded
+from vmm_fast.kernels.blocked import (
+    Q,
+    blocked_components_backward_kernel,
+    blocked_components_kernel,
+    identity,
+    times_inverse_root,
+)
+from vmm_fast.kernels.blocks import BLOCK, log_normaliser, padded, softplus
 
 # Two tiles and a rank-1 update fit into registers up to here.
-LARGEST_DIM = 32
-WARPS = {16: 1, 32: 4}
-BLOCK = 256  # components that a loop over all of them takes at a time
+LARGEST_TILE = 32
+WARPS = {16: 1, 32: 4, 64: 8, 128: 8}
 
 
 @triton.jit
@@ -80,48 +87,12 @@ def diagonal(matrix, D: tl.constexpr):
 
 
 @triton.jit
-def identity(D: tl.constexpr):
-    """A tile that is 1 on the diagonal."""
-    P: tl.constexpr = padded(D)
-    row = tl.arange(0, P)[:, None]
-    column = tl.arange(0, P)[None, :]
-    return tl.where(row == column, 1.0, 0.0).to(tl.float64)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x), the identity above 20: log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + e
-    rounded = u - 1.0
-    small = rounded == 0.0
-    value = tl.where(small, e, tl.log(u) * e / tl.where(small, 1.0, rounded))
-    return tl.where(x > 20.0, x, value)
-
-
-@triton.jit
 def constrained(raw, D: tl.constexpr):
     """L from its unconstrained form."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     return tl.where((row == column) & (row < D), softplus(raw), raw)
-
-
-@triton.jit
-def log_normaliser(logits, count, BLOCK: tl.constexpr):
-    """Log of the sum of the exponentials of [count] logits, float64."""
-    index = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float64)
-    for begin in range(0, count, BLOCK):
-        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
-        top = tl.maximum(top, x.to(tl.float64))
-    largest = tl.max(top, 0)
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, count, BLOCK):
-        x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
-        total += tl.exp(x.to(tl.float64) - largest)
-    return largest + tl.log(tl.sum(total, 0))
 
 
 @triton.jit
@@ -138,32 +109,7 @@ def scaled_precision(scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr):
 def times_inverse_factor(scaled, X, D: tl.constexpr):
     """X U^-T for U U^T = I + P^T P."""
     gram = tl.dot(tl.trans(scaled), scaled, input_precision="ieee", out_dtype=tl.float64)
-    return times_inverse_factor_of(gram + identity(D), X, D)
-
-
-@triton.jit
-def times_inverse_factor_of(gram, X, D: tl.constexpr):
-    """X U^-T for U U^T = ``gram``, by elimination from the last column on.
-
-    Where ``gram`` is not positive definite, the result is not finite.
-    """
-    P: tl.constexpr = padded(D)
-    row = tl.arange(0, P)
-    column = tl.arange(0, P)[None, :]
-    for step in range(D):
-        t = D - 1 - step
-        # gram is symmetric: its row t is its column t.
-        across = tl.sum(tl.where(row[:, None] == t, gram, 0.0), 0)
-        down = tl.sum(tl.where(column == t, gram, 0.0), 1)
-        pivot = tl.sum(tl.where(row == t, down, 0.0), 0)
-        root = tl.sqrt(pivot)
-        across = tl.where(row < t, across, 0.0)
-        # Divided by the pivot, not twice by its root: what is singular leaves less than rounding.
-        down = tl.where(row < t, down / pivot, 0.0)
-        x = tl.sum(tl.where(column == t, X, 0.0), 1) / root
-        X = tl.where(column == t, x[:, None], X - x[:, None] * (across / root)[None, :])
-        gram -= down[:, None] * across[None, :]
-    return X
+    return times_inverse_root(gram + identity(D), X, D)
 
 
 @triton.jit
@@ -360,6 +306,12 @@ def form(precision_cholesky: Tensor | None, scale: Tensor | None, expected: bool
     return "expected" if expected else "marginal"
 
 
+def scratch(programs: int, matrices: int, like: Tensor) -> Tensor:
+    """Memory for so many matrices a program in blocks."""
+    size = triton.cdiv(like.shape[-1], Q.value) * Q.value
+    return like.new_empty(programs, matrices, size, size, dtype=torch.float64)
+
+
 def whitened_components(
     log_weights: Tensor,
     precision_cholesky: Tensor | None,
@@ -397,23 +349,31 @@ def _build(
     dim, count = given.shape[-1], len(log_weights)
     whitening = log_weights.new_empty(num_centers, dim, dim)
     offsets = log_weights.new_empty(num_centers)
+    arguments = (
+        log_weights,
+        log_weights if precision_cholesky is None else precision_cholesky,
+        log_weights if scale is None else scale,
+        whitening,
+        offsets,
+        *(made or (offsets, whitening)),  # not touched
+    )
+    constants = {
+        "D": dim,
+        "FORM": form,
+        "DIAGONAL": scale is not None and scale.ndim == 2,
+        "STORED": made is not None,
+        "BLOCK": BLOCK,
+        **launch.options(WARPS[padded(dim)]),
+    }
     with launch.on(log_weights.device):
-        components_kernel[(num_centers,)](
-            log_weights,
-            log_weights if precision_cholesky is None else precision_cholesky,
-            log_weights if scale is None else scale,
-            whitening,
-            offsets,
-            *(made or (offsets, whitening)),  # not touched
-            count,
-            num_centers // count,
-            D=dim,
-            FORM=form,
-            DIAGONAL=scale is not None and scale.ndim == 2,
-            STORED=made is not None,
-            BLOCK=BLOCK,
-            **launch.options(WARPS[padded(dim)]),
-        )
+        if dim <= LARGEST_TILE:
+            components_kernel[(num_centers,)](*arguments, count, num_centers // count, **constants)
+        else:
+            programs = min(num_centers, launch.PROGRAMS)
+            memory = scratch(programs, 2, whitening)
+            blocked_components_kernel[(programs,)](
+                *arguments, memory, num_centers, count, num_centers // count, **constants
+            )
     return whitening, offsets
 
 
@@ -434,27 +394,37 @@ def whitened_components_backward(
         for x, want in zip(inputs, wanted, strict=True)
     ]
     components, dim = len(log_weights), whitening.shape[-1]
+    per_component = len(whitening) // components
 
     def present(x: Tensor | None) -> Tensor:
         return whitening if x is None else x  # not touched
 
+    arguments = (
+        present(grads[0]),
+        present(precision_cholesky),
+        present(grads[1]),
+        present(scale),
+        present(grads[2]),
+        whitening,
+        grad_whitening,
+        grad_offsets,
+    )
+    constants = {
+        "D": dim,
+        "FORM": form(precision_cholesky, scale, expected),
+        "DIAGONAL": scale is not None and scale.ndim == 2,
+        "WANT_WEIGHTS": grads[0] is not None,
+        "WANT_PRECISION": grads[1] is not None,
+        "WANT_SCALE": grads[2] is not None,
+        **launch.options(WARPS[padded(dim)]),
+    }
     with launch.on(log_weights.device):
-        components_backward_kernel[(components,)](
-            present(grads[0]),
-            present(precision_cholesky),
-            present(grads[1]),
-            present(scale),
-            present(grads[2]),
-            whitening,
-            grad_whitening,
-            grad_offsets,
-            len(whitening) // components,
-            D=dim,
-            FORM=form(precision_cholesky, scale, expected),
-            DIAGONAL=scale is not None and scale.ndim == 2,
-            WANT_WEIGHTS=grads[0] is not None,
-            WANT_PRECISION=grads[1] is not None,
-            WANT_SCALE=grads[2] is not None,
-            **launch.options(WARPS[padded(dim)]),
-        )
+        if dim <= LARGEST_TILE:
+            components_backward_kernel[(components,)](*arguments, per_component, **constants)
+        else:
+            programs = min(components, launch.PROGRAMS)
+            memory = scratch(programs, 6, whitening)
+            blocked_components_backward_kernel[(programs,)](
+                *arguments, memory, components, per_component, **constants
+            )
     return grads

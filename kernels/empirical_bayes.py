@@ -26,16 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocks import load_center, merge_softmax, padded
-from vmm_fast.kernels.components import (
+from vmm_fast.kernels.blocks import (
     BLOCK,
+    load_center,
+    log_normaliser,
+    merge_softmax,
+    padded,
+    softplus,
+)
+from vmm_fast.kernels.components import (
     constrained,
     diagonal,
     load_diagonal,
     load_lower,
-    log_normaliser,
     scaled_precision,
-    softplus,
     store_diagonal,
     store_lower,
 )

@@ -281,28 +281,72 @@ def test_the_same_bits_on_every_run(forced):
 # --- building the components ---
 
 
+def components_and_gradients(module, inputs, centers, expected, wanted=(True, True, True)):
+    """whitening, offsets and the gradients of what is wanted."""
+    leaves = [
+        x if x is None else x.detach().clone().requires_grad_(want)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+    whitening, offsets = module.whitened_components(*leaves, centers, expected)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(whitening.shape, generator=generator, dtype=torch.float64)
+    loss = (whitening * weights).sum() + (offsets * offsets.detach()).sum()
+    by = [x for x in leaves if x is not None and x.requires_grad]
+    grads = torch.autograd.grad(loss, by, allow_unused=True)
+    return whitening, offsets, [g for g in grads if g is not None]
+
+
 @pytest.mark.parametrize("expected", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("components", "centers", "dim"), [(3, 6, 10), (2, 2, 1), (2, 2, 32)])
 def test_components(form, components, centers, dim, expected):
     inputs = random_gaussians(components, centers, dim, form)
-    outputs = []
-    for module in (ops, reference):
-        leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
-        with kernels():
-            whitening, offsets = module.whitened_components(*leaves, centers, expected)
-            generator = torch.Generator().manual_seed(1)
-            weights = torch.randn(whitening.shape, generator=generator, dtype=torch.float64)
-            loss = (whitening * weights).sum() + (offsets * offsets.detach()).sum()
-            wanted = [x for x in leaves if x is not None]
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-        outputs.append((whitening, offsets, [g for g in grads if g is not None]))
-    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    with kernels():
+        found = components_and_gradients(ops, inputs, centers, expected)
+    true = components_and_gradients(reference, inputs, centers, expected)
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
 
 
+def wide_gaussians(components, centers, dim, form):
+    """Well-conditioned ones: a random triangle's condition grows exponentially with D."""
+    log_weights, *factors = random_gaussians(components, centers, dim, form)
+    for factor in factors:
+        if factor is not None and factor.ndim == 3:
+            below = factor.tril(-1) / dim
+            factor.copy_(below + torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1)))
+            factor += torch.ones(dim, dim).triu(1)  # what is above the diagonal does not count
+    return log_weights, *factors
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [(form, False) for form in FORMS] + [("precision+full", True), ("precision+diagonal", True)],
+)
+@pytest.mark.parametrize(("components", "centers", "dim"), [(2, 2, 33), (1, 1, 65), (1, 1, 128)])
+def test_components_in_blocks(form, components, centers, dim, expected):
+    inputs = wide_gaussians(components, centers, dim, form)
+    with kernels(1):  # one program takes all
+        found = components_and_gradients(ops, inputs, centers, expected)
+    true = components_and_gradients(reference, inputs, centers, expected)
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_gradients_in_blocks_of_some_inputs(wanted, expected):
+    inputs = wide_gaussians(1, 2, 40, "precision+full")
+    with kernels():
+        found = components_and_gradients(ops, inputs, 2, expected, wanted)
+    true = components_and_gradients(reference, inputs, 2, expected, wanted)
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dim", [6, 40])
 @pytest.mark.parametrize("form", ["precision+full", "precision+diagonal"])
-def test_components_of_float32_with_unlike_scales(form):
-    log_weights, precision_cholesky, scale = random_gaussians(3, 3, 6, form)
+def test_components_of_float32_with_unlike_scales(form, dim):
+    log_weights, precision_cholesky, scale = wide_gaussians(3, 3, dim, form)
     deviation = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).view(3, *[1] * (scale.ndim - 1))
     inputs = [x.float() for x in (log_weights, precision_cholesky, scale * deviation)]
     true = reference.whitened_components(*(x.double() for x in inputs), 3)
@@ -313,7 +357,9 @@ def test_components_of_float32_with_unlike_scales(form):
 
 
 @pytest.mark.parametrize("form", ["precision+full", "precision+diagonal", "precision"])
-@pytest.mark.parametrize(("components", "centers", "dim"), [(3, 6, 10), (2, 2, 32), (300, 300, 1)])
+@pytest.mark.parametrize(
+    ("components", "centers", "dim"), [(3, 6, 10), (2, 2, 32), (300, 300, 1), (2, 4, 40)]
+)
 def test_components_from_what_a_prior_stores(form, components, centers, dim):
     logits, raw_precision, scale = random_gaussians(components, centers, dim, form)
     logits[0] = -torch.inf

@@ -25,9 +25,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 def largest_dim(name: str) -> int:
     """Most dimensions that an operation's kernels serve."""
-    if name in ("map_gradients", "online_step"):
-        return empirical_bayes.LARGEST_DIM
-    return components.LARGEST_DIM if "components" in name else launch.LARGEST_DIM
+    steps = ("map_gradients", "online_step")
+    return empirical_bayes.LARGEST_DIM if name in steps else launch.LARGEST_DIM
 
 
 def log_prob(
