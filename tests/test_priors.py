@@ -426,6 +426,27 @@ def test_fit_in_batches_is_fit_at_once():
         whole.fit(z[:0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_leaves_the_running_sums_in_float64(dtype):
+    prior = GaussianMixturePrior(3, 2, torch.randn(3, 2).double(), inference="closed-form")
+    z = torch.randn(20, 2, dtype=torch.float64)
+    prior.update(z)
+    before = [x.clone() for x in prior._running.sums]
+    prior.to(dtype)
+    for x, old in zip(prior._running.sums, before, strict=True):
+        assert torch.equal(x, old)
+    if dtype == torch.float32:
+        prior.update(z.float())
+        assert all(x.isfinite().all() for x in prior.parameters())
+
+
+def test_free_centers_move_whatever_their_layout():
+    centers = torch.randn(2, 3).T
+    prior = GaussianMixturePrior(3, 2, centers, inference="closed-form", statistics_rate=0.5)
+    prior.update(centers + 0.1 * torch.randn(3, 2))
+    assert not torch.equal(prior.centers, centers)
+
+
 def test_closed_form_precision_is_the_formula():
     """Lambda_c = (N_c + 1) (V^-1 + sum_k [N_ck S_ck + M_ck])^-1, here by plain inversion."""
     encoder, prior = Encoder(), vmm(pseudo_inputs_per_component=2, inference="closed-form")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -257,6 +257,16 @@ class BayesianMixturePrior(LearntPrior):
         for name, shape in (("N", ()), ("s", (dim,)), ("M", (dim, dim)), ("centers", (dim,))):
             self.register_buffer(f"running_{name}", torch.zeros(total, *shape, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> BayesianMixturePrior:
+        """Move, and cast all but the running sums: compiled code takes them for float64."""
+        before = [(k, v) for k, v in self.named_buffers(recurse=False) if v.is_floating_point()]
+        super()._apply(fn, recurse)
+        for name, old in before:
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
 
     @property
     def _running(self) -> Running:

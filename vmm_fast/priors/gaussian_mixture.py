@@ -69,7 +69,8 @@ class GaussianMixturePrior(BayesianMixturePrior):
                 f"centers must be finite and of shape {[num_components, latent_dim]}, "
                 f"but has shape {list(centers.shape)}"
             )
-        self.centers = nn.Parameter(centers.detach().clone())
+        # Compiled code writes them in place, row by row.
+        self.centers = nn.Parameter(centers.detach().clone(memory_format=torch.contiguous_format))
         super().__init__(
             num_components,
             latent_dim,
