@@ -691,6 +691,7 @@ def after_online_steps(parameters, objective, batches, backend, programs=512, te
     running, free = no_sums(parameters), parameters.scale is None
     with torch.no_grad(), kernels(programs), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "FORCED", backend)
+        patch.setattr(closed_form, "BLOCK", 2)  # several of them have all components
         for z in batches:
             settings = {"temperature": temperature, "rate": 0.2, "free_centers": free}
             online_step(parameters, z, running, objective, **settings)
