@@ -182,8 +182,8 @@ def launches(
                 for transpose in (False, True):
                     _launch_on_pairs(dtype, dim, transpose)
                 _launch_on_components(dtype, dim)
-                if dim <= empirical_bayes.LARGEST_DIM:
-                    _launch_empirical_bayes(dtype, dim)
+                _launch_empirical_bayes(dtype, dim)
+                if dim <= components.LARGEST_TILE:
                     _launch_closed_form(dtype, dim)
     return found
 

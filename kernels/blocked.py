@@ -133,6 +133,16 @@ def load_lower_block(pointer, index, row, column, D):
 
 
 @triton.jit
+def load_stored_block(pointer, index, row, column, D, STORED: tl.constexpr):
+    """As :func:`load_lower_block`, of a matrix in its unconstrained form where ``STORED``."""
+    block = load_lower_block(pointer, index, row, column, D)
+    if STORED:
+        rows, columns = places(row, column)
+        block = tl.where((rows == columns) & (rows < D), softplus(block), block)
+    return block
+
+
+@triton.jit
 def store_lower_block(pointer, index, row, column, block, D):
     """Write a block of a lower triangle, zeros above it."""
     rows, columns = places(row, column)
@@ -170,9 +180,7 @@ def copy_lower(matrix, pointer, index, D, STORED: tl.constexpr):
     for row in range(0, D, Q):
         for column in range(0, row + Q, Q):
             rows, columns = places(row, column)
-            block = load_lower_block(pointer, index, row, column, D)
-            if STORED:
-                block = tl.where(rows == columns, softplus(block), block)
+            block = load_stored_block(pointer, index, row, column, D, STORED)
             store(matrix, row, column, tl.where((rows == columns) & (rows >= D), 1.0, block), D)
     tl.debug_barrier()
 
@@ -405,13 +413,13 @@ def store_times_transposed(K, H, Z, D, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def store_scale_product(grad_scale, scale, j, K, factor, D, DIAGONAL: tl.constexpr):
-    """Write factor tril(K s) for a symmetric K."""
+def store_scale_product(grad_scale, scale, j, K, factor, multiple, D, DIAGONAL: tl.constexpr):
+    """Write factor tril(K s) + multiple s for a symmetric K."""
     for row in range(0, D, Q):
         if DIAGONAL:
             i = tl.arange(0, Q)
             on_diagonal = tl.load(K + (row * (rounded(D) + Q) + i * (Q + 1)))
-            slope = factor * on_diagonal * load_part(scale, j, row, D)
+            slope = (factor * on_diagonal + multiple) * load_part(scale, j, row, D)
             store_part(grad_scale, j, row, slope, D)
         else:
             for column in range(0, D, Q):
@@ -419,7 +427,8 @@ def store_scale_product(grad_scale, scale, j, K, factor, D, DIAGONAL: tl.constex
                 for k in range(column, tl.where(column <= row, D, 0), Q):
                     s = load_lower_block(scale, j, k, column, D)
                     block += dot(load(K, row, k, D), s)
-                store_lower_block(grad_scale, j, row, column, factor * block, D)
+                block = factor * block + multiple * load_lower_block(scale, j, row, column, D)
+                store_lower_block(grad_scale, j, row, column, block, D)
 
 
 @triton.jit
@@ -543,11 +552,11 @@ def blocked_components_backward_kernel(
                         grad_scale, whitening, grad_whitening, j, A, M, g, D, DIAGONAL
                     )
                 elif FORM == "expected":
-                    store_scale_product(grad_scale, scale, j, K, -g, D, DIAGONAL)
+                    store_scale_product(grad_scale, scale, j, K, -g, 0.0, D, DIAGONAL)
                 else:
                     store_times(T, A, M, D)
                     store_times_transposed(K, T, A, D, DIAGONAL)
-                    store_scale_product(grad_scale, scale, j, K, -1.0, D, DIAGONAL)
+                    store_scale_product(grad_scale, scale, j, K, -1.0, 0.0, D, DIAGONAL)
                 tl.debug_barrier()  # what follows overwrites what this has read
             if WANT_PRECISION:
                 if FORM != "precision":

@@ -47,14 +47,13 @@ from vmm_fast.kernels.components import (
 )
 from vmm_fast.kernels.empirical_bayes import (
     WARPS,
-    digamma,
     load_sum,
     scale_form,
     store_expected,
-    store_hyper,
     sums_over_points,
 )
 from vmm_fast.kernels.sums import load_block
+from vmm_fast.kernels.weight_priors import digamma, store_hyper
 
 # --- functions of one variable, float64 ---
 

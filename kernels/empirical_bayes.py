@@ -7,13 +7,14 @@ are. The launches
    in place of log pi (a common offset drops out of responsibilities), and each component's
    log-prior; one more program has the sum over all logits, and what their prior needs of them;
 2. take the online softmax of every point (:func:`vmm_fast.kernels.log_prob.log_prob_kernel`);
-3. sum over the points, one program a component and split of the points, which merges the softmax's
-   splits as it goes; further programs have the data term;
+3. sum over the points, one program a component, split of the points and 32 columns of M, which
+   merges the softmax's splits as it goes; further programs have the data term;
 4. add up the splits and apply the chain rule, one program a component; one more has the loss and
    the concentration's gradient.
 
-Arithmetic on components is in float64, on pairs in the parameters' dtype. The same input gives the
-same bits: every sum is the work of one program, in order.
+Arithmetic on components is in float64, on pairs in the parameters' dtype. Beyond 32 dimensions the
+first and the last launch take components in blocks (:mod:`blocked_empirical_bayes`). The same input
+gives the same bits: every sum is the work of one program, in order.
 """
 
 from __future__ import annotations
@@ -26,118 +27,37 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocks import (
-    BLOCK,
-    load_center,
-    log_normaliser,
-    merge_softmax,
-    padded,
-    softplus,
+from vmm_fast.kernels.blocked_empirical_bayes import (
+    blocked_expected_kernel,
+    blocked_map_gradients_kernel,
 )
+from vmm_fast.kernels.blocks import BLOCK, chunk, load_center, merge_softmax, padded
 from vmm_fast.kernels.components import (
+    LARGEST_TILE,
     constrained,
     diagonal,
     load_diagonal,
     load_lower,
     scaled_precision,
+    scratch,
     store_diagonal,
     store_lower,
 )
 from vmm_fast.kernels.log_prob import log_prob_kernel
 from vmm_fast.kernels.sums import add_sums
+from vmm_fast.kernels.weight_priors import (
+    factors,
+    load_N,
+    softplus_slope,
+    store_hyper,
+    store_logit_gradient,
+    store_loss,
+)
 
-# Several tiles in float64 fit into registers up to here.
-LARGEST_DIM = 32
-WARPS = {16: 4, 32: 8}
-
-
-# --- functions of one variable, float64 ---
-
-
-@triton.jit
-def softplus_slope(x):
-    """1 / (1 + e^-x), 1 above 20."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    return tl.where(x > 20.0, 1.0, e / (1.0 + e))
-
-
-@triton.jit
-def lgamma(x):
-    """log Gamma(x) for x > 0: up to 10 by recurrence, from there Stirling's series."""
-    product = x * 0.0 + 1.0
-    for _ in range(10):
-        product = tl.where(x < 10.0, product * x, product)
-        x = tl.where(x < 10.0, x + 1.0, x)
-    r = 1.0 / x
-    s = r * r
-    series = 1.0 / 156 - s * (3617.0 / 122400)
-    series = -691.0 / 360360 + s * series
-    series = 1.0 / 1188 + s * series
-    series = -1.0 / 1680 + s * series
-    series = 1.0 / 1260 + s * series
-    series = -1.0 / 360 + s * series
-    series = 1.0 / 12 + s * series
-    return (x - 0.5) * tl.log(x) - x + 0.9189385332046727 + r * series - tl.log(product)
-
-
-@triton.jit
-def digamma(x):
-    """psi(x) for x > 0, likewise (Abramowitz & Stegun 6.3.5, 6.3.18)."""
-    shifted = x * 0.0
-    for _ in range(10):
-        shifted -= tl.where(x < 10.0, 1.0 / x, 0.0)
-        x = tl.where(x < 10.0, x + 1.0, x)
-    r = 1.0 / x
-    s = r * r
-    series = 691.0 / 32760 - s * (1.0 / 12)
-    series = -1.0 / 132 + s * series
-    series = 1.0 / 240 + s * series
-    series = -1.0 / 252 + s * series
-    series = 1.0 / 120 + s * series
-    series = -1.0 / 12 + s * series
-    return shifted + tl.log(x) - 0.5 * r + s * series
+WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
 
 
 # --- 1: the expected log-joint ---
-
-
-@triton.jit
-def store_hyper(
-    logits,
-    hyper,  # [6], float64
-    count,
-    FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What all logits have to say.
-
-    That is the log of the sum of their exponentials, and of x = max(log pi, floor) the sum, how
-    many are above the floor, the smallest, the last index of that, and the sum of e^x.
-    """
-    index = tl.arange(0, BLOCK)
-    log_total = log_normaliser(logits, count, BLOCK)
-    counted = tl.zeros([BLOCK], tl.float64)
-    above = tl.zeros([BLOCK], tl.float64)
-    mass = tl.zeros([BLOCK], tl.float64)
-    smallest = tl.full([], float("inf"), tl.float64)
-    last = tl.full([], 0.0, tl.float64)
-    for begin in range(0, count, BLOCK):
-        inside = begin + index < count
-        x = tl.load(logits + begin + index, mask=inside, other=0.0).to(tl.float64) - log_total
-        above += tl.where(inside & (x >= FLOOR), 1.0, 0.0)
-        x = tl.maximum(x, FLOOR)
-        counted += tl.where(inside, x, 0.0)
-        mass += tl.where(inside, tl.exp(x), 0.0)
-        least = tl.min(tl.where(inside, x, float("inf")), 0)
-        where = tl.max(tl.where(inside & (x == least), begin + index, -1), 0)
-        last = tl.where(least <= smallest, where.to(tl.float64), last)
-        smallest = tl.minimum(smallest, least)
-    tl.store(hyper, log_total)
-    tl.store(hyper + 1, tl.sum(counted, 0))
-    tl.store(hyper + 2, tl.sum(above, 0))
-    tl.store(hyper + 3, smallest)
-    tl.store(hyper + 4, last)
-    tl.store(hyper + 5, tl.sum(mass, 0))
 
 
 @triton.jit
@@ -247,9 +167,10 @@ def expected_sums_kernel(
     WEIGHTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """N, s and M of one split of the points; or the sum of its expected log-joint."""
+    """N, s and Q columns of M of one split of the points; or the sum of its expected log-joint."""
     j = tl.program_id(0)
     point_split = tl.program_id(1)
+    first = tl.program_id(2) * chunk(D)
     begin = point_split * points_a_split
     end = tl.minimum(begin + points_a_split, count)
     if j < components:
@@ -265,7 +186,7 @@ def expected_sums_kernel(
             s_out,
             M_out,
             j,
-            0,
+            first,
             point_split * components + j,
             begin,
             end,
@@ -280,7 +201,7 @@ def expected_sums_kernel(
             False,
             MOST_SPLITS,
         )
-    else:
+    elif first == 0:
         data = tl.zeros([BLOCK_B], tl.float64)
         for start in range(begin, end, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
@@ -303,94 +224,6 @@ def load_sum(parts, index, items, splits, D: tl.constexpr):
         origin = (tl.cast(split, tl.int64) * items + index) * D
         total += tl.load(parts + origin + columns, mask=columns < D, other=0.0).to(tl.float64)
     return total
-
-
-@triton.jit
-def weight_prior_slope(
-    log_pi, c, gamma, hyper, count, WEIGHTS: tl.constexpr, DISCOUNT: tl.constexpr
-):
-    """Derivative of the weights' log-prior by max(log pi_c, floor)."""
-    components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
-        slope = gamma / components - 1.0
-    else:
-        b = gamma + (components - 1.0) * DISCOUNT
-        last = tl.load(hyper + 4) == c.to(tl.float64)
-        slope = (1.0 - gamma) * tl.exp(log_pi) / tl.load(hyper + 5)
-        # tl.where takes a number as float32.
-        slope -= DISCOUNT + tl.where(last, 1.0 - b - DISCOUNT, 0.0)
-    return slope
-
-
-@triton.jit
-def weight_prior(
-    gamma,
-    hyper,
-    count,
-    WEIGHTS: tl.constexpr,
-    DISCOUNT: tl.constexpr,
-    LEARNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """log p(pi), with that of gamma where it is learnt, and its derivative by gamma."""
-    counted = tl.load(hyper + 1)
-    components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
-        a = gamma / components
-        value = lgamma(gamma) - components * lgamma(a) + (a - 1.0) * counted
-        slope = digamma(gamma) - digamma(a) + counted / components
-        if LEARNT:
-            value -= 1.0 / gamma
-            slope += 1.0 / (gamma * gamma)
-    else:
-        smallest = tl.load(hyper + 3)
-        log_mass = tl.log(tl.load(hyper + 5))
-        b = gamma + (components - 1.0) * DISCOUNT
-        value = (1.0 - gamma) * log_mass + (b - 1.0) * smallest - DISCOUNT * (counted - smallest)
-        slope = smallest - log_mass
-        if DISCOUNT == 0.0:
-            value += (components - 1.0) * tl.log(gamma)
-            slope += (components - 1.0) / gamma
-        else:
-            values = tl.zeros([BLOCK], tl.float64)
-            slopes = tl.zeros([BLOCK], tl.float64)
-            constant = lgamma(gamma * 0.0 + (1.0 - DISCOUNT))
-            for begin in range(1, count, BLOCK):
-                index = begin + tl.arange(0, BLOCK)
-                x = gamma + index.to(tl.float64) * DISCOUNT
-                y = x + (1.0 - DISCOUNT)
-                inside = index < count
-                values += tl.where(inside, lgamma(y) - lgamma(x) - constant, 0.0)
-                slopes += tl.where(inside, digamma(y) - digamma(x), 0.0)
-            value += tl.sum(values, 0)
-            slope += tl.sum(slopes, 0)
-        if LEARNT:
-            value -= gamma
-            slope -= 1.0
-    return value, slope
-
-
-@triton.jit
-def weight_prior_total(
-    gamma,
-    hyper,
-    count,
-    FLOOR: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    DISCOUNT: tl.constexpr,
-):
-    """Sum of :func:`weight_prior_slope` over the components above the floor."""
-    above = tl.load(hyper + 2)
-    components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
-        return above * (gamma / components - 1.0)
-    else:
-        b = gamma + (components - 1.0) * DISCOUNT
-        mass = tl.load(hyper + 5)
-        floor = tl.exp(tl.full([], FLOOR, tl.float64))
-        inside = mass - (components - above) * floor
-        last = tl.where(tl.load(hyper + 3) > FLOOR, 1.0, 0.0)
-        return (1.0 - gamma) * inside / mass - DISCOUNT * (above - last) - (1.0 - b) * last
 
 
 @triton.jit(do_not_specialize=["count", "per_component", "points", "point_splits", "data_size"])
@@ -432,13 +265,7 @@ def map_gradients_kernel(
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     c = tl.program_id(0)
-    data = 1.0 / points.to(tl.float64)
-    prior = 1.0 / data_size.to(tl.float64)
-    if PRIORS == "none":
-        prior = prior * 0.0
-    raw_alpha_value = tl.load(raw_alpha).to(tl.float64)
-    gamma = 1.0 / softplus(raw_alpha_value)
-    log_total = tl.load(hyper)
+    data, prior = factors(points, data_size, PRIORS)
     if c < count:
         raw = load_lower(raw_precision, c, D)
         L = constrained(raw, D)
@@ -447,12 +274,10 @@ def map_gradients_kernel(
         for k in range(per_component):
             j = c * per_component + k
             total = count * per_component
-            N = tl.full([], 0.0, tl.float64)
-            for split in range(point_splits):
-                slot = tl.cast(split, tl.int64) * total + j
-                N += tl.load(N_parts + slot).to(tl.float64)
-                second += load_lower(M_parts, slot, D)
+            N = load_N(N_parts, j, total, point_splits)
             mass += N
+            for split in range(point_splits):
+                second += load_lower(M_parts, tl.cast(split, tl.int64) * total + j, D)
             s = load_sum(s_parts, j, total, point_splits, D)
             whitened = tl.sum(L * s[:, None], 0)
             moment = tl.sum(L * whitened[None, :], 1)
@@ -479,37 +304,39 @@ def map_gradients_kernel(
         inner = (by_L - (data * mass + prior) / pivot) * softplus_slope(raw)
         store_lower(grad_raw_precision, c, tl.where(on_diagonal, inner, by_L), D)
 
-        log_pi = tl.load(logits + c).to(tl.float64) - log_total
-        # Weights of all pairs sum to the number of points.
-        everywhere = -1.0
-        own = -data * mass
-        if PRIORS != "none":
-            by_log_pi = weight_prior_slope(log_pi, c, gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT)
-            own -= prior * tl.where(log_pi >= FLOOR, by_log_pi, 0.0)
-            everywhere = everywhere - prior * weight_prior_total(
-                gamma, hyper, count, FLOOR, WEIGHT_PRIOR, DISCOUNT
-            )
-        tl.store(grad_logits + c, own - tl.exp(log_pi) * everywhere)
+        store_logit_gradient(
+            logits,
+            raw_alpha,
+            hyper,
+            grad_logits,
+            c,
+            mass,
+            data,
+            prior,
+            count,
+            FLOOR,
+            PRIORS,
+            WEIGHT_PRIOR,
+            DISCOUNT,
+        )
     else:
-        index = tl.arange(0, BLOCK)
-        data_total = tl.zeros([BLOCK], tl.float64)
-        for begin in range(0, point_splits, BLOCK):
-            mask = begin + index < point_splits
-            data_total += tl.load(data_parts + begin + index, mask=mask, other=0.0)
-        value = data * tl.sum(data_total, 0) - log_total
-        slope = tl.full([], 0.0, tl.float64)
-        if PRIORS != "none":
-            log_prior = tl.zeros([BLOCK], tl.float64)
-            for begin in range(0, count, BLOCK):
-                mask = begin + index < count
-                log_prior += tl.load(log_priors + begin + index, mask=mask, other=0.0)
-            of_weights, slope = weight_prior(
-                gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT, PRIORS == "learnt", BLOCK
-            )
-            value += prior * (tl.sum(log_prior, 0) + of_weights + NORMALISER)
-        tl.store(loss, -value)
-        chain = gamma * gamma * softplus_slope(raw_alpha_value)  # gamma = 1 / softplus(raw_alpha)
-        tl.store(grad_raw_alpha, prior * slope * chain)
+        store_loss(
+            data_parts,
+            log_priors,
+            raw_alpha,
+            hyper,
+            loss,
+            grad_raw_alpha,
+            data,
+            prior,
+            count,
+            point_splits,
+            NORMALISER,
+            PRIORS,
+            WEIGHT_PRIOR,
+            DISCOUNT,
+            BLOCK,
+        )
 
 
 def sums_over_points(
@@ -551,7 +378,7 @@ def sums_over_points(
         SPLIT=True,
         **constants,
     )
-    expected_sums_kernel[(total + 1, point_splits)](
+    expected_sums_kernel[(total + 1, point_splits, triton.cdiv(dim, chunk(dim)))](
         z,
         centers,
         whitening,
@@ -614,20 +441,28 @@ def map_gradients(
         "BLOCK": BLOCK,
         **launch.options(WARPS[padded(dim)]),
     }
+    if dim <= LARGEST_TILE:
+        build, chain_rule = expected_kernel, map_gradients_kernel
+        programs, memory = number, []
+    else:
+        build, chain_rule = blocked_expected_kernel, blocked_map_gradients_kernel
+        programs = min(number, launch.PROGRAMS)
+        memory = [scratch(programs, 3, whitening)]
     with launch.on(z.device):
-        expected_kernel[(number + 1,)](
+        build[(programs + 1,)](
             *given[:4],
             whitening,
             offsets,
             log_priors,
             hyper,
+            *memory,
             number,
             per_component,
             **on_components,
         )
         weights = "expected" if objective.responsibility_gradient else "lse"
         sums, data = sums_over_points(z, centers, whitening, offsets, weights)
-        map_gradients_kernel[(number + 1,)](
+        chain_rule[(programs + 1,)](
             *given,
             *sums,
             data,
@@ -635,6 +470,7 @@ def map_gradients(
             hyper,
             loss,
             *written,
+            *memory,
             number,
             per_component,
             count,

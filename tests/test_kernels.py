@@ -35,7 +35,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 # Where Triton is missing, nothing below may be imported.
 import triton.language as tl  # noqa: E402
 
-from vmm_fast.kernels import closed_form, empirical_bayes, launch  # noqa: E402
+from vmm_fast.kernels import closed_form, launch, weight_priors  # noqa: E402
 
 # numpy, which the interpreter computes with, warns of an overflow; a GPU does not.
 pytestmark = [
@@ -579,15 +579,16 @@ def map_gradients(prior, z, encoder):
     return step.loss, [g for g in step.gradients if g is not None]
 
 
-def small_prior(latent_dim=3, full=False, **options):
-    """A prior of two pseudo-inputs a component, its encoder, and points."""
+def small_prior(latent_dim=3, full=False, components=5, **options):
+    """A prior of two pseudo-inputs a component, its encoder, and points that several explain."""
     torch.manual_seed(0)
-    inputs = torch.randn(10, 5, dtype=torch.float64)
+    inputs = torch.randn(2 * components, 5, dtype=torch.float64)
     outputs = latent_dim + latent_dim * (latent_dim if full else 1)
     network = torch.nn.Linear(5, outputs, dtype=torch.float64)
+    spread = 3 / latent_dim
 
     def encoder(x):
-        mean, rest = network(x).split([latent_dim, outputs - latent_dim], -1)
+        mean, rest = (spread * network(x)).split([latent_dim, outputs - latent_dim], -1)
         if not full:
             return torch.distributions.Normal(mean, rest.exp())
         matrix = rest.unflatten(-1, (latent_dim, latent_dim))
@@ -596,10 +597,26 @@ def small_prior(latent_dim=3, full=False, **options):
         return torch.distributions.MultivariateNormal(mean, scale_tril=scale)
 
     prior = VMMPrior(inputs, latent_dim, pseudo_inputs_per_component=2, **options).double()
+    vary(prior, 0.1 * spread)
+    return prior, encoder, torch.randn(90, latent_dim, dtype=torch.float64)
+
+
+def vary(prior, spread):
+    """Make components unlike."""
     with torch.no_grad():
         prior.logits.normal_()
-        prior.raw_precision.add_(0.1 * torch.randn_like(prior.raw_precision))
-    return prior, encoder, torch.randn(90, latent_dim, dtype=torch.float64)
+        prior.raw_precision.add_(spread * torch.randn_like(prior.raw_precision))
+
+
+def assert_steps_are_equal(prior, z, encoder, programs=512):
+    """Loss and gradients from the kernels and from torch."""
+    with kernels(programs):
+        loss, gradients = map_gradients(prior, z, encoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", "reference")
+        expected_loss, expected = map_gradients(prior, z, encoder)
+    torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("programs", [1, 512])
@@ -615,35 +632,56 @@ def small_prior(latent_dim=3, full=False, **options):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_gradients_of_the_empirical_bayes_step(monkeypatch, options, full, programs):
+def test_gradients_of_the_empirical_bayes_step(options, full, programs):
     prior, encoder, z = small_prior(full=full, **options)
-    with kernels(programs):
-        loss, gradients = map_gradients(prior, z, encoder)
-    monkeypatch.setattr(backends, "FORCED", "reference")
-    expected_loss, expected = map_gradients(prior, z, encoder)
-    torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-10)
+    assert_steps_are_equal(prior, z, encoder, programs)
 
 
-def test_gradients_of_a_step_with_pruned_and_tiny_components(monkeypatch):
+LEARNT = {"map_prior": "learnt", "data_size": 500}
+NO_PRIOR = {"map_prior": "none", "responsibility_gradient": False}
+STICKS = {"map_prior": "learnt", "weights": "stick-breaking", "discount": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("dim", "form", "components", "programs", "options"),
+    [
+        (33, "diagonal", 2, 1, LEARNT),  # one program takes all components
+        (33, "full", 2, 512, STICKS),
+        (33, "free", 3, 512, NO_PRIOR),
+        (40, "full", 2, 1, NO_PRIOR),
+        (65, "diagonal", 2, 512, {"map_prior": "fixed"}),
+        (65, "full", 2, 512, {**LEARNT, "responsibility_gradient": False}),
+        (65, "free", 2, 1, STICKS),
+        (128, "full", 1, 512, LEARNT),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_gradients_of_the_step_in_blocks(dim, form, components, programs, options):
+    if form == "free":
+        torch.manual_seed(0)
+        encoder, spread = None, 3 / dim
+        centers = spread * torch.randn(components, dim, dtype=torch.float64)
+        prior = GaussianMixturePrior(components, dim, centers, **options).double()
+        vary(prior, 0.1 * spread)
+        z = torch.randn(90, dim, dtype=torch.float64)
+    else:
+        prior, encoder, z = small_prior(dim, form == "full", components, **options)
+    assert_steps_are_equal(prior, z[:20], encoder, programs)
+
+
+def test_gradients_of_a_step_with_pruned_and_tiny_components():
     for options in ({}, {"weights": "stick-breaking", "discount": 0.3}):
         prior, encoder, z = small_prior(**options)
         with torch.no_grad():
             prior.logits[0], prior.logits[3] = -torch.inf, -40.0
-        with kernels():
-            found = map_gradients(prior, z, encoder)
-        with monkeypatch.context() as patch:
-            patch.setattr(backends, "FORCED", "reference")
-            expected = map_gradients(prior, z, encoder)
-        torch.testing.assert_close(float(found[0]), float(expected[0]), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-10)
+        assert_steps_are_equal(prior, z, encoder)
 
 
-@pytest.mark.parametrize("programs", [1, 512])
-def test_launches_of_an_empirical_bayes_step(launched, programs):
-    prior, encoder, z = small_prior()
+@pytest.mark.parametrize(("dim", "programs"), [(3, 1), (3, 512), (33, 512)])
+def test_launches_of_an_empirical_bayes_step(launched, dim, programs):
+    prior, encoder, z = small_prior(dim, components=2)
     with kernels(programs):
-        prior.update(z, encoder)
+        prior.update(z[:20], encoder)
     assert len(launched) == 4
 
 
@@ -651,8 +689,8 @@ def test_launches_of_an_empirical_bayes_step(launched, programs):
 def gamma_functions_kernel(x, log_gamma, psi, N: tl.constexpr):
     i = tl.arange(0, N)
     value = tl.load(x + i)
-    tl.store(log_gamma + i, empirical_bayes.lgamma(value))
-    tl.store(psi + i, empirical_bayes.digamma(value))
+    tl.store(log_gamma + i, weight_priors.lgamma(value))
+    tl.store(psi + i, weight_priors.digamma(value))
 
 
 def test_log_gamma_and_digamma():

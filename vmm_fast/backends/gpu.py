@@ -25,8 +25,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 def largest_dim(name: str) -> int:
     """Most dimensions that an operation's kernels serve."""
-    steps = ("map_gradients", "online_step")
-    return empirical_bayes.LARGEST_DIM if name in steps else launch.LARGEST_DIM
+    return components.LARGEST_TILE if name == "online_step" else launch.LARGEST_DIM
 
 
 def log_prob(

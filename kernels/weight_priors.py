@@ -1,0 +1,287 @@
+"""The weights' part of the empirical-Bayes step by gradient, the same for all dimensions.
+
+That is the log-prior of the weights and of the concentration gamma = 1 / softplus(raw_alpha), the
+gradients by the logits and raw_alpha, and the loss. Formulas and sources are those of
+``csrc/empirical_bayes.h``. All is in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vmm_fast.kernels.blocks import log_normaliser, softplus
+
+# --- functions of one variable, float64 ---
+
+
+@triton.jit
+def softplus_slope(x):
+    """1 / (1 + e^-x), 1 above 20."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    return tl.where(x > 20.0, 1.0, e / (1.0 + e))
+
+
+@triton.jit
+def lgamma(x):
+    """log Gamma(x) for x > 0: up to 10 by recurrence, from there Stirling's series."""
+    product = x * 0.0 + 1.0
+    for _ in range(10):
+        product = tl.where(x < 10.0, product * x, product)
+        x = tl.where(x < 10.0, x + 1.0, x)
+    r = 1.0 / x
+    s = r * r
+    series = 1.0 / 156 - s * (3617.0 / 122400)
+    series = -691.0 / 360360 + s * series
+    series = 1.0 / 1188 + s * series
+    series = -1.0 / 1680 + s * series
+    series = 1.0 / 1260 + s * series
+    series = -1.0 / 360 + s * series
+    series = 1.0 / 12 + s * series
+    return (x - 0.5) * tl.log(x) - x + 0.9189385332046727 + r * series - tl.log(product)
+
+
+@triton.jit
+def digamma(x):
+    """psi(x) for x > 0, likewise (Abramowitz & Stegun 6.3.5, 6.3.18)."""
+    shifted = x * 0.0
+    for _ in range(10):
+        shifted -= tl.where(x < 10.0, 1.0 / x, 0.0)
+        x = tl.where(x < 10.0, x + 1.0, x)
+    r = 1.0 / x
+    s = r * r
+    series = 691.0 / 32760 - s * (1.0 / 12)
+    series = -1.0 / 132 + s * series
+    series = 1.0 / 240 + s * series
+    series = -1.0 / 252 + s * series
+    series = 1.0 / 120 + s * series
+    series = -1.0 / 12 + s * series
+    return shifted + tl.log(x) - 0.5 * r + s * series
+
+
+# --- all logits ---
+
+
+@triton.jit
+def store_hyper(
+    logits,
+    hyper,  # [6], float64
+    count,
+    FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What all logits have to say.
+
+    That is the log of the sum of their exponentials, and of x = max(log pi, floor) the sum, how
+    many are above the floor, the smallest, the last index of that, and the sum of e^x.
+    """
+    index = tl.arange(0, BLOCK)
+    log_total = log_normaliser(logits, count, BLOCK)
+    counted = tl.zeros([BLOCK], tl.float64)
+    above = tl.zeros([BLOCK], tl.float64)
+    mass = tl.zeros([BLOCK], tl.float64)
+    smallest = tl.full([], float("inf"), tl.float64)
+    last = tl.full([], 0.0, tl.float64)
+    for begin in range(0, count, BLOCK):
+        inside = begin + index < count
+        x = tl.load(logits + begin + index, mask=inside, other=0.0).to(tl.float64) - log_total
+        above += tl.where(inside & (x >= FLOOR), 1.0, 0.0)
+        x = tl.maximum(x, FLOOR)
+        counted += tl.where(inside, x, 0.0)
+        mass += tl.where(inside, tl.exp(x), 0.0)
+        least = tl.min(tl.where(inside, x, float("inf")), 0)
+        where = tl.max(tl.where(inside & (x == least), begin + index, -1), 0)
+        last = tl.where(least <= smallest, where.to(tl.float64), last)
+        smallest = tl.minimum(smallest, least)
+    tl.store(hyper, log_total)
+    tl.store(hyper + 1, tl.sum(counted, 0))
+    tl.store(hyper + 2, tl.sum(above, 0))
+    tl.store(hyper + 3, smallest)
+    tl.store(hyper + 4, last)
+    tl.store(hyper + 5, tl.sum(mass, 0))
+
+
+# --- log-priors ---
+
+
+@triton.jit
+def weight_prior_slope(
+    log_pi, c, gamma, hyper, count, WEIGHTS: tl.constexpr, DISCOUNT: tl.constexpr
+):
+    """Derivative of the weights' log-prior by max(log pi_c, floor)."""
+    components = count.to(tl.float64)
+    if WEIGHTS == "dirichlet":
+        slope = gamma / components - 1.0
+    else:
+        b = gamma + (components - 1.0) * DISCOUNT
+        last = tl.load(hyper + 4) == tl.cast(c, tl.float64)
+        slope = (1.0 - gamma) * tl.exp(log_pi) / tl.load(hyper + 5)
+        # tl.where takes a number as float32.
+        slope -= DISCOUNT + tl.where(last, 1.0 - b - DISCOUNT, 0.0)
+    return slope
+
+
+@triton.jit
+def weight_prior(
+    gamma,
+    hyper,
+    count,
+    WEIGHTS: tl.constexpr,
+    DISCOUNT: tl.constexpr,
+    LEARNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """log p(pi), with that of gamma where it is learnt, and its derivative by gamma."""
+    counted = tl.load(hyper + 1)
+    components = count.to(tl.float64)
+    if WEIGHTS == "dirichlet":
+        a = gamma / components
+        value = lgamma(gamma) - components * lgamma(a) + (a - 1.0) * counted
+        slope = digamma(gamma) - digamma(a) + counted / components
+        if LEARNT:
+            value -= 1.0 / gamma
+            slope += 1.0 / (gamma * gamma)
+    else:
+        smallest = tl.load(hyper + 3)
+        log_mass = tl.log(tl.load(hyper + 5))
+        b = gamma + (components - 1.0) * DISCOUNT
+        value = (1.0 - gamma) * log_mass + (b - 1.0) * smallest - DISCOUNT * (counted - smallest)
+        slope = smallest - log_mass
+        if DISCOUNT == 0.0:
+            value += (components - 1.0) * tl.log(gamma)
+            slope += (components - 1.0) / gamma
+        else:
+            values = tl.zeros([BLOCK], tl.float64)
+            slopes = tl.zeros([BLOCK], tl.float64)
+            constant = lgamma(gamma * 0.0 + (1.0 - DISCOUNT))
+            for begin in range(1, count, BLOCK):
+                index = begin + tl.arange(0, BLOCK)
+                x = gamma + index.to(tl.float64) * DISCOUNT
+                y = x + (1.0 - DISCOUNT)
+                inside = index < count
+                values += tl.where(inside, lgamma(y) - lgamma(x) - constant, 0.0)
+                slopes += tl.where(inside, digamma(y) - digamma(x), 0.0)
+            value += tl.sum(values, 0)
+            slope += tl.sum(slopes, 0)
+        if LEARNT:
+            value -= gamma
+            slope -= 1.0
+    return value, slope
+
+
+@triton.jit
+def weight_prior_total(
+    gamma,
+    hyper,
+    count,
+    FLOOR: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DISCOUNT: tl.constexpr,
+):
+    """Sum of :func:`weight_prior_slope` over the components above the floor."""
+    above = tl.load(hyper + 2)
+    components = count.to(tl.float64)
+    if WEIGHTS == "dirichlet":
+        return above * (gamma / components - 1.0)
+    else:
+        b = gamma + (components - 1.0) * DISCOUNT
+        mass = tl.load(hyper + 5)
+        floor = tl.exp(tl.full([], FLOOR, tl.float64))
+        inside = mass - (components - above) * floor
+        last = tl.where(tl.load(hyper + 3) > FLOOR, 1.0, 0.0)
+        return (1.0 - gamma) * inside / mass - DISCOUNT * (above - last) - (1.0 - b) * last
+
+
+# --- gradients and loss ---
+
+
+@triton.jit
+def load_N(N_parts, j, total, splits):
+    """N_j, added up over the splits [splits, total], float64."""
+    N = tl.full([], 0.0, tl.float64)
+    for split in range(splits):
+        N += tl.load(N_parts + tl.cast(split, tl.int64) * total + j).to(tl.float64)
+    return N
+
+
+@triton.jit
+def factors(points, data_size, PRIORS: tl.constexpr):
+    """What the objective takes the data term and the log-priors times: 1 / B, and 1 / n or 0."""
+    data = 1.0 / points.to(tl.float64)
+    prior = 1.0 / data_size.to(tl.float64)
+    if PRIORS == "none":
+        prior = prior * 0.0
+    return data, prior
+
+
+@triton.jit
+def store_logit_gradient(
+    logits,
+    raw_alpha,
+    hyper,
+    grad_logits,
+    c,
+    mass,  # of the component, N_c
+    data,
+    prior,
+    count,
+    FLOOR: tl.constexpr,
+    PRIORS: tl.constexpr,
+    WEIGHT_PRIOR: tl.constexpr,
+    DISCOUNT: tl.constexpr,
+):
+    """Write the loss's gradient by component c's logit."""
+    log_pi = tl.load(logits + c).to(tl.float64) - tl.load(hyper)
+    # Weights of all pairs sum to the number of points.
+    everywhere = -1.0
+    own = -data * mass
+    if PRIORS != "none":
+        gamma = 1.0 / softplus(tl.load(raw_alpha).to(tl.float64))
+        by_log_pi = weight_prior_slope(log_pi, c, gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT)
+        own -= prior * tl.where(log_pi >= FLOOR, by_log_pi, 0.0)
+        everywhere = everywhere - prior * weight_prior_total(
+            gamma, hyper, count, FLOOR, WEIGHT_PRIOR, DISCOUNT
+        )
+    tl.store(grad_logits + c, own - tl.exp(log_pi) * everywhere)
+
+
+@triton.jit
+def store_loss(
+    data_parts,
+    log_priors,
+    raw_alpha,
+    hyper,
+    loss,
+    grad_raw_alpha,
+    data,
+    prior,
+    count,
+    point_splits,
+    NORMALISER: tl.constexpr,
+    PRIORS: tl.constexpr,
+    WEIGHT_PRIOR: tl.constexpr,
+    DISCOUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the loss and its gradient by the concentration."""
+    raw_alpha_value = tl.load(raw_alpha).to(tl.float64)
+    gamma = 1.0 / softplus(raw_alpha_value)
+    index = tl.arange(0, BLOCK)
+    data_total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, point_splits, BLOCK):
+        mask = begin + index < point_splits
+        data_total += tl.load(data_parts + begin + index, mask=mask, other=0.0)
+    value = data * tl.sum(data_total, 0) - tl.load(hyper)
+    slope = tl.full([], 0.0, tl.float64)
+    if PRIORS != "none":
+        log_prior = tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, count, BLOCK):
+            mask = begin + index < count
+            log_prior += tl.load(log_priors + begin + index, mask=mask, other=0.0)
+        of_weights, slope = weight_prior(
+            gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT, PRIORS == "learnt", BLOCK
+        )
+        value += prior * (tl.sum(log_prior, 0) + of_weights + NORMALISER)
+    tl.store(loss, -value)
+    chain = gamma * gamma * softplus_slope(raw_alpha_value)  # gamma = 1 / softplus(raw_alpha)
+    tl.store(grad_raw_alpha, prior * slope * chain)
