@@ -62,8 +62,8 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 512),
 }
 
-# One of every tile size; none fills its tile, which takes the most instructions.
-DIMS = (10, 30, 50, 100)
+# Of every tile size; where registers are short one that fills its tile and one that does not.
+DIMS = (10, 31, 32, 50, 100)
 DTYPES = ("float32", "float64")
 _TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
 _PAIR_KERNELS = (

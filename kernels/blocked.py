@@ -8,8 +8,10 @@ what all finished blocks have for it, then the inverse of a diagonal block, and 
 element by element. Blocks of zeros are left out.
 
 The formulas are those of :mod:`components`. Programs take centers (in the backward components) in
-turns, so that scratch memory does not grow with their number. D is no constant: one compilation
-serves all, and loops that the compiler could unroll would not stay in registers.
+turns, so that scratch memory does not grow with their number: at 128 dimensions it is 134 MB, in
+the backward 403 MB. D is no constant: one compilation serves all, and loops that the compiler could
+unroll would not stay in registers. What is written is the work of one program, in order: the same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocks import log_normaliser, padded, softplus
+from vmm_fast.kernels.blocks import log_normaliser, log_pivot, padded, softplus
 
 Q = tl.constexpr(32)
 LARGEST_DIM = tl.constexpr(launch.LARGEST_DIM)
@@ -198,7 +200,7 @@ def log_diagonal(matrix, D):
     """Sum of the logarithms of a diagonal in scratch memory."""
     index = tl.arange(0, LARGEST_DIM)
     diagonal = matrix + (index // Q * Q * (rounded(D) + Q) + index % Q * (Q + 1))
-    return tl.sum(tl.log(tl.load(diagonal, mask=index < D, other=1.0)), 0)
+    return tl.sum(log_pivot(tl.load(diagonal, mask=index < D, other=1.0)), 0)
 
 
 @triton.jit

@@ -261,3 +261,9 @@ def log_normaliser(logits, count, BLOCK: tl.constexpr):
         x = tl.load(logits + begin + index, mask=begin + index < count, other=float("-inf"))
         total += tl.exp(x.to(tl.float64) - largest)
     return largest + tl.log(tl.sum(total, 0))
+
+
+@triton.jit
+def log_pivot(x):
+    """log(x) of a diagonal element of A; NaN where A is singular or not finite."""
+    return tl.where((x > 0.0) & (x < float("inf")), tl.log(x), x * float("nan"))

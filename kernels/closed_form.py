@@ -369,6 +369,7 @@ def maximise_kernel(
     N_parts,  # [point_splits, J], and so on
     s_parts,
     M_parts,
+    data_parts,  # [point_splits], float64
     before,  # [J], float64
     hyper,  # [7], float64
     running_N,  # [J], and so on, float64
@@ -395,6 +396,7 @@ def maximise_kernel(
     SCALE: tl.constexpr,
     FREE: tl.constexpr,  # whether centers are parameters; K is 1 then
     MAP: tl.constexpr,  # whether parameters have priors
+    MOST_SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -403,63 +405,81 @@ def maximise_kernel(
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     c = tl.program_id(0)
+    # A point that is not finite leaves nothing finite: the step is not taken.
+    index = tl.arange(0, MOST_SPLITS)
+    data = tl.load(data_parts + index, mask=index < point_splits, other=0.0)
+    sound = tl.abs(tl.sum(data, 0)) < float("inf")
     if c < count:
-        first = tl.load(hyper + 6) > 0.0
-        covariance = tl.zeros([P, P], tl.float64)
-        if first:
-            inverse = root * solve_lower(whitening, c * per_component, identity(D), D)
-            covariance = tl.dot(
-                tl.trans(inverse), inverse, input_precision="ieee", out_dtype=tl.float64
-            )
-        scatter = tl.zeros([P, P], tl.float64)
-        mass = tl.full([], 0.0, tl.float64)
-        total = count * per_component
-        for k in range(per_component):
-            j = c * per_component + k
-            old, N = blended_N(
-                N_parts, before, hyper, j, j < total, total, per_component, point_splits, keep, add
-            )
-            m = load_center(centers, j, 0, D, P, tl.float64)
-            s = tl.where(first, 0.0, load_diagonal(running_s, j, D))
-            M = load_block(running_M, j, 0, 0, D, P, tl.float64)
-            M = tl.where(first, old * covariance, M)
-            if FREE:
-                shift = tl.where(first, 0.0, load_diagonal(running_centers, j, D) - m)
-                M += s[:, None] * shift[None, :] + shift[:, None] * (s + old * shift)[None, :]
-                s += old * shift
-            s = keep * s + add * load_sum(s_parts, j, total, point_splits, D)
-            batch = tl.zeros([P, P], tl.float64)
-            for split in range(point_splits):
-                slot = tl.cast(split, tl.int64) * total + j
-                batch += load_block(M_parts, slot, 0, 0, D, P, tl.float64)
-            M = keep * M + add * batch
-            # Several warps may hold the same element: all have read before the first writes.
-            tl.debug_barrier()
-            tl.store(running_N + j, N)
-            store_diagonal(running_s, j, s, D)
-            addresses = running_M + tl.cast(j, tl.int64) * (D * D) + row * D + column
-            tl.store(addresses, M, mask=(row < D) & (column < D))
-            store_diagonal(running_centers, j, m, D)
+        if sound:
+            first = tl.load(hyper + 6) > 0.0
+            covariance = tl.zeros([P, P], tl.float64)
+            if first:
+                inverse = root * solve_lower(whitening, c * per_component, identity(D), D)
+                covariance = tl.dot(
+                    tl.trans(inverse), inverse, input_precision="ieee", out_dtype=tl.float64
+                )
+            scatter = tl.zeros([P, P], tl.float64)
+            mass = tl.full([], 0.0, tl.float64)
+            total = count * per_component
+            for k in range(per_component):
+                j = c * per_component + k
+                old, N = blended_N(
+                    N_parts,
+                    before,
+                    hyper,
+                    j,
+                    j < total,
+                    total,
+                    per_component,
+                    point_splits,
+                    keep,
+                    add,
+                )
+                m = load_center(centers, j, 0, D, P, tl.float64)
+                s = tl.where(first, 0.0, load_diagonal(running_s, j, D))
+                M = load_block(running_M, j, 0, 0, D, P, tl.float64)
+                M = tl.where(first, old * covariance, M)
+                if FREE:
+                    shift = tl.where(first, 0.0, load_diagonal(running_centers, j, D) - m)
+                    M += s[:, None] * shift[None, :] + shift[:, None] * (s + old * shift)[None, :]
+                    s += old * shift
+                s = keep * s + add * load_sum(s_parts, j, total, point_splits, D)
+                batch = tl.zeros([P, P], tl.float64)
+                for split in range(point_splits):
+                    slot = tl.cast(split, tl.int64) * total + j
+                    batch += load_block(M_parts, slot, 0, 0, D, P, tl.float64)
+                M = keep * M + add * batch
+                # Several warps may hold the same element: all have read before the first writes.
+                tl.debug_barrier()
+                tl.store(running_N + j, N)
+                store_diagonal(running_s, j, s, D)
+                addresses = running_M + tl.cast(j, tl.int64) * (D * D) + row * D + column
+                tl.store(addresses, M, mask=(row < D) & (column < D))
+                store_diagonal(running_centers, j, m, D)
 
-            N, s, M = data_size * N, data_size * s, data_size * M
-            if FREE:
-                L = constrained(load_lower(raw_precision, c, D), D)
-                center = tl.where(moves_centers != 0, maximised_center(L, N, s, m, D, MAP), m)
-                store_diagonal(centers, j, center, D)
-                shift = m - center
-                M += s[:, None] * shift[None, :] + shift[:, None] * (s + N * shift)[None, :]
-            scatter += M
-            mass += N
-            if SCALE == "diagonal":
-                s = load_diagonal(scale, j, D)
-                scatter += tl.where(row == column, (N * s * s)[:, None], 0.0)
-            elif SCALE == "full":
-                s = load_lower(scale, j, D)
-                scatter += N * tl.dot(s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64)
-        if moves_precision != 0:
-            store_maximised_precision(raw_precision, scatter, mass, c, INVERSE_V, EPSILON, MAP, D)
+                N, s, M = data_size * N, data_size * s, data_size * M
+                if FREE:
+                    L = constrained(load_lower(raw_precision, c, D), D)
+                    center = tl.where(moves_centers != 0, maximised_center(L, N, s, m, D, MAP), m)
+                    store_diagonal(centers, j, center, D)
+                    shift = m - center
+                    M += s[:, None] * shift[None, :] + shift[:, None] * (s + N * shift)[None, :]
+                scatter += M
+                mass += N
+                if SCALE == "diagonal":
+                    s = load_diagonal(scale, j, D)
+                    scatter += tl.where(row == column, (N * s * s)[:, None], 0.0)
+                elif SCALE == "full":
+                    s = load_lower(scale, j, D)
+                    scatter += N * tl.dot(
+                        s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64
+                    )
+            if moves_precision != 0:
+                store_maximised_precision(
+                    raw_precision, scatter, mass, c, INVERSE_V, EPSILON, MAP, D
+                )
     else:
-        tl.store(steps, tl.load(steps) + 1)
+        tl.store(steps, tl.load(steps) + tl.where(sound, 1, 0))
         kept, all_mass = store_masses(
             masses,
             logits,
@@ -477,9 +497,9 @@ def maximise_kernel(
         gamma = 1.0 / softplus(tl.load(raw_alpha).to(tl.float64))
         if learns_concentration != 0:
             gamma = maximised_concentration(masses, gamma, kept, all_mass, count, BLOCK)
-            if moves_concentration != 0:
+            if (moves_concentration != 0) & sound:
                 tl.store(raw_alpha, inverse_softplus(1.0 / gamma))
-        if moves_weights != 0:
+        if (moves_weights != 0) & sound:
             store_weights(masses, logits, gamma, kept, all_mass, count, FLOOR, MAP, BLOCK)
 
 
@@ -500,6 +520,8 @@ def online_step(
     log_weight_floor: float,
 ) -> Tensor:
     """Take the step, in place, and give the masses N_c [C] (float64, -1 for a pruned component).
+
+    Where a point is not finite, nothing changes, and no mass is finite.
 
     ``running`` is N, s, M, centers (float64) and steps (int64), ``objective`` a
     :class:`vmm_fast.inference.empirical_bayes.Objective` that has a data size, and ``moves`` says
@@ -545,6 +567,7 @@ def online_step(
             raw_alpha,
             whitening,
             *sums,
+            data,
             before,
             hyper,
             *running,
@@ -561,6 +584,7 @@ def online_step(
             EPSILON=torch.finfo(z.dtype).eps,
             FREE=free_centers,
             MAP=map_prior,
+            MOST_SPLITS=launch.MOST_SPLITS,
             **on_components,
         )
     return masses

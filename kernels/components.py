@@ -40,9 +40,10 @@ from vmm_fast.kernels.blocked import (
     identity,
     times_inverse_root,
 )
-from vmm_fast.kernels.blocks import BLOCK, log_normaliser, padded, softplus
+from vmm_fast.kernels.blocks import BLOCK, log_normaliser, log_pivot, padded, softplus
 
-# Two tiles and a rank-1 update fit into registers up to here.
+# Two tiles and a rank-1 update fit into registers up to here; in the backward, with the gradient
+# of the precision, up to 16.
 LARGEST_TILE = 32
 WARPS = {16: 1, 32: 4, 64: 8, 128: 8}
 
@@ -188,7 +189,7 @@ def components_kernel(
             else:
                 penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
     store_lower(whitening, j, A, D)
-    log_det = tl.sum(tl.log(diagonal(A, D)), 0)
+    log_det = tl.sum(log_pivot(diagonal(A, D)), 0)
     share = log_weight - tl.log(per_component.to(tl.float64))
     # 1/2 log 2 pi
     constant = tl.full([1], 0.9189385332046727, tl.float64) * D
@@ -409,6 +410,7 @@ def whitened_components_backward(
         grad_whitening,
         grad_offsets,
     )
+    in_registers = dim <= (LARGEST_TILE if grads[1] is None else LARGEST_TILE // 2)
     constants = {
         "D": dim,
         "FORM": form(precision_cholesky, scale, expected),
@@ -416,10 +418,10 @@ def whitened_components_backward(
         "WANT_WEIGHTS": grads[0] is not None,
         "WANT_PRECISION": grads[1] is not None,
         "WANT_SCALE": grads[2] is not None,
-        **launch.options(WARPS[padded(dim)]),
+        **launch.options(WARPS[padded(dim) if in_registers else 128]),
     }
     with launch.on(log_weights.device):
-        if dim <= LARGEST_TILE:
+        if in_registers:
             components_backward_kernel[(components,)](*arguments, per_component, **constants)
         else:
             programs = min(components, launch.PROGRAMS)

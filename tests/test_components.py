@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm_fast import ops, reference
-from vmm_fast.backends import plain
+from vmm_fast.backends import core, plain
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 shapes = st.tuples(st.integers(1, 19), st.integers(1, 3), st.integers(1, 12))
@@ -31,6 +31,25 @@ def assert_equals_reference(inputs, centers, expected, **tolerance):
     true = results(reference.whitened_components, inputs, centers, expected)
     for actual, wanted in zip(ours, true, strict=True):
         torch.testing.assert_close(actual, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_gradient_alone_in_plain_torch(form, expected, wanted):
+    inputs = random_gaussians(3, 6, 4, form)
+    wanted = [bool(want) and x is not None for x, want in zip(inputs, wanted, strict=True)]
+    if not any(wanted):
+        pytest.skip("this form has no such argument")
+    whitening, offsets, _ = plain.whitened_components(*inputs, 6, expected)
+    whitening = whitening.contiguous()
+    arguments = (whitening.sin(), offsets.cos(), *inputs, whitening, expected)
+    found = plain.whitened_components_backward(*arguments, wanted)
+    every = core.whitened_components_backward(*arguments, [x is not None for x in inputs])
+    for actual, true, want in zip(found, every, wanted, strict=True):
+        assert (actual is not None) == want
+        if want:
+            torch.testing.assert_close(actual, true, **TIGHT)
 
 
 @settings(max_examples=60, deadline=None)

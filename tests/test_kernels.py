@@ -132,6 +132,26 @@ def test_groups(forced, group):
     torch.testing.assert_close(label, reference.mixture_assign(*mixture, False, group)[0])
 
 
+@pytest.mark.parametrize("dim", [1, 3, 40])
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_singular_component_gives_nan(expected, dim):
+    log_weights, precision_cholesky, scale = random_gaussians(2, 2, dim, "precision+full")
+    precision_cholesky[1, 0, 0] = 0.0
+    with kernels():
+        _, offsets = ops.whitened_components(log_weights, precision_cholesky, scale, 2, expected)
+    assert offsets.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_that_a_prior_stores_are_computed_in_float32(dtype):
+    stored = [x.to(dtype) for x in random_gaussians(2, 2, 3, "precision+full")]
+    with kernels():
+        found = ops.stored_components(*stored, 2)
+        single = ops.stored_components(*(x.float() for x in stored), 2)
+    for x, y in zip(found, single, strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
 def test_the_first_among_equals_is_assigned(forced):
     z, *mixture = random_mixture(40, 6, 3)
     mixture = [torch.cat([x, x]) for x in mixture]
@@ -506,6 +526,25 @@ def test_an_old_triton_warns_once(monkeypatch, unforced, recwarn):
     assert_warns_once(recwarn, "the kernels need Triton >= 3.4", *random_mixture(5, 4, 3))
 
 
+def test_a_broken_triton_warns_once(monkeypatch, unforced, recwarn):
+    def broken():
+        raise OSError("libtriton.so: cannot open shared object file")
+
+    monkeypatch.setattr(backends, "_gpu", broken)
+    assert_warns_once(recwarn, "cannot open shared object file", *random_mixture(5, 4, 3))
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "Triton Error [HIP]: 1"])
+def test_an_error_of_the_device_is_no_fault_of_the_kernel(monkeypatch, unforced, recwarn, message):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(backends._gpu(), "log_prob", fail)
+    with pytest.raises(RuntimeError, match=message[:10]):
+        backends.call("log_prob", OnGPU(), 3, *random_mixture(5, 4, 3), False)
+    assert not backends._failed and not recwarn.list
+
+
 def test_dimensions_beyond_the_kernels_warn_once(unforced, recwarn):
     assert_warns_once(recwarn, "up to 128 dimensions, not 129", *random_mixture(2, 2, 129))
 
@@ -851,6 +890,24 @@ def test_an_online_step_is_four_launches_and_no_wait(launched, form):
     assert all(x._version > v for x, v in zip(parameters[2:], versions, strict=True))
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
+@pytest.mark.parametrize("form", ["free", "diagonal"])
+def test_a_point_that_is_not_finite_moves_nothing(form, weights, steps):
+    parameters, z = mixture_of(form), points()
+    running, objective = no_sums(parameters), objective_of(weights=weights)
+    settings = {"temperature": 1.0, "rate": 0.1, "free_centers": form == "free"}
+    with torch.no_grad(), kernels():
+        for _ in range(steps):
+            online_step(parameters, z, running, objective, **settings)
+        before = [x.clone() for x in (*parameters, *running.sums, running.steps) if x is not None]
+        z[3, 1] = torch.nan
+        online_step(parameters, z, running, objective, **settings)
+    after = [x for x in (*parameters, *running.sums, running.steps) if x is not None]
+    for x, old in zip(after, before, strict=True):
+        assert torch.equal(x, old)
+
+
 @pytest.mark.parametrize("weights", ["dirichlet", "stick-breaking"])
 def test_priors_in_closed_form_take_their_steps_in_kernels(launched, weights):
     centers = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -887,13 +944,19 @@ def test_trigamma_and_inverse_softplus():
 # --- compiled ahead of time ---
 
 
-def test_every_kernel_compiles_within_its_bounds():
-    """One dimension in float32 on every target; the command by itself does all, in longer."""
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        (["--dim", "10"], ("sm_80", "sm_90", "sm_100", "gfx942")),
+        (["--dim", "50", "--target", "sm_90"], ("sm_90",)),
+    ],
+    ids=["all targets", "in blocks"],
+)
+def test_kernels_compile_within_their_bounds(options, targets):
+    """Some dimensions in float32; the command by itself does all, in longer."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "vmm_fast.kernels.aot", "--dim", "10", "--dtype", "float32"]
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    # The second finds what the first has compiled.
-    for options, compiled in ([], targets), (["--target", "sm_90"], targets[1:2]):
-        run = subprocess.run(command + options, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert [target for target in targets if f"  {target}  " in run.stdout] == list(compiled)
+    command = [sys.executable, "-m", "vmm_fast.kernels.aot", "--dtype", "float32", *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [row.split() for row in run.stdout.splitlines()]
+    assert {row[-6] for row in rows if row[-1:] == ["hold"]} == set(targets)

@@ -9,7 +9,8 @@ For a Gaussian mixture, A = chol(Sigma)^-1 and c = log pi - D/2 log 2 pi + log d
 triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
 CPUs run the compiled core, GPUs of NVIDIA and AMD the Triton kernels, other devices plain torch
-(:mod:`vmm_fast.backends`); float16 and bfloat16 are computed in float32. Nothing of size [B, J] is
+(:mod:`vmm_fast.backends`); float16 and bfloat16 are computed in float32, to which each such
+tensor is converted first. Nothing of size [B, J] is
 stored by :func:`mixture_log_prob` (its backward recomputes), :func:`mixture_statistics` and
 :func:`mixture_assign`.
 
@@ -521,8 +522,9 @@ def stored_components(
     TypeError, ValueError
         As the module says.
     """
-    _check_components(logits, raw_precision, scale, num_centers)
-    return _StoredComponents.apply(logits.detach(), raw_precision.detach(), scale, num_centers)
+    logits, L, scale = _check_components(logits, raw_precision, scale, num_centers)
+    assert L is not None
+    return _StoredComponents.apply(logits.detach(), L.detach(), scale, num_centers)
 
 
 def mixture_log_prob(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -77,30 +78,38 @@ def in_kernels(
         return otherwise()
     try:
         gpu = _gpu()
+    except Exception as error:  # whatever a broken installation raises
+        _failed.add("everything")
+        return _in_plain_torch(name, str(error), otherwise)
+    try:
         if dim > gpu.largest_dim(name):
             reason = f"the kernels serve up to {gpu.largest_dim(name)} dimensions, not {dim}"
         else:
             return getattr(gpu, name)(*arguments)
-    except ImportError as error:
-        reason, served = str(error), "everything"
-    except _DEVICE_ERRORS:
-        raise
     except gpu.COMPILER_ERRORS as error:
+        # After an error of the device itself, plain torch would fail as well.
+        if isinstance(error, _DEVICE_ERRORS) or _OF_DEVICE.search(str(error)):
+            raise
         reason = f"a kernel does not compile ({type(error).__name__}: {error})"
     _failed.add(served)
+    return _in_plain_torch(name, reason, otherwise)
+
+
+def _in_plain_torch(name: str, reason: str, otherwise: Callable[[], Any]) -> Any:
     warnings.warn(
-        f"{name}: {reason}; plain torch takes over, slower and with more memory", stacklevel=3
+        f"{name}: {reason}; plain torch takes over, slower and with more memory", stacklevel=4
     )
     return otherwise()
 
 
 # What the kernels do not serve, as was found out: (operation, dimension, dtype), or "everything".
 _failed: set[Any] = set()
-# After an error of the device itself, plain torch would fail as well.
 _DEVICE_ERRORS = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
+# As torch before AcceleratorError and Triton's launchers begin their messages.
+_OF_DEVICE = re.compile(r"(CUDA|HIP) error|Triton Error \[")
 
 
 @functools.cache

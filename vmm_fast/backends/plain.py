@@ -179,8 +179,12 @@ def whitened_components_backward(
         assert pi is not None
         outputs = reference.whitened_components(pi, L, s, len(whitening), expected)
         upstream = (grad_whitening.double(), grad_offsets.double())
+        given = [(y, g) for y, g in zip(outputs, upstream, strict=True) if y.requires_grad]
         asked = [x for x in inputs if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(outputs, asked, upstream))
+        found = torch.autograd.grad(
+            [y for y, _ in given], asked, [g for _, g in given], materialize_grads=True
+        )
+        grads = iter(found)
     return [
         next(grads).to(whitening.dtype) if x is not None and x.requires_grad else None
         for x in inputs

@@ -598,7 +598,8 @@ def _online_step_in_kernels(
     if mass is None:
         return False
     _written(parameters, free_centers)
-    if objective.weights == "stick-breaking" and objective.map_prior != "none":
-        # This waits for the device: the number of sticks is that of the components not pruned.
+    sticks = objective.weights == "stick-breaking" and objective.map_prior != "none"
+    # This waits for the device: the number of sticks is that of the components not pruned.
+    if sticks and mass.isfinite().all():
         _maximise_weights_in_torch(parameters, mass, objective)
     return True

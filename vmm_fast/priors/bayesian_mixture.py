@@ -221,7 +221,8 @@ class BayesianMixturePrior(LearntPrior):
         Raises
         ------
         FloatingPointError
-            If the loss or a gradient is not finite; the prior has not changed then.
+            If the loss or a gradient is not finite; the prior has not changed then. The closed form
+            on GPUs, which waits for nothing, leaves the prior as it is without a word.
         """
         z = self._latents(q_or_z)
         if self.joint:
