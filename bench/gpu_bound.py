@@ -21,9 +21,9 @@ and what goes through memory: inputs and outputs once, what splits leave written
 of a resource is its count over the device's rate, and the largest of these bounds the kernel. On
 small sizes none of them does, but the wait: launches, and the blocks of the components that a
 program takes one after the other. Components are built in float64 on the vector units, as many
-operations as the formulas of ``kernels/components.py`` have. What the caches between memory and
-processor carry is left out. Rates are those of the makers' data sheets; the waits are assumptions,
-named below. No figure on the page is measured.
+operations as the formulas of ``kernels/components.py`` have, and beyond Q columns go through
+scratch memory. What the caches between memory and processor carry is left out. Rates are those of
+the makers' data sheets; the waits are assumptions, named below. No figure on the page is measured.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ LAUNCH = 3e-6  # seconds between two dependent launches in a CUDA graph; eager P
 STEP = 1e-6  # seconds that a program waits for the loads and product of a component's block
 FLOAT64 = 2  # float32 operations in the time of one in float64, on these devices
 RESIDENT = 1000  # small programs that run at once
+NEWTON_STEPS, BLOCK = 10, 256  # for the concentration; components that a step takes at a time
+DIGAMMA = 120  # operations of digamma and trigamma
 
 
 class Device(NamedTuple):
@@ -231,16 +233,25 @@ def statistics(size: Size, device: Device) -> Work:
     return _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
 
 
+def _scratch(size: Size, p: Plan, matrices: int) -> int:
+    """Bytes through scratch memory beyond Q columns: every block is read for each of a row's."""
+    return 8 * size.J * matrices * (p.blocks * p.Q) ** 2 * (p.blocks + 1) if p.blocks > 1 else 0
+
+
 def components(size: Size, device: Device) -> Work:
-    """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64."""
+    """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64.
+
+    From what a prior stores: every program goes through all logits, which C = J of are here.
+    """
     p = _plan(size, device)
     operations = 4 * p.P**3 + size.D * 7 * p.P**2
+    programs = size.J if p.blocks == 1 else min(size.J, RESIDENT)
     return Work(
         1,
-        4 * size.J * (3 * size.D**2 + 2),
+        4 * size.J * (3 * size.D**2 + 2) + _scratch(size, p, 2),
         FLOAT64 * size.J * operations,
         0,
-        size.J * p.P,
+        size.J * p.P + programs * size.J,
         size.D * -(-size.J // RESIDENT),
     )
 
@@ -249,7 +260,8 @@ def components_backward(size: Size, device: Device) -> Work:
     """The factorisation again, five products, and D steps of substitution."""
     p, first = _plan(size, device), components(size, device)
     return first._replace(
-        bytes=4 * size.J * (6 * size.D**2 + 2),
+        bytes=4 * size.J * (6 * size.D**2 + 2) + _scratch(size, p, 6),
+        special=size.J * p.P,
         vector=first.vector + FLOAT64 * size.J * (10 * p.P**3 + size.D * 4 * p.P**2),
         steps=2 * first.steps,
     )
@@ -266,6 +278,21 @@ def empirical_bayes(size: Size, device: Device) -> Work:
         vector=on_pairs.vector + FLOAT64 * size.J * 10 * p.P**3,
         steps=on_pairs.steps + 2 * p.blocks**3,
     )
+
+
+def closed_form(size: Size, device: Device) -> Work:
+    """The online step: the same sums; then D steps of elimination, and Newton's over all masses."""
+    first = empirical_bayes(size, device)
+    newton = NEWTON_STEPS * -(-size.J // BLOCK)
+    return first._replace(
+        vector=first.vector + FLOAT64 * size.J * (size.D * 7 * size.D**2 + NEWTON_STEPS * DIGAMMA),
+        steps=first.steps + size.D * -(-size.J // RESIDENT) + newton,
+    )
+
+
+def log_joint(size: Size, device: Device) -> Work:
+    first = log_prob(size, device)
+    return first._replace(launches=1, bytes=4 * (size.B * (size.D + size.J) + _mixture(size)))
 
 
 def assign(size: Size, device: Device) -> Work:
@@ -288,9 +315,11 @@ KERNELS: dict[str, Callable[[Size, Device], Work]] = {
     "log_prob": log_prob,
     "log_prob, backward": backward,
     "statistics": statistics,
+    "log_joint": log_joint,
     "responsibilities": responsibilities,
     "assign": assign,
     "empirical-Bayes step": empirical_bayes,
+    "online step in closed form": closed_form,
 }
 
 
@@ -386,6 +415,8 @@ def page() -> str:
         heads = ("kernel", *heads, *(d.name for d in DEVICES))
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name, count in KERNELS.items():
+            if count is closed_form and size.D > 32:  # in plain torch
+                continue
             launches, *counts, _ = count(size, H100)
             cells = [name, str(launches), *map(_count, counts)]
             for device in DEVICES:

@@ -210,8 +210,8 @@ def assign_kernel(
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def assign_merge_kernel(
-    labels,  # [splits, B], int64
     partial,  # [splits, 3, B]
+    labels,  # [splits, B], int64
     label_out,  # [B], int64
     probability_out,  # [B]
     entropy_out,  # [B]
@@ -310,8 +310,8 @@ def assign(
         )
         if splits > 1:
             assign_merge_kernel[(tiles,)](
-                labels,
                 partial,
+                labels,
                 *outputs,
                 count,
                 splits,

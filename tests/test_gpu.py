@@ -7,6 +7,7 @@ run before it meets a GPU.
 """
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -146,11 +147,12 @@ def test_kl(shape, full, dtype):
         assert_no_worse(found, kl_with_gradients(composed_kl, single, False), true)
 
 
+@pytest.mark.parametrize("dim", [32, 50, 128] if ON_GPU else [DIM])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("expected", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_components(form, expected, dtype):
-    components, dim = COMPONENTS, 32 if ON_GPU else DIM
+def test_components(form, expected, dtype, dim):
+    components = COMPONENTS
     inputs = random_gaussians(components, 2 * components, dim, form)
     inputs = on_device(inputs, dtype)
 
@@ -251,9 +253,10 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_nothing_waits_for_the_device(monkeypatch, inference):
     """But for the private Adam, which looks whether the gradients are finite."""
-    prior, encoder, z = small_prior()
+    prior, encoder, z = small_prior(inference=inference)
     leaves, steps = leaves_of(prior, encoder, z), []
     monkeypatch.setattr(prior._adam, "descend", lambda *step: steps.append(step))
     for context in (contextlib.nullcontext(), no_waiting()):  # the first compiles
@@ -266,8 +269,9 @@ def test_nothing_waits_for_the_device(monkeypatch):
     assert all(g.isfinite().all() for g in steps[1][1])
 
 
-def test_update_moves_the_prior():
-    prior, encoder, z = small_prior()
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_update_moves_the_prior(inference):
+    prior, encoder, z = small_prior(inference=inference)
     before = [p.detach().clone() for p in prior.parameters()]
     prior.update(z, encoder)
     for old, new in zip(before, prior.parameters(), strict=True):
@@ -347,10 +351,14 @@ def test_the_same_bits_on_every_run():
     mixture = near(SHAPES[0], torch.float32)
     prior, encoder, z = small_prior()
     leaves = leaves_of(prior, encoder, z)
+    online, *_ = small_prior(inference="closed-form")
 
     def run():
         step = prior._step(z, encoder)
+        moved = copy.deepcopy(online)
+        moved.update(z, encoder)
         values = (*kl_step(prior, leaves), torch.as_tensor(step.loss), *step.gradients)
+        values += (*moved.parameters(), *moved.buffers())
         return everything(ops, mixture, False) | {str(i): x for i, x in enumerate(values)}
 
     first = run()
