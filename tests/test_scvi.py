@@ -1,0 +1,316 @@
+"""scVI with a mixture prior, next to stock scVI."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+from anndata import AnnData  # noqa: E402
+from scipy.sparse import csr_matrix  # noqa: E402
+
+from vmm_fast.scvi import VMMSCVI  # noqa: E402
+from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TRAIN = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path):
+    scvi.settings.logging_dir = tmp_path
+
+
+def cells(number=240, genes=40, clusters=4, batches=2, seed=0):
+    """Counts of well-separated clusters, in batches that scale every gene by its own factor."""
+    random = np.random.default_rng(seed)
+    cluster, batch = random.integers(clusters, size=number), random.integers(batches, size=number)
+    rates = random.gamma(0.5, 4.0, (clusters, genes)) + 0.1
+    factors = random.lognormal(0, 0.3, (batches, genes))
+    depth = random.lognormal(0, 0.3, (number, 1))
+    counts = random.poisson(rates[cluster] * factors[batch] * depth).astype(np.float32)
+    adata = AnnData(csr_matrix(counts))
+    adata.obs["batch"] = [f"batch {b}" for b in batch]
+    adata.obs["cluster"] = cluster.astype(str)
+    adata.obs["donor"] = [f"donor {d}" for d in random.integers(3, size=number)]
+    adata.obs["age"] = random.normal(size=number)
+    return adata
+
+
+def model(adata=None, setup=None, seed=0, **options):
+    adata = cells() if adata is None else adata
+    VMMSCVI.setup_anndata(adata, **{"batch_key": "batch", **(setup or {})})
+    scvi.settings.seed = seed
+    options = {"n_components": 12, "n_hidden": 32, "n_latent": 4, **options}
+    return VMMSCVI(adata, **options)
+
+
+def trained(epochs=3, train=None, **options):
+    found = model(**options)
+    found.train(epochs, batch_size=64, **{**TRAIN, **(train or {})})
+    return found
+
+
+def batch_of(found):
+    loader = found._make_data_loader(found.adata, batch_size=50)
+    return next(iter(loader))
+
+
+@pytest.mark.parametrize("encode_covariates", [False, True])
+def test_the_normal_prior_is_stock_scvi(encode_covariates):
+    adata = cells()
+    ours = model(adata, prior="normal", encode_covariates=encode_covariates)
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    scvi.settings.seed = 0
+    stock = scvi.model.SCVI(adata, n_hidden=32, n_latent=4, encode_covariates=encode_covariates)
+    losses = []
+    for found in (ours, stock):
+        scvi.settings.seed = 1
+        _, _, loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})
+        losses.append(loss.loss)
+    assert losses[0] == losses[1]
+
+
+def test_the_loss_is_scvi_s_with_the_prior_s_divergence():
+    found = trained()
+    found.module.eval()
+    tensors = batch_of(found)
+    scvi.settings.seed = 1
+    with torch.no_grad():
+        outputs, _, loss = found.module(tensors, loss_kwargs={"kl_weight": 0.5})
+        q, z = outputs["qz"], outputs["z"]
+        components = found.module.components()
+        kl = q.log_prob(z).sum(-1) - components.log_prob(z)
+        # -H(q) in place of log q(z): the same in expectation
+        kl += -q.entropy().sum(-1) - q.log_prob(z).sum(-1)
+        torch.testing.assert_close(loss.kl_local["kl_divergence_z"], kl, rtol=1e-4, atol=1e-4)
+        total = (loss.reconstruction_loss["reconstruction_loss"] + 0.5 * kl).mean()
+    torch.testing.assert_close(loss.loss, total, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", ["vmm", "gmm", "vamp"])
+def test_clusters(prior):
+    found = trained(prior=prior)
+    probabilities = found.get_cluster_probabilities()
+    assert probabilities.shape == (240, 12)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    labels = found.get_clusters()
+    np.testing.assert_array_equal(labels, probabilities.argmax(1))
+    entropy = -(probabilities * np.log(probabilities + 1e-30)).sum(1)
+    np.testing.assert_allclose(found.get_cluster_entropy(), entropy, atol=1e-4)
+    np.testing.assert_array_equal(found.get_clusters(indices=[3, 5]), labels[[3, 5]])
+
+
+def test_the_normal_prior_has_no_clusters():
+    with pytest.raises(ValueError, match="prior must be 'vmm', 'gmm' or 'vamp' for clusters"):
+        trained(prior="normal").get_clusters()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dispersion": "gene-batch"},
+        {"gene_likelihood": "nb"},
+        {"gene_likelihood": "poisson"},
+        {"use_observed_lib_size": False},
+        {"batch_representation": "embedding"},
+        {"encode_covariates": False},
+        {"latent_distribution": "ln"},
+        {"n_layers": 2},
+        {"prior_kwargs": {"inference": "closed-form"}},
+        {"prior_kwargs": {"pseudo_inputs_per_component": 2, "weights": "stick-breaking"}},
+        {"prior_kwargs": {"reuse_encoding": True}},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_options_of_scvi(options):
+    covariates = {
+        "categorical_covariate_keys": ["donor"],
+        "continuous_covariate_keys": ["age"],
+        "labels_key": "cluster",
+    }
+    found = trained(1, setup=covariates, **options)
+    assert np.isfinite(found.get_elbo())
+    assert np.isfinite(found.get_latent_representation()).all()
+    assert found.get_clusters().shape == (240,)
+    assert np.isfinite(found.get_marginal_ll(n_mc_samples=3))
+
+
+def test_pseudo_cells_start_as_cells_and_move():
+    found = model()
+    assert not found.module.prior.pseudo_inputs.started
+    found._start_pseudo_cells()
+    pseudo_cells = found.module.prior.pseudo_inputs
+    start = pseudo_cells()
+    counts = found.adata.X.toarray()
+    distance = np.abs(counts[:, None] - start.log_counts.expm1().detach().numpy()).max(-1)
+    nearest = distance.argmin(0)
+    assert distance.min(0).max() < 1e-3
+    batches = found.adata.obs["batch"].astype("category").cat.codes.to_numpy()
+    (membership,) = start.categories
+    np.testing.assert_array_equal(membership.argmax(1), batches[nearest])
+    assert membership.max() < 0.96
+    found.train(1, batch_size=64, **TRAIN)
+    for before, after in zip(start[:1], pseudo_cells()[:1], strict=True):
+        assert not torch.equal(before, after)
+
+
+def test_pseudo_counts_of_large_cells_are_finite():
+    pseudo_cells = PseudoCells(2, 3, [2])
+    counts = torch.tensor([[0.0, 1.0, 1e6], [3.0, 1e-3, 200.0]])
+    pseudo_cells.start_from(counts, [torch.tensor([0, 1])])
+    found = pseudo_cells().log_counts
+    torch.testing.assert_close(found, counts.log1p(), rtol=1e-6, atol=1e-6)
+    found.sum().backward()
+    assert pseudo_cells.raw_counts.grad.isfinite().all()
+
+
+def test_more_pseudo_cells_than_cells():
+    found = model(cells(20), n_components=30)
+    with pytest.raises(ValueError, match=r"at most the number of cells, 20, .* there are 30"):
+        found.train(1, **TRAIN)
+
+
+def test_the_network_s_optimizer_does_not_see_the_prior():
+    found = trained(1)
+    plan = found._training_plan_cls(found.module)
+    seen = {
+        id(p)
+        for group in plan.configure_optimizers()["optimizer"].param_groups
+        for p in group["params"]
+    }
+    prior = list(found.module.prior.parameters())
+    assert not seen.intersection(id(p) for p in prior)
+    assert all(p.requires_grad for p in prior)
+    assert len(seen) + len(prior) == len(list(found.module.parameters()))
+
+
+def test_the_prior_moves_once_an_optimizer_step(monkeypatch):
+    found = model()
+    calls = []
+    update = found.module.update_prior
+    monkeypatch.setattr(found.module, "update_prior", lambda: (calls.append(1), update()))
+    found.train(2, batch_size=54, accumulate_grad_batches=2, train_size=0.9, **TRAIN)
+    assert len(calls) == 4  # 216 cells are 4 batches, 2 steps an epoch
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("prior", ["vmm", "gmm", "vamp", "normal"])
+def test_a_loaded_model_gives_the_same(tmp_path, prior):
+    found = trained(prior=prior)
+    found.save(tmp_path / "model", save_anndata=True)
+    loaded = VMMSCVI.load(tmp_path / "model", accelerator="cpu")
+    np.testing.assert_array_equal(
+        loaded.get_latent_representation(), found.get_latent_representation()
+    )
+    if prior != "normal":
+        np.testing.assert_array_equal(
+            loaded.get_cluster_probabilities(), found.get_cluster_probabilities()
+        )
+    loaded.train(1, batch_size=64, **TRAIN)
+
+
+SAME = {"atol": 1e-3, "rtol": 0}  # but for a share of e^-10 in the new batch
+
+
+def test_query_cells_of_a_new_batch_leave_the_clusters_alone(tmp_path):
+    adata = cells(400, batches=3)
+    query = adata[adata.obs["batch"] == "batch 2"].copy()
+    reference = adata[adata.obs["batch"] != "batch 2"].copy()
+    found = trained(20, adata=reference)
+    found.save(tmp_path / "model")
+    mapped = VMMSCVI.load_query_data(query, str(tmp_path / "model"), accelerator="cpu")
+    before = found.module.components()
+    torch.testing.assert_close(mapped.module.components().centers, before.centers, **SAME)
+    mapped.train(5, batch_size=64, plan_kwargs={"weight_decay": 0.0}, **TRAIN)
+    assert mapped.get_clusters().shape == (query.n_obs,)
+    after = mapped.module.components()
+    torch.testing.assert_close(after.centers, before.centers, **SAME)
+    for name in ("logits", "raw_precision"):
+        assert torch.equal(getattr(mapped.module.prior, name), getattr(found.module.prior, name))
+
+
+def test_minified_data():
+    found = trained()
+    latents = found.get_latent_representation()
+    qzm, qzv = found.get_latent_representation(give_mean=False, return_dist=True)
+    found.adata.obsm["X_latent_qzm"], found.adata.obsm["X_latent_qzv"] = qzm, qzv
+    labels = found.get_clusters()
+    found.minify_adata(use_latent_qzm_key="X_latent_qzm", use_latent_qzv_key="X_latent_qzv")
+    np.testing.assert_allclose(found.get_latent_representation(), latents)
+    np.testing.assert_array_equal(found.get_clusters(), labels)
+
+
+# --- Lightning ---
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    first = model()
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    first.train(2, batch_size=64, callbacks=[keep], enable_checkpointing=True, **TRAIN)
+    steps = first.module.prior.get_extra_state()["state"][0]["step"]
+    second = model(seed=1)
+    second.train(5, batch_size=64, ckpt_path=tmp_path / "last.ckpt", **TRAIN)
+    assert second.trainer.current_epoch == 5
+    assert second.module.prior.get_extra_state()["state"][0]["step"] == steps / 2 * 5
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 1.0},
+        {"early_stopping": True, "check_val_every_n_epoch": 1},
+        {"plan_kwargs": {"n_epochs_kl_warmup": 2, "reduce_lr_on_plateau": True}, "logger": True},
+    ],
+    ids=lambda train: next(iter(train)),
+)
+def test_options_of_lightning(train):
+    found = trained(2, train=train)
+    assert np.isfinite(found.get_latent_representation()).all()
+    assert all(p.isfinite().all() for p in found.module.parameters())
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_scvi import TRAIN, model
+found = model()
+found.train(2, batch_size=32, devices=2, strategy="ddp_find_unused_parameters_true", **TRAIN)
+rank = os.environ.get("LOCAL_RANK", "0")
+torch.save(found.module.state_dict(), f"{sys.argv[2]}/rank{rank}.pt")
+"""
+
+
+def test_two_processes_have_one_prior(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, script, os.path.dirname(__file__), tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    start = model().module.state_dict()
+    for name, value in first.items():
+        if name.startswith("prior."):
+            assert torch.equal(value, second[name]), name
+    assert not torch.equal(first["prior.raw_precision"], start["prior.raw_precision"])

@@ -1,0 +1,260 @@
+"""A learnt prior on the latent of scvi-tools' modules.
+
+In these modules the only KL divergence of q(z | x) is the one against N(0, I), and ``inference``
+gives q and its sample z. :class:`LatentPrior` lets ``inference`` give a q whose KL divergence, by
+torch's own dispatch, is that against the prior: the modules' losses stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.module import VAE
+from scvi.module.base import BaseModuleClass
+from torch import Tensor, nn
+from torch.distributions import Normal, register_kl
+
+from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
+from vmm_fast.mixture import Components
+from vmm_fast.priors import Prior
+from vmm_fast.priors.base import check_choice, check_integer
+from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
+
+__all__ = ["PRIORS", "VMMVAE", "LatentPrior", "PosteriorUnderPrior"]
+
+PRIORS = ("vmm", "gmm", "vamp", "normal")
+
+
+class PosteriorUnderPrior(Normal):
+    """q(z | x), whose KL divergence from any Normal is that from ``module``'s prior.
+
+    ``z`` is the sample [B, D] of q that the module decodes, or None.
+    """
+
+    def __init__(self, q: Normal, z: Tensor | None, module: LatentPrior):
+        super().__init__(q.loc, q.scale, validate_args=False)
+        self.z, self.module = z, module
+
+
+@register_kl(PosteriorUnderPrior, Normal)
+def _kl(q: PosteriorUnderPrior, _: Normal) -> Tensor:
+    """KL(q || prior) [B, 1]: the modules sum over the last dimension."""
+    return q.module.kl(q)[:, None]
+
+
+# The private optimizer belongs into training checkpoints, not into saved models, all of whose state
+# scvi-tools takes for tensors.
+def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
+    state.pop(f"{prefix}prior._extra_state", None)
+
+
+def _expect_no_private_state(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
+    state.setdefault(f"{prefix}prior._extra_state", {})
+
+
+class LatentPrior(BaseModuleClass):
+    """Mixin for modules of scvi-tools, before the module's class: a learnt prior on its z.
+
+    A class that uses it gives :meth:`encode`.
+    """
+
+    prior: Prior | None
+
+    def set_prior(
+        self,
+        prior: str,
+        n_components: int,
+        latent_dim: int,
+        pseudo_cells: dict[str, Any],
+        prior_kwargs: dict[str, Any],
+    ) -> None:
+        """Make the prior: "vmm", "gmm", "vamp" or "normal" for N(0, I) as it is.
+
+        Parameters
+        ----------
+        prior : str
+        n_components : int
+            C.
+        latent_dim : int
+            D.
+        pseudo_cells : dict
+            Arguments of :class:`PseudoCells` but the number.
+        prior_kwargs : dict
+            Of the prior's class.
+
+        Raises
+        ------
+        ValueError
+            For an unknown prior.
+        """
+        check_choice("prior", prior, PRIORS)
+        n_components = check_integer("n_components", n_components)
+        self.prior = None
+        if prior == "gmm":
+            self.prior = GaussianMixturePrior(n_components, latent_dim, **prior_kwargs)
+        elif prior != "normal":
+            number = n_components * prior_kwargs.get("pseudo_inputs_per_component", 1)
+            cells = PseudoCells(number, **pseudo_cells)
+            make = VMMPrior if prior == "vmm" else VampPrior
+            self.prior = make(cells, latent_dim, **prior_kwargs)
+        if self.prior is not None:
+            self.register_state_dict_post_hook(_leave_out_private_state)
+            self.register_load_state_dict_pre_hook(_expect_no_private_state)
+
+    def encode(self, cells: Cells) -> Normal:
+        """q(z | cells)."""
+        raise NotImplementedError
+
+    def encode_pseudo_cells(self, cells: Cells) -> Normal:
+        """Encode as a trained model does, without dropout and by running statistics.
+
+        In training mode a batch normalisation would take the pseudo-cells' own statistics, which
+        are not the cells', so that components would move when training ends.
+        """
+        training = self.z_encoder.training
+        self.z_encoder.eval()
+        try:
+            return self.encode(cells)
+        finally:
+            self.z_encoder.train(training)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no parameter of the prior is learnt, as in query mapping."""
+        assert self.prior is not None
+        return not any(p.requires_grad for p in self.prior.parameters())
+
+    def kl(self, q: PosteriorUnderPrior) -> Tensor:
+        """KL(q || prior) [B] in nats, estimated from q's sample.
+
+        Where the prior is frozen, the encoder is not drawn to move its components either.
+        """
+        assert self.prior is not None
+        z = q.z if q.z is not None and q.z.shape == q.loc.shape else None
+        if self.frozen:
+            return self.components().kl(q, z)
+        return self.prior.kl(q, self.encode_pseudo_cells, z)
+
+    def inference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the module's, with q under the prior."""
+        outputs = super().inference(*args, **kwargs)
+        if self.prior is not None:
+            outputs["qz"] = q = PosteriorUnderPrior(outputs["qz"], self.sample_of(outputs), self)
+            if self.training:
+                self._latest = q
+        return outputs
+
+    def sample_of(self, outputs: dict[str, Any]) -> Tensor | None:
+        """Give q's own sample among the outputs of ``inference``."""
+        return outputs["z"]
+
+    def update_prior(self) -> None:
+        """Take the empirical-Bayes step of the last batch, unless the prior is frozen."""
+        assert self.prior is not None
+        q, self._latest = self._latest, None
+        if q is None or self.frozen:
+            return
+        self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
+
+    _latest: PosteriorUnderPrior | None = None
+
+    @torch.no_grad()
+    def components(self) -> Components:
+        """Give the mixture as it is now.
+
+        Raises
+        ------
+        ValueError
+            For N(0, I), which has no components.
+        """
+        if self.prior is None:
+            raise ValueError("prior must be 'vmm', 'gmm' or 'vamp' for clusters, but is 'normal'")
+        return self.prior.components(self.encode_pseudo_cells).detach()
+
+
+class VMMVAE(LatentPrior, VAE):
+    """:class:`scvi.module.VAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMSCVI`.
+
+    Parameters
+    ----------
+    n_input : int
+        G.
+    prior : {"vmm", "gmm", "vamp", "normal"}
+    n_components : int
+    prior_kwargs : dict, optional
+    **kwargs
+        Of :class:`scvi.module.VAE`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        *,
+        prior: str = "vmm",
+        n_components: int = 100,
+        prior_kwargs: dict[str, Any] | None = None,
+        n_batch: int = 0,
+        n_continuous_cov: int = 0,
+        n_cats_per_cov: Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            n_input,
+            n_batch=n_batch,
+            n_continuous_cov=n_continuous_cov,
+            n_cats_per_cov=n_cats_per_cov,
+            **kwargs,
+        )
+        pseudo_cells: dict[str, Any] = {"n_genes": n_input}
+        if self.encode_covariates:
+            categories = (n_batch, *(n_cats_per_cov or ()))
+            pseudo_cells |= {"n_categories": categories, "n_continuous": n_continuous_cov}
+        self.set_prior(prior, n_components, self.n_latent, pseudo_cells, prior_kwargs or {})
+
+    def encode(self, cells: Cells) -> Normal:
+        """q(z | cells)."""
+        # Counts that are not taken the logarithm of are what they are.
+        x = cells.log_counts if self.log_variational else cells.log_counts.expm1()
+        inputs, categories = [x, cells.continuous], list(cells.categories)
+        if self.encode_covariates and self.batch_representation == "embedding":
+            batch = categories.pop(0)
+            inputs.append(batch @ self.get_embedding(REGISTRY_KEYS.BATCH_KEY).weight)
+        q, _ = self.z_encoder(torch.cat(inputs, -1), *categories)
+        return q
+
+    def sample_of(self, outputs: dict[str, Any]) -> Tensor | None:
+        """Give q's own sample; with latent_distribution="ln", z is a function of it."""
+        return outputs["z"] if self.latent_distribution == "normal" else None
+
+    @torch.inference_mode()
+    def marginal_ll(
+        self,
+        tensors: dict[str, Tensor],
+        n_mc_samples: int,
+        return_mean: bool = False,
+        n_mc_samples_per_pass: int = 1,
+    ) -> Tensor | float:
+        """Importance-weighted estimate of log p(x) [B] under the prior, in nats."""
+        if self.prior is None:
+            return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
+        components = self.components()
+        terms = []
+        for _ in range(n_mc_samples):
+            outputs, generated, losses = self.forward(
+                tensors, get_inference_input_kwargs={"full_forward_pass": True}
+            )
+            q = outputs["qz"]
+            z = q.z if q.z is not None else q.sample()
+            log_ratio = components.log_prob(z) - q.log_prob(z).sum(-1)
+            if not self.use_observed_lib_size:
+                library = outputs["library"]
+                log_ratio += (
+                    generated["pl"].log_prob(library) - outputs["ql"].log_prob(library)
+                ).sum(-1)
+            terms.append(log_ratio - losses.dict_sum(losses.reconstruction_loss))
+        found = torch.stack(terms).logsumexp(0) - math.log(n_mc_samples)
+        return found.mean().item() if return_mean else found.cpu()
