@@ -32,6 +32,8 @@ def worker(rank, folder, inference):
     torch.set_num_threads(1)
     z = torch.load(f"{folder}/z.pt").chunk(2)[rank]
     torch.save(train(z, inference), f"{folder}/{rank}.pt")
+    # gloo's threads abort a process whose peer has left before it.
+    dist.barrier()
     dist.destroy_process_group()
 
 
