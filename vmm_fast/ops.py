@@ -10,9 +10,8 @@ triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
 CPUs run the compiled core, GPUs of NVIDIA and AMD the Triton kernels, other devices plain torch
 (:mod:`vmm_fast.backends`); float16 and bfloat16 are computed in float32, to which each such
-tensor is converted first. Nothing of size [B, J] is
-stored by :func:`mixture_log_prob` (its backward recomputes), :func:`mixture_statistics` and
-:func:`mixture_assign`.
+tensor is converted first. Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its
+backward recomputes), :func:`mixture_statistics` and :func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
 or devices. On CPUs it does so for values that are not finite, and for a z so far from every center
