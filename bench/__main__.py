@@ -6,7 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import compare, digits, gpu, quality, report, roofline, scaling, step, throughput
+from bench import (
+    compare,
+    digits,
+    gpu,
+    integration,
+    quality,
+    report,
+    roofline,
+    scaling,
+    step,
+    throughput,
+)
 from bench.providers import make_tfp_environment
 from bench.records import RESULTS, Row, command, environment, write_rows
 from bench.targets import checks
@@ -67,7 +78,8 @@ def main() -> int:
     quality.add_arguments(part)
     part = parts.add_parser("digits", help="scores and seconds on scikit-learn's digits")
     digits.add_arguments(part)
-
+    part = parts.add_parser("integration", help="single cells: integration and clusters, all peers")
+    integration.add_arguments(part)
     part = parts.add_parser("gpu", help="the kernels on a GPU: errors, speed, limits, memory")
     gpu.add_arguments(part)
 
@@ -80,6 +92,8 @@ def main() -> int:
         quality.main(args)
     elif args.part == "digits":
         digits.main(args)
+    elif args.part == "integration":
+        integration.main(args)
     elif args.part == "report":
         report.write(Path(args.out))
     elif getattr(args, "make_tfp_environment", None):

@@ -1,0 +1,464 @@
+"""How well each prior and each peer integrates and clusters real cells: scib-metrics, three seeds.
+
+An embedding is made for every data set, method and seed, and scored; both are kept in the folder
+``--kept``, so that a run that was stopped goes on, and several can share the work by ``--methods``
+or ``--seeds``. The page and the picture are of all scores that lie there. Labels score and do
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench.records import RESULTS, Row, environment, read_rows, select, write_rows
+from bench.report import table
+from vmm_fast._files import write_atomically
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+DATASETS = (
+    "pbmc3k_kang_3batch",
+    "kang_ifnb_pbmc",
+    "sc_mixology_5batch",
+    "pbmc3k",
+    "paul15",
+    "mouse_bladder",
+    "worm_neuron",
+)
+MIXTURES = ("vmm", "gmm", "vamp")
+EPOCHS = 100
+LATENT_DIM = 10
+# A type is rare below this share of the cells.
+RARE = 0.02
+
+
+class Embedding(NamedTuple):
+    """An embedding [cells, D], and the method's own clusters [cells] where it has such."""
+
+    z: np.ndarray
+    clusters: np.ndarray | None = None
+
+
+# --- methods ---
+
+
+def _train(model: Any, epochs: int | None) -> None:
+    model.train(
+        epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+
+
+def same_network(prior: str) -> Callable[[AnnData, int], Embedding]:
+    """Train :class:`vmm_fast.scvi.VMMSCVI` with one of its priors, everything else alike."""
+
+    def embed(adata: AnnData, epochs: int) -> Embedding:
+        from vmm_fast.scvi import VMMSCVI
+
+        VMMSCVI.setup_anndata(adata, batch_key="batch")
+        model = VMMSCVI(adata, prior=prior)
+        _train(model, epochs)
+        z = model.get_latent_representation()
+        return Embedding(z, model.get_clusters() if prior in MIXTURES else None)
+
+    return embed
+
+
+def stock_scvi(adata: AnnData, epochs: int) -> Embedding:
+    """Train SCVI as it is, with its own number of epochs: its KL warm-up takes 400."""
+    from scvi.model import SCVI
+
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = SCVI(adata)
+    _train(model, None)
+    return Embedding(model.get_latent_representation())
+
+
+def stock_scvi_same_epochs(adata: AnnData, epochs: int) -> Embedding:
+    """Train SCVI as long as the others, the KL at its full weight from the start."""
+    from scvi.model import SCVI
+
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = SCVI(adata)
+    model.train(
+        epochs,
+        plan_kwargs={"n_epochs_kl_warmup": None},
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    return Embedding(model.get_latent_representation())
+
+
+def sysvi(adata: AnnData, epochs: int) -> Embedding:
+    """Train SysVI with its own prior, on log-normalised counts."""
+    from scvi.external import SysVI
+
+    normalised = _normalised(adata)
+    SysVI.setup_anndata(normalised, batch_key="batch")
+    model = SysVI(normalised)
+    _train(model, epochs)
+    return Embedding(model.get_latent_representation())
+
+
+def pca(adata: AnnData, epochs: int) -> Embedding:
+    """Principal components of log-normalised counts."""
+    return Embedding(_principal_components(adata))
+
+
+def harmony(adata: AnnData, epochs: int) -> Embedding:
+    """Run Harmony on the principal components."""
+    from harmonypy import run_harmony
+
+    pcs = _principal_components(adata)
+    z = np.asarray(run_harmony(pcs, adata.obs, "batch", verbose=False).Z_corr)
+    return Embedding(np.ascontiguousarray(z if z.shape == pcs.shape else z.T))
+
+
+def _normalised(adata: AnnData) -> AnnData:
+    import scanpy
+
+    copy = adata.copy()
+    scanpy.pp.normalize_total(copy)
+    scanpy.pp.log1p(copy)
+    return copy
+
+
+def _principal_components(adata: AnnData) -> np.ndarray:
+    import scanpy
+
+    copy = _normalised(adata)
+    scanpy.pp.pca(copy, n_comps=min(30, *(n - 1 for n in copy.shape)))
+    return copy.obsm["X_pca"]
+
+
+METHODS: dict[str, tuple[str, Callable[[AnnData, int], Embedding]]] = {
+    "vmm": ("VMM", same_network("vmm")),
+    "gmm": ("Gaussian mixture", same_network("gmm")),
+    "vamp": ("VampPrior", same_network("vamp")),
+    "normal": ("same network, N(0, I)", same_network("normal")),
+    "scvi": ("SCVI, 400 epochs", stock_scvi),
+    "scvi-short": ("SCVI, same epochs", stock_scvi_same_epochs),
+    "sysvi": ("SysVI", sysvi),
+    "harmony": ("Harmony", harmony),
+    "pca": ("PCA", pca),
+}
+
+
+# --- scores ---
+
+
+def score(adata: AnnData, found: Embedding) -> Row:
+    """Everything that is said of one embedding."""
+    import scanpy
+    from anndata import AnnData
+    from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
+    from scib_metrics.utils import principal_component_regression
+    from sklearn.metrics import normalized_mutual_info_score
+
+    labels, batches = (adata.obs[key].astype(str).to_numpy() for key in ("cell_type", "batch"))
+    several = len(set(batches)) > 1
+    pcs = _principal_components(adata)
+    scored = AnnData(
+        adata.X, obs=adata.obs[["cell_type", "batch"]], obsm={"pre": pcs, "z": found.z}
+    )
+    benchmark = Benchmarker(
+        scored,
+        batch_key="batch",
+        label_key="cell_type",
+        embedding_obsm_keys=["z"],
+        pre_integrated_embedding_obsm_key="pre",
+        bio_conservation_metrics=BioConservation(nmi_ari_cluster_labels_leiden=True),
+        batch_correction_metrics=BatchCorrection() if several else None,
+        progress_bar=False,
+    )
+    benchmark.benchmark()
+    scib = benchmark.get_results(clean_names=False).loc["z"]
+    row: Row = {"scib": {name: float(value) for name, value in scib.items()}}
+    if several:
+        row["pcr"] = {
+            name: float(principal_component_regression(x, batches, categorical=True))
+            for name, x in (("before", pcs), ("after", found.z))
+        }
+    scanpy.pp.neighbors(scored, use_rep="z")
+    scanpy.tl.leiden(scored, flavor="igraph", n_iterations=2, resolution=1, random_state=0)
+    row["leiden"] = _clusters(labels, scored.obs["leiden"].to_numpy())
+    if found.clusters is not None:
+        row["own"] = _clusters(labels, found.clusters)
+        row["own"]["nmi_batch"] = float(normalized_mutual_info_score(batches, found.clusters))
+    return row
+
+
+def _clusters(labels: np.ndarray, clusters: np.ndarray) -> Row:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    used, sizes = np.unique(clusters, return_counts=True)
+    types, counts = np.unique(labels, return_counts=True)
+    rare = types[counts < RARE * len(labels)]
+    return {
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "used": len(used),
+        "over_0.2_percent": int((sizes > 0.002 * len(clusters)).sum()),
+        "rare_types": len(rare),
+        "rare_types_kept": sum(_best_f1(labels == name, clusters) > 0.5 for name in rare),
+    }
+
+
+def _best_f1(is_type: np.ndarray, clusters: np.ndarray) -> float:
+    """F1 of the cluster that fits a type best: above .5 it has a cluster of its own."""
+    best = 0.0
+    for cluster in np.unique(clusters[is_type]):
+        inside = clusters == cluster
+        best = max(best, 2 * (is_type & inside).sum() / (is_type.sum() + inside.sum()))
+    return float(best)
+
+
+# --- runs ---
+
+
+def run(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
+    """Embed and score, unless that has been kept."""
+    kept = Path(args.kept) / f"{dataset}-{method}-{seed}"
+    if kept.with_suffix(".json").exists():
+        return json.loads(kept.with_suffix(".json").read_text())
+    import anndata
+    import scvi
+
+    adata = anndata.read_h5ad(Path(args.data) / f"{dataset}.h5ad")
+    if "batch" not in adata.obs:
+        adata.obs["batch"] = "one"
+    adata.obs["batch"] = adata.obs["batch"].astype(str).astype("category")
+    scvi.settings.verbosity = logging.ERROR
+    scvi.settings.seed = seed
+    start = time.perf_counter()
+    found = METHODS[method][1](adata, args.epochs)
+    seconds = time.perf_counter() - start
+    arrays = {"z": found.z} if found.clusters is None else found._asdict()
+    write_atomically(kept.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
+    row: Row = {
+        "part": "integration",
+        "command": f"python -m bench integration --datasets {dataset} --methods {method} "
+        f"--seeds {seed} --epochs {args.epochs}",
+        **environment(),
+        **{name: version(name) for name in ("scvi-tools", "scib-metrics", "scanpy")},
+        "dataset": dataset,
+        "cells": adata.n_obs,
+        "types": int(adata.obs["cell_type"].nunique()),
+        "batches": int(adata.obs["batch"].nunique()),
+        "method": method,
+        "seed": seed,
+        "epochs": args.epochs,
+        "seconds": seconds,
+        **score(adata, found),
+    }
+    text = json.dumps(row)
+    write_atomically(kept.with_suffix(".json"), lambda file: file.write(text), text=True)
+    return row
+
+
+# --- page and picture ---
+
+COLUMNS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
+    ("scib total", lambda row: row["scib"].get("Total", row["scib"]["Bio conservation"])),
+    ("bio", lambda row: row["scib"]["Bio conservation"]),
+    ("batch", lambda row: row["scib"].get("Batch correction")),
+    ("k-means ARI", lambda row: row["scib"]["nmi_ari_cluster_labels_kmeans_ari"]),
+    ("best Leiden ARI", lambda row: row["scib"]["nmi_ari_cluster_labels_leiden_ari"]),
+    ("Leiden ARI", lambda row: row["leiden"]["ari"]),
+    ("own ARI", lambda row: row.get("own", {}).get("ari")),
+    ("Leiden NMI", lambda row: row["leiden"]["nmi"]),
+    ("own NMI", lambda row: row.get("own", {}).get("nmi")),
+    ("Leiden clusters", lambda row: row["leiden"]["used"]),
+    ("own clusters", lambda row: row.get("own", {}).get("over_0.2_percent")),
+    ("own NMI with batch", lambda row: row.get("own", {}).get("nmi_batch")),
+    ("rare kept, Leiden", lambda row: row["leiden"]["rare_types_kept"]),
+    ("rare kept, own", lambda row: row.get("own", {}).get("rare_types_kept")),
+    ("PCR after", lambda row: row.get("pcr", {}).get("after")),
+)
+LEGEND = """\
+Mean and standard deviation over the seeds. *scib total* is .6 bio + .4 batch as scib-metrics weighs
+them (bio alone where there is one batch). *k-means* knows the number of types, and *best Leiden* is
+the one of ten resolutions that fits the labels best: neither is to be had without labels. *Leiden*
+is at resolution 1, *own* are the model's clusters. *Clusters* counts those with over 0.2 % of the
+cells. *Rare kept* counts types under 2 % of the cells that some cluster fits with an F1 above .5.
+*PCR* is the share of the variance that batches explain: before integration it is in the data set's
+line, and a lower value after is no merit by itself. Types differ between batches, so that over-
+integration lowers it as well; read it next to the bio scores."""
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    if all(isinstance(value, int) for value in known):
+        return f"{mean(known):.1f}"
+    text = f"{mean(known):.3f}"
+    return text + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
+
+
+def targets(rows: list[Row]) -> list[str]:
+    """What VMM must reach on the two sets that it is made for, one line each."""
+    lines = []
+    for dataset in DATASETS[:2]:
+        means = {
+            (method, name): mean(map(value, found))
+            for method in METHODS
+            if (found := select(rows, dataset=dataset, method=method))
+            for name, value in COLUMNS
+            if value(found[0]) is not None
+        }
+        for ours, other in (
+            (("vmm", "scib total"), ("normal", "scib total")),
+            (("vmm", "scib total"), ("scvi", "scib total")),
+            (("vmm", "own ARI"), ("scvi", "Leiden ARI")),
+        ):
+            if ours in means and other in means:
+                a, b = means[ours], means[other]
+                lines.append(
+                    f"{'met' if a > b else 'MISSED'}: {dataset}, {ours[1]} of {METHODS[ours[0]][0]}"
+                    f" {a:.3f} above {other[1]} of {METHODS[other[0]][0]} {b:.3f}"
+                )
+    return lines
+
+
+def write_page(folder: Path) -> None:
+    """Write integration.md and integration.png from integration.jsonl."""
+    rows = read_rows(folder / "integration.jsonl")
+    first = rows[0]
+    names = ("revision", "date", "python", "torch", "scvi-tools", "scib-metrics", "scanpy", "cpu")
+    text = ["# Integration of real cells", "", "`python -m bench integration`", ""]
+    text += [", ".join(f"{name} {first[name]}" for name in names), "", LEGEND, ""]
+    text += [f"- {line}" for line in targets(rows)]
+    for dataset in DATASETS:
+        found = select(rows, dataset=dataset)
+        if not found:
+            continue
+        about = found[0]
+        before = f", PCR before {about['pcr']['before']:.3f}" if "pcr" in about else ""
+        text += [
+            "",
+            f"## {dataset}",
+            "",
+            f"{about['cells']:,} cells, {about['types']} types ({about['leiden']['rare_types']} "
+            f"rare), {about['batches']} batches{before}; {about['epochs']} epochs",
+            "",
+        ]
+        lines = []
+        for method, (title, _) in METHODS.items():
+            of_method = select(found, dataset=dataset, method=method)
+            if of_method:
+                cells = [_spread([value(row) for row in of_method]) for _, value in COLUMNS]
+                lines.append([title, str(len(of_method)), *cells])
+        text.append(table(["", "seeds", *(name for name, _ in COLUMNS)], lines))
+    page = "\n".join(text)
+    write_atomically(folder / "integration.md", lambda file: file.write(page), text=True)
+    _plot(rows, folder / "integration.png")
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    """Bio conservation against batch correction, and ARI of Leiden and of the own clusters."""
+    from matplotlib.figure import Figure
+
+    shown = [d for d in DATASETS if select(rows, dataset=d)]
+    figure = Figure(figsize=(3.4 * len(shown), 6.8), layout="constrained", dpi=110)
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
+    for column, dataset in enumerate(shown):
+        above, below = axes[:, column]
+        methods = [m for m in METHODS if select(rows, dataset=dataset, method=m)]
+        for position, method in enumerate(methods):
+            title, color = METHODS[method][0], colors[method]
+            found = select(rows, dataset=dataset, method=method)
+            points = [
+                (row["scib"].get("Batch correction"), row["scib"]["Bio conservation"])
+                for row in found
+            ]
+            if points[0][0] is not None:
+                above.scatter(*zip(*points, strict=True), color=color, s=22, label=title)
+            for marker, clusters in (("o", "leiden"), ("D", "own")):
+                values = [row[clusters]["ari"] for row in found if clusters in row]
+                face = color if clusters == "own" else "white"
+                below.scatter(values, [position] * len(values), marker=marker, s=26, color=face,
+                              edgecolors=color)  # fmt: skip
+        above.set(title=dataset, xlabel="batch correction", ylabel="bio conservation")
+        below.set(xlabel="ARI: hollow Leiden, filled own clusters")
+        below.set_yticks(range(len(methods)), [METHODS[m][0] for m in methods], fontsize=8)
+        below.invert_yaxis()
+        for ax in (above, below):
+            ax.title.set_fontsize(10)
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+# --- command line ---
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of ``python -m bench integration``."""
+    default = os.environ.get(
+        "VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
+    )
+    parser.add_argument("--data", default=str(default), help="folder with the .h5ad files")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=DATASETS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument(
+        "--kept",
+        default=str(RESULTS.parents[1] / "build" / "integration"),
+        help="folder of embeddings and scores that are there already",
+    )
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what has not been run, and write rows, page and picture of all that is kept."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    kept, out = Path(args.kept), Path(args.out)
+    kept.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for dataset in args.datasets:
+        for seed in args.seeds:
+            for method in args.methods:
+                row = run(dataset, method, seed, args)
+                shown = {name: value(row) for name, value in COLUMNS}
+                parts = [f"{k} {v:.3g}" for k, v in shown.items() if v is not None]
+                print(dataset, method, seed, "  ".join(parts), sep="  ", flush=True)
+    rows = [json.loads(path.read_text()) for path in kept.glob("*.json")]
+    order = (DATASETS, tuple(METHODS))
+    rows.sort(
+        key=lambda row: (
+            order[0].index(row["dataset"]),
+            order[1].index(row["method"]),
+            row["seed"],
+        )
+    )
+    write_rows(out / "integration.jsonl", rows)
+    write_page(out)
+    for line in targets(rows):
+        print(line)
+    print(out / "integration.md")
