@@ -1,5 +1,6 @@
 """scVI with a mixture prior, next to stock scVI."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 from anndata import AnnData  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
 from vmm_fast.scvi import VMMSCVI  # noqa: E402
@@ -261,12 +263,69 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
 
     first = model()
     keep = ModelCheckpoint(tmp_path, filename="last")
-    first.train(2, batch_size=64, callbacks=[keep], enable_checkpointing=True, **TRAIN)
-    steps = first.module.prior.get_extra_state()["state"][0]["step"]
+    at_once = {"batch_size": 64, "plan_kwargs": {"n_epochs_prior_warmup": 0}, **TRAIN}
+    first.train(2, callbacks=[keep], enable_checkpointing=True, **at_once)
+    steps = prior_steps(first)
     second = model(seed=1)
-    second.train(5, batch_size=64, ckpt_path=tmp_path / "last.ckpt", **TRAIN)
+    second.train(5, ckpt_path=tmp_path / "last.ckpt", **at_once)
     assert second.trainer.current_epoch == 5
-    assert second.module.prior.get_extra_state()["state"][0]["step"] == steps / 2 * 5
+    assert prior_steps(second) == steps / 2 * 5
+
+
+def prior_steps(found):
+    state = found.module.prior.get_extra_state()["state"]
+    return int(state[0]["step"]) if state else 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "share"), [(10, 30, 0.3), (10, 1, 0.1), (1, 30, 0.3), (4, 0, 0)]
+)
+def test_the_prior_warms_up_as_the_standard_normal(epochs, warmup, share):
+    found = model()
+    start = {}
+    found._start_pseudo_cells()
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, plan, outputs, batch, batch_idx):
+            losses.append(plan.module.warming_up)
+            if plan.module.warming_up:
+                for name, value in plan.module.prior.named_parameters():
+                    assert torch.equal(start.setdefault(name, value.detach().clone()), value)
+
+    plan = {"n_epochs_prior_warmup": warmup}
+    found.train(epochs, batch_size=64, callbacks=[Watch()], plan_kwargs=plan, **TRAIN)
+    expected = math.ceil(share * len(losses))
+    assert losses == [True] * expected + [False] * (len(losses) - expected)
+    assert prior_steps(found) == len(losses) - expected
+    assert not found.module.warming_up
+
+
+def test_a_prior_that_has_been_learnt_does_not_warm_up_again(tmp_path):
+    found = trained(2)
+    steps = prior_steps(found)
+    found.save(tmp_path / "model")
+    loaded = VMMSCVI.load(tmp_path / "model", found.adata, accelerator="cpu")
+    for again in (found, loaded):
+        again.train(2, batch_size=64, **TRAIN)
+    per_epoch = found.trainer.num_training_batches
+    assert steps < 2 * per_epoch
+    # A loaded model's private optimizer is a new one.
+    assert prior_steps(loaded) == 2 * per_epoch
+
+
+def test_in_the_warmup_the_loss_is_that_of_the_standard_normal():
+    found, plain = model(), model(prior="normal")
+    plain.module.load_state_dict(
+        {k: v for k, v in found.module.state_dict().items() if not k.startswith("prior")}
+    )
+    found.module.warming_up = True
+    losses = []
+    for each in (found, plain):
+        tensors = next(iter(each._make_data_loader(each.adata, batch_size=64)))
+        torch.manual_seed(0)
+        losses.append(each.module(tensors)[2].loss)
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(

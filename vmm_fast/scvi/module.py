@@ -60,9 +60,20 @@ class LatentPrior(BaseModuleClass):
     """Mixin for modules of scvi-tools, before the module's class: a learnt prior on its z.
 
     A class that uses it gives :meth:`encode`.
+
+    Attributes
+    ----------
+    prior : Prior or None
+        None for N(0, I) as it is.
+    warming_up : bool
+        Whether N(0, I) stands in for the prior for now.
+    prior_learnt : Tensor, a boolean scalar
+        Whether training under the prior has begun.
     """
 
     prior: Prior | None
+    prior_learnt: Tensor
+    warming_up = False
 
     def set_prior(
         self,
@@ -102,6 +113,7 @@ class LatentPrior(BaseModuleClass):
             make = VMMPrior if prior == "vmm" else VampPrior
             self.prior = make(cells, latent_dim, **prior_kwargs)
         if self.prior is not None:
+            self.register_buffer("prior_learnt", torch.tensor(False))
             self.register_state_dict_post_hook(_leave_out_private_state)
             self.register_load_state_dict_pre_hook(_expect_no_private_state)
 
@@ -142,9 +154,10 @@ class LatentPrior(BaseModuleClass):
     def inference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the module's, with q under the prior."""
         outputs = super().inference(*args, **kwargs)
-        if self.prior is not None:
+        if self.prior is not None and not self.warming_up:
             outputs["qz"] = q = PosteriorUnderPrior(outputs["qz"], self.sample_of(outputs), self)
-            if self.training:
+            # Not by training mode: scvi-tools leaves a loaded model's module in evaluation mode.
+            if torch.is_grad_enabled():
                 self._latest = q
         return outputs
 
@@ -159,6 +172,7 @@ class LatentPrior(BaseModuleClass):
         if q is None or self.frozen:
             return
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
+        self.prior_learnt.fill_(True)
 
     _latest: PosteriorUnderPrior | None = None
 
