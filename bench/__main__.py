@@ -15,6 +15,7 @@ from bench import (
     report,
     roofline,
     scaling,
+    scvi_step,
     step,
     throughput,
 )
@@ -27,6 +28,7 @@ MEASURED = {
     "roofline": (roofline, "kernels against the machine's own limits"),
     "scaling": (scaling, "exponents in B, J and D; memory"),
     "step": (step, "training steps of the image VAE under each prior"),
+    "scvi-step": (scvi_step, "training steps of scVI under each prior, next to stock SCVI"),
 }
 
 
@@ -43,15 +45,29 @@ def measure(name: str, args: argparse.Namespace) -> None:
     rows = []
     for row in MEASURED[name][0].measure(args):
         rows.append({**common, **row})
-        keys = ("mode", "provider", "B", "J", "D", "threads", "call", "operators", "absent")
+        keys = (
+            "mode",
+            "provider",
+            "B",
+            "J",
+            "D",
+            "threads",
+            "call",
+            "operators",
+            "absent",
+            "times stock",
+        )
         shown = [f"{key} {row[key]}" for key in keys if key in row]
         if "p50" in row:
             shown.append(report.duration(row["p50"]))
         print("  ".join(shown), flush=True)
+    if not rows:
+        return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / f"{name}.jsonl", rows)
-    report.write(folder)
+    if name in report.PARTS:
+        report.write(folder)
     for check in checks(rows):
         print(
             f"{check.verdict:6}  {check.target}, {check.case}: {check.measured}, "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import geometric_mean, mean
 from typing import NamedTuple
 
-from bench import roofline, scaling, step, throughput
+from bench import roofline, scaling, scvi_step, step, throughput
 from bench.records import Row, select
 
 
@@ -132,6 +132,13 @@ def _training_step(rows: Sequence[Row]) -> Iterator[Check]:
                 yield Check(target, f"B = {row['B']}", value, 1.10, False, "x")
 
 
+def _scvi_step(rows: Sequence[Row]) -> Iterator[Check]:
+    for size, limit in ((128, 1.25), (512, 1.10)):
+        for row in select(rows, part="scvi-step", provider="VMM", B=size):
+            target = f"scVI training step, VMM, against {scvi_step.STOCK}"
+            yield Check(target, f"B = {size}", row["times stock"], limit, False, "x")
+
+
 def _memory(rows: Sequence[Row]) -> Iterator[Check]:
     found = select(rows, part="scaling", mode=scaling.MEMORY, provider="vmm_fast")
     if not found:
@@ -189,6 +196,7 @@ TARGETS: tuple[Callable[[Sequence[Row]], Iterator[Check]], ...] = (
     _best_other,
     _empirical_bayes,
     _training_step,
+    _scvi_step,
     _memory,
     _statistics,
     _overhead,

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,12 +15,14 @@ from bench import (
     compare,
     gpu,
     gpu_bound,
+    integration,
     peak,
     problems,
     providers,
     report,
     roofline,
     scaling,
+    scvi_step,
     throughput,
 )
 from bench.eager_prior import EagerVMM
@@ -469,3 +472,65 @@ def test_gpu_bound_page(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     text = gpu_bound.write(tmp_path).read_text()
     assert all(device.name in text for device in gpu_bound.DEVICES)
+
+
+# --- single cells ---
+
+
+def integration_row(method, seed, **scores):
+    batches = {"dataset": "pbmc3k_kang_3batch", "cells": 500, "types": 5, "batches": 3}
+    metrics = ("isolated_labels", "silhouette_label", "clisi_knn")
+    kinds = [f"{by}_{score}" for by in ("kmeans", "leiden") for score in ("nmi", "ari")]
+    bio = dict.fromkeys(
+        (*metrics, *(f"nmi_ari_cluster_labels_{kind}" for kind in kinds)), scores["bio"]
+    )
+    clusters = {"nmi": 0.5, "used": 7, "over_0.2_percent": 6, "rare_types": 2}
+    row = {
+        **{name: "1" for name in ("revision", "date", "python", "torch", "cpu")},
+        **{name: "1" for name in ("scvi-tools", "scib-metrics", "scanpy")},
+        **batches,
+        "method": method,
+        "seed": seed,
+        "epochs": 1,
+        "scib": {"Bio conservation": scores["bio"], "Batch correction": 0.7, **bio},
+        "leiden": {"ari": scores["leiden"], "rare_types_kept": 1, **clusters},
+        "pcr": {"before": 0.2, "after": 0.1},
+    }
+    if "own" in scores:
+        row["own"] = {"ari": scores["own"], "rare_types_kept": 2, "nmi_batch": 0.1, **clusters}
+    return row
+
+
+def test_integration_page(tmp_path):
+    rows = [integration_row("vmm", seed, bio=0.6 + seed / 10, leiden=0.5, own=0.55)
+            for seed in range(3)]  # fmt: skip
+    rows += [integration_row("normal", 0, bio=0.71, leiden=0.5)]
+    rows += [integration_row("scvi", 0, bio=0.65, leiden=0.54)]
+    write_rows(tmp_path / "integration.jsonl", rows)
+    integration.write_page(tmp_path)
+    page = (tmp_path / "integration.md").read_text()
+    assert "| VMM | 3 | 0.700 ± 0.060 |" in page
+    assert "PCR before 0.200" in page
+    verdicts = [line.split(":")[0] for line in integration.targets(rows)]
+    assert verdicts == ["MISSED", "met", "MISSED", "met", "met"]
+    assert (tmp_path / "integration.png").stat().st_size > 10_000
+
+
+def test_a_rare_type_is_kept_where_a_cluster_is_its_own():
+    labels = np.array(["common"] * 990 + ["rare"] * 10)
+    kept, lost = np.zeros(1000, int), np.zeros(1000, int)
+    kept[990:] = 1
+    lost[800:] = 1
+    found = [integration._clusters(labels, c)["rare_types_kept"] for c in (kept, lost)]
+    assert found == [1, 0]
+    assert integration._best_f1(labels == "rare", kept) == 1
+
+
+def test_steps_of_scvi_have_targets_beside_stock():
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    plan = scvi_step.QUICK._replace(batches=(128,))
+    rows = list(scvi_step.rows(plan, 1))
+    assert {row["provider"] for row in rows} == {scvi_step.STOCK, *scvi_step.PRIORS}
+    (check,) = checks(rows)
+    assert check.value > 0
+    assert check.limit == 1.25
