@@ -263,7 +263,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
 
     first = model()
     keep = ModelCheckpoint(tmp_path, filename="last")
-    at_once = {"batch_size": 64, "plan_kwargs": {"n_epochs_prior_warmup": 0}, **TRAIN}
+    at_once = {"batch_size": 64, "plan_kwargs": {"prior_warmup": 0.0}, **TRAIN}
     first.train(2, callbacks=[keep], enable_checkpointing=True, **at_once)
     steps = prior_steps(first)
     second = model(seed=1)
@@ -277,10 +277,8 @@ def prior_steps(found):
     return int(state[0]["step"]) if state else 0
 
 
-@pytest.mark.parametrize(
-    ("epochs", "warmup", "share"), [(10, 30, 0.3), (10, 1, 0.1), (1, 30, 0.3), (4, 0, 0)]
-)
-def test_the_prior_warms_up_as_the_standard_normal(epochs, warmup, share):
+@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (1, 0.5), (5, 0.1), (2, 0.0)])
+def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
     found = model()
     start = {}
     found._start_pseudo_cells()
@@ -293,12 +291,27 @@ def test_the_prior_warms_up_as_the_standard_normal(epochs, warmup, share):
                 for name, value in plan.module.prior.named_parameters():
                     assert torch.equal(start.setdefault(name, value.detach().clone()), value)
 
-    plan = {"n_epochs_prior_warmup": warmup}
+    plan = {"prior_warmup": share}
     found.train(epochs, batch_size=64, callbacks=[Watch()], plan_kwargs=plan, **TRAIN)
     expected = math.ceil(share * len(losses))
     assert losses == [True] * expected + [False] * (len(losses) - expected)
     assert prior_steps(found) == len(losses) - expected
     assert not found.module.warming_up
+
+
+def test_early_stopping_waits_for_the_end_of_the_warmup():
+    stop = {"early_stopping": True, "early_stopping_patience": 1, "check_val_every_n_epoch": 1}
+    # No loss is ever so much better than the last one: it would stop in the second epoch.
+    stop["early_stopping_min_delta"] = 1e6
+    found = trained(8, train=stop)
+    assert found.trainer.current_epoch == 4 + 2
+    assert prior_steps(found) == 2 * found.trainer.num_training_batches
+
+
+def test_the_share_of_the_warmup_is_checked():
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="prior_warmup must be in"):
+            trained(1, train={"plan_kwargs": {"prior_warmup": share}})
 
 
 def test_a_prior_that_has_been_learnt_does_not_warm_up_again(tmp_path):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from scvi.train import TrainingPlan
 
 __all__ = ["EmpiricalBayesTrainingPlan"]
-
-
-# Of all steps, the most that are spent under N(0, I).
-WARMUP_SHARE = 0.3
 
 
 class EmpiricalBayesTrainingPlan(TrainingPlan):
@@ -22,29 +20,36 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
     Parameters
     ----------
     module : LatentPrior
-    n_epochs_prior_warmup : int
-        For how many epochs N(0, I) stands in for a prior that has not been trained yet, but for
-        :data:`WARMUP_SHARE` of the steps at most. Under N(0, I) batches come to overlap. A mixture
-        lets the clusters of one type, each in its own batch, lie apart where they begin apart: both
-        have components, and nothing pulls them together. Where they overlap they share components,
-        and to part would cost.
+    prior_warmup : float
+        The share of all steps, in [0, 1), in which N(0, I) stands in for a prior that has not been
+        trained yet. Under N(0, I) batches come to overlap. A mixture lets the clusters of one type,
+        each in its own batch, lie apart where they begin apart: both have components, and nothing
+        pulls them together. Where they overlap they share components, and to part would cost.
+        Early stopping does not stop the warm-up, and compares nothing with it.
     n_epochs_kl_warmup : int, optional
         None, unlike in scvi-tools: by the number of epochs that large data sets are trained for,
         its 400 would have barely begun.
     **kwargs
         Of :class:`scvi.train.TrainingPlan`.
+
+    Raises
+    ------
+    ValueError
+        If ``prior_warmup`` is not in [0, 1).
     """
 
     def __init__(
         self,
         module: Any,
         *,
-        n_epochs_prior_warmup: int = 30,
+        prior_warmup: float = 0.5,
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
+        if not 0 <= prior_warmup < 1:
+            raise ValueError(f"prior_warmup must be in [0, 1), but is {prior_warmup!r}")
         super().__init__(module, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs)
-        self.n_epochs_prior_warmup = n_epochs_prior_warmup
+        self.prior_warmup = prior_warmup
         self._warmup_steps = 0.0
         self._steps_taken = 0
 
@@ -52,15 +57,20 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
         """Find out how many steps N(0, I) stands in for the prior."""
         super().on_train_start()
         module = self.module
-        if module.prior is None or module.prior_learnt or module.frozen:
-            return
-        share = min(self.n_epochs_prior_warmup / self.trainer.max_epochs, WARMUP_SHARE)
-        self._warmup_steps = share * self.trainer.estimated_stepping_batches
+        if not (module.prior is None or module.prior_learnt or module.frozen):
+            self._warmup_steps = self.prior_warmup * self.trainer.estimated_stepping_batches
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Begin or end the warm-up."""
+        """Begin, continue or end the warm-up."""
         super().on_train_batch_start(*args, **kwargs)
+        warmed_up = self.module.warming_up
         self.module.warming_up = self.global_step < self._warmup_steps
+        if warmed_up or self.module.warming_up:
+            for callback in self.trainer.early_stopping_callbacks:
+                callback.wait_count = 0
+                callback.best_score = torch.full_like(
+                    callback.best_score, -math.inf if callback.mode == "max" else math.inf
+                )
 
     def on_train_end(self) -> None:
         """Leave the module with its prior."""
