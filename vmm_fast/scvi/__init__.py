@@ -1,7 +1,27 @@
-"""scVI with a mixture prior, for single cells; needs ``pip install "vmm-fast[scvi]"``."""
+"""Models of scvi-tools with a mixture prior; needs ``pip install "vmm-fast[scvi]"``."""
 
-from vmm_fast.scvi.model import VMMSCVI
-from vmm_fast.scvi.module import VMMVAE, LatentPrior
-from vmm_fast.scvi.training import EmpiricalBayesTrainingPlan
+from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI, LatentPriorModel
+from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, LatentPrior
+from vmm_fast.scvi.training import (
+    EmpiricalBayes,
+    EmpiricalBayesAdversarialTrainingPlan,
+    EmpiricalBayesSemiSupervisedTrainingPlan,
+    EmpiricalBayesTrainingPlan,
+)
 
-__all__ = ["VMMSCVI", "VMMVAE", "EmpiricalBayesTrainingPlan", "LatentPrior"]
+__all__ = [
+    "VMMPEAKVAE",
+    "VMMPEAKVI",
+    "VMMSCANVAE",
+    "VMMSCANVI",
+    "VMMSCVI",
+    "VMMTOTALVAE",
+    "VMMTOTALVI",
+    "VMMVAE",
+    "EmpiricalBayes",
+    "EmpiricalBayesAdversarialTrainingPlan",
+    "EmpiricalBayesSemiSupervisedTrainingPlan",
+    "EmpiricalBayesTrainingPlan",
+    "LatentPrior",
+    "LatentPriorModel",
+]

@@ -1,54 +1,79 @@
-"""scVI with a mixture prior."""
+"""Models of scvi-tools with a mixture prior."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
-from scvi.model import SCVI
+from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
+from scvi.model._utils import _get_batch_code_from_category
+from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from vmm_fast.mixture import Components
-from vmm_fast.scvi.module import VMMVAE
-from vmm_fast.scvi.training import EmpiricalBayesTrainingPlan
+from vmm_fast.priors.base import check_integer
+from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
+from vmm_fast.scvi.training import (
+    EmpiricalBayesAdversarialTrainingPlan,
+    EmpiricalBayesSemiSupervisedTrainingPlan,
+    EmpiricalBayesTrainingPlan,
+)
 
-__all__ = ["VMMSCVI"]
+__all__ = [
+    "VMMPEAKVI",
+    "VMMSCANVI",
+    "VMMSCVI",
+    "VMMTOTALVI",
+    "ComponentExpression",
+    "LatentPriorModel",
+]
 
 
-class VMMSCVI(SCVI):
-    """:class:`scvi.model.SCVI` with a mixture prior: integrates and clusters cells at once.
+class LatentPriorModel(BaseModelClass):
+    """Mixin for models of scvi-tools, before the model's class: a mixture prior and its clusters.
 
-    Its interface is SCVI's, with clusters besides.
+    Another model takes the prior as SCVI does: its module with :class:`LatentPrior`, its training
+    plan with :class:`EmpiricalBayes`, and itself with this::
+
+        class PriorVAE(LatentPrior, scvi.module.VAE):
+            n_features = property(lambda self: self.n_input)
+
+        class PriorPlan(EmpiricalBayes, scvi.train.TrainingPlan):
+            pass
+
+        class PriorSCVI(LatentPriorModel, scvi.model.SCVI):
+            _module_cls = PriorVAE
+            _training_plan_cls = PriorPlan
 
     Parameters
     ----------
-    adata : AnnData, optional
-        Registered by :meth:`setup_anndata`.
+    adata : AnnData or MuData, optional
+        Registered by :meth:`setup_anndata`, or by :meth:`setup_mudata` where the model has it.
     registry : dict, optional
+        Where the model takes one.
     prior : {"vmm", "gmm", "vamp", "normal"}
-        VampPrior Mixture Model, Gaussian mixture with free centers, VampPrior, or SCVI's N(0, I).
+        VampPrior Mixture Model, Gaussian mixture with free centers, VampPrior, or N(0, I).
     n_components : int
         C, more than there are clusters: those that are not needed go empty.
     prior_kwargs : dict, optional
         Of :class:`vmm_fast.VMMPrior`, :class:`vmm_fast.GaussianMixturePrior` or
         :class:`vmm_fast.VampPrior`.
     encode_covariates : bool
-        Whether the encoder sees batches and covariates: True as in the paper, unlike SCVI.
+        Whether the encoder sees batches and covariates: True as in the paper.
     **kwargs
-        Of :class:`scvi.model.SCVI` and :class:`scvi.module.VAE`.
+        Of the model and its module.
 
     Notes
     -----
     Stirn & Knowles (2024), arXiv 2402.04412. Pseudo-inputs are pseudo-cells with learnt counts and
     a soft membership in batches; they start from random cells and never see a label.
     """
-
-    _module_cls = VMMVAE
-    _training_plan_cls = EmpiricalBayesTrainingPlan
 
     def __init__(
         self,
@@ -60,9 +85,11 @@ class VMMSCVI(SCVI):
         encode_covariates: bool = True,
         **kwargs: Any,
     ):
+        # Not every model takes a registry.
+        takes_registry = "registry" in inspect.signature(super().__init__).parameters
         super().__init__(
             adata,
-            registry,
+            **({"registry": registry} if takes_registry else {}),
             prior=prior,
             n_components=n_components,
             prior_kwargs=prior_kwargs,
@@ -73,7 +100,7 @@ class VMMSCVI(SCVI):
         self.init_params_ = self._get_init_params(locals())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as :meth:`scvi.model.SCVI.train` does; pseudo-cells start from random cells.
+        """Train as the model without the prior does; pseudo-cells start from random cells.
 
         Raises
         ------
@@ -84,7 +111,7 @@ class VMMSCVI(SCVI):
         return super().train(*args, **kwargs)
 
     def _start_pseudo_cells(self) -> None:
-        if self._module_kwargs["prior"] not in ("vmm", "vamp"):
+        if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
             return
         if self.adata is None:
             raise ValueError("adata must be given for pseudo-cells to start from, but is None")
@@ -108,14 +135,16 @@ class VMMSCVI(SCVI):
             categories += tensors[REGISTRY_KEYS.BATCH_KEY].unbind(1)
             if REGISTRY_KEYS.CAT_COVS_KEY in tensors:
                 categories += tensors[REGISTRY_KEYS.CAT_COVS_KEY].unbind(1)
-        cells.start_from(tensors[REGISTRY_KEYS.X_KEY], categories, continuous)
+        cells.start_from(self.module.features(tensors), categories, continuous)
 
     # --- clusters ---
 
     def _latents(self, adata: AnnData | None, indices: Any, batch_size: int | None) -> Tensor:
         self._check_if_trained(warn=False)
-        means = self.get_latent_representation(adata, indices=indices, batch_size=batch_size)
-        return torch.from_numpy(np.asarray(means))
+        means, _ = self.get_latent_representation(
+            adata, indices=indices, batch_size=batch_size, return_dist=True
+        )
+        return torch.from_numpy(means)
 
     def _components(self) -> Components:
         return self.module.components().to("cpu")
@@ -162,3 +191,130 @@ class VMMSCVI(SCVI):
     ) -> np.ndarray:
         """Entropy of each cell's cluster probabilities, [cells] in nats."""
         return self._components().assign(self._latents(adata, indices, batch_size)).entropy.numpy()
+
+
+class ComponentExpression(LatentPriorModel):
+    """:class:`LatentPriorModel` of models that decode to the expression of genes."""
+
+    @torch.inference_mode()
+    def get_component_expression(
+        self,
+        components: Sequence[int] | None = None,
+        n_samples: int = 100,
+        transform_batch: Sequence[Any] | str | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | str = 1,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+    ) -> pd.DataFrame | np.ndarray:
+        """Normalised (decoded) expression of samples from components of the prior.
+
+        What the decoder sees besides z is that of random cells: library size, batch, covariates.
+
+        Parameters
+        ----------
+        components : sequence of int, optional
+            Indices, as :meth:`get_clusters` gives them; all by default.
+        n_samples : int
+            Of each component.
+        transform_batch : str or sequence of str, optional
+            Batches to decode to, of which the mean is given, in place of the random cells'.
+        gene_list : sequence of str, optional
+            Genes to give; all by default.
+        library_size : float or "latent"
+            Sum of a cell's expression; "latent" for the random cell's.
+        batch_size : int, optional
+        return_mean : bool
+            Over the samples.
+
+        Returns
+        -------
+        DataFrame [components, genes]
+            Or, with ``return_mean=False``, an ndarray [n_samples, components, genes].
+
+        Raises
+        ------
+        ValueError
+            For the prior N(0, I), for components that there are not, for unknown batches.
+        """
+        self._check_if_trained(warn=False)
+        n_samples = check_integer("n_samples", n_samples)
+        mixture = self.module.components()
+        every = range(mixture.num_components)
+        chosen = torch.tensor(np.asarray(every if components is None else components))
+        z = mixture.sample(n_samples * len(chosen), chosen.repeat(n_samples).to(self.device))
+        batches = _get_batch_code_from_category(self.adata_manager, transform_batch)
+        names = self.get_var_names()
+        genes = np.ones(len(names), bool) if gene_list is None else np.isin(names, gene_list)
+        cells = torch.randint(self.adata.n_obs, (len(z),)).numpy()
+        found, done = [], 0
+        for tensors in self._make_data_loader(self.adata, indices=cells, batch_size=batch_size):
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            rows = len(outputs["z"])
+            outputs["z"] = self.module.z_encoder.z_transformation(z[done : done + rows])
+            done += rows
+            inputs = self.module._get_generative_input(tensors, outputs)
+            decoded = [
+                self.module.generative(**inputs, transform_batch=batch)["px"].get_normalized(
+                    "mu" if library_size == "latent" else "scale"
+                )[:, genes]
+                for batch in batches
+            ]
+            found.append(torch.stack(decoded).mean(0).cpu())
+        samples = torch.cat(found).reshape(n_samples, len(chosen), -1).numpy()
+        if library_size != "latent":
+            samples *= library_size
+        if not return_mean:
+            return samples
+        index = pd.Index(chosen.numpy(), name="component")
+        return pd.DataFrame(samples.mean(0), index, names[genes])
+
+
+class VMMSCVI(ComponentExpression, SCVI):
+    """:class:`scvi.model.SCVI` with a mixture prior: integrates and clusters cells at once.
+
+    Its interface is SCVI's, with clusters besides; parameters are those of
+    :class:`LatentPriorModel`. SCVI's own encoder does not see batches and covariates.
+    """
+
+    _module_cls = VMMVAE
+    _training_plan_cls = EmpiricalBayesTrainingPlan
+
+
+class VMMSCANVI(ComponentExpression, SCANVI):
+    """:class:`scvi.model.SCANVI` with a mixture prior: labels of some cells guide the latents.
+
+    Its interface is SCANVI's, with clusters besides; parameters are those of
+    :class:`LatentPriorModel`.
+
+    Notes
+    -----
+    The prior is on z1, the embedding that users get, in place of SCANVI's p(z1 | z2, y): z2, which
+    has N(0, I), is what of a cell its label does not say, so that its clusters are not of types.
+    """
+
+    _module_cls = VMMSCANVAE
+    _training_plan_cls = EmpiricalBayesSemiSupervisedTrainingPlan
+
+
+class VMMPEAKVI(LatentPriorModel, PEAKVI):
+    """:class:`scvi.model.PEAKVI` with a mixture prior, for chromatin accessibility.
+
+    Its interface is PEAKVI's, with clusters besides; parameters are those of
+    :class:`LatentPriorModel`. ``train`` has PEAKVI's warm-up of 50 epochs.
+    """
+
+    _module_cls = VMMPEAKVAE
+    _training_plan_cls = EmpiricalBayesTrainingPlan
+
+
+class VMMTOTALVI(LatentPriorModel, TOTALVI):
+    """:class:`scvi.model.TOTALVI` with a mixture prior, for genes and proteins of the same cells.
+
+    Its interface is TOTALVI's, with clusters besides; parameters are those of
+    :class:`LatentPriorModel`. Pseudo-cells have genes and proteins; ``train`` has TOTALVI's
+    warm-up of steps.
+    """
+
+    _module_cls = VMMTOTALVAE
+    _training_plan_cls = EmpiricalBayesAdversarialTrainingPlan

@@ -7,14 +7,15 @@ torch's own dispatch, is that against the prior: the modules' losses stay as the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.module import VAE
-from scvi.module.base import BaseModuleClass
+from scvi.module import PEAKVAE, SCANVAE, TOTALVAE, VAE
+from scvi.module.base import BaseModuleClass, LossOutput
 from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
@@ -24,7 +25,15 @@ from vmm_fast.priors import Prior
 from vmm_fast.priors.base import check_choice, check_integer
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
-__all__ = ["PRIORS", "VMMVAE", "LatentPrior", "PosteriorUnderPrior"]
+__all__ = [
+    "PRIORS",
+    "VMMPEAKVAE",
+    "VMMSCANVAE",
+    "VMMTOTALVAE",
+    "VMMVAE",
+    "LatentPrior",
+    "PosteriorUnderPrior",
+]
 
 PRIORS = ("vmm", "gmm", "vamp", "normal")
 
@@ -59,7 +68,26 @@ def _expect_no_private_state(module: nn.Module, state: dict, prefix: str, *rest:
 class LatentPrior(BaseModuleClass):
     """Mixin for modules of scvi-tools, before the module's class: a learnt prior on its z.
 
-    A class that uses it gives :meth:`encode`.
+    A class that uses it gives ``n_features``, and what of :meth:`features`, :meth:`encoder_input`
+    and ``z_encoder`` its module has otherwise.
+
+    Parameters
+    ----------
+    *args
+        Of the module.
+    prior : {"vmm", "gmm", "vamp", "normal"}
+        "normal" is N(0, I) as it is.
+    n_components : int
+        C.
+    prior_kwargs : dict, optional
+        Of the prior's class.
+    **kwargs
+        Of the module.
+
+    Raises
+    ------
+    ValueError
+        For an unknown prior.
 
     Attributes
     ----------
@@ -74,52 +102,70 @@ class LatentPrior(BaseModuleClass):
     prior: Prior | None
     prior_learnt: Tensor
     warming_up = False
+    # Of modules that do not have them:
+    log_variational = False
+    batch_representation = "one-hot"
 
-    def set_prior(
+    def __init__(
         self,
-        prior: str,
-        n_components: int,
-        latent_dim: int,
-        pseudo_cells: dict[str, Any],
-        prior_kwargs: dict[str, Any],
-    ) -> None:
-        """Make the prior: "vmm", "gmm", "vamp" or "normal" for N(0, I) as it is.
-
-        Parameters
-        ----------
-        prior : str
-        n_components : int
-            C.
-        latent_dim : int
-            D.
-        pseudo_cells : dict
-            Arguments of :class:`PseudoCells` but the number.
-        prior_kwargs : dict
-            Of the prior's class.
-
-        Raises
-        ------
-        ValueError
-            For an unknown prior.
-        """
+        *args: Any,
+        prior: str = "vmm",
+        n_components: int = 100,
+        prior_kwargs: dict[str, Any] | None = None,
+        n_batch: int = 0,
+        n_continuous_cov: int = 0,
+        n_cats_per_cov: Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            *args,
+            n_batch=n_batch,
+            n_continuous_cov=n_continuous_cov,
+            n_cats_per_cov=n_cats_per_cov,
+            **kwargs,
+        )
         check_choice("prior", prior, PRIORS)
         n_components = check_integer("n_components", n_components)
+        prior_kwargs = prior_kwargs or {}
         self.prior = None
         if prior == "gmm":
-            self.prior = GaussianMixturePrior(n_components, latent_dim, **prior_kwargs)
+            self.prior = GaussianMixturePrior(n_components, self.n_latent, **prior_kwargs)
         elif prior != "normal":
             number = n_components * prior_kwargs.get("pseudo_inputs_per_component", 1)
-            cells = PseudoCells(number, **pseudo_cells)
+            seen: dict[str, Any] = {}
+            if self.encode_covariates:
+                categories = (n_batch, *(n_cats_per_cov or ()))
+                seen = {"n_categories": categories, "n_continuous": n_continuous_cov}
+            cells = PseudoCells(number, self.n_features, **seen)
             make = VMMPrior if prior == "vmm" else VampPrior
-            self.prior = make(cells, latent_dim, **prior_kwargs)
+            self.prior = make(cells, self.n_latent, **prior_kwargs)
         if self.prior is not None:
             self.register_buffer("prior_learnt", torch.tensor(False))
             self.register_state_dict_post_hook(_leave_out_private_state)
             self.register_load_state_dict_pre_hook(_expect_no_private_state)
 
+    @property
+    def n_features(self) -> int:
+        """G: of how many genes, regions, .. a pseudo-cell has counts."""
+        raise NotImplementedError
+
+    def features(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Counts [B, G] in a batch of cells, as pseudo-cells have them."""
+        return tensors[REGISTRY_KEYS.X_KEY]
+
+    def encoder_input(self, log_counts: Tensor) -> Tensor:
+        """What ``z_encoder`` sees [B, G] of log(1 + counts)."""
+        # Counts that are not taken the logarithm of are what they are.
+        return log_counts if self.log_variational else log_counts.expm1()
+
     def encode(self, cells: Cells) -> Normal:
         """q(z | cells)."""
-        raise NotImplementedError
+        inputs = [self.encoder_input(cells.log_counts), cells.continuous]
+        categories = list(cells.categories)
+        if self.encode_covariates and self.batch_representation == "embedding":
+            batch = categories.pop(0)
+            inputs.append(batch @ self.get_embedding(REGISTRY_KEYS.BATCH_KEY).weight)
+        return self.z_encoder(torch.cat(inputs, -1), *categories)[0]
 
     def encode_pseudo_cells(self, cells: Cells) -> Normal:
         """Encode as a trained model does, without dropout and by running statistics.
@@ -162,8 +208,8 @@ class LatentPrior(BaseModuleClass):
         return outputs
 
     def sample_of(self, outputs: dict[str, Any]) -> Tensor | None:
-        """Give q's own sample among the outputs of ``inference``."""
-        return outputs["z"]
+        """Give q's own sample; with latent_distribution="ln", z is a function of it."""
+        return outputs["z"] if self.latent_distribution == "normal" else None
 
     def update_prior(self) -> None:
         """Take the empirical-Bayes step of the last batch, unless the prior is frozen."""
@@ -191,58 +237,12 @@ class LatentPrior(BaseModuleClass):
 
 
 class VMMVAE(LatentPrior, VAE):
-    """:class:`scvi.module.VAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMSCVI`.
+    """:class:`scvi.module.VAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMSCVI`."""
 
-    Parameters
-    ----------
-    n_input : int
-        G.
-    prior : {"vmm", "gmm", "vamp", "normal"}
-    n_components : int
-    prior_kwargs : dict, optional
-    **kwargs
-        Of :class:`scvi.module.VAE`.
-    """
-
-    def __init__(
-        self,
-        n_input: int,
-        *,
-        prior: str = "vmm",
-        n_components: int = 100,
-        prior_kwargs: dict[str, Any] | None = None,
-        n_batch: int = 0,
-        n_continuous_cov: int = 0,
-        n_cats_per_cov: Sequence[int] | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            n_input,
-            n_batch=n_batch,
-            n_continuous_cov=n_continuous_cov,
-            n_cats_per_cov=n_cats_per_cov,
-            **kwargs,
-        )
-        pseudo_cells: dict[str, Any] = {"n_genes": n_input}
-        if self.encode_covariates:
-            categories = (n_batch, *(n_cats_per_cov or ()))
-            pseudo_cells |= {"n_categories": categories, "n_continuous": n_continuous_cov}
-        self.set_prior(prior, n_components, self.n_latent, pseudo_cells, prior_kwargs or {})
-
-    def encode(self, cells: Cells) -> Normal:
-        """q(z | cells)."""
-        # Counts that are not taken the logarithm of are what they are.
-        x = cells.log_counts if self.log_variational else cells.log_counts.expm1()
-        inputs, categories = [x, cells.continuous], list(cells.categories)
-        if self.encode_covariates and self.batch_representation == "embedding":
-            batch = categories.pop(0)
-            inputs.append(batch @ self.get_embedding(REGISTRY_KEYS.BATCH_KEY).weight)
-        q, _ = self.z_encoder(torch.cat(inputs, -1), *categories)
-        return q
-
-    def sample_of(self, outputs: dict[str, Any]) -> Tensor | None:
-        """Give q's own sample; with latent_distribution="ln", z is a function of it."""
-        return outputs["z"] if self.latent_distribution == "normal" else None
+    @property
+    def n_features(self) -> int:
+        """Genes."""
+        return self.n_input
 
     @torch.inference_mode()
     def marginal_ll(
@@ -272,3 +272,110 @@ class VMMVAE(LatentPrior, VAE):
             terms.append(log_ratio - losses.dict_sum(losses.reconstruction_loss))
         found = torch.stack(terms).logsumexp(0) - math.log(n_mc_samples)
         return found.mean().item() if return_mean else found.cpu()
+
+
+class VMMSCANVAE(VMMVAE, SCANVAE):
+    """:class:`scvi.module.SCANVAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMSCANVI`.
+
+    The prior takes the place of SCANVAE's p(z1 | z2, y) with z2 ~ N(0, I):
+
+        log p(x, y) >= E_q(z1 | x)[log p(x | z1) + log p(y | z1)] - KL(q(z1 | x) || prior)
+
+    with the classifier for p(y | z1); without log p(y | z1) where there is no label.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.prior is not None:
+            del self.encoder_z2_z1, self.decoder_z1_z2, self.y_prior
+
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
+        kl_weight: float = 1.0,
+        labelled_tensors: dict[str, Tensor] | None = None,
+        classification_ratio: float | None = None,
+    ) -> LossOutput:
+        """Negative bound on log p(x), and the labelled cells' cross-entropy at its weight."""
+        outputs = (tensors, inference_outputs, generative_outputs, kl_weight)
+        if self.prior is None:
+            return super().loss(*outputs, labelled_tensors, classification_ratio)
+        found = VAE.loss(self, *outputs)
+        if labelled_tensors is None:
+            return found
+        cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
+        return dataclasses.replace(
+            found,
+            loss=found.loss + classification_ratio * cross_entropy,
+            classification_loss=cross_entropy,
+            true_labels=labels,
+            logits=logits,
+        )
+
+
+class VMMPEAKVAE(LatentPrior, PEAKVAE):
+    """:class:`scvi.module.PEAKVAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMPEAKVI`."""
+
+    @property
+    def n_features(self) -> int:
+        """Regions."""
+        return self.n_input_regions
+
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
+        kl_weight: float = 1.0,
+    ) -> LossOutput:
+        """Negative ELBO, mean over the cells; PEAKVAE's own with N(0, I).
+
+        PEAKVAE's weighs the reconstruction by the number of cells in the batch, and so leaves next
+        to nothing of the divergence.
+        """
+        found = super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
+        if self.prior is None:
+            return found
+        mean = (found.reconstruction_loss_sum + kl_weight * found.kl_local_sum) / len(
+            tensors[REGISTRY_KEYS.X_KEY]
+        )
+        return dataclasses.replace(found, loss=mean)
+
+
+class VMMTOTALVAE(LatentPrior, TOTALVAE):
+    """:class:`scvi.module.TOTALVAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMTOTALVI`."""
+
+    @property
+    def n_features(self) -> int:
+        """Genes, then proteins."""
+        return self.n_input_genes + self.n_input_proteins
+
+    @property
+    def z_encoder(self) -> nn.Module:
+        """Its name elsewhere."""
+        return self.encoder
+
+    def features(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Counts [B, G] of genes, then of proteins."""
+        return torch.cat([tensors[REGISTRY_KEYS.X_KEY], tensors[REGISTRY_KEYS.PROTEIN_EXP_KEY]], -1)
+
+    def encoder_input(self, log_counts: Tensor) -> Tensor:
+        """Counts [B, G] over 1 + their mean, by modality, and the logarithm of 1 + that."""
+        parts = log_counts.expm1().split([self.n_input_genes, self.n_input_proteins], -1)
+        x = torch.cat([part / (1 + part.mean(-1, keepdim=True)) for part in parts], -1)
+        # A pseudo-cell's count may be a little below 0, and so its share of a small mean below -1.
+        return x.clamp(min=-0.5).log1p() if self.log_variational else x
+
+    def marginal_ll(self, *args: Any, **kwargs: Any) -> float:
+        """As TOTALVAE's, which is that of N(0, I).
+
+        Raises
+        ------
+        NotImplementedError
+            With a learnt prior.
+        """
+        if self.prior is not None:
+            raise NotImplementedError("the marginal likelihood is there for prior='normal' alone")
+        return super().marginal_ll(*args, **kwargs)

@@ -6,20 +6,27 @@ import math
 from typing import Any
 
 import torch
-from scvi.train import TrainingPlan
+from lightning import LightningModule
+from scvi.train import AdversarialTrainingPlan, SemiSupervisedTrainingPlan, TrainingPlan
 
-__all__ = ["EmpiricalBayesTrainingPlan"]
+__all__ = [
+    "EmpiricalBayes",
+    "EmpiricalBayesAdversarialTrainingPlan",
+    "EmpiricalBayesSemiSupervisedTrainingPlan",
+    "EmpiricalBayesTrainingPlan",
+]
 
 
-class EmpiricalBayesTrainingPlan(TrainingPlan):
-    """:class:`scvi.train.TrainingPlan` that moves the module's prior after each optimizer step.
+class EmpiricalBayes(LightningModule):
+    """Mixin for scvi-tools' training plans: moves the module's prior after each optimizer step.
 
     The prior has an optimizer of its own, whose state is in checkpoints; the network's does not
     see the prior's parameters.
 
     Parameters
     ----------
-    module : LatentPrior
+    *args
+        The module, a :class:`LatentPrior`, and what else the plan takes.
     prior_warmup : float
         The share of all steps, in [0, 1), in which N(0, I) stands in for a prior that has not been
         trained yet. Under N(0, I) batches come to overlap. A mixture lets the clusters of one type,
@@ -30,7 +37,7 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
         None, unlike in scvi-tools: by the number of epochs that large data sets are trained for,
         its 400 would have barely begun.
     **kwargs
-        Of :class:`scvi.train.TrainingPlan`.
+        Of the plan.
 
     Raises
     ------
@@ -40,15 +47,14 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
 
     def __init__(
         self,
-        module: Any,
-        *,
+        *args: Any,
         prior_warmup: float = 0.5,
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
         if not 0 <= prior_warmup < 1:
             raise ValueError(f"prior_warmup must be in [0, 1), but is {prior_warmup!r}")
-        super().__init__(module, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs)
+        super().__init__(*args, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs)
         self.prior_warmup = prior_warmup
         self._warmup_steps = 0.0
         self._steps_taken = 0
@@ -58,7 +64,9 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
         super().on_train_start()
         module = self.module
         if not (module.prior is None or module.prior_learnt or module.frozen):
-            self._warmup_steps = self.prior_warmup * self.trainer.estimated_stepping_batches
+            # Every optimizer's steps count, an adversary's too.
+            steps = self.trainer.estimated_stepping_batches * len(self.trainer.optimizers)
+            self._warmup_steps = self.prior_warmup * steps
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin, continue or end the warm-up."""
@@ -107,3 +115,15 @@ class EmpiricalBayesTrainingPlan(TrainingPlan):
         super().on_load_checkpoint(checkpoint)
         if self.module.prior is not None and "prior_optimizer" in checkpoint:
             self.module.prior.set_extra_state(checkpoint["prior_optimizer"])
+
+
+class EmpiricalBayesTrainingPlan(EmpiricalBayes, TrainingPlan):
+    """:class:`scvi.train.TrainingPlan` with the prior's own step."""
+
+
+class EmpiricalBayesSemiSupervisedTrainingPlan(EmpiricalBayes, SemiSupervisedTrainingPlan):
+    """:class:`scvi.train.SemiSupervisedTrainingPlan` with the prior's own step."""
+
+
+class EmpiricalBayesAdversarialTrainingPlan(EmpiricalBayes, AdversarialTrainingPlan):
+    """:class:`scvi.train.AdversarialTrainingPlan` with the prior's own step."""
