@@ -22,7 +22,7 @@ def logs(tmp_path):
 def some_labels(adata=None):
     """Cells of which every other one has its label."""
     adata = cells() if adata is None else adata
-    labels = adata.obs["cluster"].to_numpy(str, copy=True)
+    labels = adata.obs["cluster"].to_numpy(object, copy=True)
     labels[::2] = "Unknown"
     adata.obs["label"] = labels
     return adata
@@ -137,7 +137,7 @@ def test_the_prior_moves_once_a_batch_after_the_warmup(name):
     found = made(ours, data(), setup, n_components=12)
     options = {"adversarial_classifier": True} if name == "TOTALVI" else {}
     options |= {"batch_size": 54, "train_size": 0.9, **train_options(name)}
-    found.train(10, plan_kwargs={"n_epochs_prior_warmup": 1}, **options)
+    found.train(10, plan_kwargs={"prior_warmup": 0.1}, **options)
     assert prior_steps(found) == 9 * 4  # 216 cells are 4 batches
 
 
@@ -177,6 +177,33 @@ def test_labels_of_some_cells_predict_the_others_and_guide_clusters():
         np.unique(cluster[clusters == c], return_counts=True)[1].max() for c in {*clusters}
     )
     assert purity / len(cluster) > 0.9
+
+
+@pytest.mark.parametrize("batch_representation", ["one-hot", "embedding"])
+def test_labels_after_integration(batch_representation):
+    adata = some_labels()
+    first = trained(2, adata=adata, batch_representation=batch_representation)
+    second = VMMSCANVI.from_scvi_model(first, "Unknown", labels_key="label")
+    np.testing.assert_array_equal(
+        second.module.components().centers, first.module.components().centers
+    )
+    second.train(1, batch_size=64, **TRAIN)
+    assert set(second.predict()) <= {"0", "1", "2", "3"}
+
+
+def test_labels_after_stock_scvi():
+    adata = some_labels()
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    stock = scvi.model.SCVI(adata, n_hidden=32, n_latent=4)
+    stock.train(1, batch_size=64, **TRAIN)
+    found = VMMSCANVI.from_scvi_model(stock, "Unknown", labels_key="label", n_components=12)
+    stock.module.eval(), found.module.eval()
+    found.is_trained = True
+    np.testing.assert_array_equal(
+        found.get_latent_representation(), stock.get_latent_representation(adata)
+    )
+    found.train(1, batch_size=64, **TRAIN)
+    assert found.get_clusters().max() < 12
 
 
 def test_query_cells_of_a_new_batch_without_labels(tmp_path):

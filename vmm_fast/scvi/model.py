@@ -296,6 +296,16 @@ class VMMSCANVI(ComponentExpression, SCANVI):
     _module_cls = VMMSCANVAE
     _training_plan_cls = EmpiricalBayesSemiSupervisedTrainingPlan
 
+    @classmethod
+    def from_scvi_model(cls, scvi_model: SCVI, *args: Any, **kwargs: Any) -> VMMSCANVI:
+        """Start from a trained :class:`VMMSCVI`, with its prior, or from a trained SCVI.
+
+        See :meth:`scvi.model.SCANVI.from_scvi_model`.
+        """
+        if "encode_covariates" not in scvi_model._module_kwargs:
+            kwargs["encode_covariates"] = False
+        return super().from_scvi_model(scvi_model, *args, **kwargs)
+
 
 class VMMPEAKVI(LatentPriorModel, PEAKVI):
     """:class:`scvi.model.PEAKVI` with a mixture prior, for chromatin accessibility.

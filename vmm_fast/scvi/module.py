@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import PEAKVAE, SCANVAE, TOTALVAE, VAE
-from scvi.module.base import BaseModuleClass, LossOutput
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
@@ -313,6 +313,22 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
             true_labels=labels,
             logits=logits,
         )
+
+    @auto_move_data
+    def classify(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        use_posterior_mean: bool = True,
+    ) -> Tensor:
+        """Logits of the labels [B, n_labels]."""
+        if not (self.encode_covariates and self.batch_representation == "embedding"):
+            return super().classify(x, batch_index, cont_covs, cat_covs, use_posterior_mean)
+        # SCANVAE's own does not look the batches up that its encoder sees.
+        outputs = self._regular_inference(x, batch_index, cont_covs, cat_covs)
+        return self.classify_helper(outputs["qz"].loc if use_posterior_mean else outputs["z"])
 
 
 class VMMPEAKVAE(LatentPrior, PEAKVAE):
