@@ -66,14 +66,14 @@ def _train(model: Any, epochs: int | None) -> None:
     )
 
 
-def same_network(prior: str) -> Callable[[AnnData, int], Embedding]:
+def same_network(prior: str, **options: Any) -> Callable[[AnnData, int], Embedding]:
     """Train :class:`vmm_fast.scvi.VMMSCVI` with one of its priors, everything else alike."""
 
     def embed(adata: AnnData, epochs: int) -> Embedding:
         from vmm_fast.scvi import VMMSCVI
 
         VMMSCVI.setup_anndata(adata, batch_key="batch")
-        model = VMMSCVI(adata, prior=prior)
+        model = VMMSCVI(adata, prior=prior, **options)
         _train(model, epochs)
         z = model.get_latent_representation()
         return Embedding(z, model.get_clusters() if prior in MIXTURES else None)
@@ -152,10 +152,14 @@ def _principal_components(adata: AnnData) -> np.ndarray:
 
 METHODS: dict[str, tuple[str, Callable[[AnnData, int], Embedding]]] = {
     "vmm": ("VMM", same_network("vmm")),
+    "vmm-plain": (
+        "VMM, encoder without batches",
+        same_network("vmm", encode_covariates=False),
+    ),
     "gmm": ("Gaussian mixture", same_network("gmm")),
     "vamp": ("VampPrior", same_network("vamp")),
     "normal": ("same network, N(0, I)", same_network("normal")),
-    "scvi": ("SCVI, 400 epochs", stock_scvi),
+    "scvi": ("SCVI, own epochs", stock_scvi),
     "scvi-short": ("SCVI, same epochs", stock_scvi_same_epochs),
     "sysvi": ("SysVI", sysvi),
     "harmony": ("Harmony", harmony),

@@ -63,7 +63,7 @@ class LatentPriorModel(BaseModelClass):
         C, more than there are clusters: those that are not needed go empty.
     prior_kwargs : dict, optional
         Of :class:`vmm_fast.VMMPrior`, :class:`vmm_fast.GaussianMixturePrior` or
-        :class:`vmm_fast.VampPrior`.
+        :class:`vmm_fast.VampPrior`; see :class:`LatentPrior`.
     encode_covariates : bool
         Whether the encoder sees batches and covariates: True as in the paper.
     **kwargs

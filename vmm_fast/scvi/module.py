@@ -37,6 +37,10 @@ __all__ = [
 
 PRIORS = ("vmm", "gmm", "vamp", "normal")
 
+# Five times scvi-tools' rate for the network. Data sets have a few thousand steps: at the network's
+# rate components that nobody needs have not gone empty by then.
+PRIOR_LEARNING_RATE = 5e-3
+
 
 class PosteriorUnderPrior(Normal):
     """q(z | x), whose KL divergence from any Normal is that from ``module``'s prior.
@@ -80,7 +84,7 @@ class LatentPrior(BaseModuleClass):
     n_components : int
         C.
     prior_kwargs : dict, optional
-        Of the prior's class.
+        Of the prior's class; ``learning_rate`` is :data:`PRIOR_LEARNING_RATE` unless given.
     **kwargs
         Of the module.
 
@@ -126,7 +130,7 @@ class LatentPrior(BaseModuleClass):
         )
         check_choice("prior", prior, PRIORS)
         n_components = check_integer("n_components", n_components)
-        prior_kwargs = prior_kwargs or {}
+        prior_kwargs = {"learning_rate": PRIOR_LEARNING_RATE, **(prior_kwargs or {})}
         self.prior = None
         if prior == "gmm":
             self.prior = GaussianMixturePrior(n_components, self.n_latent, **prior_kwargs)
