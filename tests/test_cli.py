@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vmm_fast.clustering
-from vmm_fast import cli
+from vmm_fast import _folder, cli
 from vmm_fast.clustering import Clusterer
 from vmm_fast.data import read
 
@@ -280,7 +280,9 @@ def test_resume_is_refused_for_another_run(npy, tmp_path, capsys, no_pictures):
     assert "checkpoint.pt" in error and "cannot be read" in error
 
 
-def test_existing_results_are_kept_unless_overwritten(npy, tmp_path, capsys, no_pictures):
+def test_existing_results_are_kept_until_overwritten(
+    npy, tmp_path, capsys, no_pictures, monkeypatch
+):
     out = tmp_path / "out"
     assert cluster(npy, out) == 0
     (out / "notes.txt").write_text("mine")
@@ -290,6 +292,17 @@ def test_existing_results_are_kept_unless_overwritten(npy, tmp_path, capsys, no_
     assert "--resume" in error and "--overwrite" in error
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     np.savez(tmp_path / "y.npz", x=vectors(30)[0])
+
+    def stop(*args, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vmm_fast.clustering, "fit", stop)
+        complaint(capsys, cluster(tmp_path / "y.npz", out, "--overwrite"), 130)
+    results = set(before) - {"run.json", "checkpoint.pt"}
+    assert {name: (out / name).read_bytes() for name in results} == {
+        name: before[name] for name in results
+    }
     assert cluster(tmp_path / "y.npz", out, "--overwrite") == 0
     assert len(table(out)) == 30 and (out / "notes.txt").read_text() == "mine"
 
@@ -539,7 +552,7 @@ def test_a_folder_that_cannot_be_written_to(npy, tmp_path, capsys, monkeypatch):
     def refused(path, writer, **keywords):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(cli, "write_atomically", refused)
+    monkeypatch.setattr(_folder, "write_atomically", refused)
     error = complaint(capsys, cluster(npy, tmp_path / "out"))
     assert "folder that can be written to: Permission denied" in error
 

