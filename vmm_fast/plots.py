@@ -36,7 +36,7 @@ INACTIVE = (0.80, 0.80, 0.80)  # points of components that are not active
 ROWS_PER_BLOCK = 25
 
 # Okabe & Ito's colour-blind-safe palette (yellow and black left out: unreadable on white, and
-# text), then Tol's "muted"; further colours are spaced by the golden angle.
+# text), then Tol's "muted"; :func:`_colors` finds further ones.
 PALETTE = [
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7",
     "#332288", "#999933", "#882255", "#44aa99", "#117733", "#ddcc77",
@@ -555,15 +555,46 @@ def _legend(ax: Any, names: list[str], colors: Any) -> None:
 
 
 def _colors(count: int) -> list[tuple[float, float, float]]:
-    """Return colours that differ: a fixed palette first, then golden-angle hues in three tones."""
-    from matplotlib.colors import hsv_to_rgb, to_rgb
+    """Return colours that differ: a fixed palette, then each as far as can be from those before."""
+    from matplotlib.colors import to_rgb
 
     colors = [to_rgb(color) for color in PALETTE[:count]]
-    for i in range(count - len(colors)):
-        hue = (0.05 + i * 0.6180339887) % 1
-        saturation, value = [(0.85, 0.72), (0.55, 0.88), (0.75, 0.5)][i % 3]
-        colors.append(tuple(hsv_to_rgb((hue, saturation, value))))
+    if count <= len(PALETTE):
+        return colors
+    steps = np.linspace(0, 1, 21)
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    places = _oklab(candidates)
+    # Neither too dark to differ, nor too light for white paper, nor grey.
+    lightness, chroma = places[:, 0], np.hypot(places[:, 1], places[:, 2])
+    usable = (lightness > 0.38) & (lightness < 0.86) & (chroma > 0.05)
+    candidates, places = candidates[usable], places[usable]
+    chosen = _oklab(np.array(colors))
+    distance = np.linalg.norm(places[:, None] - chosen, axis=-1).min(1)
+    for _ in range(count - len(colors)):
+        farthest = distance.argmax()
+        colors.append(tuple(candidates[farthest]))
+        distance = np.minimum(distance, np.linalg.norm(places - places[farthest], axis=-1))
     return colors
+
+
+def _oklab(colors: np.ndarray) -> np.ndarray:
+    """[n, 3] of sRGB in [0, 1] in a space where distances are as seen: Ottosson (2020), Oklab."""
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    opponents = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
+    return np.cbrt(linear @ cones.T) @ opponents.T
 
 
 def _figure(width: float, height: float, layout: Any = "constrained") -> Any:
