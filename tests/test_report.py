@@ -1,0 +1,373 @@
+"""The HTML report: what it says, that it needs nothing else, and that a browser shows it."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scanpy", reason="the report needs scanpy")
+
+import pandas as pd
+from anndata import AnnData
+from matplotlib.image import imread
+from scipy.sparse import csc_matrix, csr_matrix
+
+from vmm_fast.scvi import report
+from vmm_fast.scvi.report import write_report
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HISTORY = {
+    "elbo_train": [90.0, 80.0, 70.0, 65.0],
+    "elbo_validation": [85.0, 75.0],  # every second epoch
+    "reconstruction_loss_train": [80.0, 70.0, 60.0, 55.0],
+    "kl_local_train": [10.0, 10.0, 10.0, 10.0],
+    "kl_weight": [1.0, 1.0, 1.0, 1.0],
+}
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Text, attributes and tables of a page; complains of tags that do not match."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.tags, self.text, self.tables = [], [], "", []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if "style" in self.open:
+            return
+        self.text += text
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += text
+
+    def of(self, tag):
+        return [attributes for found, attributes in self.tags if found == tag]
+
+
+def cells(number=240, clusters=4, n_genes=30, seed=0, **settings):
+    """Clusters that have genes of their own; cluster c is called 10 c."""
+    random = np.random.default_rng(seed)
+    cluster = np.minimum(random.geometric(0.4, number) - 1, clusters - 1)
+    if clusters > 10:
+        cluster = np.arange(number) % clusters
+    rates = np.full((clusters, n_genes), 0.5)
+    rates[np.arange(clusters), np.arange(clusters) % n_genes] = 20.0
+    adata = AnnData(csr_matrix(random.poisson(rates[cluster]).astype(np.float32)))
+    adata.var_names = [f"gene{g}" for g in range(n_genes)]
+    centers = random.normal(size=(clusters, 5)) * 5
+    adata.obsm["X_vmm"] = (centers[cluster] + random.normal(size=(number, 5))).astype(np.float32)
+    adata.obs["vmm_cluster"] = pd.Categorical([str(10 * c) for c in cluster])
+    adata.obs["vmm_cluster_probability"] = np.linspace(0.5, 1, number)
+    adata.obs["vmm_cluster_entropy"] = np.linspace(0.7, 0, number)
+    adata.obs["donor"] = [f"donor {d}" for d in random.integers(3, size=number)]
+    adata.obs["type"] = [f"type {c // 2}" for c in cluster]
+    adata.uns["vmm"] = {"seed": 0, "components": 50, "layer": "", **settings}
+    return adata
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No UMAP, which one test takes: its first call compiles for ten seconds."""
+    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    def write(adata, history=HISTORY):
+        write_report(tmp_path / "report.html", adata, history)
+        return Page(tmp_path / "report.html")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A page with everything, UMAP too, and the cells it is of."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    adata = cells(batch_key="donor", labels_key="type", genes=["gene0"] * 30, rate={"network": 0.1})
+    write_report(path, adata, HISTORY)
+    return path, adata
+
+
+def test_it_says_what_the_cells_are(full):
+    path, adata = full
+    page = Page(path)
+    assert "240 cells, 30 genes, 3 batches, 4 clusters used of 50" in page.text
+    assert "UMAP of the 5 latent dimensions" in page.text
+    table = page.tables[0]
+    sizes = adata.obs["vmm_cluster"].value_counts()
+    assert [row[0] for row in table[2:]] == sizes.index.tolist()
+    for row in table[2:]:
+        inside = adata.obs[adata.obs["vmm_cluster"] == row[0]]
+        assert row[1] == str(len(inside))
+        assert row[2] == f"{100 * len(inside) / 240:.1f} %"
+        assert row[3] == f"{inside['vmm_cluster_probability'].mean():.2f}"
+        assert row[5] == f"{inside['type'].iloc[0]} 100.0 %"
+        assert row[6].split(", ")[0] == f"gene{int(row[0]) // 10}"
+    settings = dict(row for row in page.tables[-1])
+    assert settings["seed"] == "0" and settings["rate.network"] == "0.1"
+    assert settings["genes"].startswith("30 values: gene0, gene0")
+    assert "scvi-tools" in settings["page made with"]
+
+
+def test_bars_are_the_batches_of_each_cluster(full):
+    path, adata = full
+    bars = [a["aria-label"] for a in Page(path).of("span") if a.get("class") == "bar"]
+    order = adata.obs["vmm_cluster"].value_counts().index
+    assert len(bars) == 1 + len(order)
+    for name, text in zip(order, bars[1:], strict=True):
+        donors = adata.obs["donor"][adata.obs["vmm_cluster"] == name]
+        shares = donors.value_counts(normalize=True)
+        said = dict(part.rsplit(" ", 2)[:2] for part in text.split(", "))
+        assert said == {donor: f"{100 * share:.1f}" for donor, share in shares.items()}
+
+
+def test_scores_are_those_of_scikit_learn(full):
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    path, adata = full
+    page = Page(path)
+    pair = adata.obs["type"], adata.obs["vmm_cluster"]
+    (scores,) = [table for table in page.tables if table[0][0] == "score"]
+    assert scores[1][:2] == ["ARI", f"{adjusted_rand_score(*pair):.3f}"]
+    assert scores[2][:2] == ["NMI", f"{normalized_mutual_info_score(*pair):.3f}"]
+    assert "Labels were used for these scores alone" in page.text
+
+
+def test_nothing_is_fetched_or_run(full):
+    page = Page(full[0])
+    assert not page.of("script") and not page.of("link") and not page.of("a")
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "data"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in page.source and "@import" not in page.source
+    assert all(a["alt"] for a in page.of("img"))
+    assert all(a["aria-label"] for a in page.of("svg"))
+    assert len(page.of("img")) == 5  # cluster, batch, label, entropy, curves
+
+
+def test_the_cells_are_left_as_they_are(full):
+    _, adata = full
+    fresh = cells(batch_key="donor", labels_key="type")
+    assert set(adata.obsm) == {"X_vmm"} and not adata.obsp and not adata.layers
+    assert set(adata.uns) == {"vmm"} and list(adata.obs) == list(fresh.obs)
+    assert (adata.X != fresh.X).nnz == 0
+    pd.testing.assert_frame_equal(adata.obs, fresh.obs)
+
+
+def test_two_runs_give_the_same_page(page_of, quick):
+    adata = cells(batch_key="donor", labels_key="type")
+    assert page_of(adata).source == page_of(adata).source
+
+
+def test_names_are_escaped(page_of, quick):
+    adata = cells(batch_key="donor", labels_key="<i>type", path='a"><script>alert(4)</script>')
+    bad = {"donor 0": "<script>alert(1)</script>", "donor 1": '"><img src=x onerror=alert(2)>'}
+    adata.obs["donor"] = adata.obs["donor"].replace(bad)
+    adata.obs["<i>type"] = adata.obs["type"].replace({"type 0": "</style>&amp; $x_1$ \ud800"})
+    adata.obs["vmm_cluster"] = adata.obs["vmm_cluster"].cat.rename_categories(
+        {"0": "<svg/onload=3>"}
+    )
+    adata.var_names = [f"<b onclick='{g}'>é\u2028" for g in range(adata.n_vars)]
+    page = page_of(adata)
+    assert not page.of("script") and not page.of("b")
+    assert not [a for _, a in page.tags if {"onerror", "onload", "onclick"} & set(a)]
+    for text in ("<script>alert(1)</script>", "</style>&amp; $x_1$ ?", "<svg/onload=3>"):
+        assert text in page.text
+    assert page.tables[0][2][-1].startswith("<b onclick='0'>é")
+
+
+def labels_of(kind, number):
+    index = np.arange(number)
+    return {
+        "integer": index % 3,
+        "float": index % 3 + 0.5,
+        "continuous": index / number,
+        "boolean": index % 2 == 0,
+        "missing": np.where(index % 2, np.nan, index % 3),
+        "all missing": np.full(number, np.nan),
+        "mixed": pd.Series([1, "1", None] * (number // 3), dtype=object).to_numpy(),
+        "unused": pd.Categorical(["a"] * number, categories=["a", "b"]),
+        "many": [f"label {i % 60}" for i in index],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "distinct"),
+    [
+        ("integer", 3),
+        ("float", 3),
+        ("continuous", 100),
+        ("boolean", 2),
+        ("missing", 3),
+        ("all missing", 0),
+        ("mixed", 2),
+        ("unused", 1),
+        ("many", 60),
+    ],
+)
+def test_labels_of_any_kind(page_of, quick, kind, distinct):
+    adata = cells(labels_key="label")
+    adata.obs["label"] = labels_of(kind, adata.n_obs)
+    page = page_of(adata)
+    pictures = [a["alt"] for a in page.of("img")]
+    assert f"Embedding coloured by label, {distinct} colour" + "s" * (distinct != 1) in pictures
+    assert ("no value" in page.text) == (kind in ("missing", "all missing", "mixed"))
+    assert ("Scores against labels" in page.text) == (kind != "all missing")
+    if kind == "continuous":
+        assert "141 others" in page.text  # 240 - 99
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 100])
+def test_one_to_a_hundred_clusters(page_of, quick, clusters):
+    adata = cells(number=1200, clusters=clusters, n_genes=110, batch_key="donor")
+    page = page_of(adata)
+    assert len(page.tables[0]) == clusters + 2
+    assert "Scores" not in page.text
+    circles = page.of("circle")
+    if clusters == 1:
+        assert "none stands out" in page.text and not circles
+    else:
+        assert len({a["cx"] for a in circles}) >= min(clusters, report.DOTS)
+    # Above twenty, the numbers stand in the picture, and there is no legend to overflow.
+    assert ("Numbers stand at each cluster's median" in page.text) == (clusters > 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["dense", "csc", "integers", "layer", "empty cells", "no counts", "one gene", "one batch"],
+)
+def test_counts_and_batches_of_any_kind(page_of, quick, change):
+    adata = cells(batch_key="donor")
+    batches = 3
+    if change == "dense":
+        adata.X = adata.X.toarray()
+    elif change == "csc":
+        adata.X = csc_matrix(adata.X)
+    elif change == "integers":
+        adata.X = adata.X.astype(np.int64)
+    elif change == "layer":
+        adata.layers["counts"], adata.uns["vmm"]["layer"] = adata.X, "counts"
+        adata.X = adata.X * np.nan
+    elif change == "empty cells":
+        adata.X = csr_matrix(adata.X.toarray() * (np.arange(240) % 3 > 0)[:, None])
+    elif change == "no counts":
+        adata.X = csr_matrix(adata.shape, dtype=np.float32)
+    elif change == "one gene":
+        adata = adata[:, :1].copy()
+    elif change == "one batch":
+        adata.obs["donor"], batches = "only", 1
+    page = page_of(adata)
+    assert f"{batches} batch" in page.text
+    found = page.tables[0][2][-1]
+    # One gene alone, normalised, is the same in all cells that have it.
+    assert found.startswith("gene0") != (change in ("no counts", "one gene"))
+    assert ("Clusters in batches" in page.text) == (batches > 1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 15])
+def test_few_cells(page_of, number):
+    page = page_of(cells(number=number, clusters=2, batch_key="donor", labels_key="type"))
+    assert "too few cells" in page.text or number == 15
+
+
+def test_clusters_of_few_cells_have_no_markers(page_of, quick):
+    adata = cells()
+    adata.obs["vmm_cluster"] = pd.Categorical(["7"] * 9 + ["3"] * 231)
+    rows = page_of(adata).tables[0][2:]
+    assert [row[:2] for row in rows] == [["3", "231"], ["7", "9"]]
+    assert rows[1][-1] == "too few cells"
+
+
+def test_more_cells_than_a_picture_takes(page_of, quick, monkeypatch):
+    monkeypatch.setattr(report, "EMBEDDED", 50)
+    page = page_of(cells(labels_key="type"))
+    assert "50 random cells of 240" in page.text
+    assert page.tables[0][1][1] == "240"
+
+
+def test_latents_of_one_and_two_dimensions_and_all_alike(page_of):
+    adata = cells()
+    z = adata.obsm["X_vmm"]
+    for columns in (z[:, :1], z[:, :2]):
+        adata.obsm["X_vmm"] = columns
+        assert f"Plot of the {columns.shape[1]} latent dimensions" in page_of(adata).text
+    adata.obsm["X_vmm"] = np.zeros_like(z)
+    page_of(adata)
+
+
+@pytest.mark.parametrize("history", [{}, {"elbo_train": [np.nan]}, {"kl_weight": [1.0]}])
+def test_without_curves(page_of, quick, history):
+    assert "No training curves were recorded" in page_of(cells(), history).text
+
+
+def test_validation_of_every_second_epoch_stands_where_it_was(monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        report.plots, "plot_training_curves", lambda r, p: (rows.extend(r), p.touch())
+    )
+    report._curves(HISTORY)
+    assert [row["train_elbo"] for row in rows] == [-90, -80, -70, -65]
+    assert [row.get("validation_elbo") for row in rows] == [None, -85, None, -75]
+
+
+def test_what_is_missing_is_named(tmp_path, quick):
+    adata = cells()
+    adata.obsm["X_vmm"][3, 1] = np.nan
+    with pytest.raises(ValueError, match="X_vmm"):
+        write_report(tmp_path / "report.html", adata, HISTORY)
+    with pytest.raises(KeyError, match="absent"):
+        write_report(tmp_path / "report.html", cells(labels_key="absent"), HISTORY)
+    assert not list(tmp_path.iterdir())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the path")
+def test_a_browser_shows_it(full, tmp_path):
+    path, adata = full
+
+    def browse(*options):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += ["--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}"]
+        command += ["--enable-logging=stderr", *options, path.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    shot = tmp_path / "page.png"
+    shown = browse("--window-size=1000,3000", "--dump-dom")
+    assert ":CONSOLE" not in shown.stderr  # nothing refused, nothing broken
+    assert len(re.findall("<img ", shown.stdout)) == 5
+    for name in adata.obs["vmm_cluster"].cat.categories:
+        assert f"</i>{name}</th>" in shown.stdout
+    browse("--window-size=1000,3000", f"--screenshot={shot}")
+    picture = imread(shot)[..., :3]
+    assert picture.shape[:2] == (3000, 1000)
+    # Colours of the embedding, text of the guide: no part is empty.
+    assert np.ptp(picture[150:600], -1).max() > 0.3
+    assert all((part.min((0, 1)) < 0.5).any() for part in np.array_split(picture, 6))
