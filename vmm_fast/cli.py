@@ -1,4 +1,4 @@
-"""The command ``vmm-fast``: cluster a file of vectors or images, or the demo's digits.
+"""The command ``vmm-fast``: cluster vectors, images or single cells.
 
 Results go to one folder. Exit codes: 0 done, 1 the run failed, 2 the input or an option cannot be
 used, 130 interrupted.
@@ -34,6 +34,14 @@ RESULTS = {
     "training.png": "training curves",
     "weights.png": "weight of each component",
 }
+SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
+EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
+EPOCHS_HELP = "passes over the cells (default: 100, from 80,000 cells on fewer)"
+ASSIGN = """\
+Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
+Cells of a batch that the model does not know are encoded as of each batch that it
+knows, and the mean is taken.
+"""
 DEMO = "the demo's MNIST images"  # stands for the input file in run.json
 EXPLANATION = """\
 FILE is one of
@@ -48,6 +56,16 @@ last or not at all. Images are scaled by their minimum and maximum to [-1, 1], o
 columns each to mean 0 and standard deviation 1. For images are also taken: uint8, an
 array called images, and square rows (8 x 8 or more) of whole numbers from 0 to 255.
 True labels are used for scores alone.
+"""
+CELLS = """\
+FILE is one of
+  .h5ad   counts in X or in a layer (--layer)
+  .zarr   a folder as anndata writes it
+  .h5     of 10x Genomics, or the folder with their matrix.mtx
+  .loom   needs loompy
+
+Values must be counts: normalised or logarithmic ones are refused. The file is only read.
+The results have all its cells and genes, also those that --genes leaves out of training.
 """
 
 
@@ -92,8 +110,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vmm-fast",
-        description="Cluster vectors or images with a variational autoencoder whose prior is a "
-        "VampPrior mixture: the number of clusters is found, not given.",
+        description="Cluster vectors, images or single cells with a variational autoencoder whose "
+        "prior is a VampPrior mixture: the number of clusters is found, not given.",
     )
     parser.add_argument("--version", action="version", version=f"vmm-fast {version('vmm-fast')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -142,35 +160,96 @@ def _parser() -> argparse.ArgumentParser:
         ),
         ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
     )
-    existing = cluster.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in DIR after its last whole epoch, with its settings; --epochs "
-        "can be raised",
-    )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace the results of another run in DIR"
-    )
+    _add_existing(cluster)
     cluster.set_defaults(run=_cluster)
+
+    integrate = commands.add_parser(
+        "integrate",
+        help="integrate batches of single cells and cluster them",
+        description="Integrate the batches of single cells and cluster them: scVI with a mixture "
+        "prior.",
+        epilog=CELLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    integrate.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
+    integrate.add_argument(
+        "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
+    )
+    _add_options(
+        integrate,
+        ("--out", "DIR", str, "folder for the results (default: FILE's name with -vmm, here)"),
+        ("--batch-key", "KEY", str, "column of obs with the batches (default: one batch)"),
+        ("--layer", "NAME", str, "layer with the counts (default: X)"),
+        ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
+        ("--genes", "N", _whole(1), "train on so many variable genes (default: on all)"),
+        ("--components", "C", _whole(1), "most clusters (default: cells / 20, in 10 to 100)"),
+        ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10)"),
+        ("--epochs", "N", _whole(1), EPOCHS_HELP),
+        ("--batch-size", "B", _whole(2), "cells per step (default: 128)"),
+        ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
+        ("--prior-learning-rate", "R", _rate, "of the prior (default: 0.005)"),
+        ("--seed", "N", _whole(0, 2**32 - 1), "of all randomness (default: 0)"),
+    )
+    integrate.add_argument(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu", "mps"),
+        default="auto",
+        help="where to train (default: %(default)s)",
+    )
+    _add_existing(integrate)
+    integrate.set_defaults(run=_integrate)
+
+    assign = commands.add_parser(
+        "assign",
+        help="put new cells into the clusters of a trained model",
+        description="Put new cells into the clusters of a model that integrate has trained. "
+        "Nothing is trained.",
+        epilog=ASSIGN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    assign.add_argument("model", metavar="MODEL", help="folder that integrate wrote, or its model")
+    assign.add_argument("file", metavar="CELLS", help="as integrate reads them")
+    _add_options(
+        assign,
+        ("--out", "FILE.h5ad", str, "(default: CELLS's name with -vmm.h5ad, here)"),
+        ("--layer", "NAME", str, "layer with the counts (default: the model's, else X)"),
+    )
+    assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
+    assign.set_defaults(run=_assign)
     return parser
 
 
+def _add_existing(parser: argparse.ArgumentParser) -> None:
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in DIR after its last checkpoint, with its settings; --epochs "
+        "can be raised",
+    )
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results of another run in DIR, each when its successor is there",
+    )
+
+
 def _add_options(
-    parser: argparse.ArgumentParser, *options: tuple[str, str, Callable[[str], float], str]
+    parser: argparse.ArgumentParser, *options: tuple[str, str, Callable[[str], Any], str]
 ) -> None:
     for name, symbol, kind, text in options:
         parser.add_argument(name, metavar=symbol, type=kind, help=text)
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, is {text!r}")
+        if not least <= value <= most:
+            bounds = f"{least}" if most == 2**63 - 1 else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {bounds}, is {text!r}")
         return value
 
     return parse
@@ -186,12 +265,12 @@ def _rate(text: str) -> float:
     return value
 
 
-def _require(*modules: str) -> None:
+def _require(*modules: str, extra: str = "cli") -> None:
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError:
-            message = f"needs {name}, which is not installed: pip install 'vmm-fast[cli]'"
+            message = f"needs {name}, which is not installed: pip install 'vmm-fast[{extra}]'"
             raise InputError(message) from None
 
 
@@ -298,14 +377,139 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
         ("epochs, best of them", f"{metrics['epochs']}, {metrics['best_epoch']}"),
         ("training time", f"{seconds // 60}:{seconds % 60:02d} min"),
     ]
+    _print_table(rows, folder, RESULTS)
+
+
+def _print_table(rows: list[tuple[str, str]], folder: Path, results: dict[str, str]) -> None:
     left = max(len(title) for title, _ in rows)
     right = max(len(value) for _, value in rows)
     print("\n" + "-" * (left + right + 2))
     for title, value in rows:
         print(f"{title:<{left}}  {value:>{right}}")
     print("-" * (left + right + 2) + f"\n\nin {folder}:")
-    for name, meaning in RESULTS.items():
+    for name, meaning in results.items():
         print(f"  {name:<13} {meaning}")
+
+
+def _integrate(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import integration, reading, report
+
+    file = arguments.file
+    if (file is None) != arguments.example:
+        raise InputError("give either FILE or --example; see vmm-fast integrate --help")
+    name = EXAMPLE if file is None else Path(file).resolve().stem
+    out = arguments.out or f"{name}-vmm"
+    folder = Folder(
+        out,
+        command="integrate",
+        settings=integration.Settings,
+        checkpoint="checkpoint.ckpt",
+        results=integration.RESULTS,
+        changeable=("labels_key",),
+    )
+    if file is None:
+        cells, source = reading.example(), EXAMPLE
+        arguments.labels_key = arguments.labels_key or "bulk_labels"
+    else:
+        folder.must_not_hold(file)
+        cells, source = reading.read_cells(file), digest(file)
+    adata = cells.adata
+    given = {f.name: getattr(arguments, f.name) for f in fields(integration.Settings)}
+    try:
+        if arguments.resume:
+            given = folder.resumed(source, given)
+        settings = integration.Settings.suited_to(adata, **given)
+        training, notes = integration.training_cells(adata, settings)
+    except InputError as error:
+        raise InputError(f"{file or EXAMPLE}: {error}") from None
+    _check_accelerator(arguments.accelerator)
+    folder.start(
+        {"input": source, "settings": asdict(settings)},
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+    )
+    parts = [f"{adata.n_obs:,} cells x {adata.n_vars:,} genes"]
+    if settings.batch_key is not None:
+        parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
+    if training.n_vars < adata.n_vars:
+        parts.append(f"trained on the {training.n_vars:,} genes that vary most")
+    print(", ".join(parts))
+    for note in cells.notes + notes:
+        print(f"note: {note}", flush=True)
+    again = ["vmm-fast", "integrate", file or "--example", "--out", out, "--resume"]
+    if arguments.accelerator != "auto":
+        again += ["--accelerator", arguments.accelerator]
+    try:
+        found = integration.integrate(
+            training,
+            settings,
+            checkpoint=folder.checkpoint,
+            # A run that was stopped before its first checkpoint starts again.
+            resume=arguments.resume and folder.checkpoint.exists(),
+            accelerator=arguments.accelerator,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
+        )
+        record = found.add_to(adata)
+        found.write(adata, folder.path)
+        report.write_report(folder.path / "report.html", adata, found.history)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; go on with: {shlex.join(again)}") from None
+    rows = [
+        (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
+        for s, value in record.get("scores", {}).items()
+    ]
+    seconds = round(record["training_seconds"])
+    rows += [
+        ("clusters with any cell", f"{record['clusters_used']} of {settings.components}"),
+        (
+            f"ELBO, {record['held_out_cells']:,} cells held out",
+            f"{record['held_out_elbo']:.2f} nats",
+        ),
+        ("epochs", str(settings.epochs)),
+        ("training time", f"{seconds // 60}:{seconds % 60:02d} min"),
+    ]
+    _print_table(rows, folder.path, integration.RESULTS)
+
+
+def _check_accelerator(name: str) -> None:
+    import torch
+
+    absent = (name == "gpu" and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    )
+    if absent:
+        raise InputError(f"--accelerator {name}: torch finds none on this machine")
+
+
+def _assign(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import assignment, integration, reading
+
+    file = arguments.file
+    out = Path(arguments.out or f"{Path(file).resolve().stem}-vmm.h5ad")
+    if out.suffix != ".h5ad":
+        raise InputError(f"--out {out}: must end in .h5ad")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out {out}: must lie in a folder that can be written to")
+    if out.exists() and os.path.exists(file) and out.samefile(file):
+        raise InputError(f"--out {out}: is the input, which is never written to")
+    if out.exists() and not arguments.overwrite:
+        raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
+    model = assignment.find_model(arguments.model)
+    cells = reading.read_cells(file)
+    adata = cells.adata
+    try:
+        notes = assignment.assign(adata, model, arguments.layer)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    for note in cells.notes + notes:
+        print(f"note: {note}", flush=True)
+    integration.write_cells(adata, out)
+    clusters = adata.obs["vmm_cluster"].cat.categories
+    probability = adata.obs["vmm_cluster_probability"].median()
+    print(f"{len(clusters)} clusters, median probability {probability:.3f}, in {out}")
 
 
 if __name__ == "__main__":

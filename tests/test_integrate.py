@@ -1,0 +1,670 @@
+"""The commands vmm-fast integrate and assign: results complete and consistent, bad input told."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+import anndata  # noqa: E402
+from anndata import AnnData  # noqa: E402
+from scipy.io import mmwrite  # noqa: E402
+from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
+
+from vmm_fast import _folder, cli  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, integration, reading, report  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FILES = {"run.json", "checkpoint.ckpt", *integration.RESULTS}
+UMAP = report._plane
+COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_umap():
+    """Its first call compiles for ten seconds: one test takes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+        yield
+
+
+def make_cells(number=60, genes=20, batches=2, seed=0):
+    """Two types of cells in batches."""
+    random = np.random.default_rng(seed)
+    types, batch = random.integers(2, size=number), np.arange(number) % batches
+    rates = np.random.default_rng(5).gamma(1.0, 4.0, (2, genes)) + 0.1
+    counts = random.poisson(rates[types] * (1 + batch[:, None])).astype(np.float32)
+    adata = AnnData(csr_matrix(counts))
+    adata.obs_names = [f"cell {i}" for i in range(number)]
+    adata.var_names = [f"gene {i}" for i in range(genes)]
+    adata.obs["batch"] = [f"b{i}" for i in batch]
+    adata.obs["type"] = types.astype(str)
+    return adata
+
+
+def written(folder, adata=None, name="cells.h5ad"):
+    path = folder / name
+    (make_cells() if adata is None else adata).write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def h5ad(tmp_path):
+    return written(tmp_path)
+
+
+def run(path, out, *options):
+    command = ["integrate", str(path), "--out", str(out), "--epochs", "2", "--accelerator", "cpu"]
+    return cli.main([*command, *map(str, options)])
+
+
+def complaint(capsys, code, expected_code=2):
+    """The one line on stderr; no traceback."""
+    error = capsys.readouterr().err
+    assert code == expected_code, error
+    assert error.startswith("vmm-fast: ") and error.count("\n") == 1, error
+    return error
+
+
+def state_of(out):
+    model = torch.load(out / "model" / "model.pt", weights_only=False)
+    return model["model_state_dict"]
+
+
+def same_results(one, other):
+    a, b = (anndata.read_h5ad(out / "cells.h5ad") for out in (one, other))
+    np.testing.assert_array_equal(a.obsm["X_vmm"], b.obsm["X_vmm"])
+    assert a.obs.equals(b.obs)
+    assert (one / "clusters.csv").read_bytes() == (other / "clusters.csv").read_bytes()
+    torch.testing.assert_close(state_of(other), state_of(one), rtol=0, atol=0)
+
+
+# --- runs ---
+
+
+def test_integrate(h5ad, tmp_path, capsys):
+    before, out = h5ad.read_bytes(), tmp_path / "out"
+    options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--components", 8]
+    assert run(h5ad, out, *options) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "60 cells x 20 genes, 2 batches, trained on the 15 genes" in shown.out
+    assert re.search(r"^ARI, by type +-?\d\.\d{3}$", shown.out, re.MULTILINE)
+    assert re.search(r"^clusters with any cell +\d of 8$", shown.out, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == FILES
+    assert h5ad.read_bytes() == before
+
+    source, adata = anndata.read_h5ad(h5ad), anndata.read_h5ad(out / "cells.h5ad")
+    assert adata.obs_names.equals(source.obs_names) and adata.var_names.equals(source.var_names)
+    assert (adata.X != source.X).nnz == 0
+    assert list(adata.obs) == [*source.obs, *COLUMNS]
+    settings = adata.uns["vmm"]
+    assert settings["batch_key"] == "batch" and settings["components"] == 8
+    assert settings["clusters_used"] == len(adata.obs["vmm_cluster"].cat.categories)
+    assert set(settings["scores"]) == {"ari", "nmi"}
+
+    # The model is the one that the columns are of.
+    genes = adata.var_names[adata.var["vmm_gene"]]
+    assert len(genes) == 15 == settings["genes"]
+    model = VMMSCVI.load(out / "model", source[:, genes].copy(), accelerator="cpu")
+    np.testing.assert_array_equal(model.get_latent_representation(), adata.obsm["X_vmm"])
+    clusters = model.get_clusters()
+    np.testing.assert_array_equal(adata.obs["vmm_cluster"].astype(int), clusters)
+    best = model.get_cluster_probabilities().max(1)
+    np.testing.assert_allclose(adata.obs["vmm_cluster_probability"], best, rtol=1e-5)
+    entropy = model.get_cluster_entropy()
+    np.testing.assert_array_equal(adata.obs["vmm_cluster_entropy"], entropy)
+    assert (np.diff(np.bincount(clusters, minlength=8)) <= 0).all()  # numbered by size
+    assert len(model.history["elbo_train"]) == 2
+
+    with open(out / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cell"] for row in rows] == list(source.obs_names)
+    assert [row["cluster"] for row in rows] == list(adata.obs["vmm_cluster"])
+
+
+def test_labels_are_not_trained_on(h5ad, tmp_path):
+    assert run(h5ad, tmp_path / "a") == 0
+    assert run(h5ad, tmp_path / "b", "--labels-key", "type") == 0
+    assert torch.equal(*(torch.as_tensor(state_of(tmp_path / n)["prior.logits"]) for n in "ab"))
+
+
+def test_the_example(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("scanpy", reason="the example comes with scanpy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "_plane", UMAP)
+    assert cli.main(["integrate", "--example", "--epochs", "1", "--accelerator", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "700 cells x 765 genes" in shown and "ARI, by bulk_labels" in shown
+    adata = anndata.read_h5ad("pbmc68k-vmm/cells.h5ad")
+    assert (adata.X.data == np.rint(adata.X.data)).all() and adata.X.max() == 259
+    page = (tmp_path / "pbmc68k-vmm" / "report.html").read_text()
+    assert "UMAP of the 10 latent dimensions" in page
+    assert "700 cells, 765 genes" in page and "clusters used of 35" in page
+    assert page.count("<img ") == 4  # cluster, label, entropy, curves
+
+
+def test_options(h5ad, tmp_path):
+    given = {"seed": 5, "latent_dim": 3, "components": 4, "batch_size": 20, "genes": 12}
+    given |= {"learning_rate": 0.01, "prior_learning_rate": 0.02}
+    cells = reading.read_cells(str(h5ad)).adata
+
+    def loss(options):
+        settings = integration.Settings.suited_to(cells, **options, epochs=1)
+        training, _ = integration.training_cells(cells, settings)
+        found = integration.integrate(training, settings, accelerator="cpu")
+        assert found.model.get_latent_representation().shape == (60, options["latent_dim"])
+        return found.history["elbo_validation"]
+
+    first = loss(given)
+    for name in given:
+        assert loss({**given, name: given[name] * 2}) != first, name
+
+
+@pytest.mark.parametrize("kind", ["zarr", "loom", "h5", "mtx", "mtx.gz", "csc", "dense", "layer"])
+def test_kinds_of_files(tmp_path, kind):
+    source = make_cells()
+    counts, layer = source.X.toarray(), None
+    path = tmp_path / f"cells.{kind}"
+    if kind == "zarr":
+        source.write_zarr(path)
+    elif kind == "loom":
+        pytest.importorskip("loompy", reason="loompy is not installed")
+        source.write_loom(path)
+    elif kind == "h5":
+        write_10x(path, source)
+    elif kind.startswith("mtx"):
+        path = tmp_path / "matrix"
+        write_mtx(path, source, kind == "mtx.gz")
+    else:
+        if kind == "csc":
+            source.X = csc_matrix(source.X)
+        elif kind == "dense":
+            source.X = counts.astype(np.int32)
+        else:
+            source.layers["counts"], layer = source.X.copy(), "counts"
+            source.X = np.log1p(counts)
+        path = written(tmp_path, source)
+    adata = reading.read_cells(str(path)).adata
+    settings = integration.Settings.suited_to(adata, layer=layer, epochs=1)
+    training, _ = integration.training_cells(adata, settings)
+    found = training.X if layer is None else training.layers[layer]
+    np.testing.assert_array_equal(found.toarray(), counts)
+    assert list(training.obs_names) == list(source.obs_names)
+    assert list(training.var_names) == list(source.var_names)
+
+
+def write_10x(path, adata):
+    import h5py
+
+    columns = csc_matrix(adata.X.T)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["barcodes"] = adata.obs_names.to_numpy().astype("S")
+        group["data"], group["indices"] = columns.data.astype("i4"), columns.indices
+        group["indptr"], group["shape"] = columns.indptr, columns.shape
+        names = adata.var_names.to_numpy().astype("S")
+        for name in ("id", "name"):
+            group[f"features/{name}"] = names
+        group["features/feature_type"] = np.full(len(names), b"Gene Expression")
+        group["features/genome"] = np.full(len(names), b"any")
+
+
+def write_mtx(folder, adata, compressed):
+    import gzip
+
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", adata.X.T.astype(int))
+    features = [f"id{i}\t{name}" for i, name in enumerate(adata.var_names)]
+    if compressed:
+        features = [f"{line}\tGene Expression" for line in features]
+    lists = {"features.tsv" if compressed else "genes.tsv": features}
+    lists["barcodes.tsv"] = list(adata.obs_names)
+    for name, lines in lists.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    if compressed:
+        for path in list(folder.iterdir()):
+            with gzip.open(f"{path}.gz", "wb") as file:
+                file.write(path.read_bytes())
+            path.unlink()
+
+
+def test_gene_names_of_10x_that_occur_again_are_numbered(tmp_path):
+    source = make_cells()
+    names = list(source.var_names)
+    source.var_names = [names[0], names[0], *names[2:]]
+    write_10x(tmp_path / "cells.h5", source)
+    cells = reading.read_cells(str(tmp_path / "cells.h5"))
+    assert list(cells.adata.var_names)[:2] == ["gene 0", "gene 0-1"]
+    assert "1 gene name" in cells.notes[0]
+
+
+def test_odd_cells_are_noted_and_do_not_break_a_run(tmp_path, capsys):
+    adata = make_cells()
+    counts = adata.X.toarray()
+    counts[[3, 7]] = 0
+    counts[:, 5] = 0
+    adata.X = csr_matrix(counts)
+    adata.obs["batch"] = ["alone", *adata.obs["batch"][1:]]
+    adata.obs["type"] = [None, *adata.obs["type"][1:]]
+    path = written(tmp_path, adata)
+    keys = ["--batch-key", "batch", "--labels-key", "type"]
+    for options in (keys, [*keys, "--genes", 10, "--overwrite"]):
+        assert run(path, tmp_path / "out", *options) == 0
+        shown = capsys.readouterr().out
+        assert "note: a batch of one cell: alone" in shown
+        assert "note: 2 cells have no counts at all" in shown
+        assert "note: 1 gene has no counts at all" in shown
+        found = anndata.read_h5ad(tmp_path / "out" / "cells.h5ad")
+        assert np.isfinite(found.obsm["X_vmm"]).all()
+    adata.X = csr_matrix(np.where(np.arange(20) == 6, 4, counts))  # a gene that is constant
+    adata.obs["batch"] = "all"
+    assert run(written(tmp_path, adata), tmp_path / "one", "--batch-key", "batch") == 0
+    assert "note: one batch alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, batch_size", [(10, 128), (10, 2), (11, 3)])
+def test_few_cells(tmp_path, number, batch_size):
+    path = written(tmp_path, make_cells(number))
+    assert run(path, tmp_path / "out", "--batch-size", batch_size, "--components", number) == 0
+
+
+# --- stopping and going on ---
+
+
+@pytest.fixture
+def always_kept(monkeypatch):
+    monkeypatch.setattr(integration, "CHECKPOINT_SECONDS", 0)
+
+
+def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, always_kept):
+    whole, broken = tmp_path / "whole", tmp_path / "bro ken"
+    options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
+    assert run(h5ad, whole, *options) == 0
+    real = integration._Epochs.on_train_epoch_end
+
+    def stopped(self, *args):
+        real(self, *args)
+        if self.epoch == 3:  # the prior is being trained
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(integration._Epochs, "on_train_epoch_end", stopped)
+    handler = signal.getsignal(signal.SIGINT)
+    capsys.readouterr()
+    error = complaint(capsys, run(h5ad, broken, *options), 130)
+    again = f"vmm-fast integrate {h5ad} --out '{broken}' --resume --accelerator cpu"
+    assert f"interrupted; go on with: {again}" in error
+    assert signal.getsignal(signal.SIGINT) is handler  # Lightning would ignore the next Ctrl-C
+    assert {path.name for path in broken.iterdir()} == {"run.json", "checkpoint.ckpt"}
+    (broken / f".cells.h5ad.{'0' * 16}.tmp").write_bytes(b"half")  # as a killed run leaves it
+    monkeypatch.setattr(integration._Epochs, "on_train_epoch_end", real)
+    command = ["integrate", str(h5ad), "--out", str(broken), "--resume", "--accelerator", "cpu"]
+    assert cli.main(command) == 0
+    same_results(whole, broken)
+    assert {path.name for path in broken.iterdir()} == FILES
+
+    # A finished run can be resumed too, with labels, and made longer.
+    assert cli.main([*command, "--labels-key", "type"]) == 0
+    same_results(whole, broken)
+    assert "scores" in anndata.read_h5ad(broken / "cells.h5ad").uns["vmm"]
+    assert cli.main([*command, "--epochs", "5"]) == 0
+    assert anndata.read_h5ad(broken / "cells.h5ad").uns["vmm"]["epochs"] == 5
+
+
+STOPPED = """
+import pathlib, sys, time, torch
+torch.set_num_threads(1)
+from vmm_fast import cli
+from vmm_fast.scvi import integration
+integration.CHECKPOINT_SECONDS = 0
+real = integration._Epochs.on_train_epoch_end
+def wait_to_be_stopped(self, *args):
+    real(self, *args)
+    if self.epoch == 3:  # N(0, I) still stands in for the prior
+        pathlib.Path("waiting").touch()
+        time.sleep(1000)
+integration._Epochs.on_train_epoch_end = wait_to_be_stopped
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_process_goes_on(h5ad, tmp_path, stop):
+    options = [h5ad, "--epochs", "8", "--accelerator", "cpu", "--out"]
+    command = [sys.executable, "-c", STOPPED, "integrate", *options, "stopped"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=120)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.startswith("vmm-fast: interrupted; go on with: ") and error.count("\n") == 1
+    else:
+        assert process.returncode == -signal.SIGKILL
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    resume = ["integrate", str(h5ad), "--out", str(stopped), "--resume", "--accelerator", "cpu"]
+    assert cli.main(resume) == 0
+    assert run(h5ad, whole, "--epochs", 8) == 0
+    same_results(whole, stopped)
+
+
+def test_resume_is_refused_for_another_run(h5ad, tmp_path, capsys):
+    out = tmp_path / "out"
+    error = complaint(capsys, run(h5ad, out, "--resume"))
+    assert "holds no run; leave --resume out" in error and not out.exists()
+    assert run(h5ad, out, "--batch-key", "batch") == 0
+    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    error = complaint(capsys, run(h5ad, out, "--resume", "--seed", 9))
+    assert "--seed must be 0 as in the run" in error
+    error = complaint(capsys, run(h5ad, out, "--resume", "--layer", "counts"))
+    assert "--layer must be absent as in the run" in error
+    other = written(tmp_path, make_cells(seed=1), "other.h5ad")
+    assert "another input" in complaint(capsys, run(other, out, "--resume"))
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    (out / "checkpoint.ckpt").write_bytes(before["checkpoint.ckpt"][:1000])
+    error = complaint(capsys, run(h5ad, out, "--resume"))
+    assert "checkpoint.ckpt: is damaged" in error
+
+
+def test_existing_results_stay_until_others_take_their_place(h5ad, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run(h5ad, out) == 0
+    capsys.readouterr()
+    before = {name: (out / name).read_bytes() for name in ("cells.h5ad", "clusters.csv")}
+    error = complaint(capsys, run(h5ad, out))
+    assert "integrate --resume" in error and "integrate --overwrite" in error
+
+    def stop(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(integration._Epochs, "on_train_epoch_end", stop)
+        complaint(capsys, run(h5ad, out, "--overwrite", "--seed", 3), 130)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert run(h5ad, out, "--overwrite", "--seed", 3) == 0
+    assert anndata.read_h5ad(out / "cells.h5ad").uns["vmm"]["seed"] == 3
+
+    foreign = tmp_path / "foreign"
+    (foreign / "model").mkdir(parents=True)
+    capsys.readouterr()
+    error = complaint(capsys, run(h5ad, foreign, "--overwrite"))
+    assert "holds model, which is of no run" in error
+
+
+# --- what cannot be used ---
+
+
+def changed(value, **more):
+    adata = make_cells()
+    counts = adata.X.toarray()
+    counts[7, 2] = value
+    adata.X = csr_matrix(counts) if more.get("sparse", True) else counts
+    return adata
+
+
+def bad_files(folder):
+    """Name of the case -> (file, what the complaint must say)."""
+    cases = {}
+
+    def case(name, adata, message):
+        cases[name] = (written(folder, adata, f"{name}.h5ad"), message)
+
+    cases["missing"] = (folder / "nowhere.h5ad", "no such file or folder")
+    (folder / "folder").mkdir()
+    cases["folder"] = (folder / "folder", "is a folder without matrix.mtx")
+    for name, content, message in (
+        ("a.h5ad", b"", "is empty"),
+        ("b.h5ad", b"\xff\xfegarbage" * 99, "is damaged or no .h5ad file"),
+        ("c.h5", b"\xff\xfegarbage" * 99, "is damaged or no .h5 file"),
+        ("d.loom", b"\xff\xfegarbage" * 99, "is damaged or no .loom file|needs loompy"),
+        ("e.csv", b"1,2", "must be a .h5ad, .h5 or .loom file .* ends in .csv"),
+        ("f", b"1,2", "has no suffix"),
+        ("g.h5ad", written(folder).read_bytes()[:-5000], "is damaged or no .h5ad file"),
+    ):
+        (folder / name).write_bytes(content)
+        cases[name] = (folder / name, message)
+    (folder / "h.zarr").mkdir()
+    (folder / "h.zarr" / "zarr.json").write_text("{}")
+    cases["h.zarr"] = (folder / "h.zarr", "is damaged or no .zarr file")
+    (folder / "m").mkdir()
+    (folder / "m" / "matrix.mtx").write_text("%%MatrixMarket")
+    cases["mtx"] = (folder / "m", "is damaged or no .mtx file")
+
+    place = r"in cell 'cell 7', gene 'gene 2'"
+    case("normalised", changed(0.5), f"X must hold counts, .* has 0.5 {place}")
+    case("negative", changed(-1), f"has -1 {place}")
+    case("nan", changed(np.nan), f"has nan {place}")
+    case("infinite", changed(np.inf, sparse=False), f"has inf {place}")
+    layers = changed(0.5)
+    layers.layers["counts"], layers.layers["log"] = make_cells().X, layers.X
+    case("layers", layers, "these hold counts: --layer counts$")
+    raw = make_cells()
+    raw.raw = raw.copy()
+    raw.X = np.log1p(raw.X.toarray())
+    case("raw", raw, r"raw holds counts: write adata.raw.to_adata\(\) to a file")
+    case("no X", AnnData(obs=make_cells().obs, var=make_cells().var), "X must hold .* is absent")
+    zeros = make_cells()
+    zeros.X = csr_matrix(zeros.shape, dtype=np.float32)
+    case("zeros", zeros, "must hold counts above 0")
+    twice = make_cells()
+    twice.obs_names = ["same", "same", *twice.obs_names[2:]]
+    case("cells twice", twice, "cell names must be unique, 1 occur again, the first .* 'same'")
+    twice = make_cells()
+    twice.var_names = ["same", "same", *twice.var_names[2:]]
+    case("genes twice", twice, "gene names must be unique")
+    case("no cells", make_cells()[:0].copy(), "must hold cells and genes, has 0 cells")
+    case("no genes", make_cells()[:, :0].copy(), "must hold cells and genes, .* 0 genes")
+    case("few", make_cells(9), "at least 10 cells to be integrated, has 9")
+    return cases
+
+
+def test_bad_input(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, (path, message) in bad_files(tmp_path).items():
+        before = path.read_bytes() if path.is_file() else None
+        error = complaint(capsys, run(path, out))
+        assert str(path) in error, name
+        assert re.search(message, error), f"{name}: {error}"
+        assert not out.exists(), name
+        assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch-key", "plate"], "--batch-key plate: must be a column of obs, which are batch, "),
+        (["--labels-key", "cell_type"], "--labels-key cell_type: must be a column of obs"),
+        (["--layer", "counts"], "--layer counts: must be one of the layers, but there are none"),
+        (["--batch-key", "some"], "every cell must have a batch, 2 of 60 have none"),
+        (["--batch-key", "barcode"], "--batch-key barcode: .* another value for every cell"),
+        (["--components", "61"], "--components must be at most 60, the cells .* is 61"),
+        (["--epochs", "0"], "--epochs: must be a whole number from 1, is '0'"),
+        (["--batch-size", "1"], "--batch-size: must be a whole number from 2, is '1'"),
+        (["--seed", 2**32], "--seed: must be a whole number from 0 to 4294967295"),
+        (["--prior-learning-rate", "0"], "--prior-learning-rate: must be a number above 0"),
+        (["--accelerator", "cuda"], "--accelerator: invalid choice"),
+        (["--example"], "either FILE or --example"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, options, message):
+    adata = make_cells()
+    adata.obs["some"] = [None, None, *adata.obs["batch"][2:]]
+    adata.obs["barcode"] = adata.obs_names
+    error = complaint(capsys, run(written(tmp_path, adata), tmp_path / "out", *options))
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file(capsys):
+    assert "either FILE or --example" in complaint(capsys, cli.main(["integrate"]))
+
+
+def test_the_input_is_never_written_to(h5ad, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(h5ad, out) == 0
+    before = (out / "cells.h5ad").read_bytes()
+    capsys.readouterr()
+    error = complaint(capsys, run(out / "cells.h5ad", out, "--overwrite"))
+    assert "cells.h5ad in it is the input" in error
+    assert (out / "cells.h5ad").read_bytes() == before
+    make_cells().write_zarr(tmp_path / "cells.zarr")
+    for folder in (tmp_path / "cells.zarr", tmp_path / "cells.zarr" / "out"):
+        assert "lies in the input" in complaint(capsys, run(tmp_path / "cells.zarr", folder))
+
+
+def test_a_folder_that_cannot_be_written_to(h5ad, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    error = complaint(capsys, run(h5ad, tmp_path / "file"))
+    assert "folder that can be written to" in error
+
+    def refused(path, writer, **keywords):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(_folder, "write_atomically", refused)
+    error = complaint(capsys, run(h5ad, tmp_path / "out"))
+    assert "folder that can be written to: Permission denied" in error
+
+
+def test_divergence_is_told_in_a_line(h5ad, tmp_path, capsys):
+    error = complaint(capsys, run(h5ad, tmp_path / "out", "--learning-rate", 1e30), 1)
+    assert "training diverged: " in error and "nan in epoch" in error
+
+
+def test_a_missing_extra_names_the_cure(h5ad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    error = complaint(capsys, run(h5ad, tmp_path / "out"))
+    assert "needs scanpy" in error and "pip install 'vmm-fast[cli,scvi]'" in error
+
+
+def test_help(capsys):
+    for command in ("integrate", "assign"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 90
+
+
+# --- assign ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on three batches, of counts in a layer."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.set_num_threads(1)
+    adata = make_cells(batches=3)
+    adata.layers["counts"] = adata.X.copy()
+    path = written(folder, adata)
+    options = ["--batch-key", "batch", "--layer", "counts", "--genes", "18", "--epochs", "20"]
+    assert run(path, folder / "out", *options) == 0
+    return folder / "out"
+
+
+def assigned(model, cells, out, *options):
+    return cli.main(["assign", str(model), str(cells), "--out", str(out), *map(str, options)])
+
+
+def test_the_training_cells_get_their_clusters_again(trained, tmp_path, capsys):
+    adata = anndata.read_h5ad(trained / "cells.h5ad")
+    expected = adata.obs[COLUMNS].copy(), adata.obsm.pop("X_vmm")
+    adata.obs = adata.obs.drop(columns=COLUMNS)
+    random = np.random.default_rng(0)
+    cells = random.permutation(adata.n_obs)[:40]
+    path = written(tmp_path, adata[cells, random.permutation(adata.n_vars)].copy())
+    before = path.read_bytes()
+    for model, out in ((trained, "a.h5ad"), (trained / "model", "b.h5ad")):
+        assert assigned(model, path, tmp_path / out) == 0
+        assert capsys.readouterr().err == ""
+        found = anndata.read_h5ad(tmp_path / out)
+        np.testing.assert_allclose(found.obsm["X_vmm"], expected[1][cells], atol=1e-5)
+        assert list(found.obs["vmm_cluster"]) == list(expected[0]["vmm_cluster"].iloc[cells])
+        assert found.n_vars == 20
+    assert path.read_bytes() == before
+
+
+def test_new_batches_are_encoded_as_of_each_known_one(trained, tmp_path, capsys):
+    adata = make_cells(30, batches=3, seed=2)
+    z = []
+    for batch in ("b0", "b1", "b2"):
+        adata.obs["batch"] = batch
+        assert assigned(trained, written(tmp_path, adata), tmp_path / f"{batch}.h5ad") == 0
+        z.append(anndata.read_h5ad(tmp_path / f"{batch}.h5ad").obsm["X_vmm"])
+    assert "note" not in capsys.readouterr().out
+    adata.obs["batch"] = ["b0", *["new"] * 29]
+    assert assigned(trained, written(tmp_path, adata), tmp_path / "new.h5ad") == 0
+    assert "a batch that the model does not know: new" in capsys.readouterr().out
+    found = anndata.read_h5ad(tmp_path / "new.h5ad").obsm["X_vmm"]
+    np.testing.assert_allclose(found[1:], np.mean(z, 0)[1:], atol=1e-5)
+    np.testing.assert_allclose(found[0], z[0][0], atol=1e-5)
+    del adata.obs["batch"]
+    assert assigned(trained, written(tmp_path, adata), tmp_path / "none.h5ad") == 0
+    assert "obs has no 'batch'" in capsys.readouterr().out
+
+
+def trained_gene(trained):
+    var = anndata.read_h5ad(trained / "cells.h5ad").var
+    return var.index[var["vmm_gene"]][3]
+
+
+def test_missing_genes(trained, tmp_path, capsys):
+    adata, gene = make_cells(batches=3), trained_gene(trained)
+    short = written(tmp_path, adata[:, adata.var_names != gene].copy())
+    error = complaint(capsys, assigned(trained, short, tmp_path / "out.h5ad"))
+    assert f"1 of the model's 18 genes is missing, more than 5%: {gene}" in error
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_a_small_share_of_missing_genes_is_taken_as_0(trained, tmp_path, capsys, monkeypatch):
+    from vmm_fast.scvi import assignment
+
+    monkeypatch.setattr(assignment, "MOST_MISSING", 0.1)
+    adata, gene = make_cells(batches=3), trained_gene(trained)
+    short = written(tmp_path, adata[:, adata.var_names != gene].copy())
+    assert assigned(trained, short, tmp_path / "short.h5ad") == 0
+    assert f"1 of the model's 18 genes is missing, taken as 0: {gene}" in capsys.readouterr().out
+    counts = adata.X.toarray()
+    counts[:, adata.var_names == gene] = 0
+    adata.X = csr_matrix(counts)
+    assert assigned(trained, written(tmp_path, adata), tmp_path / "zero.h5ad") == 0
+    z = [anndata.read_h5ad(tmp_path / f"{n}.h5ad").obsm["X_vmm"] for n in ("short", "zero")]
+    np.testing.assert_array_equal(*z)
+
+
+def test_bad_input_to_assign(trained, tmp_path, capsys):
+    cells, out = written(tmp_path, make_cells(batches=3)), tmp_path / "out.h5ad"
+    error = complaint(capsys, assigned(tmp_path, cells, out))
+    assert "must be a folder that integrate wrote, holds no model.pt" in error
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.pt").write_bytes(b"garbage")
+    error = complaint(capsys, assigned(tmp_path / "bad", cells, out))
+    assert "model.pt in it is damaged" in error
+    error = complaint(capsys, assigned(trained, written(tmp_path, changed(0.5)), out))
+    assert "X must hold counts" in error
+    error = complaint(capsys, assigned(trained, cells, tmp_path / "out.csv"))
+    assert "must end in .h5ad" in error
+    error = complaint(capsys, assigned(trained, cells, tmp_path / "nowhere" / "out.h5ad"))
+    assert "folder that can be written to" in error
+    assert "is the input" in complaint(capsys, assigned(trained, cells, cells, "--overwrite"))
+    out.write_text("mine")
+    error = complaint(capsys, assigned(trained, cells, out))
+    assert "exists" in error and out.read_text() == "mine"
+    assert assigned(trained, written(tmp_path, make_cells()), out, "--overwrite") == 0

@@ -1,0 +1,245 @@
+"""A person's cells: reading .h5ad, .zarr, .h5, .mtx and .loom, and whether they can be trained on.
+
+A file is only ever read. What is wrong with it is told in one line (:class:`InputError`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, read_h5ad
+from anndata.io import read_loom, read_zarr
+from scipy.sparse import csr_matrix, issparse
+
+from vmm_fast.data import InputError
+
+__all__ = ["Cells", "batches_of", "check_counts", "column", "counts_of", "example", "read_cells"]
+
+CHUNK = 1 << 22  # values that are looked at together
+SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells as read, and what a reader should know about how the file was understood."""
+
+    adata: AnnData
+    notes: list[str] = field(default_factory=list)
+
+
+def read_cells(path: str) -> Cells:
+    """Read a file or folder of cells.
+
+    Parameters
+    ----------
+    path : str
+        ``.h5ad``, a ``.zarr`` folder, ``.h5`` of 10x Genomics, their folder with ``matrix.mtx``, or
+        ``.loom``.
+
+    Raises
+    ------
+    InputError
+        If it is no such file, is damaged or empty, or names cells or genes twice.
+    """
+    file = Path(path)
+    kind = _kind(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are not unique: looked at below
+            adata = _READERS[kind](file)
+    except MemoryError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
+    except Exception as error:  # every format has its own
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise InputError(
+            f"{path}: is damaged or no {kind} file, and cannot be read: {reason}"
+        ) from None
+    notes = []
+    if kind in (".h5", ".mtx") and not adata.var_names.is_unique:
+        number = int(adata.var_names.duplicated().sum())
+        adata.var_names_make_unique()
+        names = "1 gene name that occurs" if number == 1 else f"{number:,} gene names that occur"
+        notes.append(f"{names} again got a number: -1, -2, ...")
+    try:
+        _check_shape(adata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Cells(adata, notes)
+
+
+def _kind(file: Path) -> str:
+    if not file.exists():
+        raise InputError(f"{file}: no such file or folder")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file}: cannot be read: permission denied")
+    if file.is_dir():
+        if any((file / f"matrix.mtx{suffix}").is_file() for suffix in ("", ".gz")):
+            return ".mtx"
+        if any((file / name).is_file() for name in ("zarr.json", ".zgroup")):
+            return ".zarr"
+        raise InputError(
+            f"{file}: is a folder without matrix.mtx or matrix.mtx.gz, and no zarr folder"
+        )
+    if file.stat().st_size == 0:
+        raise InputError(f"{file}: is empty")
+    kind = file.suffix.lower()
+    if kind not in SUFFIXES or kind == ".zarr":
+        given = f"ends in {kind}" if kind else "has no suffix"
+        raise InputError(
+            f"{file}: must be a .h5ad, .h5 or .loom file or a zarr or 10x mtx folder, {given}"
+        )
+    return kind
+
+
+def _read_10x_h5(file: Path) -> AnnData:
+    from scanpy import read_10x_h5
+
+    return read_10x_h5(file)
+
+
+def _read_10x_mtx(folder: Path) -> AnnData:
+    from scanpy import read_10x_mtx
+
+    return read_10x_mtx(folder, make_unique=False)
+
+
+def _read_loom(file: Path) -> AnnData:
+    adata = read_loom(file)  # takes names from CellID and Gene
+    # What anndata itself writes them as.
+    for table, key in ((adata.obs, "obs_names"), (adata.var, "var_names")):
+        if key in table:
+            table.index = pd.Index(table.pop(key).astype(str))
+    return adata
+
+
+_READERS = {
+    ".h5ad": read_h5ad,
+    ".zarr": read_zarr,
+    ".h5": _read_10x_h5,
+    ".mtx": _read_10x_mtx,
+    ".loom": _read_loom,
+}
+
+
+def _check_shape(adata: AnnData) -> None:
+    cells, genes = adata.shape
+    if cells == 0 or genes == 0:
+        raise InputError(f"must hold cells and genes, has {cells:,} cells and {genes:,} genes")
+    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
+        if not names.is_unique:
+            twice = names[names.duplicated()]
+            raise InputError(
+                f"{what} names must be unique, {len(twice):,} occur again, the first of them "
+                f"{twice[0]!r}; see adata.{'obs' if what == 'cell' else 'var'}_names_make_unique()"
+            )
+
+
+def example() -> Cells:
+    """Give the 700 blood cells that come with scanpy, as counts; types in obs["bulk_labels"].
+
+    scanpy's raw values are log(1 + 1e4 counts / total), from which the counts come back exactly.
+    """
+    from scanpy.datasets import pbmc68k_reduced
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = pbmc68k_reduced()
+    depth = stored.obs["n_counts"].to_numpy()[:, None]
+    counts = np.rint(np.expm1(stored.raw.X.toarray()) * depth / 1e4)
+    kept = stored.obs[["bulk_labels", "phase"]].copy()
+    return Cells(AnnData(csr_matrix(counts, dtype=np.float32), kept, stored.raw.var.copy()))
+
+
+# --- counts ---
+
+
+def counts_of(adata: AnnData, layer: str | None) -> Any:
+    """Give X, or the layer, after a check that it holds counts.
+
+    Raises
+    ------
+    InputError
+        If there is none such, or it holds anything but counts; says where there are counts.
+    """
+    if layer is not None and layer not in adata.layers:
+        raise InputError(f"--layer {layer}: must be one of the layers, {_listed(adata.layers)}")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    fault = "is absent" if matrix is None else check_counts(matrix, adata)
+    if fault is None:
+        return matrix
+    others = [name for name in adata.layers if check_counts(adata.layers[name], adata) is None]
+    cure = ""
+    if others:
+        cure = f"; these hold counts: {', '.join(f'--layer {name}' for name in others)}"
+    elif layer is not None and adata.X is not None and check_counts(adata.X, adata) is None:
+        cure = "; X holds counts: leave --layer out"
+    elif adata.raw is not None and check_counts(adata.raw.X, adata) is None:
+        cure = "; raw holds counts: write adata.raw.to_adata() to a file and give that"
+    raise InputError(f"{where} must hold counts, whole numbers from 0, {fault}{cure}")
+
+
+def check_counts(matrix: Any, adata: AnnData) -> str | None:
+    """Say what is wrong with the first value that is no count, or None."""
+    sparse = issparse(matrix)
+    values = matrix.data if sparse else np.asarray(matrix)
+    if values.dtype == bool or values.dtype.kind not in "iuf":
+        return f"holds {values.dtype}"
+    values = values.reshape(-1)
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        with np.errstate(invalid="ignore"):
+            wrong = ~(np.isfinite(part) & (part >= 0) & (part == np.floor(part)))
+        if wrong.any():
+            at = start + int(wrong.argmax())
+            row, gene = _place(matrix, at) if sparse else divmod(at, matrix.shape[1])
+            place = f"cell {adata.obs_names[row]!r}"
+            if matrix.shape[1] == adata.n_vars:
+                place += f", gene {adata.var_names[gene]!r}"
+            return f"has {values[at]:.6g} in {place}"
+    return None
+
+
+def _place(matrix: Any, at: int) -> tuple[int, int]:
+    """Row and column of a stored value of a compressed sparse matrix."""
+    major = int(np.searchsorted(matrix.indptr, at, side="right")) - 1
+    minor = int(matrix.indices[at])
+    return (major, minor) if matrix.format == "csr" else (minor, major)
+
+
+# --- columns ---
+
+
+def column(adata: AnnData, option: str, key: str) -> Any:
+    """Give a column of obs, or tell in an InputError which there are."""
+    if key not in adata.obs:
+        raise InputError(f"{option} {key}: must be a column of obs, {_listed(adata.obs)}")
+    return adata.obs[key]
+
+
+def batches_of(adata: AnnData, key: str) -> Any:
+    """Give the batch column, or an InputError if a cell has no batch."""
+    values = column(adata, "--batch-key", key)
+    missing = int(values.isna().sum())
+    if missing:
+        raise InputError(
+            f"--batch-key {key}: every cell must have a batch, {missing:,} of {len(values):,} have "
+            "none"
+        )
+    return values
+
+
+def _listed(names: Any) -> str:
+    names = [str(name) for name in names]
+    if not names:
+        return "but there are none"
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return "which are " + ", ".join(names[:20]) + more
