@@ -42,6 +42,15 @@ Genes are matched by name; up to 5 % of the model's may be missing and are taken
 Cells of a batch that the model does not know are encoded as of each batch that it
 knows, and the mean is taken.
 """
+SWEEP = """\
+The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out cells;
+the mean entropy of the cluster probabilities; how well batches mix (1: neighbours are of other
+batches as often as by chance, 0: never) and the NMI of clusters with batches (low is mixed);
+ARI and NMI where there are labels. Choose without labels where you can: batches that mix, and
+no more clusters than you can name.
+
+"""
+_Option = tuple[str, str, Callable[[str], Any], str]  # name, symbol, type, help
 DEMO = "the demo's MNIST images"  # stands for the input file in run.json
 EXPLANATION = """\
 FILE is one of
@@ -171,33 +180,29 @@ def _parser() -> argparse.ArgumentParser:
         epilog=CELLS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    integrate.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
-    integrate.add_argument(
-        "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
-    )
-    _add_options(
+    _add_cells_options(
         integrate,
-        ("--out", "DIR", str, "folder for the results (default: FILE's name with -vmm, here)"),
-        ("--batch-key", "KEY", str, "column of obs with the batches (default: one batch)"),
-        ("--layer", "NAME", str, "layer with the counts (default: X)"),
-        ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
-        ("--genes", "N", _whole(1), "train on so many variable genes (default: on all)"),
-        ("--components", "C", _whole(1), "most clusters (default: cells / 20, in 10 to 100)"),
-        ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10)"),
-        ("--epochs", "N", _whole(1), EPOCHS_HELP),
+        "-vmm",
         ("--batch-size", "B", _whole(2), "cells per step (default: 128)"),
-        ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
         ("--prior-learning-rate", "R", _rate, "of the prior (default: 0.005)"),
-        ("--seed", "N", _whole(0, 2**32 - 1), "of all randomness (default: 0)"),
     )
-    integrate.add_argument(
-        "--accelerator",
-        choices=("auto", "cpu", "gpu", "mps"),
-        default="auto",
-        help="where to train (default: %(default)s)",
-    )
-    _add_existing(integrate)
     integrate.set_defaults(run=_integrate)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="try batch sizes and prior learning rates on single cells",
+        description="Run integrate for every batch size and prior learning ratio, the prior's "
+        "learning rate over the network's: the two knobs between many fine clusters and few, well "
+        "mixed ones.",
+        epilog=SWEEP + CELLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_cells_options(sweep, "-sweep")
+    sweep.add_argument(
+        "--batch-sizes", nargs="+", metavar="B", type=_whole(2), help="default: 64 128 256"
+    )
+    sweep.add_argument("--ratios", nargs="+", metavar="R", type=_rate, help="default: 1 2 5 10")
+    sweep.set_defaults(run=_sweep)
 
     assign = commands.add_parser(
         "assign",
@@ -219,6 +224,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cells_options(parser: argparse.ArgumentParser, suffix: str, *more: _Option) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
+    parser.add_argument(
+        "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
+    )
+    _add_options(
+        parser,
+        ("--out", "DIR", str, f"folder for the results (default: FILE's name with {suffix}, here)"),
+        ("--batch-key", "KEY", str, "column of obs with the batches (default: one batch)"),
+        ("--layer", "NAME", str, "layer with the counts (default: X)"),
+        ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
+        ("--genes", "N", _whole(1), "train on so many variable genes (default: on all)"),
+        ("--components", "C", _whole(1), "most clusters (default: cells / 20, in 10 to 100)"),
+        ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10)"),
+        ("--epochs", "N", _whole(1), EPOCHS_HELP),
+        ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
+        *more,
+        ("--seed", "N", _whole(0, 2**32 - 1), "of all randomness (default: 0)"),
+    )
+    parser.add_argument(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu", "mps"),
+        default="auto",
+        help="where to train (default: %(default)s)",
+    )
+    _add_existing(parser)
+
+
 def _add_existing(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
@@ -234,9 +267,7 @@ def _add_existing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_options(
-    parser: argparse.ArgumentParser, *options: tuple[str, str, Callable[[str], Any], str]
-) -> None:
+def _add_options(parser: argparse.ArgumentParser, *options: _Option) -> None:
     for name, symbol, kind, text in options:
         parser.add_argument(name, metavar=symbol, type=kind, help=text)
 
@@ -386,45 +417,48 @@ def _print_table(rows: list[tuple[str, str]], folder: Path, results: dict[str, s
     print("\n" + "-" * (left + right + 2))
     for title, value in rows:
         print(f"{title:<{left}}  {value:>{right}}")
-    print("-" * (left + right + 2) + f"\n\nin {folder}:")
+    print("-" * (left + right + 2))
+    _print_files(folder, results)
+
+
+def _print_files(folder: Path, results: dict[str, str]) -> None:
+    print(f"\nin {folder}:")
     for name, meaning in results.items():
         print(f"  {name:<13} {meaning}")
 
 
-def _integrate(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
-    from vmm_fast.scvi import integration, reading, report
+def _read_cells(
+    arguments: argparse.Namespace, kind: Any, suffix: str, checkpoint: str, **folder: Any
+) -> tuple[Any, Any, Any, Folder, str]:
+    """Read, check and describe cells, and make the folder: for the commands that train on them.
 
-    file = arguments.file
+    Gives the cells as read, those to train on, settings, folder, and the command that goes on.
+    """
+    from vmm_fast.scvi import integration, reading
+
+    file, command = arguments.file, arguments.command
     if (file is None) != arguments.example:
-        raise InputError("give either FILE or --example; see vmm-fast integrate --help")
+        raise InputError(f"give either FILE or --example; see vmm-fast {command} --help")
     name = EXAMPLE if file is None else Path(file).resolve().stem
-    out = arguments.out or f"{name}-vmm"
-    folder = Folder(
-        out,
-        command="integrate",
-        settings=integration.Settings,
-        checkpoint="checkpoint.ckpt",
-        results=integration.RESULTS,
-        changeable=("labels_key",),
-    )
+    out = arguments.out or f"{name}{suffix}"
+    place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
     if file is None:
         cells, source = reading.example(), EXAMPLE
         arguments.labels_key = arguments.labels_key or "bulk_labels"
     else:
-        folder.must_not_hold(file)
+        place.must_not_hold(file)
         cells, source = reading.read_cells(file), digest(file)
     adata = cells.adata
-    given = {f.name: getattr(arguments, f.name) for f in fields(integration.Settings)}
+    given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
     try:
         if arguments.resume:
-            given = folder.resumed(source, given)
-        settings = integration.Settings.suited_to(adata, **given)
+            given = place.resumed(source, given)
+        settings = kind.suited_to(adata, **given)
         training, notes = integration.training_cells(adata, settings)
     except InputError as error:
         raise InputError(f"{file or EXAMPLE}: {error}") from None
     _check_accelerator(arguments.accelerator)
-    folder.start(
+    place.start(
         {"input": source, "settings": asdict(settings)},
         overwrite=arguments.overwrite,
         resume=arguments.resume,
@@ -437,9 +471,24 @@ def _integrate(arguments: argparse.Namespace) -> None:
     print(", ".join(parts))
     for note in cells.notes + notes:
         print(f"note: {note}", flush=True)
-    again = ["vmm-fast", "integrate", file or "--example", "--out", out, "--resume"]
+    again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
     if arguments.accelerator != "auto":
         again += ["--accelerator", arguments.accelerator]
+    return adata, training, settings, place, shlex.join(again)
+
+
+def _integrate(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import integration, report
+
+    adata, training, settings, folder, again = _read_cells(
+        arguments,
+        integration.Settings,
+        "-vmm",
+        "checkpoint.ckpt",
+        results=integration.RESULTS,
+        changeable=("labels_key",),
+    )
     try:
         found = integration.integrate(
             training,
@@ -454,7 +503,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         found.write(adata, folder.path)
         report.write_report(folder.path / "report.html", adata, found.history)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {shlex.join(again)}") from None
+        raise KeyboardInterrupt(f"; go on with: {again}") from None
     rows = [
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()
@@ -470,6 +519,46 @@ def _integrate(arguments: argparse.Namespace) -> None:
         ("training time", f"{seconds // 60}:{seconds % 60:02d} min"),
     ]
     _print_table(rows, folder.path, integration.RESULTS)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import sweep
+
+    adata, training, settings, folder, again = _read_cells(
+        arguments,
+        sweep.SweepSettings,
+        "-sweep",
+        sweep.FINISHED,
+        results=sweep.RESULTS,
+        changeable=("batch_sizes", "ratios"),
+    )
+    labels = None if settings.labels_key is None else adata.obs[settings.labels_key].to_numpy()
+    rows = sweep.sweep(
+        training,
+        labels,
+        settings,
+        folder.path,
+        accelerator=arguments.accelerator,
+        progress=sys.stderr is not None and sys.stderr.isatty(),
+    )
+    names: list[str] = []
+    try:
+        for row in rows:
+            if not names:
+                names = [name for name in sweep.COLUMNS if name in row]
+                print("\n" + "  ".join(sweep.COLUMNS[name] for name in names))
+            texts = (
+                f"{row[name]:g}"
+                if name in ("batch_size", "ratio", "clusters")
+                else f"{row[name]:.{1 if name == 'held_out_elbo' else 3}f}"
+                for name in names
+            )
+            cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
+            print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; go on with: {again}") from None
+    _print_files(folder.path, sweep.RESULTS)
 
 
 def _check_accelerator(name: str) -> None:

@@ -1,0 +1,205 @@
+"""The two knobs between fine clusters and well-mixed batches: batch size and prior learning ratio.
+
+A run of :func:`vmm_fast.scvi.integration.integrate` for every pair of a batch size and a ratio, the
+prior's learning rate over the network's. The parameter priors weigh 1 / batch size, so that small
+batches empty more components; at a high ratio these empty sooner. What a finished run showed is
+kept, so that a sweep goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from vmm_fast._files import write_atomically
+from vmm_fast.metrics import clustering_scores_from_assignment
+from vmm_fast.scvi.integration import Integration, Settings, integrate, quiet
+
+__all__ = ["COLUMNS", "FINISHED", "RESULTS", "SweepSettings", "batch_mixing", "sweep"]
+
+FINISHED = "sweep.json"
+RESULTS = {"sweep.csv": "a line a run", "sweep.png": "the same as a picture"}
+COLUMNS = {
+    "batch_size": "batch size",
+    "ratio": "prior learning ratio",
+    "clusters": "clusters",
+    "held_out_elbo": "held-out ELBO",
+    "entropy": "mean entropy",
+    "batch_mixing": "batch mixing",
+    "nmi_batch": "NMI with batch",
+    "ari": "ARI",
+    "nmi": "NMI",
+}
+NEIGHBOURS = 30
+MOST_CELLS = 10_000  # whose neighbours are looked at
+ACTIVE = 0.002  # a cluster counts from this share of the cells
+
+
+@dataclass(frozen=True)
+class SweepSettings(Settings):
+    """Those of all runs, and the knobs' values in place of the two that these set."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [64, 128, 256])
+    ratios: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0])
+
+    def of_runs(self) -> Iterator[tuple[Settings, float]]:
+        """Settings of every run, and its ratio."""
+        common = asdict(self)
+        for name in ("batch_sizes", "ratios", "batch_size", "prior_learning_rate"):
+            del common[name]
+        for size, ratio in itertools.product(self.batch_sizes, self.ratios):
+            rate = ratio * self.learning_rate
+            yield Settings(**common, batch_size=size, prior_learning_rate=rate), ratio
+
+
+def sweep(
+    cells: AnnData,
+    labels: np.ndarray | None,
+    settings: SweepSettings,
+    folder: Path,
+    *,
+    accelerator: str = "auto",
+    progress: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Give a row a run, of those that ``folder`` has and of those that it has not; then write them.
+
+    Parameters
+    ----------
+    cells : AnnData
+        Of :func:`vmm_fast.scvi.integration.training_cells`.
+    labels : ndarray [cells], optional
+        For scores alone; NaN for none.
+    settings : SweepSettings
+    folder : Path
+        Gets :data:`FINISHED` after every run, and :data:`RESULTS` at the end.
+    accelerator : str
+        Lightning's.
+    progress : bool
+        Show a bar a run on stderr.
+
+    Raises
+    ------
+    FloatingPointError
+        If a run diverges.
+    KeyboardInterrupt
+    """
+    path = folder / FINISHED
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = []
+    for one, ratio in settings.of_runs():
+        row = next((row for row in kept if row["settings"] == asdict(one)), None)
+        if row is None:
+            found = integrate(cells, one, accelerator=accelerator, progress=progress)
+            row = {"batch_size": one.batch_size, "ratio": ratio}
+            row |= {**_measure(found, cells, labels), "settings": asdict(one)}
+            kept.append(row)
+            write_atomically(path, partial(json.dump, kept, indent=1), text=True)
+        rows.append(row)
+        yield row
+    _write_table(rows, folder / "sweep.csv")
+    _plot(rows, folder / "sweep.png")
+
+
+def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:
+    with quiet():
+        z = found.model.get_latent_representation()
+        clusters = found.model.get_clusters()
+        entropy = found.model.get_cluster_entropy()
+    sizes = np.bincount(clusters)
+    row: dict[str, Any] = {
+        "clusters": int((sizes > ACTIVE * len(clusters)).sum()),
+        "held_out_elbo": -found.history["elbo_validation"][-1],
+        "entropy": float(entropy.mean()),
+        "seconds": found.seconds,
+    }
+    if found.settings.batch_key is not None:
+        batches = cells.obs[found.settings.batch_key].astype(str).to_numpy()
+        if len(set(batches)) > 1:
+            row["batch_mixing"] = batch_mixing(z, batches)
+            row["nmi_batch"] = clustering_scores_from_assignment(clusters, batches).nmi
+    if labels is not None:
+        known = ~pd.isna(labels)
+        scores = clustering_scores_from_assignment(clusters[known], labels[known].astype(str))
+        row |= {"ari": scores.ari, "nmi": scores.nmi}
+    return row
+
+
+def batch_mixing(z: np.ndarray, batches: np.ndarray) -> float:
+    """How much of its neighbourhood a cell shares with other batches, over what chance gives.
+
+    The mean over cells of the share of the 30 nearest others that are of another batch, divided by
+    that share among all cells: 0 for batches apart, 1 for batches that lie at random. Types that
+    only some batches have keep it below 1. There must be two batches at least.
+
+    Parameters
+    ----------
+    z : ndarray [cells, D]
+    batches : ndarray [cells]
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(z) > MOST_CELLS:
+        chosen = np.random.default_rng(0).choice(len(z), MOST_CELLS, replace=False)
+        z, batches = z[chosen], batches[chosen]
+    _, codes, counts = np.unique(batches, return_inverse=True, return_counts=True)
+    by_chance = 1 - ((counts / len(z)) ** 2).sum()
+    near = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(z))).fit(z)
+    others = near.kneighbors(z, return_distance=False)[:, 1:]
+    return float((codes[others] != codes[:, None]).mean() / by_chance)
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return [name for name in COLUMNS if name in rows[0]]
+
+
+def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    columns = _columns(rows)
+
+    def write(file: Any) -> None:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([row[name] for name in columns] for row in rows)
+
+    write_atomically(path, write, text=True)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw a heat map for each figure, batch size against ratio."""
+    from matplotlib.figure import Figure
+
+    sizes, ratios = (sorted({row[name] for row in rows}) for name in ("batch_size", "ratio"))
+    shown = [name for name in _columns(rows) if name not in ("batch_size", "ratio", "entropy")]
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    size = ((1.0 + 0.75 * len(ratios)) * across, (1.2 + 0.45 * len(sizes)) * down)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, name in zip(axes.flat, shown, strict=False):
+        ax.axis("on")
+        values = np.full((len(sizes), len(ratios)), np.nan)
+        for row in rows:
+            values[sizes.index(row["batch_size"]), ratios.index(row["ratio"])] = row[name]
+        ax.imshow(values, cmap="Blues", aspect="auto", alpha=0.6)
+        digits = {"clusters": 0, "held_out_elbo": 1}.get(name, 2)
+        for (i, j), value in np.ndenumerate(values):
+            ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9)
+        ax.set_title(COLUMNS[name], fontsize=10)
+        ax.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+        ax.set_yticks(range(len(sizes)), sizes)
+        ax.tick_params(length=0, labelsize=9)
+        ax.spines[:].set_visible(False)
+    figure.supxlabel("prior learning ratio", fontsize=10)
+    figure.supylabel("batch size", fontsize=10)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
