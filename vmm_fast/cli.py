@@ -583,6 +583,8 @@ def _assign(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {out}: must lie in a folder that can be written to")
     if out.exists() and os.path.exists(file) and out.samefile(file):
         raise InputError(f"--out {out}: is the input, which is never written to")
+    if Path(file).resolve() in out.resolve().parents:
+        raise InputError(f"--out {out}: lies in the input, which is never written to")
     if out.exists() and not arguments.overwrite:
         raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
     model = assignment.find_model(arguments.model)

@@ -56,6 +56,13 @@ def find_model(path: str) -> SavedModel:
         raise InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model") from None
     if name != VMMSCVI.__name__:
         raise InputError(f"{path}: must be a model of VMMSCVI, is of {name}")
+    setup = registry["setup_args"]
+    needed = [key for key, value in setup.items() if key not in ("layer", "batch_key") and value]
+    if needed:
+        raise InputError(
+            f"{path}: must be a model without covariates, labels and size factors, has "
+            f"{', '.join(needed)}; use VMMSCVI.load_query_data"
+        )
     return SavedModel(found[0], registry, genes)
 
 
@@ -87,6 +94,8 @@ def assign(adata: AnnData, saved: SavedModel, layer: str | None) -> list[str]:
             if setup["batch_key"] is not None:
                 query.obs[setup["batch_key"]] = batches.where(~new, batch)
             model = VMMSCVI.load(str(saved.folder), query)
+            if model.module.prior is None:
+                raise InputError(f"{saved.folder}: must be a model with clusters, is of N(0, I)")
             embeddings.append(model.get_latent_representation())
         z = np.mean(embeddings, axis=0)
         set_clusters(adata, z, model.module.components().to("cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
 from scvi.model._utils import _get_batch_code_from_category
 from scvi.model.base import BaseModelClass
 from torch import Tensor
+from torch.distributions import Normal
 
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
@@ -108,7 +110,10 @@ class LatentPriorModel(BaseModelClass):
             If there are fewer cells than pseudo-cells, or no AnnData to take them from.
         """
         self._start_pseudo_cells()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # also where training was interrupted
+            self.module.warming_up = False
 
     def _start_pseudo_cells(self) -> None:
         if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
@@ -195,6 +200,25 @@ class LatentPriorModel(BaseModelClass):
 
 class ComponentExpression(LatentPriorModel):
     """:class:`LatentPriorModel` of models that decode to the expression of genes."""
+
+    def get_importance_weights(
+        self, *args: Any, zs: Tensor, truncation: bool = False, **kwargs: Any
+    ) -> np.ndarray:
+        """Importance weights [n] of the samples ``zs`` [..., D], n of them, under the prior.
+
+        See :meth:`scvi.model.base.RNASeqMixin.get_importance_weights`, whose own are under N(0, I).
+        """
+        if self.module.prior is None:
+            return super().get_importance_weights(*args, zs=zs, truncation=truncation, **kwargs)
+        weights = super().get_importance_weights(*args, zs=zs, truncation=False, **kwargs)
+        z = zs.reshape(-1, zs.shape[-1]).cpu()
+        log_ratio = self._components().log_prob(z) - Normal(0, 1).log_prob(z).sum(-1)
+        log_weights = torch.from_numpy(weights).log() + log_ratio
+        if truncation:
+            log_weights = log_weights.clamp(
+                min=log_weights.logsumexp(0) - math.log(len(log_weights))
+            )
+        return log_weights.softmax(0).numpy()
 
     @torch.inference_mode()
     def get_component_expression(

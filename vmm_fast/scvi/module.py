@@ -45,17 +45,25 @@ PRIOR_LEARNING_RATE = 5e-3
 class PosteriorUnderPrior(Normal):
     """q(z | x), whose KL divergence from any Normal is that from ``module``'s prior.
 
-    ``z`` is the sample [B, D] of q that the module decodes, or None.
+    ``z`` is the sample [B, D] of q that the module decodes, or None. scvi-tools makes another of
+    ``loc`` and ``scale`` alone, to have the densities of many cells together.
     """
 
-    def __init__(self, q: Normal, z: Tensor | None, module: LatentPrior):
-        super().__init__(q.loc, q.scale, validate_args=False)
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        z: Tensor | None = None,
+        module: LatentPrior | None = None,
+    ):
+        super().__init__(loc, scale, validate_args=False)
         self.z, self.module = z, module
 
 
 @register_kl(PosteriorUnderPrior, Normal)
 def _kl(q: PosteriorUnderPrior, _: Normal) -> Tensor:
     """KL(q || prior) [B, 1]: the modules sum over the last dimension."""
+    assert q.module is not None
     return q.module.kl(q)[:, None]
 
 
@@ -205,7 +213,9 @@ class LatentPrior(BaseModuleClass):
         """As the module's, with q under the prior."""
         outputs = super().inference(*args, **kwargs)
         if self.prior is not None and not self.warming_up:
-            outputs["qz"] = q = PosteriorUnderPrior(outputs["qz"], self.sample_of(outputs), self)
+            q = outputs["qz"]
+            q = PosteriorUnderPrior(q.loc, q.scale, self.sample_of(outputs), self)
+            outputs["qz"] = q
             # Not by training mode: scvi-tools leaves a loaded model's module in evaluation mode.
             if torch.is_grad_enabled():
                 self._latest = q
@@ -256,9 +266,20 @@ class VMMVAE(LatentPrior, VAE):
         return_mean: bool = False,
         n_mc_samples_per_pass: int = 1,
     ) -> Tensor | float:
-        """Importance-weighted estimate of log p(x) [B] under the prior, in nats."""
+        """Importance-weighted estimate of log p(x) [B] under the prior, in nats.
+
+        Raises
+        ------
+        NotImplementedError
+            With latent_distribution="ln" and a learnt prior: what is decoded is not q's sample.
+        """
         if self.prior is None:
             return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
+        if self.latent_distribution != "normal":
+            raise NotImplementedError(
+                "the marginal likelihood is there for latent_distribution='normal' alone, but it "
+                f"is {self.latent_distribution!r}"
+            )
         components = self.components()
         terms = []
         for _ in range(n_mc_samples):
@@ -266,7 +287,7 @@ class VMMVAE(LatentPrior, VAE):
                 tensors, get_inference_input_kwargs={"full_forward_pass": True}
             )
             q = outputs["qz"]
-            z = q.z if q.z is not None else q.sample()
+            z = q.z
             log_ratio = components.log_prob(z) - q.log_prob(z).sum(-1)
             if not self.use_observed_lib_size:
                 library = outputs["library"]

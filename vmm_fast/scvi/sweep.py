@@ -71,7 +71,7 @@ def sweep(
     accelerator: str = "auto",
     progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Give a row a run, of those that ``folder`` has and of those that it has not; then write them.
+    """Give a row a run, of those that ``folder`` has and of those that it has not.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def sweep(
         For scores alone; NaN for none.
     settings : SweepSettings
     folder : Path
-        Gets :data:`FINISHED` after every run, and :data:`RESULTS` at the end.
+        Gets :data:`FINISHED` and :data:`RESULTS` anew after every run.
     accelerator : str
         Lightning's.
     progress : bool
@@ -105,9 +105,10 @@ def sweep(
             kept.append(row)
             write_atomically(path, partial(json.dump, kept, indent=1), text=True)
         rows.append(row)
+        # After every run: one that diverges must not cost the others.
+        _write_table(rows, folder / "sweep.csv")
+        _plot(rows, folder / "sweep.png")
         yield row
-    _write_table(rows, folder / "sweep.csv")
-    _plot(rows, folder / "sweep.png")
 
 
 def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class EmpiricalBayes(LightningModule):
     def on_train_start(self) -> None:
         """Find out how many steps N(0, I) stands in for the prior."""
         super().on_train_start()
+        self._steps_taken = self.global_step  # not 0 where training goes on from a checkpoint
         module = self.module
         if not (module.prior is None or module.prior_learnt or module.frozen):
             # Every optimizer's steps count, an adversary's too.
@@ -79,11 +80,6 @@ class EmpiricalBayes(LightningModule):
                 callback.best_score = torch.full_like(
                     callback.best_score, -math.inf if callback.mode == "max" else math.inf
                 )
-
-    def on_train_end(self) -> None:
-        """Leave the module with its prior."""
-        super().on_train_end()
-        self.module.warming_up = False
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Leave out the prior's parameters, which its own optimizer moves."""
