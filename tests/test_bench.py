@@ -504,8 +504,8 @@ def integration_row(method, seed, **scores):
 def test_integration_page(tmp_path):
     rows = [integration_row("vmm", seed, bio=0.6 + seed / 10, leiden=0.5, own=0.55)
             for seed in range(3)]  # fmt: skip
-    rows += [integration_row("normal", 0, bio=0.71, leiden=0.5)]
-    rows += [integration_row("scvi", 0, bio=0.65, leiden=0.54)]
+    rows += [integration_row("normal", seed, bio=0.71, leiden=0.5) for seed in range(3)]
+    rows += [integration_row("scvi", seed, bio=0.65, leiden=0.54) for seed in range(3)]
     write_rows(tmp_path / "integration.jsonl", rows)
     integration.write_page(tmp_path)
     page = (tmp_path / "integration.md").read_text()
@@ -513,6 +513,7 @@ def test_integration_page(tmp_path):
     assert "PCR before 0.200" in page
     verdicts = [line.split(":")[0] for line in integration.targets(rows)]
     assert verdicts == ["MISSED", "met", "MISSED", "met", "met"]
+    assert all(line.startswith("open") for line in integration.targets(rows[1:]))
     assert (tmp_path / "integration.png").stat().st_size > 10_000
 
 

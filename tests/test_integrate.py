@@ -546,7 +546,7 @@ def test_a_folder_that_cannot_be_written_to(h5ad, tmp_path, capsys, monkeypatch)
 
 def test_divergence_is_told_in_a_line(h5ad, tmp_path, capsys):
     error = complaint(capsys, run(h5ad, tmp_path / "out", "--learning-rate", 1e30), 1)
-    assert "training diverged: " in error and "nan in epoch" in error
+    assert re.search("training diverged: .* (nan|-?inf|finite)", error)
 
 
 def test_a_missing_extra_names_the_cure(h5ad, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,6 @@ import io
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -362,10 +361,11 @@ def integrate(
     except InputError:
         raise
     except ValueError as error:
-        # torch's distributions refuse parameters that are nan.
-        if not re.search(r"\bnan\b", str(error)):
+        # torch's distributions refuse parameters that are nan, or a scale of 0 or inf.
+        if "to satisfy the constraint" not in str(error):
             raise
-        raise FloatingPointError(f"a parameter is nan in epoch {epochs.epoch + 1}") from None
+        message = f"a distribution's parameter is nan or inf in epoch {epochs.epoch + 1}"
+        raise FloatingPointError(message) from None
     finally:
         if epochs.bar is not None:
             epochs.bar.close()

@@ -659,6 +659,8 @@ they are named.</li>
 <li>Marker genes were sought in the cells that were clustered, so that any p-value would be too
 small: take them as a ranking. They are compared on the counts as they are, batches not taken
 out.</li>
+<li>Training curves break where the mixture takes over: in the steps before it, N(0, I) stands in
+for it, so that batches come to overlap.</li>
 <li>In a UMAP, the distance between separate groups and their size mean little.</li>
 </ul>"""
 
