@@ -544,7 +544,21 @@ def test_a_folder_that_cannot_be_written_to(h5ad, tmp_path, capsys, monkeypatch)
     assert "folder that can be written to: Permission denied" in error
 
 
-def test_divergence_is_told_in_a_line(h5ad, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        None,
+        "Expected parameter loc to satisfy the constraint Real()",
+        "no positive-definite covariance",
+    ],
+)
+def test_divergence_is_told_in_a_line(h5ad, tmp_path, capsys, monkeypatch, refusal):
+    if refusal is not None:  # which of them comes first depends on the last bits
+
+        def refuse(*arguments, **options):
+            raise ValueError(refusal)
+
+        monkeypatch.setattr(VMMSCVI, "train", refuse)
     error = complaint(capsys, run(h5ad, tmp_path / "out", "--learning-rate", 1e30), 1)
     assert re.search("training diverged: .* (nan|-?inf|finite)", error)
 

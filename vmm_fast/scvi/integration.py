@@ -361,8 +361,9 @@ def integrate(
     except InputError:
         raise
     except ValueError as error:
-        # torch's distributions refuse parameters that are nan, or a scale of 0 or inf.
-        if "to satisfy the constraint" not in str(error):
+        # torch's distributions, or the mixture, refuse parameters that are nan or infinite.
+        refusals = ("to satisfy the constraint", "no positive-definite covariance")
+        if not any(text in str(error) for text in refusals):
             raise
         message = f"a distribution's parameter is nan or inf in epoch {epochs.epoch + 1}"
         raise FloatingPointError(message) from None
