@@ -428,36 +428,35 @@ def _plot(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [d for d in DATASETS if select(rows, dataset=d)]
-    figure = Figure(figsize=(3.4 * len(shown), 6.8), layout="constrained", dpi=110)
-    axes = figure.subplots(2, len(shown), squeeze=False)
-    colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
+    methods = [m for m in METHODS if select(rows, method=m)]
+    size = (2 + 3.2 * len(shown), 4.2 + 0.3 * len(methods))
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    ratios = [3, 0.6 + 0.3 * len(methods)]
+    axes = figure.subplots(2, len(shown), squeeze=False, height_ratios=ratios)
     for column, dataset in enumerate(shown):
         above, below = axes[:, column]
-        methods = [m for m in METHODS if select(rows, dataset=dataset, method=m)]
         for position, method in enumerate(methods):
-            title, color = METHODS[method][0], colors[method]
-            found = select(rows, dataset=dataset, method=method)
-            points = [
-                (row["scib"].get("Batch correction"), row["scib"]["Bio conservation"])
-                for row in found
-            ]
-            if points[0][0] is not None:
-                above.scatter(*zip(*points, strict=True), color=color, s=22, label=title)
-            for marker, clusters in (("o", "leiden"), ("D", "own")):
+            found, color = select(rows, dataset=dataset, method=method), f"C{position}"
+            points = [(row["scib"].get("Batch correction"), bio(row)) for row in found]
+            if points and points[0][0] is not None:
+                above.scatter(*zip(*points, strict=True), color=color, s=24)
+            for marker, clusters, face in (("o", "leiden", "white"), ("D", "own", color)):
                 values = [row[clusters]["ari"] for row in found if clusters in row]
-                face = color if clusters == "own" else "white"
                 below.scatter(values, [position] * len(values), marker=marker, s=26, color=face,
                               edgecolors=color)  # fmt: skip
-        above.set(title=dataset, xlabel="batch correction", ylabel="bio conservation")
-        below.set(xlabel="ARI: hollow Leiden, filled own clusters")
-        below.set_yticks(range(len(methods)), [METHODS[m][0] for m in methods], fontsize=8)
-        below.invert_yaxis()
+        above.set_title(dataset, fontsize=10)
+        above.set_xlabel("batch correction", fontsize=9)
+        below.set_xlabel("ARI: hollow Leiden, filled own", fontsize=9)
+        names = [METHODS[m][0] for m in methods] if column == 0 else []
+        below.set_yticks(range(len(methods)), names or [""] * len(methods), fontsize=9)
+        below.set_ylim(len(methods) - 0.5, -0.5)
         for ax in (above, below):
-            ax.title.set_fontsize(10)
+            ax.tick_params(labelsize=8)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    axes[0, 0].set_ylabel("bio conservation", fontsize=9)
+    for label, position in zip(axes[1, 0].get_yticklabels(), range(len(methods)), strict=True):
+        label.set_color(f"C{position}")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
