@@ -289,6 +289,36 @@ def test_accumulated_gradients_go_on_from_a_checkpoint(tmp_path):
     assert prior_steps(second) == 3 * 2
 
 
+def test_a_checkpoint_amid_an_epoch_has_the_step_of_network_and_prior(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    states = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, plan, *rest):
+            state = plan.module.state_dict()
+            states[trainer.global_step] = {k: v.clone() for k, v in state.items()}
+
+    found = model()
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    found.train(
+        2,
+        batch_size=64,
+        callbacks=[keep, Watch()],
+        enable_checkpointing=True,
+        plan_kwargs={"prior_warmup": 0.0},
+        **TRAIN,
+    )
+    written = list(tmp_path.glob("*.ckpt"))
+    assert len(written) == 2 * found.trainer.num_training_batches
+    for path in written:
+        checkpoint = torch.load(path, weights_only=False)
+        if checkpoint["global_step"] in states:  # after the last step there is none
+            for name, value in states[checkpoint["global_step"]].items():
+                assert torch.equal(checkpoint["state_dict"][f"module.{name}"], value), name
+            assert checkpoint["prior_optimizer"]["state"][0]["step"] == checkpoint["global_step"]
+
+
 def test_an_interrupted_warmup_leaves_the_prior_in_place():
     class Stop(Callback):
         def on_train_batch_end(self, trainer, plan, *rest):
@@ -371,6 +401,42 @@ def test_early_stopping_waits_for_the_end_of_the_warmup():
     found = trained(8, train=stop)
     assert found.trainer.current_epoch == 4 + 2
     assert prior_steps(found) == 2 * found.trainer.num_training_batches
+
+
+def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
+    from scvi.train import SaveCheckpoint
+
+    class Better(Callback):
+        """Make every loss of the warm-up a better one than those after it."""
+
+        def on_validation_epoch_end(self, trainer, plan):
+            loss = trainer.current_epoch - 1000.0 * plan.module.warming_up
+            plan.log("steered_validation", loss)
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    found = model()
+    keep = SaveCheckpoint(str(tmp_path), monitor="steered_validation")
+    found.train(
+        8,
+        batch_size=64,
+        callbacks=[Better(), keep],
+        enable_checkpointing=True,
+        check_val_every_n_epoch=1,
+        plan_kwargs={
+            "reduce_lr_on_plateau": True,
+            "lr_patience": 0,
+            "lr_factor": 0.1,
+            "lr_scheduler_metric": "steered_validation",
+        },
+        **{**TRAIN, "logger": True},
+    )
+    assert keep.best_model_score == 4
+    assert VMMSCVI.load(keep.best_model_path, found.adata, accelerator="cpu").module.prior_learnt
+    # Losses rise by 1 an epoch: in the warm-up that costs nothing, after it every rise but the
+    # first, which has nothing to be compared with.
+    assert rates[:6] == [1e-3] * 6
+    assert rates[6] == pytest.approx(1e-4)
 
 
 def test_the_share_of_the_warmup_is_checked():

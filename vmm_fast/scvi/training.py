@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from scvi.train import AdversarialTrainingPlan, SemiSupervisedTrainingPlan, TrainingPlan
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = [
     "EmpiricalBayes",
@@ -32,7 +33,8 @@ class EmpiricalBayes(LightningModule):
         trained yet. Under N(0, I) batches come to overlap. A mixture lets the clusters of one type,
         each in its own batch, lie apart where they begin apart: both have components, and nothing
         pulls them together. Where they overlap they share components, and to part would cost.
-        Early stopping does not stop the warm-up, and compares nothing with it.
+        Early stopping does not stop the warm-up; it, the best checkpoint and a learning rate that
+        follows the loss compare nothing with it.
     n_epochs_kl_warmup : int, optional
         None, unlike in scvi-tools: by the number of epochs that large data sets are trained for,
         its 400 would have barely begun.
@@ -57,12 +59,10 @@ class EmpiricalBayes(LightningModule):
         super().__init__(*args, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs)
         self.prior_warmup = prior_warmup
         self._warmup_steps = 0.0
-        self._steps_taken = 0
 
     def on_train_start(self) -> None:
         """Find out how many steps N(0, I) stands in for the prior."""
         super().on_train_start()
-        self._steps_taken = self.global_step  # not 0 where training goes on from a checkpoint
         module = self.module
         if not (module.prior is None or module.prior_learnt or module.frozen):
             # Every optimizer's steps count, an adversary's too.
@@ -75,11 +75,25 @@ class EmpiricalBayes(LightningModule):
         warmed_up = self.module.warming_up
         self.module.warming_up = self.global_step < self._warmup_steps
         if warmed_up or self.module.warming_up:
-            for callback in self.trainer.early_stopping_callbacks:
-                callback.wait_count = 0
-                callback.best_score = torch.full_like(
-                    callback.best_score, -math.inf if callback.mode == "max" else math.inf
-                )
+            self._forget_best(ended=not self.module.warming_up)
+
+    def _forget_best(self, ended: bool) -> None:
+        """Let nothing be compared with a loss under N(0, I), nor stopped by it."""
+        trainer = self.trainer
+        for stopping in trainer.early_stopping_callbacks:
+            stopping.wait_count = 0
+            stopping.best_score = torch.full_like(
+                stopping.best_score, -math.inf if stopping.mode == "max" else math.inf
+            )
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.best = config.scheduler.mode_worse
+                config.scheduler.num_bad_epochs = 0
+        if ended:  # until then the best of the warm-up is the best there is
+            for checkpoints in trainer.checkpoint_callbacks:
+                checkpoints.best_k_models = {}
+                checkpoints.best_model_score = None
+                checkpoints.best_model_path = checkpoints.kth_best_model_path = ""
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Leave out the prior's parameters, which its own optimizer moves."""
@@ -93,11 +107,20 @@ class EmpiricalBayes(LightningModule):
             for parameter in hidden:
                 parameter.requires_grad_(True)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Take the empirical-Bayes step, where the network took one (see gradient accumulation)."""
-        super().on_train_batch_end(*args, **kwargs)
-        if self.module.prior is not None and self.global_step != self._steps_taken:
-            self._steps_taken = self.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the network's step, then the empirical-Bayes step: checkpoints have both or none."""
+        super().optimizer_step(*args, **kwargs)
+        self._update_prior()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plan's; where that takes the network's step itself, with the prior's after it."""
+        found = super().training_step(*args, **kwargs)
+        if not self.automatic_optimization:
+            self._update_prior()
+        return found
+
+    def _update_prior(self) -> None:
+        if self.module.prior is not None:
             self.module.update_prior()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
