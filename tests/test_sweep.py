@@ -72,6 +72,9 @@ def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 5 + 2
     assert len(json.loads((stopped / sweep.FINISHED).read_text())) == 6
     assert "holds another run" in complaint(capsys, run(h5ad, stopped))
+    finished = stopped / sweep.FINISHED
+    finished.write_bytes(finished.read_bytes()[:-9])
+    assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
 
 
 def test_batch_mixing():

@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _complain(f"training diverged: {error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|size", str(error)):
+        of_memory = re.search("allocate memory|out of memory|Storage size", str(error))
+        if not isinstance(error, MemoryError) and not of_memory:
             raise
         return _complain(f"too large for this machine's memory: {error}", 1)
     except BrokenPipeError:
@@ -489,6 +490,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         results=integration.RESULTS,
         changeable=("labels_key",),
     )
+    progress = sys.stderr is not None and sys.stderr.isatty()
     try:
         found = integration.integrate(
             training,
@@ -497,10 +499,12 @@ def _integrate(arguments: argparse.Namespace) -> None:
             # A run that was stopped before its first checkpoint starts again.
             resume=arguments.resume and folder.checkpoint.exists(),
             accelerator=arguments.accelerator,
-            progress=sys.stderr is not None and sys.stderr.isatty(),
+            progress=progress,
         )
         record = found.add_to(adata)
         found.write(adata, folder.path)
+        if progress:
+            print("drawing the report", file=sys.stderr, flush=True)
         report.write_report(folder.path / "report.html", adata, found.history)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with: {again}") from None

@@ -22,6 +22,7 @@ import pandas as pd
 from anndata import AnnData
 
 from vmm_fast._files import write_atomically
+from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
 from vmm_fast.scvi.integration import Integration, Settings, integrate, quiet
 
@@ -89,12 +90,14 @@ def sweep(
 
     Raises
     ------
+    InputError
+        If what the folder has cannot be read.
     FloatingPointError
         If a run diverges.
     KeyboardInterrupt
     """
     path = folder / FINISHED
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kept = _read_kept(path) if path.exists() else []
     rows = []
     for one, ratio in settings.of_runs():
         row = next((row for row in kept if row["settings"] == asdict(one)), None)
@@ -109,6 +112,15 @@ def sweep(
         _write_table(rows, folder / "sweep.csv")
         _plot(rows, folder / "sweep.png")
         yield row
+
+
+def _read_kept(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(
+            f"{path}: is damaged and cannot be read; start the sweep again with --overwrite"
+        ) from None
 
 
 def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:
