@@ -615,7 +615,7 @@ def test_the_training_cells_get_their_clusters_again(trained, tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_new_batches_are_encoded_as_of_each_known_one(trained, tmp_path, capsys):
+def test_new_batches_are_encoded_as_of_all_known_ones(trained, tmp_path, capsys):
     adata = make_cells(30, batches=3, seed=2)
     z = []
     for batch in ("b0", "b1", "b2"):
@@ -627,11 +627,21 @@ def test_new_batches_are_encoded_as_of_each_known_one(trained, tmp_path, capsys)
     assert assigned(trained, written(tmp_path, adata), tmp_path / "new.h5ad") == 0
     assert "a batch that the model does not know: new" in capsys.readouterr().out
     found = anndata.read_h5ad(tmp_path / "new.h5ad").obsm["X_vmm"]
-    np.testing.assert_allclose(found[1:], np.mean(z, 0)[1:], atol=1e-5)
     np.testing.assert_allclose(found[0], z[0][0], atol=1e-5)
+    model = VMMSCVI.load(trained / "model", accelerator="cpu", adata=None)
+    counts = torch.from_numpy(adata[:, model.get_var_names()].X.toarray())
+    with torch.no_grad():
+        q, _ = model.module.z_encoder(counts.log1p(), torch.full((30, 3), 1 / 3))
+    np.testing.assert_allclose(found[1:], q.loc[1:], atol=1e-5)
+    # About half-way between the batches.
+    spread = np.abs(np.ptp(z, axis=0)).mean()
+    assert np.abs(found[1:] - np.mean(z, 0)[1:]).mean() < 0.2 * spread
     del adata.obs["batch"]
     assert assigned(trained, written(tmp_path, adata), tmp_path / "none.h5ad") == 0
     assert "obs has no 'batch'" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        anndata.read_h5ad(tmp_path / "none.h5ad").obsm["X_vmm"][1:], found[1:], atol=1e-5
+    )
 
 
 def trained_gene(trained):

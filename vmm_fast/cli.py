@@ -39,8 +39,8 @@ EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input fil
 EPOCHS_HELP = "passes over the cells (default: 100, from 80,000 cells on fewer)"
 ASSIGN = """\
 Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
-Cells of a batch that the model does not know are encoded as of each batch that it
-knows, and the mean is taken.
+Cells of a batch that the model does not know are encoded as of all batches that it
+knows, in equal shares.
 """
 SWEEP = """\
 The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out cells;

@@ -1,8 +1,8 @@
 """New cells in the clusters of a trained model, without training.
 
 Genes are matched by name. A cell of a batch that the model knows is encoded as of that batch; one
-of a new batch as of each known batch in turn, and its embedding is the mean: what has been learnt
-of batches says nothing of a new one, so that none is preferred.
+of a new batch as of all known batches in equal shares: what has been learnt of batches says nothing
+of a new one, so that none is preferred.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix, hstack
 from scvi import REGISTRY_KEYS
@@ -19,11 +20,12 @@ from scvi import REGISTRY_KEYS
 from vmm_fast.data import InputError
 from vmm_fast.scvi.integration import in_place_of, quiet, set_clusters
 from vmm_fast.scvi.model import VMMSCVI
+from vmm_fast.scvi.pseudo_cells import Cells
 from vmm_fast.scvi.reading import batches_of, counts_of
 
 __all__ = ["SavedModel", "assign", "find_model"]
 
-HOW = ", whose cells are encoded as of each known batch, and the mean is taken"
+HOW = ", whose cells are encoded as of all known batches in equal shares"
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
@@ -88,19 +90,30 @@ def assign(adata: AnnData, saved: SavedModel, layer: str | None) -> list[str]:
     batches, known, more = _batches(adata, saved.registry)
     query = in_place_of(counts, adata.obs.copy(), saved.genes, setup["layer"])
     new = ~batches.isin(known).to_numpy()
-    embeddings = []
+    if setup["batch_key"] is not None:
+        query.obs[setup["batch_key"]] = batches.where(~new, known[0])
     with quiet():
-        for batch in known if new.any() else known[:1]:
-            if setup["batch_key"] is not None:
-                query.obs[setup["batch_key"]] = batches.where(~new, batch)
-            model = VMMSCVI.load(str(saved.folder), query)
-            if model.module.prior is None:
-                raise InputError(f"{saved.folder}: must be a model with clusters, is of N(0, I)")
-            embeddings.append(model.get_latent_representation())
-        z = np.mean(embeddings, axis=0)
+        model = VMMSCVI.load(str(saved.folder), query)
+        if model.module.prior is None:
+            raise InputError(f"{saved.folder}: must be a model with clusters, is of N(0, I)")
+        z, _ = model.get_latent_representation(return_dist=True)
+        if new.any() and model.module.encode_covariates:
+            z[new] = _of_all_batches(model, np.flatnonzero(new), len(known))
         set_clusters(adata, z, model.module.components().to("cpu"))
     adata.uns["vmm"] = {"model": str(saved.folder.resolve())}
     return notes + more
+
+
+@torch.inference_mode()
+def _of_all_batches(model: VMMSCVI, cells: np.ndarray, batches: int) -> np.ndarray:
+    """Posterior means [n, D] of cells that are of all batches in equal shares."""
+    means = []
+    for tensors in model._make_data_loader(model.adata, indices=cells):
+        log_counts = tensors[REGISTRY_KEYS.X_KEY].to(model.device).log1p()
+        shares = torch.full_like(log_counts[:, :1], 1 / batches).expand(-1, batches)
+        cell = Cells(log_counts, (shares,), log_counts[:, :0])
+        means.append(model.module.encode(cell).loc.cpu())
+    return torch.cat(means).numpy()
 
 
 def _matched(counts: Any, have: pd.Index, genes: pd.Index) -> tuple[Any, list[str]]:
