@@ -19,6 +19,7 @@ T* pointer(Address address) {
 }  // namespace vmm
 
 void bind_components(pybind11::module_&);
+void bind_counts(pybind11::module_&);
 void bind_empirical_bayes(pybind11::module_&);
 void bind_mixture(pybind11::module_&);
 void bind_stick_breaking(pybind11::module_&);

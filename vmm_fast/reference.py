@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 __all__ = [
+    "count_log_prob",
     "mixture_assign",
     "mixture_log_joint",
     "mixture_log_prob",
@@ -152,3 +153,43 @@ def precision_cholesky(raw_precision: Tensor) -> Tensor:
     """L [C, D, D] from its unconstrained form, tril(raw, -1) + diag softplus(diag raw)."""
     diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
     return raw_precision.tril(-1) + torch.diag_embed(diagonal)
+
+
+LEAST = 1e-15  # mean and inverse dispersion
+
+
+def count_log_prob(
+    counts: Tensor,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None = None,
+    dropout_logits: Tensor | None = None,
+) -> Tensor:
+    """Log-likelihood [B] of cells' counts x [B, G], summed over genes.
+
+    With mean mu [B, G], inverse dispersion theta [G] or [B, G] and dropout logits l [B, G]:
+
+    Poisson (without theta): x log mu - mu - log x!;
+    negative binomial (without l): log Gamma(x + theta) / (Gamma(theta) x!)
+    + theta log theta / (theta + mu) + x log mu / (theta + mu);
+    zero-inflated: log((1 - pi) NB(x) + pi [x = 0]), pi = sigmoid(l).
+
+    Means and inverse dispersions below :data:`LEAST` are taken as that.
+    """
+    mean = mean.clamp_min(LEAST)
+    if inverse_dispersion is None:
+        found = torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1)
+    else:
+        theta = inverse_dispersion.clamp_min(LEAST)
+        found = (
+            torch.lgamma(counts + theta)
+            - torch.lgamma(theta)
+            - torch.lgamma(counts + 1)
+            - theta * torch.log1p(mean / theta)
+            + torch.special.xlogy(counts, mean / (theta + mean))
+        )
+        if dropout_logits is not None:
+            kept = found - softplus(dropout_logits)
+            # log(pi + (1 - pi) NB(0)), where softplus(-l) = -log pi
+            zero = softplus(found - dropout_logits) - softplus(-dropout_logits)
+            found = torch.where(counts == 0, zero, kept)
+    return found.masked_fill((counts < 0), torch.nan).sum(-1)

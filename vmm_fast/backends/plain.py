@@ -189,3 +189,47 @@ def whitened_components_backward(
         next(grads).to(whitening.dtype) if x is not None and x.requires_grad else None
         for x in inputs
     ]
+
+
+def _dense_counts(
+    counts: Tensor, row_starts: Tensor | None, gene_indices: Tensor | None, mean: Tensor
+) -> Tensor:
+    if row_starts is None:
+        return counts
+    sparse = torch.sparse_csr_tensor(
+        row_starts, gene_indices, counts, mean.shape, check_invariants=True
+    )
+    return sparse.to_dense()
+
+
+def count_log_prob(
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    *rest: Tensor | None,
+) -> Tensor:
+    dense = _dense_counts(counts, row_starts, gene_indices, mean)
+    return reference.count_log_prob(dense, mean, *rest)
+
+
+def count_log_prob_backward(
+    grad: Tensor,
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    dense = _dense_counts(counts, row_starts, gene_indices, mean)
+    with torch.enable_grad():
+        inputs = [
+            x if x is None else x.detach().requires_grad_(want)
+            for x, want in zip((mean, inverse_dispersion, dropout_logits), wanted, strict=True)
+        ]
+        log_prob = reference.count_log_prob(dense, *inputs)
+        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(log_prob, asked, grad))
+    return [next(found) if want else None for want in wanted]

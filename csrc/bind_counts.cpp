@@ -1,0 +1,57 @@
+// Python bindings of csrc/counts.h. Arguments are addresses and sizes: vmm_fast/counts.py checks
+// shapes, dtypes and devices before it takes an address.
+#include "bind.h"
+#include "counts.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using std::int64_t;
+using vmm::Address;
+using vmm::pointer;
+
+template <class T>
+vmm::CountModel<T> model(int64_t cells, int64_t genes, Address counts, Address row_starts,
+                         Address gene_indices, Address mean, Address inverse_dispersion,
+                         bool dispersion_per_cell, Address dropout_logits) {
+  return {cells,
+          genes,
+          pointer<const T>(counts),
+          pointer<const int64_t>(row_starts),
+          pointer<const int64_t>(gene_indices),
+          pointer<const T>(mean),
+          pointer<const T>(inverse_dispersion),
+          dispersion_per_cell,
+          pointer<const T>(dropout_logits)};
+}
+
+// One function a dtype, told apart by its suffix; what a model lacks has the address 0. After the
+// model come threads, what belongs to the operation, and outputs.
+template <class T>
+void bind(py::module_& m, const std::string& suffix) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def(("count_log_prob" + suffix).c_str(),
+        [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
+           bool per_cell, Address l, int threads, Address log_prob) {
+          vmm::count_log_prob<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l), threads,
+                                 pointer<T>(log_prob));
+        },
+        nogil);
+  m.def(("count_log_prob_backward" + suffix).c_str(),
+        [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
+           bool per_cell, Address l, int threads, Address grad, Address grad_mean, Address grad_r,
+           Address grad_l) {
+          vmm::count_log_prob_backward<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l),
+                                          pointer<const T>(grad), threads, pointer<T>(grad_mean),
+                                          pointer<T>(grad_r), pointer<T>(grad_l));
+        },
+        nogil);
+}
+
+}  // namespace
+
+void bind_counts(py::module_& m) {
+  bind<float>(m, "_float32");
+  bind<double>(m, "_float64");
+}
