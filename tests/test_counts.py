@@ -1,0 +1,303 @@
+"""Log-likelihoods of counts: against mpmath and scipy, every instruction set, errors."""
+
+import itertools
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from conftest import expanded, shifted, strided, threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from vmm_fast import counts as ops
+from vmm_fast import reference
+
+# torch says so where a test makes a sparse tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+MODELS = ("poisson", "nb", "zinb")
+FUNCTIONS = {"poisson": ops.poisson_log_prob, "nb": ops.nb_log_prob, "zinb": ops.zinb_log_prob}
+FEW = {"poisson": 1, "nb": 2, "zinb": 3}  # parameters
+
+COUNTS = (0, 1, 2, 3, 5, 8, 9, 17, 100, 1234, 10**6)
+MEANS = (1e-8, 1e-3, 0.3, 2.0, 50.0, 1e3, 1e6)
+DISPERSIONS = (1e-6, 1e-2, 0.7, 10.0, 1e3, 1e6)
+LOGITS = (-30.0, -3.0, 0.0, 2.5, 20.0)
+
+
+def random_counts(cells, genes, seed=0, dtype=torch.float64, per_cell=False, depth=1.0):
+    """Counts, most of them 0, and mean, inverse dispersion and dropout logits."""
+    random = np.random.default_rng(seed)
+    mean = random.lognormal(-1, 2, (cells, genes)) * depth
+    theta = random.lognormal(0, 1.5, (cells, genes) if per_cell else genes)
+    x = random.poisson(random.gamma(theta, mean / theta, (cells, genes)))
+    x[random.random((cells, genes)) < 0.3] = 0
+    logits = random.normal(size=(cells, genes)) * 3
+    return tuple(torch.tensor(a, dtype=dtype) for a in (x, mean, theta, logits))
+
+
+def values_and_gradients(function, x, *parameters):
+    parameters = [p.detach().requires_grad_() for p in parameters]
+    found = function(x, *parameters)
+    upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype)
+    return found.detach(), *torch.autograd.grad((found * upstream).sum(), parameters)
+
+
+def assert_equals_reference(model, x, *parameters, rtol=1e-9, atol=1e-9):
+    parameters = parameters[: FEW[model]]
+    found = values_and_gradients(FUNCTIONS[model], x, *parameters)
+    dense = x.to_dense() if x.layout == torch.sparse_csr else x
+    doubles = [p.double() for p in parameters]
+    expected = values_and_gradients(reference.count_log_prob, dense.double(), *doubles)
+    for name, a, b in zip(("value", "mean", "theta", "logits"), found, expected, strict=False):
+        limit = atol * max(1.0, float(b.abs().max())) if b.numel() else atol
+        torch.testing.assert_close(
+            a.double(), b, rtol=rtol, atol=limit, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """Every count with every parameter, and its three log-likelihoods to 40 digits."""
+    rows = list(itertools.product(COUNTS, MEANS, DISPERSIONS, LOGITS))
+    with mpmath.workdps(40):
+        exact = [_exact(*map(mpmath.mpf, row)) for row in rows]
+    columns = [
+        torch.tensor(column, dtype=torch.float64)[:, None] for column in zip(*rows, strict=True)
+    ]
+    return columns, torch.tensor(exact, dtype=torch.float64)
+
+
+def _exact(x, mean, theta, logit):
+    poisson = x * mpmath.log(mean) - mean - mpmath.loggamma(x + 1)
+    zero = -theta * mpmath.log1p(mean / theta)
+    nb = zero + x * mpmath.log(mean / (theta + mean)) - mpmath.loggamma(x + 1)
+    nb += mpmath.loggamma(x + theta) - mpmath.loggamma(theta)
+    pi = 1 / (1 + mpmath.exp(-logit))
+    zinb = nb + mpmath.log(1 - pi) if x else mpmath.log(pi + (1 - pi) * mpmath.exp(zero))
+    return float(poisson), float(nb), float(zinb)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_extremes_are_exact(isa, grid, model):
+    (x, *parameters), exact = grid
+    exact = exact[:, MODELS.index(model)]
+    found = FUNCTIONS[model](x, *parameters[: FEW[model]])
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+    # float32's own steps in 1 + e^-l, and in log mu of a large count.
+    single = FUNCTIONS[model](x.float(), *(p.float() for p in parameters[: FEW[model]]))
+    torch.testing.assert_close(single.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_at_the_extremes(isa, grid, model):
+    (x, *parameters), _ = grid
+    parameters = parameters[: FEW[model]]
+    expected = values_and_gradients(reference.count_log_prob, x, *parameters)[1:]
+    found = values_and_gradients(FUNCTIONS[model], x, *parameters)[1:]
+    single = [p.float() for p in parameters]
+    rough = values_and_gradients(FUNCTIONS[model], x.float(), *single)[1:]
+    for p, a, b, c in zip(parameters, found, expected, rough, strict=True):
+        # As of log mu and log theta: what a step of an optimizer would see. The reference loses
+        # digits of digamma(x + theta) - digamma(theta) where theta is large.
+        scale = p if p is not parameters[-1] or model != "zinb" else torch.ones_like(p)
+        torch.testing.assert_close(a * scale, b * scale, rtol=1e-8, atol=3e-8)
+        torch.testing.assert_close(c.double() * scale, b * scale, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 6), st.integers(0, 70)),
+    model=st.sampled_from(MODELS),
+    per_cell=st.booleans(),
+    depth=st.sampled_from([0.1, 1.0, 100.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_float64_equals_reference(shape, model, per_cell, depth, seed):
+    arguments = random_counts(*shape, seed=seed, per_cell=per_cell, depth=depth)
+    assert_equals_reference(model, *arguments)
+
+
+def test_reference_equals_scipy():
+    x, mean, theta, logits = random_counts(20, 30, depth=5.0)
+    nb = stats.nbinom(theta, theta / (theta + mean))
+    pi = logits.sigmoid().numpy()
+    zinb = np.log((1 - pi) * nb.pmf(x) + pi * (x.numpy() == 0))
+    for parameters, expected in (
+        ((mean,), stats.poisson(mean).logpmf(x)),
+        ((mean, theta), nb.logpmf(x)),
+        ((mean, theta, logits), zinb),
+    ):
+        found = reference.count_log_prob(x, *parameters)
+        np.testing.assert_allclose(found, expected.sum(-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("genes", [1, 15, 16, 17, 100])
+def test_every_instruction_set(isa, model, genes):
+    assert_equals_reference(model, *random_counts(9, genes))
+    single = random_counts(9, genes, dtype=torch.float32)
+    assert_equals_reference(model, *single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sparse_counts_give_the_same_bits(model):
+    x, *parameters = random_counts(7, 33, dtype=torch.float32)
+    parameters = parameters[: FEW[model]]
+    dense = values_and_gradients(FUNCTIONS[model], x, *parameters)
+    sparse = values_and_gradients(FUNCTIONS[model], x.to_sparse_csr(), *parameters)
+    for a, b in zip(dense, sparse, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_and_runs_give_the_same():
+    arguments = random_counts(300, 200, dtype=torch.float32)
+    found = []
+    for count in (1, 1, 2, 2):
+        with threads(count):
+            found.append(values_and_gradients(ops.zinb_log_prob, *arguments))
+    for first, second in (found[:2], found[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for a, b in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [strided, shifted, expanded])
+def test_any_memory_layout(change):
+    arguments = [change(x) if x.ndim == 2 else x for x in random_counts(5, 19)]
+    assert_equals_reference("zinb", *arguments)
+
+
+def test_counts_that_are_not_whole():
+    x, *parameters = random_counts(6, 40, depth=4.0)
+    for model in MODELS:
+        assert_equals_reference(model, x * 0.37, *parameters)
+
+
+@pytest.mark.parametrize(
+    ("model", "which"), [(model, which) for model in MODELS for which in range(FEW[model] + 1)]
+)
+def test_nan_is_not_lost(isa, model, which):
+    for count in (0, 3, 100):
+        arguments = [x.clone() for x in random_counts(4, 20, dtype=torch.float32)]
+        arguments[0][2, 5] = count
+        arguments[which][..., 5] = torch.nan
+        found = FUNCTIONS[model](*arguments[: 1 + FEW[model]])
+        assert found[2].isnan()
+
+
+def test_negative_counts_give_nan():
+    x, *parameters = random_counts(3, 20)
+    x[1, 7] = -1
+    for model in MODELS:
+        found = FUNCTIONS[model](x, *parameters[: FEW[model]])
+        assert found.isnan().tolist() == [False, True, False]
+
+
+def test_a_mean_of_zero_is_finite_and_has_no_gradient():
+    x, mean, theta, logits = random_counts(3, 20, dtype=torch.float32)
+    mean[:, ::3], theta[::4] = 0, 0
+    assert_equals_reference("zinb", x, mean, theta, logits, rtol=1e-4, atol=1e-5)
+    found, slope, *_ = values_and_gradients(ops.zinb_log_prob, x, mean, theta, logits)
+    assert found.isfinite().all()
+    assert (slope[:, ::3] == 0).all()
+
+
+def test_dtypes():
+    x, mean, theta, logits = random_counts(4, 11)
+    expected = ops.zinb_log_prob(x, mean, theta, logits)
+    mixed = ops.zinb_log_prob(x.int(), mean.float(), theta, logits.bfloat16().double())
+    assert mixed.dtype == torch.float64
+    half = [p.bfloat16() for p in (mean, theta, logits)]
+    found = ops.zinb_log_prob(x.short(), *half)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, ops.zinb_log_prob(x.float(), *(p.float() for p in half)))
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.1)
+
+
+def test_only_what_is_asked_for_has_a_gradient():
+    x, *parameters = random_counts(4, 11)
+    everything = values_and_gradients(ops.zinb_log_prob, x, *parameters)[1:]
+    for one in range(3):
+        inputs = [p.clone().requires_grad_(i == one) for i, p in enumerate(parameters)]
+        found = ops.zinb_log_prob(x, *inputs)
+        upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype)
+        (slope,) = torch.autograd.grad((found * upstream).sum(), [inputs[one]])
+        assert torch.equal(slope, everything[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    x, mean, theta, logits = random_counts(4, 11, dtype=dtype)
+    op, check = torch.ops.vmm_fast, torch.library.opcheck
+    with_grad = [p.clone().requires_grad_() for p in (mean, theta, logits)]
+    csr = x.to_sparse_csr()
+    sparse = [t.clone() for t in (csr.values(), csr.crow_indices(), csr.col_indices())]
+    check(op.count_log_prob, (x, None, None, *with_grad))
+    check(op.count_log_prob, (*sparse, mean, theta, None))
+    wanted = [True, False, True]
+    upstream = torch.ones(4, dtype=dtype)
+    model = (x, None, None, mean, theta, logits)
+    check(op.count_log_prob_backward, (upstream, *model, wanted))
+
+
+def test_compiles_without_graph_breaks():
+    x, *parameters = random_counts(4, 11)
+    compiled = torch.compile(ops.zinb_log_prob, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        values_and_gradients(compiled, x, *parameters),
+        values_and_gradients(ops.zinb_log_prob, x, *parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_second_derivative():
+    x, *parameters = random_counts(4, 11)
+    mean = parameters[0].requires_grad_()
+    found = ops.zinb_log_prob(x, *parameters).sum()
+    (slope,) = torch.autograd.grad(found, mean, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"reference\.count_log_prob"):
+        torch.autograd.grad(slope.sum(), mean)
+
+
+def bad(**change):
+    x, mean, theta, logits = random_counts(4, 11)
+    good = {"counts": x, "mean": mean, "inverse_dispersion": theta, "dropout_logits": logits}
+    return {**good, **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"counts": [1, 2]}, TypeError, "counts must be a torch.Tensor, but is list"),
+        (
+            {"counts": torch.ones(11)},
+            ValueError,
+            r"counts must have shape \[B, G\], but has \[11\]",
+        ),
+        ({"mean": torch.ones(4, 11).int()}, TypeError, "mean must have a floating dtype"),
+        ({"mean": torch.ones(4, 12)}, ValueError, r"mean must have shape \[B, G\] .*\[4, 12\]"),
+        ({"mean": torch.ones(11)}, ValueError, r"mean must have shape \[B, G\]"),
+        ({"inverse_dispersion": torch.ones(4)}, ValueError, r"shape \[G\] or \[B, G\]"),
+        ({"dropout_logits": torch.ones(11)}, ValueError, r"dropout_logits must have shape"),
+        ({"mean": torch.ones(4, 11, device="meta")}, ValueError, "mean must be on counts' device"),
+        ({"counts": torch.ones(4, 11).to_sparse()}, ValueError, "dense or torch.sparse_csr"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.zinb_log_prob(**bad(**change))
+
+
+def test_sparse_indices_that_lie_outside():
+    starts, genes = torch.tensor([0, 1, 1, 1, 2]), torch.tensor([3, 11])
+    _, *parameters = random_counts(4, 11)
+    model = (torch.ones(2, dtype=torch.float64), starts, genes, *parameters)
+    with pytest.raises(ValueError, match="sparse indices must lie"):
+        torch.ops.vmm_fast.count_log_prob(*model)
+    falling = (torch.ones(2, dtype=torch.float64), torch.tensor([0, 2, 1, 2, 2]), genes - 5)
+    with pytest.raises(ValueError, match="sparse indices must lie"):
+        torch.ops.vmm_fast.count_log_prob(*falling, *parameters)
