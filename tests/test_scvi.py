@@ -15,7 +15,7 @@ from anndata import AnnData  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
-from vmm_fast.scvi import VMMSCVI  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -71,7 +71,8 @@ def batch_of(found):
 @pytest.mark.parametrize("encode_covariates", [False, True])
 def test_the_normal_prior_is_stock_scvi(encode_covariates):
     adata = cells()
-    ours = model(adata, prior="normal", encode_covariates=encode_covariates)
+    options = {"encode_covariates": encode_covariates, "fused_likelihood": False}
+    ours = model(adata, prior="normal", **options)
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
     stock = scvi.model.SCVI(adata, n_hidden=32, n_latent=4, encode_covariates=encode_covariates)
@@ -81,6 +82,30 @@ def test_the_normal_prior_is_stock_scvi(encode_covariates):
         _, _, loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})
         losses.append(loss.loss)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
+def test_the_fused_likelihood_is_scvi_s(likelihood, dispersion, monkeypatch):
+    calls = []
+    for name in ("zinb", "nb", "poisson"):
+        function = getattr(module, f"{name}_log_prob")
+        counted = lambda *a, name=name, f=function: (calls.append(name), f(*a))[1]  # noqa: E731
+        monkeypatch.setattr(module, f"{name}_log_prob", counted)
+    losses, slopes = [], []
+    for fused in (False, True):
+        options = {"gene_likelihood": likelihood, "dispersion": dispersion}
+        found = model(prior="normal", fused_likelihood=fused, **options)
+        scvi.settings.seed = 1
+        loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})[2].loss
+        loss.backward()
+        losses.append(loss.detach())
+        slopes.append([p.grad for p in found.module.parameters() if p.grad is not None])
+    assert calls == ([] if likelihood == "normal" else [likelihood])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for a, b in zip(*slopes, strict=True):
+        # A bias before batch normalisation has a gradient of nothing but rounding errors.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-5)
 
 
 def test_the_loss_is_scvi_s_with_the_prior_s_divergence():

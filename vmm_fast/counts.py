@@ -42,8 +42,8 @@ _library.define(f"count_log_prob({_MODEL}) -> Tensor")
 _library.define(f"count_log_prob_backward(Tensor grad, {_MODEL}, bool[3] wanted) -> Tensor[]")
 
 
-def _count_log_prob(*model: Tensor | None) -> Tensor:
-    return backends.call("count_log_prob", model[3], 1, *model)
+def _count_log_prob(counts: Tensor, *rest: Any) -> Tensor:
+    return backends.call("count_log_prob", counts, 1, counts, *rest)
 
 
 def _count_log_prob_backward(grad: Tensor, *model_and_wanted: Any) -> list[Tensor]:

@@ -267,40 +267,55 @@ log_joint = _matrix("log_joint")
 responsibilities = _matrix("responsibilities")
 
 
-def _count_model(
+def _count_call(
+    name: str,
     counts: Tensor,
     row_starts: Tensor | None,
     gene_indices: Tensor | None,
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
-) -> tuple[list[Tensor | None], tuple[Any, ...]]:
-    """Tensors that must live through the call, and what the core takes of them."""
-    kept = [
+    *rest: Tensor | None,
+) -> None:
+    """Call an operation of the compiled core on counts; ``rest`` are its own tensors."""
+    model = [
         x if x is None else x.contiguous()
         for x in (counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits)
     ]
-    per_cell = inverse_dispersion is not None and inverse_dispersion.ndim == 2
-    *first, dropout = (_address(x) for x in kept)
-    return kept, (*mean.shape, *first, per_cell, dropout, torch.get_num_threads())
+    *first, logits = map(_address, model)
+    getattr(_core, name + SUFFIXES[mean.dtype])(
+        *mean.shape,
+        *first,
+        inverse_dispersion is not None and inverse_dispersion.ndim == 2,
+        logits,
+        torch.get_num_threads(),
+        *map(_address, rest),
+    )
 
 
-def count_log_prob(*model: Tensor | None) -> Tensor:
-    kept, arguments = _count_model(*model)
-    mean = kept[3]
+def count_log_prob(
+    counts: Tensor, row_starts: Tensor | None, gene_indices: Tensor | None, mean: Tensor, *rest: Any
+) -> Tensor:
     log_prob = mean.new_empty(len(mean))
-    getattr(_core, "count_log_prob" + SUFFIXES[mean.dtype])(*arguments, log_prob.data_ptr())
+    _count_call("count_log_prob", counts, row_starts, gene_indices, mean, *rest, log_prob)
     return log_prob
 
 
-def count_log_prob_backward(grad: Tensor, *model_and_wanted: Any) -> list[Tensor | None]:
-    *model, wanted = model_and_wanted
-    kept, arguments = _count_model(*model)
-    grad = grad.contiguous()
+def count_log_prob_backward(
+    grad: Tensor,
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    parameters = (mean, inverse_dispersion, dropout_logits)
     grads = [
-        torch.empty_like(x) if want else None for x, want in zip(kept[3:], wanted, strict=True)
+        None if x is None or not want else _empty_like(x)[0]
+        for x, want in zip(parameters, wanted, strict=True)
     ]
-    getattr(_core, "count_log_prob_backward" + SUFFIXES[grad.dtype])(
-        *arguments, grad.data_ptr(), *map(_address, grads)
-    )
+    model = (counts, row_starts, gene_indices, *parameters)
+    _count_call("count_log_prob_backward", *model, grad.contiguous(), *grads)
     return grads

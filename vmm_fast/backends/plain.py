@@ -194,7 +194,7 @@ def whitened_components_backward(
 def _dense_counts(
     counts: Tensor, row_starts: Tensor | None, gene_indices: Tensor | None, mean: Tensor
 ) -> Tensor:
-    if row_starts is None:
+    if row_starts is None or gene_indices is None:
         return counts
     sparse = torch.sparse_csr_tensor(
         row_starts, gene_indices, counts, mean.shape, check_invariants=True
@@ -225,11 +225,12 @@ def count_log_prob_backward(
 ) -> list[Tensor | None]:
     dense = _dense_counts(counts, row_starts, gene_indices, mean)
     with torch.enable_grad():
-        inputs = [
+        mu, theta, logits = inputs = [
             x if x is None else x.detach().requires_grad_(want)
             for x, want in zip((mean, inverse_dispersion, dropout_logits), wanted, strict=True)
         ]
-        log_prob = reference.count_log_prob(dense, *inputs)
-        asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        assert mu is not None
+        log_prob = reference.count_log_prob(dense, mu, theta, logits)
+        asked = [x for x in inputs if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(log_prob, asked, grad))
     return [next(found) if want else None for want in wanted]
