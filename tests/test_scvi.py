@@ -226,6 +226,33 @@ def test_the_network_s_optimizer_does_not_see_the_prior():
     assert len(seen) + len(prior) == len(list(found.module.parameters()))
 
 
+def test_adam_takes_its_step_in_one_pass():
+    found = model()
+    for options, fused in (
+        ({}, True),
+        ({"optimizer": "AdamW"}, True),
+        ({"optimizer": "Custom", "optimizer_creator": torch.optim.SGD}, None),
+        (
+            {
+                "optimizer": "Custom",
+                "optimizer_creator": lambda p: torch.optim.Adam(p, foreach=True),
+            },
+            None,
+        ),
+    ):
+        plan = found._training_plan_cls(found.module, **options)
+        optimizer = plan.configure_optimizers()["optimizer"]
+        assert optimizer.param_groups[0].get("fused") is fused
+
+
+def test_the_network_s_loss_leaves_pseudo_cells_without_a_gradient():
+    found = model()
+    found._start_pseudo_cells()
+    found.module(batch_of(found), loss_kwargs={"kl_weight": 1.0})[2].loss.backward()
+    assert all(p.grad is None for p in found.module.prior.pseudo_inputs.parameters())
+    assert all(p.grad is not None for p in found.module.z_encoder.parameters())
+
+
 def test_the_prior_moves_once_an_optimizer_step(monkeypatch):
     found = model()
     calls = []
