@@ -208,7 +208,7 @@ def test_pseudo_counts_of_large_cells_are_finite():
 
 def test_more_pseudo_cells_than_cells():
     found = model(cells(20), n_components=30)
-    with pytest.raises(ValueError, match=r"at most the number of cells, 20, .* there are 30"):
+    with pytest.raises(ValueError, match=r"at most the number of cells, 20, .* but is 30"):
         found.train(1, **TRAIN)
 
 
@@ -298,6 +298,26 @@ def test_query_cells_of_a_new_batch_leave_the_clusters_alone(tmp_path):
     torch.testing.assert_close(after.centers, before.centers, **SAME)
     for name in ("logits", "raw_precision"):
         assert torch.equal(getattr(mapped.module.prior, name), getattr(found.module.prior, name))
+
+
+@pytest.mark.parametrize("representation", ["one-hot", "embedding"])
+def test_new_batches_and_categories_leave_weights_with_their_own(representation):
+    adata = cells(400, batches=4)
+    adata.obs["donor"] = np.where(adata.obs["batch"] == "batch 3", "donor 3", adata.obs["donor"])
+    new = adata.obs["batch"].isin(["batch 2", "batch 3"])
+    reference, query = adata[~new].copy(), adata[new].copy()
+    setup = {"categorical_covariate_keys": ["donor", "cluster"]}
+    found = trained(adata=reference, setup=setup, batch_representation=representation)
+    mapped = VMMSCVI.load_query_data(query, found, accelerator="cpu")
+    before, after = found.module.components(), mapped.module.components()
+    torch.testing.assert_close(after.centers, before.centers, **SAME)
+    mapped.is_trained_ = True
+    for give in ("get_latent_representation", "get_normalized_expression"):
+        given = []
+        for each in (mapped, found):
+            scvi.settings.seed = 0
+            given.append(getattr(each, give)(reference))
+        np.testing.assert_allclose(*given, rtol=1e-3, atol=1e-5)
 
 
 def test_minified_data():
@@ -424,7 +444,7 @@ def prior_steps(found):
     return int(state[0]["step"]) if state else 0
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (1, 0.5), (5, 0.1), (2, 0.0)])
+@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (1, 0.5), (5, 0.1), (2, 0.0), (1, 0.9)])
 def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
     found = model()
     start = {}
@@ -440,7 +460,7 @@ def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
 
     plan = {"prior_warmup": share}
     found.train(epochs, batch_size=64, callbacks=[Watch()], plan_kwargs=plan, **TRAIN)
-    expected = math.ceil(share * len(losses))
+    expected = int(share * len(losses))
     assert losses == [True] * expected + [False] * (len(losses) - expected)
     assert prior_steps(found) == len(losses) - expected
     assert not found.module.warming_up
@@ -489,6 +509,49 @@ def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
     # first, which has nothing to be compared with.
     assert rates[:6] == [1e-3] * 6
     assert rates[6] == pytest.approx(1e-4)
+
+
+def test_the_best_checkpoint_is_there_where_none_follows_the_warmup(tmp_path):
+    from scvi.train import SaveCheckpoint
+
+    found = model()
+    keep = SaveCheckpoint(str(tmp_path), monitor="elbo_validation", load_best_on_end=True)
+    options = {"callbacks": [keep], "enable_checkpointing": True, "check_val_every_n_epoch": 4}
+    with pytest.warns(UserWarning, match="the prior has not been trained"):
+        found.train(5, batch_size=64, plan_kwargs={"prior_warmup": 0.9}, **options, **TRAIN)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_at_the_end_of_the_warmup_brings_no_loss_with_it(tmp_path):
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    class Watch(Callback):
+        def __init__(self):
+            self.best = []
+
+        def on_train_batch_end(self, trainer, plan, *rest):
+            (stopping,) = (c for c in trainer.callbacks if isinstance(c, EarlyStopping))
+            self.best.append(float(stopping.best_score))
+
+    seen = []
+    options = {"early_stopping": True, "check_val_every_n_epoch": 1, **TRAIN}
+    for resumed in (None, tmp_path / "epoch=1.ckpt"):
+        watch = Watch()
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+        more = {"callbacks": [watch, keep], "enable_checkpointing": True}
+        found = model()
+        found.train(4, batch_size=64, ckpt_path=resumed, **more, **options)
+        seen.append(watch.best[-found.trainer.num_training_batches * 2 :])
+    assert seen[1][0] == math.inf
+    assert math.isfinite(seen[1][-1])
+    assert [math.isfinite(x) for x in seen[1]] == [math.isfinite(x) for x in seen[0]]
+
+
+def test_a_prior_that_has_not_been_trained_is_told():
+    with pytest.warns(UserWarning, match="the prior has not been trained"):
+        trained(10_000, train={"max_time": {"seconds": 1}})
+    with pytest.raises(ValueError, match="prior_warmup must be 0 where training has no last step"):
+        trained(-1, train={"max_time": {"seconds": 1}})
 
 
 def test_the_share_of_the_warmup_is_checked():

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+import anndata
 from test_integrate import complaint, written
 
 from vmm_fast import cli
@@ -75,6 +76,17 @@ def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
     finished = stopped / sweep.FINISHED
     finished.write_bytes(finished.read_bytes()[:-9])
     assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
+
+
+def test_labels_that_are_all_missing(tmp_path):
+    h5ad = written(tmp_path)
+    adata = anndata.read_h5ad(h5ad)
+    adata.obs["none"] = np.nan
+    adata.write_h5ad(h5ad)
+    options = ["--labels-key", "none", "--batch-sizes", "64", "64", "--ratios", "5", "5"]
+    assert run(h5ad, tmp_path / "out", *options) == 0
+    (row,) = table(tmp_path / "out")
+    assert "ari" not in row
 
 
 def test_batch_mixing():

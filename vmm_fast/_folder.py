@@ -149,7 +149,8 @@ class Folder:
             return
         if self.record is None:
             raise InputError(
-                f"--out {self.path}: holds {held[0]}, which is of no run; choose another folder"
+                f"--out {self.path}: holds {held[0]}, which is of no run, as {RUN} is missing or "
+                "damaged; choose another folder"
             )
         if not overwrite and held != [RUN]:  # a run that failed at its start left that alone
             raise InputError(
@@ -162,5 +163,6 @@ class Folder:
     def _remove_halves(self) -> None:
         """Remove what a killed run left of a file that it was writing."""
         for name in self._names:
-            for half in self.path.glob(f".{name}.*.tmp"):
-                half.unlink()
+            for pattern in (f".{name}.*.tmp", f"{name}/.*.tmp"):
+                for half in self.path.glob(pattern):
+                    half.unlink()

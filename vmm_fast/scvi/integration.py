@@ -59,6 +59,7 @@ RESULTS = {
     "model": "what VMMSCVI.load and vmm-fast assign take",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
+COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
 LEAST_CELLS = 10  # one is held out and nine are trained on
 MANY_GENES = 10_000  # where selecting some is worth a note
 CHECKPOINT_SECONDS = 10  # least between two of them
@@ -122,8 +123,16 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     InputError
         If the values are no counts, or a key is missing or cannot be used.
     """
+    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
+        if key in COLUMNS:
+            raise InputError(
+                f"{option} {key}: must be another column, results are written to this one; rename "
+                "it"
+            )
     counts = csr_matrix(counts_of(adata, settings.layer), dtype=np.float32)
     notes = []
+    if "vmm_cluster" in adata.obs:
+        notes.append("obs has the clusters of an earlier run, the results have this one's instead")
     obs = pd.DataFrame(index=adata.obs_names)
     if settings.labels_key is not None:
         column(adata, "--labels-key", settings.labels_key)
@@ -472,13 +481,12 @@ def write_cells(adata: AnnData, path: Path) -> None:
 
 def write_table(adata: AnnData, path: Path) -> None:
     """Write clusters.csv: a line per cell, in the order of the input."""
-    columns = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")
 
     def write(file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["cell", "cluster", "probability", "entropy"])
         for cell, cluster, probability, entropy in zip(
-            adata.obs_names, *(adata.obs[name] for name in columns), strict=True
+            adata.obs_names, *(adata.obs[name] for name in COLUMNS), strict=True
         ):
             table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}"])
 

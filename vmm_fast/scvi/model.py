@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
 from scvi.model._utils import _get_batch_code_from_category
 from scvi.model.base import BaseModelClass
+from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -104,6 +106,8 @@ class LatentPriorModel(BaseModelClass):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the model without the prior does; pseudo-cells start from random cells.
 
+        Warns where training ended before the prior's warm-up did, as ``max_time`` may let it.
+
         Raises
         ------
         ValueError
@@ -111,9 +115,18 @@ class LatentPriorModel(BaseModelClass):
         """
         self._start_pseudo_cells()
         try:
-            return super().train(*args, **kwargs)
+            found = super().train(*args, **kwargs)
         finally:  # also where training was interrupted
             self.module.warming_up = False
+        module = self.module
+        if not (module.prior is None or module.frozen or module.prior_learnt):
+            warnings.warn(
+                "the prior has not been trained, so that its clusters mean nothing: training ended "
+                "in the warm-up under N(0, I), which has the share prior_warmup of all steps "
+                "(plan_kwargs={'prior_warmup': 0} leaves it out)",
+                stacklevel=2,
+            )
+        return found
 
     def _start_pseudo_cells(self) -> None:
         if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
@@ -126,8 +139,8 @@ class LatentPriorModel(BaseModelClass):
         number = len(cells.raw_counts)
         if self.adata.n_obs < number:
             raise ValueError(
-                f"n_components must be at most the number of cells, {self.adata.n_obs}, with "
-                f"pseudo-cells, but there are {number} of these"
+                "n_components, times pseudo_inputs_per_component, must be at most the number of "
+                f"cells, {self.adata.n_obs}, with pseudo-cells, but is {number}"
             )
         generator = np.random.default_rng(torch.initial_seed() % 2**32)
         chosen = np.sort(generator.choice(self.adata.n_obs, number, replace=False))
@@ -141,6 +154,24 @@ class LatentPriorModel(BaseModelClass):
             if REGISTRY_KEYS.CAT_COVS_KEY in tensors:
                 categories += tensors[REGISTRY_KEYS.CAT_COVS_KEY].unbind(1)
         cells.start_from(self.module.features(tensors), categories, continuous)
+
+    @classmethod
+    def load_query_data(cls, adata: Any = None, reference_model: Any = None, **kwargs: Any) -> Any:
+        """As the model's own, with weights of new categories next to those of their covariate.
+
+        scvi-tools' puts them behind all others, so that, where batches and covariates have weights
+        and not the last of them alone has new categories, every later one gets another's weights.
+        """
+        model = super().load_query_data(adata, reference_model, **kwargs)
+        reference = (
+            cls.load_registry(reference_model)
+            if isinstance(reference_model, str)
+            else reference_model.registry
+        )
+        _order_category_weights(
+            model.module, _numbers_of_categories(reference), _numbers_of_categories(model.registry)
+        )
+        return model
 
     # --- clusters ---
 
@@ -198,6 +229,34 @@ class LatentPriorModel(BaseModelClass):
         return self._components().assign(self._latents(adata, indices, batch_size)).entropy.numpy()
 
 
+def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
+    """Of batches and of every categorical covariate; 0 for a single one, which has no weights."""
+    fields = registry["field_registries"]
+    numbers = [fields[REGISTRY_KEYS.BATCH_KEY]["summary_stats"]["n_batch"]]
+    covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
+    numbers += covariates.get("n_cats_per_key", [])
+    return [number if number > 1 else 0 for number in numbers]
+
+
+@torch.no_grad()
+def _order_category_weights(module: torch.nn.Module, before: list[int], now: list[int]) -> None:
+    for layers in (m for m in module.modules() if isinstance(m, FCLayers)):
+        # With batch embeddings, batches have no columns here.
+        skipped = next((k for k in (0, 1) if layers.n_cat_list == now[k:]), None)
+        if skipped is None:
+            continue
+        known, added = sum(before[skipped:]), 0
+        order, at = [], 0
+        for old, new in zip(before[skipped:], now[skipped:], strict=True):
+            order += [*range(at, at + old)]
+            order += [*range(known + added, known + added + new - old)]
+            at, added = at + old, added + new - old
+        for i, layer in enumerate(layers.fc_layers):
+            if order and layers.inject_into_layer(i):
+                weight = layer[0].weight
+                weight[:, -len(order) :] = weight[:, -len(order) :][:, order]
+
+
 class ComponentExpression(LatentPriorModel):
     """:class:`LatentPriorModel` of models that decode to the expression of genes."""
 
@@ -244,7 +303,7 @@ class ComponentExpression(LatentPriorModel):
         transform_batch : str or sequence of str, optional
             Batches to decode to, of which the mean is given, in place of the random cells'.
         gene_list : sequence of str, optional
-            Genes to give; all by default.
+            Genes to give, in the model's order; all by default.
         library_size : float or "latent"
             Sum of a cell's expression; "latent" for the random cell's.
         batch_size : int, optional
@@ -259,7 +318,7 @@ class ComponentExpression(LatentPriorModel):
         Raises
         ------
         ValueError
-            For the prior N(0, I), for components that there are not, for unknown batches.
+            For the prior N(0, I), for components, genes or batches that there are not.
         """
         self._check_if_trained(warn=False)
         n_samples = check_integer("n_samples", n_samples)
@@ -270,6 +329,8 @@ class ComponentExpression(LatentPriorModel):
         batches = _get_batch_code_from_category(self.adata_manager, transform_batch)
         names = self.get_var_names()
         genes = np.ones(len(names), bool) if gene_list is None else np.isin(names, gene_list)
+        if unknown := sorted(set(gene_list or ()) - set(names)):
+            raise ValueError(f"gene_list must hold genes of the model, but has {unknown[:5]}")
         cells = torch.randint(self.adata.n_obs, (len(z),)).numpy()
         found, done = [], 0
         for tensors in self._make_data_loader(self.adata, indices=cells, batch_size=batch_size):

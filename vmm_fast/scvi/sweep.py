@@ -58,7 +58,8 @@ class SweepSettings(Settings):
         common = asdict(self)
         for name in ("batch_sizes", "ratios", "batch_size", "prior_learning_rate"):
             del common[name]
-        for size, ratio in itertools.product(self.batch_sizes, self.ratios):
+        sizes, ratios = dict.fromkeys(self.batch_sizes), dict.fromkeys(self.ratios)
+        for size, ratio in itertools.product(sizes, ratios):
             rate = ratio * self.learning_rate
             yield Settings(**common, batch_size=size, prior_learning_rate=rate), ratio
 
@@ -142,6 +143,8 @@ def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> d
             row["nmi_batch"] = clustering_scores_from_assignment(clusters, batches).nmi
     if labels is not None:
         known = ~pd.isna(labels)
+        if not known.any():
+            return row
         scores = clustering_scores_from_assignment(clusters[known], labels[known].astype(str))
         row |= {"ari": scores.ari, "nmi": scores.nmi}
     return row

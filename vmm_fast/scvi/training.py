@@ -20,6 +20,10 @@ __all__ = [
 ]
 
 
+def _worst(callback: Any) -> torch.Tensor:
+    return torch.tensor(-math.inf if callback.mode == "max" else math.inf)
+
+
 class EmpiricalBayes(LightningModule):
     """Mixin for scvi-tools' training plans: moves the module's prior after each optimizer step.
 
@@ -46,7 +50,7 @@ class EmpiricalBayes(LightningModule):
     Raises
     ------
     ValueError
-        If ``prior_warmup`` is not in [0, 1).
+        If ``prior_warmup`` is not in [0, 1), or not 0 where training has no last step.
     """
 
     def __init__(
@@ -60,42 +64,48 @@ class EmpiricalBayes(LightningModule):
             raise ValueError(f"prior_warmup must be in [0, 1), but is {prior_warmup!r}")
         super().__init__(*args, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs)
         self.prior_warmup = prior_warmup
-        self._warmup_steps = 0.0
+        self._warmup_steps = 0
 
     def on_train_start(self) -> None:
         """Find out how many steps N(0, I) stands in for the prior."""
         super().on_train_start()
         module = self.module
-        if not (module.prior is None or module.prior_learnt or module.frozen):
-            # Every optimizer's steps count, an adversary's too.
-            steps = self.trainer.estimated_stepping_batches * len(self.trainer.optimizers)
-            self._warmup_steps = self.prior_warmup * steps
+        if module.prior is None or module.prior_learnt or module.frozen or not self.prior_warmup:
+            return
+        # Every optimizer's steps count, an adversary's too.
+        steps = self.trainer.estimated_stepping_batches * len(self.trainer.optimizers)
+        if math.isinf(steps):
+            raise ValueError(
+                "prior_warmup must be 0 where training has no last step, but is "
+                f"{self.prior_warmup!r}: set max_epochs or max_steps"
+            )
+        self._warmup_steps = int(self.prior_warmup * steps)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin, continue or end the warm-up."""
         super().on_train_batch_start(*args, **kwargs)
-        warmed_up = self.module.warming_up
-        self.module.warming_up = self.global_step < self._warmup_steps
-        if warmed_up or self.module.warming_up:
-            self._forget_best(ended=not self.module.warming_up)
+        if self._warmup_steps:
+            self.module.warming_up = self.global_step < self._warmup_steps
+            self._forget_losses()
+            if not self.module.warming_up:
+                self._warmup_steps = 0
 
-    def _forget_best(self, ended: bool) -> None:
-        """Let nothing be compared with a loss under N(0, I), nor stopped by it."""
+    def _forget_losses(self) -> None:
+        """Let whatever comes next be better than the losses under N(0, I)."""
         trainer = self.trainer
         for stopping in trainer.early_stopping_callbacks:
             stopping.wait_count = 0
-            stopping.best_score = torch.full_like(
-                stopping.best_score, -math.inf if stopping.mode == "max" else math.inf
-            )
+            stopping.best_score = _worst(stopping)
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.best = config.scheduler.mode_worse
                 config.scheduler.num_bad_epochs = 0
-        if ended:  # until then the best of the warm-up is the best there is
-            for checkpoints in trainer.checkpoint_callbacks:
-                checkpoints.best_k_models = {}
-                checkpoints.best_model_score = None
-                checkpoints.best_model_path = checkpoints.kth_best_model_path = ""
+        for checkpoints in trainer.checkpoint_callbacks:
+            if checkpoints.best_k_models:
+                checkpoints.best_model_score = _worst(checkpoints)
+                checkpoints.best_k_models = dict.fromkeys(
+                    checkpoints.best_k_models, _worst(checkpoints)
+                )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Leave out the prior's parameters, which its own optimizer moves."""
