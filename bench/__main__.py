@@ -11,6 +11,7 @@ from bench import (
     digits,
     gpu,
     integration,
+    likelihood,
     quality,
     report,
     roofline,
@@ -28,6 +29,7 @@ MEASURED = {
     "roofline": (roofline, "kernels against the machine's own limits"),
     "scaling": (scaling, "exponents in B, J and D; memory"),
     "step": (step, "training steps of the image VAE under each prior"),
+    "likelihood": (likelihood, "log-likelihoods of counts, next to scvi-tools'"),
     "scvi-step": (scvi_step, "training steps of scVI under each prior, next to stock SCVI"),
 }
 
@@ -55,6 +57,8 @@ def measure(name: str, args: argparse.Namespace) -> None:
             "call",
             "operators",
             "absent",
+            "density",
+            "times as fast",
             "times stock",
         )
         shown = [f"{key} {row[key]}" for key in keys if key in row]

@@ -16,6 +16,7 @@ from bench import (
     gpu,
     gpu_bound,
     integration,
+    likelihood,
     peak,
     problems,
     providers,
@@ -534,4 +535,25 @@ def test_steps_of_scvi_have_targets_beside_stock():
     assert {row["provider"] for row in rows} == {scvi_step.STOCK, *scvi_step.PRIORS}
     (check,) = checks(rows)
     assert check.value > 0
-    assert check.limit == 1.25
+    assert check.limit == 0.75
+
+
+def test_likelihoods_have_a_target_beside_scvi_tools():
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    (case,) = likelihood.QUICK.densities
+    x, *_ = likelihood.problem(200, 100, case)
+    assert float((x > 0).float().mean()) == pytest.approx(case, abs=0.02)
+    rows = list(likelihood.rows(likelihood.QUICK, 1))
+    assert len(rows) == len(likelihood.MODELS) * 2 * 2
+    assert not list(checks(rows))
+    (check,) = checks([{**row, "B": 512, "genes": 2000, "density": 0.1} for row in rows])
+    assert check.value > 0
+    assert check.limit == 8
+
+
+def test_a_wrong_likelihood_is_not_timed(monkeypatch):
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    wrong = {"Poisson": (lambda x, mean: mean.sum(-1), 1)}
+    monkeypatch.setattr(likelihood, "MODELS", wrong)
+    with pytest.raises(ValueError, match="vmm_fast gives"):
+        list(likelihood.rows(likelihood.QUICK, 1))
