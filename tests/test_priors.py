@@ -103,6 +103,22 @@ def plain_kl(prior, q, z, encoder, pseudo_inputs, logits, factor):
 
 @pytest.mark.parametrize("kind", ["full", "diagonal", "normal"])
 @pytest.mark.parametrize("joint", [False, True])
+def test_kl_gives_no_gradient_to_a_module_s_parameters_that_it_gives_as_they_are():
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inputs = nn.Parameter(inputs(8))
+
+        def forward(self):
+            return self.inputs
+
+    prior, encoder = VMMPrior(Given(), D), Encoder()
+    x = inputs(5)
+    prior.kl(encoder(x), encoder).sum().backward()
+    assert prior.pseudo_inputs.inputs.grad is None
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
 @pytest.mark.parametrize("reuse_encoding", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
 def test_kl_value_and_gradients(kind, joint, reuse_encoding, k):

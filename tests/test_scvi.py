@@ -245,12 +245,18 @@ def test_adam_takes_its_step_in_one_pass():
         assert optimizer.param_groups[0].get("fused") is fused
 
 
-def test_the_network_s_loss_leaves_pseudo_cells_without_a_gradient():
-    found = model()
+@pytest.mark.parametrize("reuse", [False, True])
+def test_pseudo_cells_move_by_their_own_step_alone(reuse):
+    found = model(prior_kwargs={"reuse_encoding": reuse})
     found._start_pseudo_cells()
     found.module(batch_of(found), loss_kwargs={"kl_weight": 1.0})[2].loss.backward()
-    assert all(p.grad is None for p in found.module.prior.pseudo_inputs.parameters())
+    cells = found.module.prior.pseudo_inputs
+    assert all(p.grad is None for p in cells.parameters())
     assert all(p.grad is not None for p in found.module.z_encoder.parameters())
+    before = [p.clone() for p in (cells.raw_counts, *cells.category_logits)]
+    found.module.update_prior()
+    after = (cells.raw_counts, *cells.category_logits)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_the_prior_moves_once_an_optimizer_step(monkeypatch):

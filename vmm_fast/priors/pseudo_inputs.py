@@ -72,11 +72,11 @@ class PseudoInputsPrior(LearntPrior):
                 "encoder must be the network's own where pseudo-inputs get a gradient, but is what "
                 "encode gave for kl"
             )
-        if isinstance(self.pseudo_inputs, nn.Module):
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                inputs = self.pseudo_inputs()
+        u = self.pseudo_inputs
+        if isinstance(u, nn.Module):
+            inputs = u() if differentiable else _without_gradient(u)
         else:
-            inputs = self.pseudo_inputs if differentiable else self.pseudo_inputs.detach()
+            inputs = u if differentiable else u.detach()
         return self._encoded(inputs, encoder)
 
     def _encoded(self, inputs: Any, encoder: Encoder | None) -> tuple[Tensor, Tensor]:
@@ -165,6 +165,13 @@ class _Encoded:
 
     def __call__(self, inputs: Tensor) -> Distribution:
         return self.posterior
+
+
+@torch.no_grad()
+def _without_gradient(module: nn.Module) -> Any:
+    """Its output where nothing has a gradient, not a parameter either that it gives as it is."""
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    return functional_call(module, parameters, ())
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

@@ -203,14 +203,13 @@ class LatentPrior(BaseModuleClass):
     def kl(self, q: PosteriorUnderPrior) -> Tensor:
         """KL(q || prior) [B] in nats, estimated from q's sample.
 
-        Pseudo-cells stand still, since :meth:`update_prior` moves them. Where the prior is frozen,
-        the encoder is not drawn to move its components either.
+        Where the prior is frozen, the encoder is not drawn to move its components either.
         """
         assert self.prior is not None
         z = q.z if q.z is not None and q.z.shape == q.loc.shape else None
         if self.frozen:
             return self.components().kl(q, z)
-        return self.prior.kl(q, lambda cells: self.encode_pseudo_cells(cells.detach()), z)
+        return self.prior.kl(q, self.encode_pseudo_cells, z)
 
     def inference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the module's, with q under the prior."""

@@ -35,11 +35,6 @@ class Cells(NamedTuple):
     categories: tuple[Tensor, ...]
     continuous: Tensor
 
-    def detach(self) -> Cells:
-        """Give the same cells, without gradients."""
-        categories = tuple(shares.detach() for shares in self.categories)
-        return Cells(self.log_counts.detach(), categories, self.continuous.detach())
-
 
 class PseudoCells(nn.Module):
     """J learnt cells.
