@@ -23,12 +23,8 @@ def softplus_slope(x):
 
 
 @triton.jit
-def lgamma(x):
-    """log Gamma(x) for x > 0: up to 10 by recurrence, from there Stirling's series."""
-    product = x * 0.0 + 1.0
-    for _ in range(10):
-        product = tl.where(x < 10.0, product * x, product)
-        x = tl.where(x < 10.0, x + 1.0, x)
+def stirling(x):
+    """What Stirling's series has behind (x - 1/2) log x - x + log sqrt(2 pi), for x >= 8."""
     r = 1.0 / x
     s = r * r
     series = 1.0 / 156 - s * (3617.0 / 122400)
@@ -38,16 +34,12 @@ def lgamma(x):
     series = 1.0 / 1260 + s * series
     series = -1.0 / 360 + s * series
     series = 1.0 / 12 + s * series
-    return (x - 0.5) * tl.log(x) - x + 0.9189385332046727 + r * series - tl.log(product)
+    return r * series
 
 
 @triton.jit
-def digamma(x):
-    """psi(x) for x > 0, likewise (Abramowitz & Stegun 6.3.5, 6.3.18)."""
-    shifted = x * 0.0
-    for _ in range(10):
-        shifted -= tl.where(x < 10.0, 1.0 / x, 0.0)
-        x = tl.where(x < 10.0, x + 1.0, x)
+def stirling_slope(x):
+    """What psi(x) has behind log x, for x >= 8 (Abramowitz & Stegun 6.3.18)."""
     r = 1.0 / x
     s = r * r
     series = 691.0 / 32760 - s * (1.0 / 12)
@@ -56,7 +48,27 @@ def digamma(x):
     series = -1.0 / 252 + s * series
     series = 1.0 / 120 + s * series
     series = -1.0 / 12 + s * series
-    return shifted + tl.log(x) - 0.5 * r + s * series
+    return s * series - 0.5 * r
+
+
+@triton.jit
+def lgamma(x):
+    """log Gamma(x) for x > 0: up to 10 by recurrence, from there Stirling's series."""
+    product = x * 0.0 + 1.0
+    for _ in range(10):
+        product = tl.where(x < 10.0, product * x, product)
+        x = tl.where(x < 10.0, x + 1.0, x)
+    return (x - 0.5) * tl.log(x) - x + 0.9189385332046727 + stirling(x) - tl.log(product)
+
+
+@triton.jit
+def digamma(x):
+    """psi(x) for x > 0, likewise (Abramowitz & Stegun 6.3.5)."""
+    shifted = x * 0.0
+    for _ in range(10):
+        shifted -= tl.where(x < 10.0, 1.0 / x, 0.0)
+        x = tl.where(x < 10.0, x + 1.0, x)
+    return shifted + tl.log(x) + stirling_slope(x)
 
 
 # --- all logits ---
