@@ -31,6 +31,7 @@ from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR
 from vmm_fast.kernels import (
     closed_form,
     components,
+    counts,
     empirical_bayes,
     groups,
     launch,
@@ -132,7 +133,7 @@ class Row(NamedTuple):
 
 _KERNELS: dict[str, JITFunction] = {
     kernel.__name__: kernel
-    for module in (closed_form, components, empirical_bayes, groups, log_prob, sums)
+    for module in (closed_form, components, counts, empirical_bayes, groups, log_prob, sums)
     for kernel in vars(module).values()
     if isinstance(kernel, JITFunction) and kernel.__name__.endswith("_kernel")
 }
@@ -185,6 +186,7 @@ def launches(
                 _launch_empirical_bayes(dtype, dim)
                 if dim <= components.LARGEST_TILE:
                     _launch_closed_form(dtype, dim)
+            _launch_on_counts(dtype)
     return found
 
 
@@ -278,6 +280,20 @@ def _launch_closed_form(dtype: torch.dtype, dim: int) -> None:
                 *(1.0, 0.1, free_centers),
                 *(1.0, LOG_WEIGHT_FLOOR),
             )
+
+
+def _launch_on_counts(dtype: torch.dtype) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    each, of_genes, of_both = empty(256), empty(1000), empty(256, 1000)
+    # Of either form of the inverse dispersion.
+    for theta, logits in ((None, None), (of_both, None), (of_genes, of_both)):
+        model = (of_both, of_both, theta, logits)
+        counts.log_prob(*model)
+        has = [True, theta is not None, logits is not None]
+        for wanted in (has, [True, False, has[2]]):
+            counts.backward(each, *model, wanted)
 
 
 def compiled(note: Launch, target_name: str) -> Row:

@@ -41,7 +41,7 @@ def random_counts(cells, genes, seed=0, dtype=torch.float64, per_cell=False, dep
 def values_and_gradients(function, x, *parameters):
     parameters = [p.detach().requires_grad_() for p in parameters]
     found = function(x, *parameters)
-    upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype)
+    upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype, device=found.device)
     return found.detach(), *torch.autograd.grad((found * upstream).sum(), parameters)
 
 

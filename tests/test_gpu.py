@@ -16,6 +16,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import FORMS, random_gaussians, random_mixture
+from test_counts import (
+    FUNCTIONS,
+    MODELS,
+    assert_equals_reference,
+    random_counts,
+    values_and_gradients,
+)
 from test_ops import (
     assert_no_worse,
     assert_within_budget,
@@ -38,10 +45,12 @@ if ON_GPU:
     DEVICE, OTHER_DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
     SHAPES = [(4096, 100, 10), (1000, 37, 30), (500, 20, 50), (300, 9, 100), (1, 1, 1)]
     POINTS, COMPONENTS, DIM, RUNS = 1000, 50, 10, 20
+    CELLS, GENES = 300, 3000
 else:
     DEVICE = OTHER_DEVICE = torch.device("cpu")
     SHAPES = [(20, 5, 3)]
     POINTS, COMPONENTS, DIM, RUNS = 20, 4, 3, 2
+    CELLS, GENES = 2, 70
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numpy, in the interpreter
@@ -175,6 +184,14 @@ def test_components(form, expected, dtype, dim):
         assert_no_worse(found, build(reference, single), true)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("model", MODELS)
+def test_counts(model, dtype):
+    arguments = on_device(random_counts(CELLS, GENES, dtype=dtype, depth=5.0))
+    tolerance = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    assert_equals_reference(model, *arguments, **tolerance)
+
+
 # --- the prior ---
 
 
@@ -267,6 +284,17 @@ def test_nothing_waits_for_the_device(monkeypatch, inference):
             prior.assign(z, encoder)
     assert len(steps) == 2
     assert all(g.isfinite().all() for g in steps[1][1])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_counts_wait_for_nothing_and_give_the_same_bits():
+    x, *parameters = on_device(random_counts(CELLS, GENES, dtype=torch.float32))
+    sparse, found = x.to_sparse_csr(), []
+    for context in (contextlib.nullcontext(), no_waiting()):  # the first compiles
+        with context:
+            found += [values_and_gradients(FUNCTIONS["zinb"], y, *parameters) for y in (x, sparse)]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("inference", ["gradient", "closed-form"])

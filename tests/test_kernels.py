@@ -12,6 +12,14 @@ from conftest import FORMS, expanded, random_gaussians, random_mixture, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import polygamma
+from test_counts import (
+    FEW,
+    FUNCTIONS,
+    MODELS,
+    assert_equals_reference,
+    random_counts,
+    values_and_gradients,
+)
 from test_empirical_bayes import points, random_parameters
 from test_ops import (
     all_outputs,
@@ -36,6 +44,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from vmm_fast.kernels import closed_form, launch, weight_priors  # noqa: E402
+from vmm_fast.kernels import counts as count_kernels  # noqa: E402
 
 # numpy, which the interpreter computes with, warns of an overflow; a GPU does not.
 pytestmark = [
@@ -939,6 +948,144 @@ def test_trigamma_and_inverse_softplus():
     functions_kernel[(1,)](x, psi, raw, N=64)
     torch.testing.assert_close(psi, torch.from_numpy(polygamma(1, x.numpy())), rtol=1e-13, atol=0)
     torch.testing.assert_close(raw, x + torch.log(-torch.expm1(-x)), rtol=1e-13, atol=1e-13)
+
+
+# --- log-likelihoods of counts ---
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Several programs for few genes and cells."""
+    monkeypatch.setattr(count_kernels, "GENES_A_PROGRAM", 64)
+    monkeypatch.setattr(count_kernels, "CELLS", 2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("per_cell", [False, True], ids=["of genes", "of cells"])
+@pytest.mark.parametrize("shape", [(3, 70), (1, 1), (0, 5), (3, 0)])
+def test_counts(small_programs, shape, per_cell, model):
+    """Within a block and a chunk, and beyond them."""
+    with kernels():
+        assert_equals_reference(model, *random_counts(*shape, per_cell=per_cell, depth=5.0))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_counts_of_float32(model):
+    with kernels():
+        arguments = random_counts(3, 100, dtype=torch.float32)
+        assert_equals_reference(model, *arguments, rtol=1e-4, atol=1e-5)
+
+
+@triton.jit
+def each_count_kernel(
+    x, mu, theta, logits, value, by_mu, by_theta, by_l, N: tl.constexpr, MODEL: tl.constexpr
+):
+    i = tl.arange(0, N)
+    given = (tl.load(x + i), tl.load(mu + i), tl.load(theta + i), tl.load(logits + i))
+    DTYPE: tl.constexpr = given[0].dtype
+    tl.store(value + i, count_kernels.log_prob_of(*given, MODEL, DTYPE))
+    first, second, third = count_kernels.slopes_of(*given, MODEL, True, DTYPE)
+    tl.store(by_mu + i, first)
+    tl.store(by_theta + i, second)
+    tl.store(by_l + i, third)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_at_the_extremes(model, dtype):
+    grid = (
+        [0, 1, 2, 5, 7, 8, 9, 17, 100, 10**6, 0.3, 2.5],
+        [1e-8, 1e-3, 0.3, 50.0, 1e6],
+        [1e-6, 1e-2, 0.7, 1e3, 1e6],
+        [-30.0, -3.0, 0.0, 20.0],
+    )
+    inputs = torch.cartesian_prod(*(torch.tensor(x, dtype=dtype) for x in grid))
+    inputs = [column.contiguous() for column in torch.cat([inputs, inputs[:848]]).T]
+    found, *slopes = outputs = [torch.empty_like(inputs[0]) for _ in range(4)]
+    each_count_kernel[(1,)](*inputs, *outputs, N=2048, MODEL=model)
+    x, *parameters = (column.double()[:, None] for column in inputs)
+    parameters = [p.requires_grad_() for p in parameters]
+    true = reference.count_log_prob(x, *parameters[: FEW[model]])
+    expected = torch.autograd.grad(true.sum(), parameters[: FEW[model]])
+    single = dtype == torch.float32
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if single else {"rtol": 1e-9, "atol": 1e-8}
+    torch.testing.assert_close(found.double(), true.detach(), **tolerance)
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if single else {"rtol": 1e-8, "atol": 3e-8}
+    scales = (*(p.detach() for p in parameters[:2]), torch.ones_like(x))
+    for p, a, b in zip(scales, slopes, expected, strict=False):
+        # As of log mu and log theta; the reference loses digits where theta is large.
+        torch.testing.assert_close(a.double()[:, None] * p, b * p, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("model", "which"), [(model, which) for model in MODELS for which in range(FEW[model] + 1)]
+)
+def test_a_nan_of_counts_is_not_lost(model, which):
+    arguments = random_counts(4, 20, per_cell=True, dtype=torch.float32)[: 1 + FEW[model]]
+    arguments[0][:3, 5] = torch.tensor([0, 3, 100])
+    arguments[which][:3, 5] = torch.nan
+    with kernels():
+        found, *slopes = values_and_gradients(FUNCTIONS[model], *arguments)
+    assert found.isnan().tolist() == [True, True, True, False]
+    for index, slope in enumerate(slopes, 1):
+        lost = slope.isnan()
+        # Where the parameter or the count is a NaN, its gradient is.
+        assert lost[:3, 5].all() or which not in (0, index)
+        lost[:3, 5] = False
+        assert not lost.any()
+
+
+def test_negative_counts_give_nan():
+    x, *parameters = random_counts(3, 20)
+    x[1, 7] = -1
+    for model in MODELS:
+        with kernels():
+            found = values_and_gradients(FUNCTIONS[model], x, *parameters[: FEW[model]])
+        assert found[0].isnan().tolist() == [False, True, False]
+        assert all(slope[..., 7].isnan().any() for slope in found[1:])
+
+
+def test_a_mean_of_zero_is_finite_and_has_no_gradient():
+    x, mean, theta, logits = random_counts(3, 20)
+    mean[:, ::3], theta[::4] = 0, 0
+    with kernels():
+        assert_equals_reference("zinb", x, mean, theta, logits, rtol=1e-9, atol=1e-9)
+        slopes = values_and_gradients(FUNCTIONS["zinb"], x, mean, theta, logits)[1:]
+    assert (slopes[0][:, ::3] == 0).all() and (slopes[1][::4] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [strided, expanded])
+def test_counts_of_any_layout(layout):
+    arguments = [layout(x) if x.ndim == 2 else x for x in random_counts(4, 19)]
+    with kernels():
+        assert_equals_reference("zinb", *arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_counts_and_another_run_give_the_same_bits(small_programs):
+    x, *parameters = random_counts(3, 70, dtype=torch.float32)
+    with kernels():
+        found = [
+            values_and_gradients(FUNCTIONS["zinb"], x, *parameters)
+            for x in (x, x, x.to_sparse_csr())
+        ]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 70), (2, 20)])
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_of_counts(small_programs, launched, model, shape):
+    """Forward, backward, and a sum of what was split."""
+    x, *parameters = random_counts(*shape)
+    given = (x, None, None, *parameters[: FEW[model]], *[None] * (3 - FEW[model]))
+    grad, wanted = torch.ones(len(x), dtype=x.dtype), [p is not None for p in given[3:]]
+    with kernels(), Computations() as computed:
+        backends.call("count_log_prob", x, 1, *given)
+        backends.call("count_log_prob_backward", grad, 1, grad, *given, wanted)
+    assert launched == ["count_log_prob_kernel", "count_log_prob_backward_kernel"]
+    sums = 0 if shape == (2, 20) else 1 if model == "poisson" else 2
+    assert computed.names == ["sum.dim_IntList"] * sums
 
 
 # --- compiled ahead of time ---

@@ -14,8 +14,9 @@ them; the backward gives the gradients of mu, theta and l together. Counts may b
 dispersions below 1e-15 are taken as that and have no gradient there. Counts need not be whole; a
 negative one, or a NaN anywhere, gives NaN.
 
-CPUs run the compiled core, in float32 and float64, to which half precisions are converted; other
-devices plain torch.
+CPUs run the compiled core, GPUs of NVIDIA and AMD the Triton kernels, where sparse counts are made
+dense, and other devices plain torch; in float32 and float64, to which half precisions are
+converted.
 
 Lopez et al. (2018), Nature Methods 15, 1053; Grun et al. (2014), Nature Methods 11, 637.
 """
@@ -111,7 +112,8 @@ def poisson_log_prob(counts: Tensor, mean: Tensor) -> Tensor:
     TypeError
         If an argument is no tensor, or has no floating dtype where it must.
     ValueError
-        If shapes or devices do not fit, or sparse indices lie outside.
+        If shapes or devices do not fit, or sparse indices lie outside; the kernels for GPUs, which
+        wait for nothing, do not look at these.
     """
     return _log_prob(counts, {"mean": mean})
 

@@ -13,7 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+from vmm_fast.backends import plain
 from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, launch, sums
+from vmm_fast.kernels import counts as count_kernels
 from vmm_fast.kernels import log_prob as log_prob_kernels
 
 # What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
@@ -153,6 +155,33 @@ def whitened_components_backward(
     upstream = _dense(grad_whitening, grad_offsets)
     inputs = _dense(log_weights, precision_cholesky, scale, whitening)
     return components.whitened_components_backward(*upstream, *inputs, expected, wanted)
+
+
+def count_log_prob(
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+) -> Tensor:
+    dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
+    return count_kernels.log_prob(*_dense(dense, mean, inverse_dispersion, dropout_logits))
+
+
+def count_log_prob_backward(
+    grad: Tensor,
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
+    model = _dense(grad, dense, mean, inverse_dispersion, dropout_logits)
+    return count_kernels.backward(*model, wanted)
 
 
 map_gradients = empirical_bayes.map_gradients

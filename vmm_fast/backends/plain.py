@@ -191,13 +191,18 @@ def whitened_components_backward(
     ]
 
 
-def _dense_counts(
-    counts: Tensor, row_starts: Tensor | None, gene_indices: Tensor | None, mean: Tensor
+def dense_counts(
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    checked: bool,
 ) -> Tensor:
+    """Counts [B, G]; that sparse indices are ``checked`` waits for the device."""
     if row_starts is None or gene_indices is None:
         return counts
     sparse = torch.sparse_csr_tensor(
-        row_starts, gene_indices, counts, mean.shape, check_invariants=True
+        row_starts, gene_indices, counts, mean.shape, check_invariants=checked
     )
     return sparse.to_dense()
 
@@ -209,7 +214,7 @@ def count_log_prob(
     mean: Tensor,
     *rest: Tensor | None,
 ) -> Tensor:
-    dense = _dense_counts(counts, row_starts, gene_indices, mean)
+    dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
     return reference.count_log_prob(dense, mean, *rest)
 
 
@@ -223,7 +228,7 @@ def count_log_prob_backward(
     dropout_logits: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    dense = _dense_counts(counts, row_starts, gene_indices, mean)
+    dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
     with torch.enable_grad():
         mu, theta, logits = inputs = [
             x if x is None else x.detach().requires_grad_(want)
