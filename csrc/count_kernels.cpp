@@ -44,7 +44,8 @@ T sum_of_lanes(Vec<T> x) {
 template <class T>
 bool any(Vec<T> x, T above) {
   T greatest = x[0];
-  for (int lane = 1; lane < Simd<T>::lanes; lane++) greatest = greatest < x[lane] ? x[lane] : greatest;
+  for (int lane = 1; lane < Simd<T>::lanes; lane++)
+    greatest = greatest < x[lane] ? x[lane] : greatest;
   return greatest > above;
 }
 
@@ -60,7 +61,8 @@ Vec<T> log_one_plus(Vec<T> u) {
   return log<T>(w) + (u - (w - 1)) / w;
 }
 
-// log(1 + u) - u / (1 + u) for u >= 0, given both; a small u's by its series, sum_k (-u)^k (k - 1) / k.
+// log(1 + u) - u / (1 + u) for u >= 0, given both; a small u's by its series, the sum over k of
+// (-u)^k (k - 1) / k.
 template <class T>
 Vec<T> log_excess(Vec<T> u, Vec<T> log1p, Vec<T> share) {
   constexpr int terms = sizeof(T) == 4 ? 6 : 13;
@@ -142,13 +144,16 @@ Vec<T> small(const Genes<T>& g, Derivatives<T>* d) {
   Vec<T> result = Vec<T>{}, digammas = Vec<T>{};
   for (int k = 0; k < kSmall; k += 2) {
     if (k && !any<T>(g.x, T(k))) break;
-    const Vec<T> first = poisson ? broadcast<T>(1) : g.theta + T(k), second = poisson ? first : first + 1;
+    const Vec<T> first = poisson ? broadcast<T>(1) : g.theta + T(k);
+    const Vec<T> second = poisson ? first : first + 1;
     if (derive) {
-      digammas += g.x > T(k) ? 1 / first : Vec<T>{};
-      digammas += g.x > T(k + 1) ? 1 / second : Vec<T>{};
+      const auto both = g.x > T(k + 1);
+      const Vec<T> over = both ? first * second : first;
+      const Vec<T> terms = (both ? first + second : broadcast<T>(1)) / over;
+      digammas += g.x > T(k) ? terms : Vec<T>{};
     } else {
       const Vec<T> one = first * q * (T(1) / (k + 1)), two = second * q * (T(1) / (k + 2));
-      const Vec<T> p = (g.x > T(k) ? one : broadcast<T>(1)) * (g.x > T(k + 1) ? two : broadcast<T>(1));
+      const Vec<T> p = g.x > T(k + 1) ? one * two : one;
       result += g.x > T(k) ? log<T>(p) : Vec<T>{};
     }
   }
@@ -190,6 +195,24 @@ Vd stirling_derivative(Vd w) {
   return p * vv - 0.5 * v;
 }
 
+// v (v + 1) .. (v + 7)
+Vd rising(Vd v) {
+  Vd product = v;
+  for (int k = 1; k < kSmall; k++) product *= v + double(k);
+  return product;
+}
+
+// 1 / v + 1 / (v + 1) + .. + 1 / (v + 7), by one division.
+Vd reciprocals(Vd v) {
+  Vd sum = broadcast(1.0), product = v;
+  for (int k = 1; k < kSmall; k++) {
+    const Vd next = v + double(k);
+    sum = sum * next + product;
+    product *= next;
+  }
+  return sum / product;
+}
+
 // log p(x) for any x > 0. Gamma(x + theta) / Gamma(theta) comes as a ratio, which keeps its digits
 // where theta is much larger than x.
 template <Model model, bool derive>
@@ -197,9 +220,8 @@ Vd large(const Genes<double>& g, Derivatives<double>* d) {
   const Vd x = g.x, mu = g.mu, theta = g.theta, w = x + (1.0 + kSmall);
   Vd result{};
   if (!derive) {
-    Vd factorial = broadcast(1.0);  // (x + 1) .. (x + 8)
-    for (int k = 1; k <= kSmall; k++) factorial *= x + double(k);
-    result = -((w - 0.5) * log<double>(w) - w + kLogRoot2Pi + stirling(w) - log<double>(factorial));
+    const Vd log_gamma = (w - 0.5) * log<double>(w) - w + kLogRoot2Pi + stirling(w);
+    result = log<double>(rising(x + 1)) - log_gamma;  // -log x!
   }
   if (model == Model::poisson) {
     if (derive) d->mu = x / mu - 1;
@@ -208,15 +230,14 @@ Vd large(const Genes<double>& g, Derivatives<double>* d) {
     const Vd r = theta + mu, u = mu / theta, log1p = log_one_plus<double>(u);
     const Vd s = theta + double(kSmall), y = x + s, log_ratio = log_one_plus<double>(x / s);
     if (derive) {
-      Vd digammas = log_ratio + stirling_derivative(y) - stirling_derivative(s);
-      for (int k = 0; k < kSmall; k++) digammas += 1 / (theta + double(k)) - 1 / (theta + x + double(k));
+      const Vd digammas = log_ratio + stirling_derivative(y) - stirling_derivative(s) +
+                          reciprocals(theta) - reciprocals(theta + x);
       d->mu = theta / r * (x / mu - 1);
       d->theta = digammas - x / r - log_excess<double>(u, log1p, mu / r);
     } else {
-      Vd ratio = broadcast(1.0);
-      for (int k = 0; k < kSmall; k++) ratio *= (theta + double(k)) / (theta + x + double(k));
-      result += x * log<double>(y * (mu / r)) - x + (s - 0.5) * log_ratio + stirling(y) - stirling(s);
-      result += log<double>(ratio) - theta * log1p;
+      result += x * log<double>(y * (mu / r)) - x + (s - 0.5) * log_ratio;
+      result += stirling(y) - stirling(s);
+      result += log<double>(rising(theta) / rising(theta + x)) - theta * log1p;
     }
     if (model == Model::zero_inflated) result += kept<double, derive>(g, d);
   }
