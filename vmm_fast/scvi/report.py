@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scanpy as sc
+import torch
 from anndata import AnnData
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -74,10 +75,14 @@ def write_report(
             f'adata.obsm["X_vmm"] must hold finite values of at least one cell, has shape {z.shape}'
         )
     settings = adata.uns["vmm"]
-    with warnings.catch_warnings():
-        # Of cells without counts, and of clusters and genes with nothing to compare.
-        warnings.simplefilter("ignore")
-        page = _page(adata, z, settings, history)
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            # Of cells without counts, and of clusters and genes with nothing to compare.
+            warnings.simplefilter("ignore")
+            page = _page(adata, z, settings, history)
+    finally:
+        torch.set_num_threads(threads)  # scanpy's compiled code sets OpenMP's number to its own
     # Characters that UTF-8 lacks (lone surrogates) must not cost the page.
     write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
 
