@@ -69,7 +69,9 @@ def _train(model: Any, epochs: int | None) -> None:
     )
 
 
-def same_network(prior: str, **options: Any) -> Callable[[AnnData, int], Embedding]:
+def same_network(
+    prior: str, own_epochs: bool = False, **options: Any
+) -> Callable[[AnnData, int], Embedding]:
     """Train :class:`vmm_fast.scvi.VMMSCVI` with one of its priors, everything else alike."""
 
     def embed(adata: AnnData, epochs: int) -> Embedding:
@@ -77,7 +79,7 @@ def same_network(prior: str, **options: Any) -> Callable[[AnnData, int], Embeddi
 
         VMMSCVI.setup_anndata(adata, batch_key="batch")
         model = VMMSCVI(adata, prior=prior, **options)
-        _train(model, epochs)
+        _train(model, None if own_epochs else epochs)
         z = model.get_latent_representation()
         return Embedding(z, model.get_clusters() if prior in MIXTURES else None)
 
@@ -85,7 +87,7 @@ def same_network(prior: str, **options: Any) -> Callable[[AnnData, int], Embeddi
 
 
 def stock_scvi(adata: AnnData, epochs: int) -> Embedding:
-    """Train SCVI as it is, with its own number of epochs: its KL warm-up takes 400."""
+    """Train SCVI as it is, with its own number of epochs, 400 of up to 20,000 cells."""
     from scvi.model import SCVI
 
     SCVI.setup_anndata(adata, batch_key="batch")
@@ -155,6 +157,7 @@ def _principal_components(adata: AnnData) -> np.ndarray:
 
 METHODS: dict[str, tuple[str, Callable[[AnnData, int], Embedding]]] = {
     "vmm": ("VMM", same_network("vmm")),
+    "vmm-own": ("VMM, own epochs", same_network("vmm", own_epochs=True)),
     "vmm-plain": (
         "VMM, encoder without batches",
         same_network("vmm", encode_covariates=False),
