@@ -397,9 +397,11 @@ def write_page(folder: Path) -> None:
     """Write integration.md and integration.png from integration.jsonl."""
     rows = read_rows(folder / "integration.jsonl")
     first = rows[0]
-    names = ("revision", "date", "python", "torch", "scvi-tools", "scib-metrics", "scanpy", "cpu")
+    names = ("date", "python", "torch", "scvi-tools", "scib-metrics", "scanpy", "cpu")
     text = ["# Integration of real cells", "", "`python -m bench integration`", ""]
-    text += [", ".join(f"{name} {first[name]}" for name in names), "", LEGEND, ""]
+    revisions = ", ".join(sorted({row["revision"] for row in rows}))
+    text += [f"{', '.join(f'{name} {first[name]}' for name in names)}; revisions {revisions}"]
+    text += ["", LEGEND, ""]
     text += [f"- {line}" for line in targets(rows)]
     for dataset in DATASETS:
         found = select(rows, dataset=dataset)
@@ -441,15 +443,18 @@ def _plot(rows: list[Row], path: Path) -> None:
         above, below = axes[:, column]
         for position, method in enumerate(methods):
             found, color = select(rows, dataset=dataset, method=method), f"C{position}"
-            points = [(row["scib"].get("Batch correction"), bio(row)) for row in found]
-            if points and points[0][0] is not None:
-                above.scatter(*zip(*points, strict=True), color=color, s=24)
+            # Side by side where there are no batches to correct.
+            across = [row["scib"].get("Batch correction", position) for row in found]
+            above.scatter(across, [bio(row) for row in found], color=color, s=24)
             for marker, clusters, face in (("o", "leiden", "white"), ("D", "own", color)):
                 values = [row[clusters]["ari"] for row in found if clusters in row]
                 below.scatter(values, [position] * len(values), marker=marker, s=26, color=face,
                               edgecolors=color)  # fmt: skip
         above.set_title(dataset, fontsize=10)
-        above.set_xlabel("batch correction", fontsize=9)
+        several = "pcr" in select(rows, dataset=dataset)[0]
+        above.set_xlabel("batch correction" if several else "one batch", fontsize=9)
+        if not several:
+            above.set_xticks([])
         below.set_xlabel("ARI: hollow Leiden, filled own", fontsize=9)
         names = [METHODS[m][0] for m in methods] if column == 0 else []
         below.set_yticks(range(len(methods)), names or [""] * len(methods), fontsize=9)
