@@ -23,7 +23,7 @@ SANITIZE := build/sanitize
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	$(SANITIZE)/bin/python
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops components empirical_bayes stick_breaking)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops components counts empirical_bayes stick_breaking)
 
 sanitize: $(VENV)/.installed
 	$(RUN)/python -m venv --clear --without-pip $(SANITIZE)
