@@ -328,7 +328,9 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, alwa
 
 
 STOPPED = """
-import pathlib, sys, time, torch
+import pathlib, signal, sys, time, torch
+# What is started in the background by a script ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 from vmm_fast import cli
 from vmm_fast.scvi import integration
