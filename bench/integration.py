@@ -61,7 +61,7 @@ class Embedding(NamedTuple):
 
 def _train(model: Any, epochs: int | None) -> None:
     model.train(
-        epochs,
+        max_epochs=epochs,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
