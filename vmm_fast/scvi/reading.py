@@ -19,9 +19,23 @@ from scipy.sparse import csr_matrix, issparse
 
 from vmm_fast.data import InputError
 
-__all__ = ["Cells", "batches_of", "check_counts", "column", "counts_of", "example", "read_cells"]
+__all__ = [
+    "Cells",
+    "batches_of",
+    "check_counts",
+    "column",
+    "counts_of",
+    "example",
+    "kind_of",
+    "listed",
+    "no_column",
+    "not_counts",
+    "read_cells",
+    "told",
+]
 
 CHUNK = 1 << 22  # values that are looked at together
+MOST = 2**31 - 1  # counts go through int32
 SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
@@ -48,7 +62,7 @@ def read_cells(path: str) -> Cells:
         If it is no such file, is damaged or empty, or names cells or genes twice.
     """
     file = Path(path)
-    kind = _kind(file)
+    kind = kind_of(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that are not unique: looked at below
@@ -58,9 +72,8 @@ def read_cells(path: str) -> Cells:
     except ImportError as error:
         raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
     except Exception as error:  # every format has its own
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(
-            f"{path}: is damaged or no {kind} file, and cannot be read: {reason}"
+            f"{path}: is damaged or no {kind} file, and cannot be read: {told(error)}"
         ) from None
     notes = []
     if kind in (".h5", ".mtx") and not adata.var_names.is_unique:
@@ -75,7 +88,14 @@ def read_cells(path: str) -> Cells:
     return Cells(adata, notes)
 
 
-def _kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
+    """Its suffix, ".mtx" for a folder of 10x Genomics, or "shards" for one of .h5ad files.
+
+    Raises
+    ------
+    InputError
+        If it is no file of cells, by name.
+    """
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
     if not os.access(file, os.R_OK):
@@ -85,8 +105,11 @@ def _kind(file: Path) -> str:
             return ".mtx"
         if any((file / name).is_file() for name in ("zarr.json", ".zgroup")):
             return ".zarr"
+        if any(file.glob("*.h5ad")):
+            return "shards"
         raise InputError(
-            f"{file}: is a folder without matrix.mtx or matrix.mtx.gz, and no zarr folder"
+            f"{file}: is a folder without matrix.mtx, matrix.mtx.gz and .h5ad files, and no zarr "
+            "folder"
         )
     if file.stat().st_size == 0:
         raise InputError(f"{file}: is empty")
@@ -97,6 +120,11 @@ def _kind(file: Path) -> str:
             f"{file}: must be a .h5ad, .h5 or .loom file or a zarr or 10x mtx folder, {given}"
         )
     return kind
+
+
+def told(error: Exception) -> str:
+    """A library's error in one line."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _read_10x_h5(file: Path) -> AnnData:
@@ -170,7 +198,7 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
         If there is none such, or it holds anything but counts; says where there are counts.
     """
     if layer is not None and layer not in adata.layers:
-        raise InputError(f"--layer {layer}: must be one of the layers, {_listed(adata.layers)}")
+        raise InputError(f"--layer {layer}: must be one of the layers, {listed(adata.layers)}")
     matrix = adata.X if layer is None else adata.layers[layer]
     where = "X" if layer is None else f"layers[{layer!r}]"
     fault = "is absent" if matrix is None else check_counts(matrix, adata)
@@ -195,17 +223,30 @@ def check_counts(matrix: Any, adata: AnnData) -> str | None:
         return f"holds {values.dtype}"
     values = values.reshape(-1)
     for start in range(0, len(values), CHUNK):
-        part = values[start : start + CHUNK]
-        with np.errstate(invalid="ignore"):
-            wrong = ~(np.isfinite(part) & (part >= 0) & (part == np.floor(part)))
-        if wrong.any():
-            at = start + int(wrong.argmax())
+        wrong = not_counts(values[start : start + CHUNK])
+        if wrong is not None:
+            at = start + wrong[0]
             row, gene = _place(matrix, at) if sparse else divmod(at, matrix.shape[1])
             place = f"cell {adata.obs_names[row]!r}"
             if matrix.shape[1] == adata.n_vars:
                 place += f", gene {adata.var_names[gene]!r}"
-            return f"has {values[at]:.6g} in {place}"
+            return f"{wrong[1]} in {place}"
     return None
+
+
+def not_counts(values: np.ndarray) -> tuple[int, str] | None:
+    """Where the first value is that is no count, and what it is; None if all are."""
+    if values.dtype.kind == "u" and values.dtype.itemsize < 4:
+        return None
+    with np.errstate(invalid="ignore"):
+        right = (values >= 0) & (values <= MOST)  # not so of nan
+        if values.dtype.kind == "f":
+            right &= values == np.floor(values)
+    if right.all():
+        return None
+    at = int(right.argmin())
+    beyond = f" (beyond {MOST:,})" if MOST < values[at] < np.inf else ""
+    return at, f"has {values[at]:.6g}{beyond}"
 
 
 def _place(matrix: Any, at: int) -> tuple[int, int]:
@@ -221,8 +262,13 @@ def _place(matrix: Any, at: int) -> tuple[int, int]:
 def column(adata: AnnData, option: str, key: str) -> Any:
     """Give a column of obs, or tell in an InputError which there are."""
     if key not in adata.obs:
-        raise InputError(f"{option} {key}: must be a column of obs, {_listed(adata.obs)}")
+        raise no_column(option, key, adata.obs)
     return adata.obs[key]
+
+
+def no_column(option: str, key: str, columns: Any) -> InputError:
+    """The error that tells which columns there are."""
+    return InputError(f"{option} {key}: must be a column of obs, {listed(columns)}")
 
 
 def batches_of(adata: AnnData, key: str) -> Any:
@@ -237,7 +283,8 @@ def batches_of(adata: AnnData, key: str) -> Any:
     return values
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
+    """The end of an error that tells which names there are."""
     names = [str(name) for name in names]
     if not names:
         return "but there are none"

@@ -1,0 +1,126 @@
+"""Columns of a data frame on disk, as anndata writes obs and var: slices of rows of them are read.
+
+Several files make one frame of the columns that they have in common: categories are united, numbers
+widened, and a column that is of numbers here and of strings there is one of strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+
+__all__ = [
+    "cast",
+    "common_dtype",
+    "dtypes_of",
+    "encoding_of",
+    "read_index",
+    "read_slice",
+    "rows_of",
+]
+
+STRINGS = np.dtype(object)  # that none is missing of; with pd.StringDtype() some may be
+
+
+def encoding_of(element: Any) -> str:
+    """What anndata calls the way that an element is stored in."""
+    found = element.attrs.get("encoding-type")
+    if found is None:
+        raise ValueError("it was written by an anndata older than 0.8")
+    return found
+
+
+def dtypes_of(frame: Any) -> dict[str, Any]:
+    """Pandas' dtype of each column; categories are read with it."""
+    encoding = encoding_of(frame)
+    if encoding != "dataframe" or "__categories" in frame:
+        raise ValueError("it was written by an anndata older than 0.8")
+    return {str(key): _dtype(frame[key]) for key in frame.attrs["column-order"]}
+
+
+def _dtype(column: Any) -> Any:
+    encoding = encoding_of(column)
+    if encoding == "categorical":
+        # A frame's index makes of them what pandas makes of them elsewhere.
+        categories = pd.Index(np.asarray(read_elem(column["categories"])))
+        return pd.CategoricalDtype(categories, bool(column.attrs["ordered"]))
+    if encoding == "string-array":
+        return STRINGS
+    if encoding == "nullable-string-array":
+        return pd.StringDtype()
+    if encoding in ("nullable-integer", "nullable-boolean"):
+        return pd.array(np.empty(0, column["values"].dtype)).dtype
+    if encoding == "array" and column.dtype.kind in "biuf":
+        return column.dtype
+    raise ValueError(f"a column is stored as {encoding}, which is read from no slices")
+
+
+def rows_of(frame: Any) -> int:
+    """Number of rows."""
+    index = frame[frame.attrs["_index"]]
+    return int((index if hasattr(index, "shape") else index["values"]).shape[0])
+
+
+def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
+    """Names of rows start to stop, str [stop - start]."""
+    index = frame[frame.attrs["_index"]]
+    return _strings(index if hasattr(index, "shape") else index["values"], start, stop)
+
+
+def read_slice(frame: Any, key: str, dtype: Any, start: int, stop: int) -> Any:
+    """Rows start to stop of a column of this dtype (of :func:`dtypes_of`), as pandas has them."""
+    column = frame[key]
+    if isinstance(dtype, pd.CategoricalDtype):
+        return pd.Categorical.from_codes(column["codes"][start:stop], dtype=dtype)
+    if dtype == STRINGS:
+        return _strings(column, start, stop)
+    if isinstance(dtype, pd.StringDtype):
+        values = _strings(column["values"], start, stop)
+        values[column["mask"][start:stop]] = pd.NA
+        return pd.array(values, dtype=dtype)
+    if isinstance(dtype, np.dtype):
+        return column[start:stop]
+    masked = pd.arrays.BooleanArray if dtype.kind == "b" else pd.arrays.IntegerArray
+    return masked(column["values"][start:stop], column["mask"][start:stop])
+
+
+def _strings(array: Any, start: int, stop: int) -> np.ndarray:
+    if hasattr(array, "asstr"):  # HDF5
+        array = array.asstr()
+    return np.asarray(array[start:stop]).astype(object)
+
+
+def common_dtype(dtypes: Sequence[Any]) -> Any:
+    """The dtype that holds values of all of these."""
+    first = dtypes[0]
+    if all(dtype == first for dtype in dtypes):
+        return first
+    if all(isinstance(dtype, pd.CategoricalDtype) for dtype in dtypes):
+        indices = [dtype.categories for dtype in dtypes]
+        united = indices[0].append(indices[1:]).unique()
+        if united.inferred_type.startswith("mixed"):
+            united = pd.Index(pd.unique(np.concatenate([i.astype(str) for i in indices])))
+        return pd.CategoricalDtype(united)
+    if not all(dtype.kind in "biuf" for dtype in dtypes):
+        return pd.StringDtype()
+    plain = [getattr(dtype, "numpy_dtype", dtype) for dtype in dtypes]
+    wide = reduce(np.promote_types, plain)
+    if wide.kind == "f" or plain == list(dtypes):
+        return wide
+    return pd.array(np.empty(0, wide)).dtype
+
+
+def cast(values: Any, dtype: Any) -> Any:
+    """Values of a column as of the common dtype."""
+    if values.dtype == dtype and not isinstance(dtype, pd.CategoricalDtype):
+        return values
+    if isinstance(dtype, pd.CategoricalDtype):
+        if dtype.categories.inferred_type == "string":
+            values = values.rename_categories(values.categories.astype(str))
+        return values.set_categories(dtype.categories, ordered=dtype.ordered)
+    return pd.Series(values).astype(dtype).array

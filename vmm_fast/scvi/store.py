@@ -1,0 +1,413 @@
+"""Cells on disk, too many for memory: runs of consecutive cells are read, as CSR counts.
+
+What is read of a CSR matrix for a run is one slice of its values and one of its indices; of the
+rest, only where each cell starts is kept in memory (8 bytes a cell).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.io import read_elem
+from scipy.sparse import csr_matrix
+
+from vmm_fast.data import InputError
+from vmm_fast.scvi import frames
+from vmm_fast.scvi.reading import kind_of, listed, no_column, not_counts, told
+
+__all__ = ["CellStore"]
+
+MOST_OPEN = 64  # files; each has a cache of two chunks' size
+CACHE = 1 << 20  # bytes that HDF5 keeps of each array
+ROWS = 1 << 16  # of a column that are read together
+
+
+class CellStore:
+    """Cells on disk, of which runs of consecutive cells are read.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``.h5ad``, a ``.zarr`` folder, or a folder of ``.h5ad`` files (shards), which are taken in
+        the order of their names. Shards must have the genes of the first, in any order; of obs
+        there are the columns that all have.
+    layer : str, optional
+        With the counts; default X.
+
+    Attributes
+    ----------
+    files : tuple of Path
+    n_obs, n_vars : int
+    var_names : pandas.Index
+    nbytes : int
+        What the counts would take in memory, as CSR of float32 with int32 indices; if they are
+        stored dense, at most.
+
+    Raises
+    ------
+    InputError
+        If it is no such file, is damaged, holds no counts, or a shard has other genes. So does all
+        reading, also when a file has changed since it was opened.
+
+    Notes
+    -----
+    One thread may read while others do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], layer: str | None = None) -> None:
+        self.path, self.layer = Path(path), layer
+        kind = kind_of(self.path)
+        if kind == "shards":
+            self.files = tuple(sorted(self.path.glob("*.h5ad")))
+        elif kind in (".h5ad", ".zarr"):
+            self.files = (self.path,)
+        else:
+            raise InputError(
+                f"{path}: must be .h5ad, .zarr or a folder of .h5ad files to be read in parts; "
+                "vmm-fast prepare makes one of it"
+            )
+        self._lock = threading.RLock()
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._element = "X" if layer is None else f"layers/{layer}"
+        self._where = "X" if layer is None else f"layers[{layer!r}]"
+        self._shards: list[_Shard] = []
+        try:
+            for file in self.files:
+                if kind == "shards":
+                    kind_of(file)
+                self._shards.append(self._read_shard(file))
+        except BaseException:
+            self.close()
+            raise
+        self._starts = np.cumsum([0] + [shard.n_obs for shard in self._shards])
+        self.n_obs, self.n_vars = int(self._starts[-1]), len(self.var_names)
+        if self.n_obs == 0 or self.n_vars == 0:
+            raise InputError(
+                f"{path}: must hold cells and genes, has {self.n_obs:,} cells and {self.n_vars:,} "
+                "genes"
+            )
+        self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self._shards))
+        names = [set(shard.dtypes) for shard in self._shards]
+        self.dtypes = {
+            key: frames.common_dtype([shard.dtypes[key] for shard in self._shards])
+            for key in self._shards[0].dtypes
+            if all(key in those for those in names)
+        }
+
+    def __enter__(self) -> CellStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            while self._open:
+                _close(self._open.popitem()[1])
+
+    # --- files ---
+
+    def _group(self, file: Path) -> Any:
+        """The file, opened; that which was read longest ago is closed if they are many."""
+        if file not in self._open:
+            if len(self._open) == MOST_OPEN:
+                _close(self._open.popitem(last=False)[1])
+            self._open[file] = (
+                zarr.open_group(file, mode="r")
+                if file.is_dir()
+                else h5py.File(file, "r", rdcc_nbytes=CACHE)
+            )
+        self._open.move_to_end(file)
+        return self._open[file]
+
+    @contextmanager
+    def _reading(self, file: Path, stamp: Any = None) -> Iterator[Any]:
+        """The opened file; what goes wrong within is told as of this file."""
+        with self._lock:
+            try:
+                if stamp is not None and self._stamp(file) != stamp:
+                    raise InputError("has changed since it was opened")
+                yield self._group(file)
+            except FileNotFoundError:
+                raise InputError(f"{file}: was removed since it was opened") from None
+            except InputError as error:
+                raise InputError(f"{file}: {error}") from None
+            except (MemoryError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # HDF5, zarr and each codec have their own
+                raise InputError(
+                    f"{file}: is damaged or no file of cells, and cannot be read: {told(error)}"
+                ) from None
+
+    def _stamp(self, file: Path) -> tuple[tuple[int, int], ...]:
+        """What a change of the counts, or of the file, shows by."""
+        places = [file]
+        if file.is_dir():  # of zarr: chunks are new files in the folders of arrays
+            arrays = [file / self._element / name for name in ("", "data", "indices")]
+            places += [array / name for array in arrays for name in ("", "c", "zarr.json")]
+        found = [place.stat() for place in places if place == file or place.exists()]
+        return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
+
+    def _read_shard(self, file: Path) -> _Shard:
+        with self._reading(file) as group:
+            stamp = self._stamp(file)
+            layers = group.get("layers", ())
+            if self.layer is not None and self.layer not in layers:
+                raise InputError(
+                    f"--layer {self.layer}: must be one of the layers, {listed(layers)}"
+                )
+            try:
+                dtypes = frames.dtypes_of(group["obs"])
+                genes = pd.Index(read_elem(group["var"]).index.astype(str))
+                encoding = (
+                    frames.encoding_of(group[self._element]) if self._element in group else ""
+                )
+            except ValueError as error:
+                raise InputError(
+                    f"cannot be read in parts, {error}; vmm-fast prepare makes a file that can"
+                ) from None
+            if encoding in ("", "null"):
+                raise InputError(f"{self._where} must hold counts, is absent")
+            if encoding == "csc_matrix":
+                raise InputError(
+                    f"{self._where} is stored by genes (CSC), cells cannot be read one by one; "
+                    "vmm-fast prepare makes a file that has it by cells"
+                )
+            if encoding not in ("csr_matrix", "array"):
+                raise InputError(f"{self._where} must be a matrix of counts, is a {encoding}")
+            matrix = group[self._element]
+            n_obs = frames.rows_of(group["obs"])
+            shape = tuple(matrix.attrs["shape"] if encoding == "csr_matrix" else matrix.shape)
+            if shape != (n_obs, len(genes)):
+                raise InputError(f"{self._where} must be {n_obs} x {len(genes)}, is {shape}")
+            indptr, values = None, n_obs * len(genes)
+            if encoding == "csr_matrix":
+                indptr, data, indices = matrix["indptr"][:], matrix["data"], matrix["indices"]
+                indptr, values = indptr.astype(np.int64), data.shape[0]
+                if (
+                    len(indptr) != n_obs + 1
+                    or (indptr[0], indptr[-1]) != (0, values)
+                    or (np.diff(indptr) < 0).any()
+                    or indices.shape[0] != values
+                    or indices.dtype.kind not in "iu"
+                ):
+                    raise InputError(f"{self._where} is no valid CSR matrix")
+                # Zarr would take a chunk that has been lost for one of zeros.
+                if isinstance(data, zarr.Array) and data.nchunks_initialized < data.nchunks:
+                    raise InputError(f"{self._where} lacks chunks")
+            dtype = data.dtype if indptr is not None else matrix.dtype
+            if dtype.kind not in "iuf":
+                raise InputError(f"{self._where} must hold counts, holds {dtype}")
+            return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
+
+    def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
+        """Where a shard's genes are in the store, None if where they are in the shard."""
+        if not self._shards:
+            if not genes.is_unique:
+                twice = genes[genes.duplicated()]
+                raise InputError(
+                    f"gene names must be unique, {len(twice):,} occur again, the first of them "
+                    f"{twice[0]!r}; see adata.var_names_make_unique()"
+                )
+            self.var_names = genes
+        if genes.equals(self.var_names):
+            return None
+        faults = [
+            f"{what} {len(names):,}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (
+                ("lacks", self.var_names.difference(genes, sort=False)),
+                ("has others,", genes.difference(self.var_names, sort=False)),
+                ("has twice", genes[genes.duplicated()]),
+            )
+            if len(names)
+        ]
+        if faults:
+            raise InputError(f"must have the genes of {self.files[0].name}, {'; '.join(faults)}")
+        return self.var_names.get_indexer(genes).astype(np.int32)
+
+    # --- counts ---
+
+    def read(self, starts: Any, stops: Any) -> csr_matrix:
+        """Read runs of cells.
+
+        Parameters
+        ----------
+        starts, stops : int or array of int [runs]
+            The cells of each run, ``range(start, stop)``.
+
+        Returns
+        -------
+        csr_matrix
+            float32 [sum(stops - starts), n_vars], in the order given; indices may be unsorted.
+
+        Raises
+        ------
+        InputError
+            If values are no counts, or a file has changed, vanished or is damaged.
+        """
+        runs = list(self._runs(np.atleast_1d(starts), np.atleast_1d(stops)))
+        lengths, parts = [np.zeros(1, np.int64)], []
+        for shard, start, stop in runs:
+            with self._reading(shard.file, shard.stamp) as group:
+                length, part = self._slice(shard, group[self._element], start, stop)
+                self._check(shard, group, start, length, part)
+            if shard.take is not None:
+                part = part[0], shard.take[part[1]]
+            lengths.append(length)
+            parts.append(part)
+        indptr = np.cumsum(np.concatenate(lengths))
+        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+        at = 0
+        for values, genes in parts:
+            data[at : at + len(values)], indices[at : at + len(values)] = values, genes
+            at += len(values)
+        return csr_matrix((data, indices, indptr), (len(indptr) - 1, self.n_vars))
+
+    def _runs(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[_Shard, int, int]]:
+        """The runs, cut where shards meet and joined where one follows the other."""
+        if len(starts) and not ((starts >= 0) & (starts <= stops) & (stops <= self.n_obs)).all():
+            raise ValueError(f"runs must lie within the {self.n_obs} cells")
+        joined: list[list[int]] = []
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if joined and joined[-1][1] == start:
+                joined[-1][1] = stop
+            elif start < stop:
+                joined.append([start, stop])
+        for start, stop in joined:
+            number = int(np.searchsorted(self._starts, start, side="right")) - 1
+            while start < stop:
+                first, end = int(self._starts[number]), int(self._starts[number + 1])
+                if start < end:
+                    yield self._shards[number], start - first, min(stop, end) - first
+                start, number = max(start, min(stop, end)), number + 1
+
+    def _slice(self, shard: _Shard, matrix: Any, start: int, stop: int) -> tuple[Any, Any]:
+        """Values of each cell, and all values with their genes; as they are stored."""
+        if shard.indptr is None:
+            rows = matrix[start:stop]
+            at, genes = rows.nonzero()
+            return np.bincount(at, minlength=stop - start), (rows[at, genes], genes)
+        first, last = shard.indptr[start], shard.indptr[stop]
+        length = np.diff(shard.indptr[start : stop + 1])
+        genes = matrix["indices"][first:last]
+        if len(genes) and not (genes.min() >= 0 and genes.max() < self.n_vars):
+            raise InputError(f"{self._where} is damaged, has a gene beyond its {self.n_vars}")
+        return length, (matrix["data"][first:last], genes)
+
+    def _check(
+        self, shard: _Shard, group: Any, start: int, length: np.ndarray, part: tuple[Any, Any]
+    ) -> None:
+        """Refuse values that are no counts."""
+        values, genes = part
+        wrong = not_counts(values)
+        if wrong is None:
+            return
+        at, fault = wrong
+        cell = start + int(np.searchsorted(length.cumsum(), at, side="right"))
+        name = frames.read_index(group["obs"], cell, cell + 1)[0]
+        gene = genes[at] if shard.take is None else shard.take[genes[at]]
+        raise InputError(
+            f"{self._where} must hold counts, whole numbers from 0, {fault} in cell {name!r}, "
+            f"gene {self.var_names[gene]!r}{self._cure(shard, group)}"
+        )
+
+    def _cure(self, shard: _Shard, group: Any) -> str:
+        """Where there are counts instead, if the first cells tell."""
+        options = {"X": "leave --layer out"}
+        options |= {f"layers/{name}": f"--layer {name}" for name in group.get("layers", ())}
+        for element, option in options.items():
+            if element == self._element or element not in group:
+                continue
+            matrix = group[element]
+            values = matrix["data"][:ROWS] if "shape" in matrix.attrs else matrix[:64]
+            if values.dtype.kind in "iuf" and not_counts(values.reshape(-1)) is None:
+                return f"; {element.replace('layers/', 'layer ')} holds counts: {option}"
+        return ""
+
+    # --- obs ---
+
+    def obs_names(self, start: int, stop: int) -> np.ndarray:
+        """Names of cells start to stop, str [stop - start]; they may occur again."""
+        parts = [np.empty(0, object)]
+        for shard, first, last in self._runs(np.array([start]), np.array([stop])):
+            with self._reading(shard.file, shard.stamp) as group:
+                parts.append(frames.read_index(group["obs"], first, last))
+        return np.concatenate(parts)
+
+    def obs(self, start: int, stop: int, keys: list[str] | None = None) -> pd.DataFrame:
+        """Cells start to stop of the columns that all files have, or of some of these.
+
+        Of each column, any slice has the same dtype and categories.
+        """
+        columns = {key: self._slices(key, start, stop) for key in keys or self.dtypes}
+        return pd.DataFrame(
+            {
+                key: parts[0] if len(parts) == 1 else pd.concat(map(pd.Series, parts)).array
+                for key, parts in columns.items()
+            },
+            index=pd.Index(self.obs_names(start, stop)),
+        )
+
+    def _slices(self, key: str, start: int, stop: int) -> list[Any]:
+        dtype, parts = self.dtypes[key], []
+        for shard, first, last in self._runs(np.array([start]), np.array([stop])):
+            with self._reading(shard.file, shard.stamp) as group:
+                part = frames.read_slice(group["obs"], key, shard.dtypes[key], first, last)
+            parts.append(frames.cast(part, dtype))
+        return parts
+
+    def column(self, key: str, option: str = "column") -> pd.Categorical:
+        """Give a column of obs, categories united over the files.
+
+        Parameters
+        ----------
+        key : str
+        option : str
+            What to call it in an error.
+
+        Returns
+        -------
+        pandas.Categorical
+            [n_obs]; in memory, a few bytes a cell.
+        """
+        if key not in self.dtypes:
+            raise no_column(option, key, self.dtypes)
+        parts = []
+        for start in range(0, self.n_obs, ROWS):
+            for part in self._slices(key, start, min(start + ROWS, self.n_obs)):
+                parts.append(pd.Categorical(part))
+        dtype = frames.common_dtype([part.dtype for part in parts])
+        if not isinstance(self.dtypes[key], pd.CategoricalDtype):
+            dtype = pd.CategoricalDtype(dtype.categories.sort_values())
+        codes = [frames.cast(part, dtype).codes for part in parts]
+        return pd.Categorical.from_codes(np.concatenate(codes), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file of cells, as it was when it was opened."""
+
+    file: Path
+    stamp: Any
+    n_obs: int
+    values: int
+    indptr: np.ndarray | None = field(repr=False)  # None where rows are dense
+    dtypes: dict[str, Any]  # of the columns of obs
+    take: np.ndarray | None  # where its genes are in the store
+
+
+def _close(group: Any) -> None:
+    if isinstance(group, h5py.File):
+        group.close()
