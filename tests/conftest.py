@@ -96,6 +96,15 @@ def expanded(x):
     return x[:1].expand_as(x)
 
 
+@pytest.fixture
+def one_thread():
+    """Nets this small only lose time on several threads, much of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
     """z [B, D], centers [J, D], well-conditioned lower-triangular whitening, offsets [J]."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,19 +21,11 @@ from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 from vmm_fast import _folder, cli  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, integration, reading, report  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 FILES = {"run.json", "checkpoint.ckpt", *integration.RESULTS}
 UMAP = report._plane
 COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -297,14 +289,14 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, alwa
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
     assert run(h5ad, whole, *options) == 0
-    real = integration._Epochs.on_train_epoch_end
+    real = integration._Progress.on_train_epoch_end
 
     def stopped(self, *args):
         real(self, *args)
         if self.epoch == 3:  # the prior is being trained
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(integration._Epochs, "on_train_epoch_end", stopped)
+    monkeypatch.setattr(integration._Progress, "on_train_epoch_end", stopped)
     handler = signal.getsignal(signal.SIGINT)
     capsys.readouterr()
     error = complaint(capsys, run(h5ad, broken, *options), 130)
@@ -313,7 +305,7 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, alwa
     assert signal.getsignal(signal.SIGINT) is handler  # Lightning would ignore the next Ctrl-C
     assert {path.name for path in broken.iterdir()} == {"run.json", "checkpoint.ckpt"}
     (broken / f".cells.h5ad.{'0' * 16}.tmp").write_bytes(b"half")  # as a killed run leaves it
-    monkeypatch.setattr(integration._Epochs, "on_train_epoch_end", real)
+    monkeypatch.setattr(integration._Progress, "on_train_epoch_end", real)
     command = ["integrate", str(h5ad), "--out", str(broken), "--resume", "--accelerator", "cpu"]
     assert cli.main(command) == 0
     same_results(whole, broken)
@@ -335,13 +327,13 @@ torch.set_num_threads(1)
 from vmm_fast import cli
 from vmm_fast.scvi import integration
 integration.CHECKPOINT_SECONDS = 0
-real = integration._Epochs.on_train_epoch_end
+real = integration._Progress.on_train_epoch_end
 def wait_to_be_stopped(self, *args):
     real(self, *args)
     if self.epoch == 3:  # N(0, I) still stands in for the prior
         pathlib.Path("waiting").touch()
         time.sleep(1000)
-integration._Epochs.on_train_epoch_end = wait_to_be_stopped
+integration._Progress.on_train_epoch_end = wait_to_be_stopped
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -399,7 +391,7 @@ def test_existing_results_stay_until_others_take_their_place(h5ad, tmp_path, cap
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Epochs, "on_train_epoch_end", stop)
+        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
         complaint(capsys, run(h5ad, out, "--overwrite", "--seed", 3), 130)
     assert {name: (out / name).read_bytes() for name in before} == before
     assert run(h5ad, out, "--overwrite", "--seed", 3) == 0

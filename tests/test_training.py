@@ -11,16 +11,9 @@ import torch
 from vmm_fast.models import VAE, History, fit
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, M, INPUTS = 70, 30, 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small only lose time on several threads, much of it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_data(n=N, seed=0):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
 from vmm_fast.clustering import Settings, train
@@ -186,6 +186,14 @@ def _parser() -> argparse.ArgumentParser:
         "-vmm",
         ("--batch-size", "B", _whole(2), "cells per step (default: 128)"),
         ("--prior-learning-rate", "R", _rate, "of the prior (default: 0.005)"),
+        (
+            "--memory",
+            "GIB",
+            _at_least_0,
+            "most that counts may take in memory; more are read from disk while training "
+            "(default: 1)",
+        ),
+        ("--checkpoint-steps", "N", _whole(1), "steps between checkpoints, besides every 30 s"),
     )
     integrate.set_defaults(run=_integrate)
 
@@ -287,13 +295,24 @@ def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def _rate(text: str) -> float:
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = math.nan
+        return math.nan
+
+
+def _rate(text: str) -> float:
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, is {text!r}")
+    return value
+
+
+def _at_least_0(text: str) -> float:
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
     return value
 
 
@@ -428,13 +447,21 @@ def _print_files(folder: Path, results: dict[str, str]) -> None:
         print(f"  {name:<13} {meaning}")
 
 
+class _Run(NamedTuple):
+    """What a command that trains on cells works with."""
+
+    cells: Any  # AnnData as read, or CellStore
+    training: Any  # AnnData of the cells to train on, or of some of them
+    on_disk: Any  # OnDisk, or None
+    settings: Any
+    folder: Folder
+    again: str  # the command that goes on
+
+
 def _read_cells(
     arguments: argparse.Namespace, kind: Any, suffix: str, checkpoint: str, **folder: Any
-) -> tuple[Any, Any, Any, Folder, str]:
-    """Read, check and describe cells, and make the folder: for the commands that train on them.
-
-    Gives the cells as read, those to train on, settings, folder, and the command that goes on.
-    """
+) -> _Run:
+    """Read, check and describe cells, and make the folder: for the commands that train on them."""
     from vmm_fast.scvi import integration, reading
 
     file, command = arguments.file, arguments.command
@@ -443,19 +470,34 @@ def _read_cells(
     name = EXAMPLE if file is None else Path(file).resolve().stem
     out = arguments.out or f"{name}{suffix}"
     place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
+    cells: Any = None
+    notes: list[str] = []
     if file is None:
-        cells, source = reading.example(), EXAMPLE
+        source = EXAMPLE
         arguments.labels_key = arguments.labels_key or "bulk_labels"
     else:
+        reading.kind_of(Path(file))  # or says what is wrong with it
         place.must_not_hold(file)
-        cells, source = reading.read_cells(file), digest(file)
-    adata = cells.adata
+        source = digest(file)
     given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
-    try:
-        if arguments.resume:
+    if arguments.resume:
+        try:
             given = place.resumed(source, given)
-        settings = kind.suited_to(adata, **given)
-        training, notes = integration.training_cells(adata, settings)
+        except InputError as error:
+            raise InputError(f"{file or EXAMPLE}: {error}") from None
+    if file is not None and command == "integrate":
+        cells, notes = _on_disk(file, given, arguments.memory)
+    given["on_disk"] = cells is not None
+    if cells is None:
+        read = reading.example() if file is None else reading.read_cells(file)
+        cells, notes = read.adata, read.notes
+    on_disk = None
+    try:
+        settings = kind.suited_to(cells, **given)
+        if settings.on_disk:
+            training, on_disk, more = integration.training_cells_on_disk(cells, settings)
+        else:
+            training, more = integration.training_cells(cells, settings)
     except InputError as error:
         raise InputError(f"{file or EXAMPLE}: {error}") from None
     _check_accelerator(arguments.accelerator)
@@ -464,25 +506,48 @@ def _read_cells(
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
-    parts = [f"{adata.n_obs:,} cells x {adata.n_vars:,} genes"]
+    parts = [f"{cells.n_obs:,} cells x {cells.n_vars:,} genes"]
     if settings.batch_key is not None:
         parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
-    if training.n_vars < adata.n_vars:
+    if training.n_vars < cells.n_vars:
         parts.append(f"trained on the {training.n_vars:,} genes that vary most")
     print(", ".join(parts))
-    for note in cells.notes + notes:
+    for note in notes + more:
         print(f"note: {note}", flush=True)
     again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
     if arguments.accelerator != "auto":
         again += ["--accelerator", arguments.accelerator]
-    return adata, training, settings, place, shlex.join(again)
+    return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+
+
+def _on_disk(file: str, given: dict[str, Any], memory: float | None) -> tuple[Any, list[str]]:
+    """Open the cells as a store if they are to stay on disk, else give None; and notes."""
+    from vmm_fast.scvi import CellStore, reading
+
+    kind = reading.kind_of(Path(file))
+    if given["on_disk"] is False or kind not in (".h5ad", ".zarr", "shards"):
+        return None, []
+    try:
+        store = CellStore(file, given["layer"])
+    except InputError:
+        if kind == "shards":
+            raise
+        return None, []  # what is wrong is told, or right, where they are read into memory
+    size = store.nbytes / 2**30
+    most = 1.0 if memory is None else memory
+    if given["on_disk"] or size > most:
+        return store, [f"counts stay on disk: in memory they would take {size:.1f} GiB"]
+    if kind == "shards":
+        return store, ["counts stay on disk, in several files"]
+    store.close()
+    return None, []
 
 
 def _integrate(arguments: argparse.Namespace) -> None:
     _require(*SCVI_NEEDS, extra="cli,scvi")
     from vmm_fast.scvi import integration, report
 
-    adata, training, settings, folder, again = _read_cells(
+    run = _read_cells(
         arguments,
         integration.Settings,
         "-vmm",
@@ -490,24 +555,31 @@ def _integrate(arguments: argparse.Namespace) -> None:
         results=integration.RESULTS,
         changeable=("labels_key",),
     )
+    folder, settings = run.folder, run.settings
     progress = sys.stderr is not None and sys.stderr.isatty()
     try:
         found = integration.integrate(
-            training,
+            run.training,
             settings,
+            on_disk=run.on_disk,
             checkpoint=folder.checkpoint,
+            checkpoint_steps=arguments.checkpoint_steps,
             # A run that was stopped before its first checkpoint starts again.
             resume=arguments.resume and folder.checkpoint.exists(),
             accelerator=arguments.accelerator,
             progress=progress,
         )
-        record = found.add_to(adata)
-        found.write(adata, folder.path)
+        if run.on_disk is None:
+            record = found.add_to(run.cells)
+            found.write(run.cells, folder.path)
+            shown = run.cells
+        else:
+            record, shown = found.write_on_disk(run.on_disk, folder.path)
         if progress:
             print("drawing the report", file=sys.stderr, flush=True)
-        report.write_report(folder.path / "report.html", adata, found.history)
+        report.write_report(folder.path / "report.html", shown, found.history)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {again}") from None
+        raise KeyboardInterrupt(f"; go on with: {run.again}") from None
     rows = [
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()
@@ -529,7 +601,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     _require(*SCVI_NEEDS, extra="cli,scvi")
     from vmm_fast.scvi import sweep
 
-    adata, training, settings, folder, again = _read_cells(
+    run = _read_cells(
         arguments,
         sweep.SweepSettings,
         "-sweep",
@@ -537,11 +609,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
         results=sweep.RESULTS,
         changeable=("batch_sizes", "ratios"),
     )
-    labels = None if settings.labels_key is None else adata.obs[settings.labels_key].to_numpy()
+    folder, key = run.folder, run.settings.labels_key
+    labels = None if key is None else run.cells.obs[key].to_numpy()
     rows = sweep.sweep(
-        training,
+        run.training,
         labels,
-        settings,
+        run.settings,
         folder.path,
         accelerator=arguments.accelerator,
         progress=sys.stderr is not None and sys.stderr.isatty(),
@@ -561,7 +634,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
             cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
             print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {again}") from None
+        raise KeyboardInterrupt(f"; go on with: {run.again}") from None
     _print_files(folder.path, sweep.RESULTS)
 
 

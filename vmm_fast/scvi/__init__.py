@@ -1,7 +1,9 @@
 """Models of scvi-tools with a mixture prior; needs ``pip install "vmm-fast[scvi]"``."""
 
+from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI, LatentPriorModel
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, LatentPrior
+from vmm_fast.scvi.store import CellStore
 from vmm_fast.scvi.training import (
     EmpiricalBayes,
     EmpiricalBayesAdversarialTrainingPlan,
@@ -18,6 +20,8 @@ __all__ = [
     "VMMTOTALVAE",
     "VMMTOTALVI",
     "VMMVAE",
+    "CellDataModule",
+    "CellStore",
     "EmpiricalBayes",
     "EmpiricalBayesAdversarialTrainingPlan",
     "EmpiricalBayesSemiSupervisedTrainingPlan",

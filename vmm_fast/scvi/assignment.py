@@ -99,7 +99,7 @@ def assign(adata: AnnData, saved: SavedModel, layer: str | None) -> list[str]:
         z, _ = model.get_latent_representation(return_dist=True)
         if new.any() and model.module.encode_covariates:
             z[new] = _of_all_batches(model, np.flatnonzero(new), len(known))
-        set_clusters(adata, z, model.module.components().to("cpu"))
+        set_clusters(adata, z, model.module.components().to("cpu").assign(torch.from_numpy(z)))
     adata.uns["vmm"] = {"model": str(saved.folder.resolve())}
     return notes + more
 

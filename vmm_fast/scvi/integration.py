@@ -12,8 +12,10 @@ import io
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -22,7 +24,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,24 +34,31 @@ from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scipy.sparse import csr_matrix
+from scvi import REGISTRY_KEYS
+from scvi.train._metrics import ElboMetric
 
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError
-from vmm_fast.metrics import clustering_scores_from_assignment
-from vmm_fast.mixture import Components
+from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
+from vmm_fast.mixture import Assignment
+from vmm_fast.scvi.loading import WINDOW, CellBatches, CellDataModule, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import PRIOR_LEARNING_RATE
-from vmm_fast.scvi.reading import batches_of, column, counts_of
+from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
+from vmm_fast.scvi.store import CellStore
 
 __all__ = [
     "RESULTS",
     "Integration",
+    "OnDisk",
     "Settings",
     "in_place_of",
     "integrate",
+    "latent_means",
     "quiet",
     "set_clusters",
     "training_cells",
+    "training_cells_on_disk",
     "write_cells",
 ]
 
@@ -62,7 +71,10 @@ RESULTS = {
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
 LEAST_CELLS = 10  # one is held out and nine are trained on
 MANY_GENES = 10_000  # where selecting some is worth a note
-CHECKPOINT_SECONDS = 10  # least between two of them
+CHECKPOINT_SECONDS = 30  # between two of them
+BAR_SECONDS = 0.5  # between two looks of the progress bar
+SAMPLE = 20_000  # cells on disk that the model is made with: pseudo-cells, genes, the report
+EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,10 @@ class Settings:
     learning_rate: float = 1e-3
     prior_learning_rate: float = PRIOR_LEARNING_RATE
     seed: int = 0
+    on_disk: bool = False  # counts are read while training, in an order that depends on it
 
     @classmethod
-    def suited_to(cls, adata: AnnData, **given: Any) -> Settings:
+    def suited_to(cls, cells: AnnData | CellStore, **given: Any) -> Settings:
         """Fill in what was not given (None) by the number of cells.
 
         Raises
@@ -90,14 +103,14 @@ class Settings:
         InputError
             If there are too few cells, or more components than cells that they start as.
         """
-        cells = adata.n_obs
-        if cells < LEAST_CELLS:
+        number = cells.n_obs
+        if number < LEAST_CELLS:
             raise InputError(
-                f"must have at least {LEAST_CELLS} cells to be integrated, has {cells}"
+                f"must have at least {LEAST_CELLS} cells to be integrated, has {number}"
             )
-        if (given.get("components") or 0) > cells:
+        if (given.get("components") or 0) > number:
             raise InputError(
-                f"--components must be at most {cells}, the cells that pseudo-inputs start as, is "
+                f"--components must be at most {number}, the cells that pseudo-inputs start as, is "
                 f"{given['components']}"
             )
         suited: dict[str, Any] = {
@@ -106,13 +119,33 @@ class Settings:
             "labels_key": None,
             "genes": None,
             # As many steps at most as scvi-tools' own default takes: 400 epochs of 20,000 cells.
-            "epochs": max(1, min(100, round(400 * 20_000 / cells))),
-            "components": min(100, max(10, cells // 20)),
+            "epochs": max(1, min(100, round(400 * 20_000 / number))),
+            "components": min(100, max(10, number // 20)),
         }
         return cls(**suited | {name: value for name, value in given.items() if value is not None})
 
 
 # --- the cells to train on ---
+
+
+class OnDisk(NamedTuple):
+    """All cells, of which the model is made with some alone.
+
+    Attributes
+    ----------
+    store : CellStore
+    batches : ndarray of int [cells]
+        Index of each cell's batch.
+    genes : ndarray of int
+        Columns of the store to train on.
+    rows : ndarray of int
+        Where the cells that the model is made with are.
+    """
+
+    store: CellStore
+    batches: np.ndarray
+    genes: np.ndarray
+    rows: np.ndarray
 
 
 def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[str]]:
@@ -123,44 +156,19 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     InputError
         If the values are no counts, or a key is missing or cannot be used.
     """
-    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
-        if key in COLUMNS:
-            raise InputError(
-                f"{option} {key}: must be another column, results are written to this one; rename "
-                "it"
-            )
+    _check_keys(settings)
     counts = csr_matrix(counts_of(adata, settings.layer), dtype=np.float32)
     notes = []
     if "vmm_cluster" in adata.obs:
-        notes.append("obs has the clusters of an earlier run, the results have this one's instead")
+        notes.append(EARLIER)
     obs = pd.DataFrame(index=adata.obs_names)
     if settings.labels_key is not None:
         column(adata, "--labels-key", settings.labels_key)
     if settings.batch_key is not None:
         obs[settings.batch_key] = batches = batches_of(adata, settings.batch_key)
-        sizes = batches.value_counts()
-        sizes = sizes[sizes > 0]
-        if len(sizes) == len(batches):
-            raise InputError(
-                f"--batch-key {settings.batch_key}: must name batches, has another value for every "
-                "cell"
-            )
-        if len(sizes) == 1:
-            notes.append("one batch alone: there is nothing to integrate, cells are clustered")
-        single = [str(name) for name in sizes.index[sizes == 1]]
-        if single:
-            one = len(single) == 1
-            notes.append(
-                f"{'a batch' if one else f'{len(single)} batches'} of one cell: "
-                f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
-            )
+        notes += _notes_on_batches(settings.batch_key, batches.value_counts())
     depth, detected = counts.sum(1).A1, counts.sum(0).A1
-    if not detected.any():
-        raise InputError("must hold counts above 0, all are 0")
-    if number := int((depth == 0).sum()):
-        notes.append(f"{number:,} {'cell has' if number == 1 else 'cells have'} no counts at all")
-    if number := int((detected == 0).sum()):
-        notes.append(f"{number:,} {'gene has' if number == 1 else 'genes have'} no counts at all")
+    notes += _notes_on_counts(int((depth == 0).sum()), detected)
     whole = in_place_of(counts, obs, adata.var_names, settings.layer)
     chosen = _variable_genes(whole, settings)
     if settings.genes is None and adata.n_vars > MANY_GENES:
@@ -169,6 +177,77 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     if number := int((_counts(cells, settings.layer).sum(1).A1 == 0).sum() - (depth == 0).sum()):
         notes.append(f"{number:,} more have none in the genes that are trained on")
     return cells, notes
+
+
+def training_cells_on_disk(
+    store: CellStore, settings: Settings
+) -> tuple[AnnData, OnDisk, list[str]]:
+    """As :func:`training_cells`, for a store: gives some cells, and where all are.
+
+    Every cell is read once, so that what cannot be trained on is told before training.
+    """
+    _check_keys(settings)
+    notes = []
+    if settings.labels_key is not None:
+        store.column(settings.labels_key, "--labels-key")
+    if settings.batch_key is None:
+        batches = pd.Categorical.from_codes(np.zeros(store.n_obs, np.int8), ["0"])
+    else:
+        batches = store.column(settings.batch_key, "--batch-key")
+        if missing := int((batches.codes < 0).sum()):
+            raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
+        notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
+    empty, detected = 0, np.zeros(store.n_vars)
+    for start in range(0, store.n_obs, WINDOW):
+        counts = store.read(start, min(start + WINDOW, store.n_obs))
+        empty += int((np.diff(counts.indptr) == 0).sum())
+        detected += counts.sum(0).A1
+    notes += _notes_on_counts(empty, detected)
+    keys = [] if settings.batch_key is None else [settings.batch_key]
+    sample = store.sample(SAMPLE, keys=keys, seed=settings.seed)
+    some = in_place_of(sample.X, sample.obs[keys], store.var_names, settings.layer)
+    chosen = _variable_genes(some, settings)
+    on_disk = OnDisk(store, batches.codes, np.flatnonzero(chosen), sample.obs["row"].to_numpy())
+    return some[:, chosen].copy(), on_disk, notes
+
+
+def _check_keys(settings: Settings) -> None:
+    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
+        if key in COLUMNS:
+            raise InputError(
+                f"{option} {key}: must be another column, results are written to this one; rename "
+                "it"
+            )
+
+
+def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
+    """Notes on the numbers of cells of each batch; refuses one for each cell."""
+    sizes = sizes[sizes > 0]
+    if len(sizes) == sizes.sum():
+        raise InputError(f"--batch-key {key}: must name batches, has another value for every cell")
+    notes = []
+    if len(sizes) == 1:
+        notes.append("one batch alone: there is nothing to integrate, cells are clustered")
+    single = [str(name) for name in sizes.index[sizes == 1]]
+    if single:
+        one = len(single) == 1
+        notes.append(
+            f"{'a batch' if one else f'{len(single)} batches'} of one cell: "
+            f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
+        )
+    return notes
+
+
+def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
+    """Notes on cells without counts, `empty` of them, and genes without; there must be some."""
+    if not detected.any():
+        raise InputError("must hold counts above 0, all are 0")
+    notes = []
+    if empty:
+        notes.append(f"{empty:,} {'cell has' if empty == 1 else 'cells have'} no counts at all")
+    if number := int((detected == 0).sum()):
+        notes.append(f"{number:,} {'gene has' if number == 1 else 'genes have'} no counts at all")
+    return notes
 
 
 def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
@@ -225,7 +304,10 @@ class _Checkpoints(TorchCheckpointIO):
     """Lightning's checkpoints, but written whole or not at all, on any file system."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        try:
+            write_atomically(path, lambda file: torch.save(checkpoint, file))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -236,64 +318,116 @@ class _Checkpoints(TorchCheckpointIO):
             ) from None
 
 
-class _Epochs(Callback):
-    """What happens at the end of an epoch: history, checkpoint, bar and the next one's seed.
+class _Progress(Callback):
+    """What happens besides training: history, checkpoints, and the bar.
 
-    Every epoch has a seed of its own, so that one that follows a checkpoint draws as it would have
-    without the stop.
+    A checkpoint has the state of the generators of random numbers and the sums of an epoch's
+    losses too, so that a run that goes on with it does as it would have without the stop.
     """
 
-    def __init__(self, seed: int, checkpoint: Path | None, progress: bool) -> None:
-        self.seed, self.checkpoint, self.progress = seed, checkpoint, progress
+    def __init__(
+        self, checkpoint: Path | None, checkpoint_steps: int | None, progress: bool
+    ) -> None:
+        self.checkpoint, self.checkpoint_steps = checkpoint, checkpoint_steps
+        self.progress = progress
         self.bar: Any = None
         self.history: dict[str, list[float]] = {}
         self.seconds = 0.0
         self.epoch = 0
         self.interrupted = False
-        self._since = self._written = time.monotonic()
+        self._loaded: dict[str, Any] | None = None
+        self._plan: Any = None
+        self._since = self._written = self._shown = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before a stop too."""
+        return self.seconds + time.monotonic() - self._since
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self.seconds, "epoch": self.epoch}
+        return {
+            "history": self.history,
+            "seconds": self.elapsed,
+            "epoch": self.epoch,
+            "random": torch.get_rng_state(),
+            "losses": [dict(metric.metric_state) for metric in self._losses()],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.seconds, self.epoch = (
             state[name] for name in ("history", "seconds", "epoch")
         )
+        self._loaded = state
 
-    def _set_seed(self) -> None:
-        found = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-        torch.manual_seed(int(found[0]))
+    def _losses(self) -> list[ElboMetric]:
+        return [metric for metric in self._plan.modules() if isinstance(metric, ElboMetric)]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # Not at the start of the epoch: the loader of the first one draws before that.
-        self._set_seed()
-        self._since = time.monotonic()
+        self._plan = pl_module
+        self._since = self._written = self._shown = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.progress:
-            self.bar = _bar(trainer.max_epochs, self.epoch)
+            self.bar = _bar(trainer.num_training_batches * trainer.max_epochs, trainer.global_step)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        # Not before: what comes before the first batch draws, too.
+        if self._loaded is not None:
+            torch.set_rng_state(self._loaded["random"])
+            for metric, state in zip(self._losses(), self._loaded["losses"], strict=True):
+                for name, value in state.items():
+                    setattr(metric, name, value)
+            self._loaded = None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, now = trainer.global_step, time.monotonic()
+        # The last batch's comes after the losses of the cells held out.
+        if batch_idx + 1 < trainer.num_training_batches and (
+            now - self._written >= CHECKPOINT_SECONDS
+            or (self.checkpoint_steps and step % self.checkpoint_steps == 0)
+        ):
+            self._write(trainer)
+        if self.bar is not None and now - self._shown >= BAR_SECONDS:
+            self._show(trainer, len(batch[REGISTRY_KEYS.X_KEY]), now)
+
+    def _write(self, trainer: Any) -> None:
+        if self.checkpoint is not None:
+            trainer.save_checkpoint(self.checkpoint)
+            self._written = time.monotonic()
+
+    def _show(self, trainer: Any, cells: int, now: float) -> None:
+        steps = trainer.global_step - self.bar.n
+        speed = self.bar.format_sizeof(steps * cells / (now - self._shown))
+        parts = [f"epoch {self.epoch + 1}/{trainer.max_epochs}"]
+        if "elbo_train" in self.history:
+            parts.append(f"ELBO {-self.history['elbo_train'][-1]:.1f}")
+        parts.append(f"{speed} cells/s")
+        module = trainer.lightning_module.module
+        if module.warming_up:
+            parts.append("warm-up")
+        else:
+            used = int((module.components().weights > ACTIVE_SHARE).sum())
+            parts.append(f"{used} clusters")
+        parts.append(f"{_peak_memory():.1f} GiB")
+        self.bar.set_description_str(", ".join(parts), refresh=False)
+        self.bar.update(steps)
+        self._shown = now
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.epoch += 1
-        now = time.monotonic()
-        took, self._since = now - self._since, now
-        self.seconds += took
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Lightning's own mean over an epoch is lost where it was stopped; the ELBO's is not.
+        metrics.pop("train_loss", None)
         loss = metrics["elbo_train"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}")
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
-        self._set_seed()
         last = self.epoch == trainer.max_epochs
-        if self.checkpoint is not None and (last or now - self._written >= CHECKPOINT_SECONDS):
-            trainer.save_checkpoint(self.checkpoint)
-            self._written = time.monotonic()
-        if self.bar is not None:
-            speed = self.bar.format_sizeof(trainer.datamodule.n_train / took)
-            self.bar.set_description_str(
-                f"ELBO {-loss:.1f}, KL {metrics['kl_local_train']:.1f}, {speed} cells/s, ",
-                refresh=False,
-            )
-            self.bar.update()
+        if last or time.monotonic() - self._written >= CHECKPOINT_SECONDS:
+            self._write(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.interrupted = isinstance(exception, KeyboardInterrupt)
@@ -303,19 +437,25 @@ def integrate(
     cells: AnnData,
     settings: Settings,
     *,
+    on_disk: OnDisk | None = None,
     checkpoint: Path | None = None,
+    checkpoint_steps: int | None = None,
     resume: bool = False,
     accelerator: str = "auto",
     progress: bool = False,
 ) -> Integration:
-    """Train on `cells` of :func:`training_cells`.
+    """Train on `cells` of :func:`training_cells`, or on all of which they are some.
 
     Parameters
     ----------
     cells : AnnData
     settings : Settings
+    on_disk : OnDisk, optional
+        Where all cells are, if `cells` are those of :func:`training_cells_on_disk`.
     checkpoint : Path, optional
-        Written after an epoch, if the last one is a while ago.
+        Written amid an epoch or after it, if the last one is a while ago.
+    checkpoint_steps : int, optional
+        Written after every so many steps, besides.
     resume : bool
         Go on from `checkpoint`, to the same bits as without the stop (on a CPU with one thread).
     accelerator : str
@@ -326,13 +466,13 @@ def integrate(
     Raises
     ------
     InputError
-        If the checkpoint cannot be read.
+        If the checkpoint cannot be read or written, or cells on disk not be read any more.
     FloatingPointError
         If training diverges.
     KeyboardInterrupt
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    epochs = _Epochs(settings.seed, checkpoint, progress)
+    during = _Progress(checkpoint, checkpoint_steps, progress)
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             scvi.settings.seed = settings.seed
@@ -343,27 +483,37 @@ def integrate(
                 n_latent=settings.latent_dim,
                 prior_kwargs={"learning_rate": settings.prior_learning_rate},
             )
+            if on_disk is None:
+                codes = model.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY)[:, 0]
+                counts = MemoryCells(_counts(cells, settings.layer))
+                loading = CellDataModule(counts, codes, **_loading(settings))
+            else:
+                loading = CellDataModule(
+                    on_disk.store, on_disk.batches, genes=on_disk.genes, **_loading(settings)
+                )
             model.train(
                 settings.epochs,
-                batch_size=settings.batch_size,
+                datamodule=loading,
                 accelerator=accelerator,
                 devices=1,
                 plan_kwargs={"lr": settings.learning_rate},
                 check_val_every_n_epoch=1,
                 enable_progress_bar=False,
                 logger=False,
-                callbacks=[epochs],
+                callbacks=[during],
                 plugins=[_Checkpoints()],
                 ckpt_path=checkpoint if resume else None,
             )
             model.history_ = {
                 name: pd.DataFrame({name: values}).rename_axis("epoch")
-                for name, values in epochs.history.items()
+                for name, values in during.history.items()
             }
-            _number_by_size(model)
+            seconds = during.elapsed
+            z = latent_means(model, loading.all_cells())
+            assigned = _number_by_size(model, z)
     except SystemExit:
         # Lightning exits on Ctrl-C, and leaves it without effect.
-        if not epochs.interrupted:
+        if not during.interrupted:
             raise
         signal.signal(signal.SIGINT, on_interrupt)
         raise KeyboardInterrupt from None
@@ -374,35 +524,61 @@ def integrate(
         refusals = ("to satisfy the constraint", "no positive-definite covariance")
         if not any(text in str(error) for text in refusals):
             raise
-        message = f"a distribution's parameter is nan or inf in epoch {epochs.epoch + 1}"
+        message = f"a distribution's parameter is nan or inf in epoch {during.epoch + 1}"
         raise FloatingPointError(message) from None
     finally:
-        if epochs.bar is not None:
-            epochs.bar.close()
-    return Integration(model, settings, epochs.history, epochs.seconds)
+        if during.bar is not None:
+            during.bar.close()
+    return Integration(model, settings, during.history, seconds, loading.n_val, z, assigned)
 
 
-def _bar(epochs: int, initial: int) -> Any:
+def _loading(settings: Settings) -> dict[str, Any]:
+    return {"batch_size": settings.batch_size, "seed": settings.seed}
+
+
+def _bar(steps: int, initial: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        total=epochs,
+        total=steps,
         initial=initial,
-        bar_format="epoch {n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}",
+        bar_format="{desc} |{bar}| ETA {remaining}",
         dynamic_ncols=True,
     )
 
 
+def _peak_memory() -> float:
+    """The most that the process has held so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@torch.inference_mode()
+def latent_means(model: VMMSCVI, batches: CellBatches) -> np.ndarray:
+    """Posterior means [cells, D] of the cells that `batches` gives."""
+    module = model.module
+    means = np.empty((batches.number, module.n_latent), dtype=np.float32)
+    done = 0
+    for tensors in batches:
+        found = module.inference(**module._get_inference_input(tensors))["qz"].loc.cpu()
+        means[done : done + len(found)] = found
+        done += len(found)
+    return means
+
+
 @torch.no_grad()
-def _number_by_size(model: VMMSCVI) -> None:
-    """Renumber the model's components (K = 1) by the cells they hold."""
+def _number_by_size(model: VMMSCVI, z: np.ndarray) -> Assignment:
+    """Renumber the model's components (K = 1) by the cells they hold; assign the cells."""
     prior = model.module.prior
-    by_weight = model.module.components().log_weights.cpu().argsort(descending=True, stable=True)
-    counts = torch.from_numpy(model.get_clusters()).bincount(minlength=len(by_weight))[by_weight]
+    components = model.module.components().to("cpu")
+    labels = components.assign(torch.from_numpy(z)).labels
+    by_weight = components.log_weights.argsort(descending=True, stable=True)
+    counts = labels.bincount(minlength=len(by_weight))[by_weight]
     order = by_weight[counts.argsort(descending=True, stable=True)]
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
+    return model.module.components().to("cpu").assign(torch.from_numpy(z))
 
 
 # --- results ---
@@ -410,47 +586,53 @@ def _number_by_size(model: VMMSCVI) -> None:
 
 @dataclass(frozen=True)
 class Integration:
-    """A finished run."""
+    """A finished run: the model, its curves, and the embedding z [cells, D] with its clusters."""
 
     model: VMMSCVI
     settings: Settings
     history: dict[str, list[float]]
     seconds: float
+    held_out: int  # cells
+    z: np.ndarray
+    assigned: Assignment
 
-    def add_to(self, adata: AnnData) -> dict[str, Any]:
-        """Add embedding, clusters and settings to the cells as read; give what is in uns."""
-        with quiet():
-            z = self.model.get_latent_representation()
-            set_clusters(adata, z, self.model.module.components().to("cpu"))
-        used = adata.obs["vmm_cluster"].cat.categories
+    def record(self, labels: Any) -> dict[str, Any]:
+        """Give what is in uns; `labels`, a Series or a Categorical of all cells, or None, score."""
         settings = {
             name: value for name, value in asdict(self.settings).items() if value is not None
         }
+        clusters = self.assigned.labels.numpy()
         record: dict[str, Any] = {
             **settings,
+            "cells": len(clusters),
             "genes": self.model.adata.n_vars,
-            "clusters_used": len(used),
+            "clusters_used": len(np.unique(clusters)),
             "training_seconds": self.seconds,
-            "held_out_cells": len(self.model.validation_indices),
+            "held_out_cells": self.held_out,
             "held_out_elbo": -self.history["elbo_validation"][-1],
             "versions": {
                 name: version(name) for name in ("vmm-fast", "scvi-tools", "torch", "anndata")
             },
         }
-        if self.settings.labels_key is not None:
-            labels = adata.obs[self.settings.labels_key]
-            known = labels.notna().to_numpy()
-            codes = labels[known].astype(str).to_numpy()
-            clusters = adata.obs["vmm_cluster"].astype(int).to_numpy()[known]
-            if len(codes):
-                scores = clustering_scores_from_assignment(clusters, codes).as_dict()
+        if labels is not None:
+            codes, _ = pd.factorize(labels)
+            known = codes >= 0
+            if known.any():
+                scores = clustering_scores_from_assignment(clusters[known], codes[known]).as_dict()
                 record["scores"] = {name: scores[name] for name in ("ari", "nmi")}
+        return record
+
+    def add_to(self, adata: AnnData) -> dict[str, Any]:
+        """Add embedding, clusters and settings to the cells as read; give what is in uns."""
+        key = self.settings.labels_key
+        record = self.record(None if key is None else adata.obs[key])
+        set_clusters(adata, self.z, self.assigned)
         adata.var["vmm_gene"] = adata.var_names.isin(self.model.adata.var_names)
         adata.uns["vmm"] = record
         return record
 
-    def write(self, adata: AnnData, folder: Path) -> None:
-        """Write the model and, of the cells with what was added, all else."""
+    def write_model(self, folder: Path) -> None:
+        """Write what VMMSCVI.load takes."""
         with tempfile.TemporaryDirectory() as temporary, quiet():
             self.model.save(temporary, overwrite=True)
             (folder / "model").mkdir(exist_ok=True)
@@ -458,13 +640,34 @@ class Integration:
                 write_atomically(
                     folder / "model" / "model.pt", lambda file: shutil.copyfileobj(saved, file)
                 )
+
+    def write(self, adata: AnnData, folder: Path) -> None:
+        """Write the model and, of the cells with what was added, all else."""
+        self.write_model(folder)
         write_table(adata, folder / "clusters.csv")
         write_cells(adata, folder / "cells.h5ad")
 
+    def write_on_disk(self, cells: OnDisk, folder: Path) -> tuple[dict[str, Any], AnnData]:
+        """As :meth:`write`, of cells on disk: cells.h5ad has all but their counts.
 
-def set_clusters(adata: AnnData, z: np.ndarray, components: Components) -> None:
+        Gives what is in uns, and of the cells that are in memory what the report shows.
+        """
+        store, key = cells.store, self.settings.labels_key
+        labels = None if key is None else store.column(key)
+        record = self.record(labels)
+        self.write_model(folder)
+        ...  # write_results(store, folder / "cells.h5ad", folder / "clusters.csv")
+        shown = self.model.adata.copy()
+        if labels is not None:
+            shown.obs[key] = labels[cells.rows]
+        some = Assignment(*(values[cells.rows] for values in self.assigned))
+        set_clusters(shown, self.z[cells.rows], some)
+        shown.uns["vmm"] = record
+        return record, shown
+
+
+def set_clusters(adata: AnnData, z: np.ndarray, assigned: Assignment) -> None:
     """Add the embedding z [cells, D] and its clusters to the cells."""
-    assigned = components.assign(torch.from_numpy(z))
     adata.obsm["X_vmm"] = z
     names = assigned.labels.numpy().astype(str)
     order = sorted(set(names), key=int)

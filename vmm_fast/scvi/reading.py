@@ -274,13 +274,14 @@ def no_column(option: str, key: str, columns: Any) -> InputError:
 def batches_of(adata: AnnData, key: str) -> Any:
     """Give the batch column, or an InputError if a cell has no batch."""
     values = column(adata, "--batch-key", key)
-    missing = int(values.isna().sum())
-    if missing:
-        raise InputError(
-            f"--batch-key {key}: every cell must have a batch, {missing:,} of {len(values):,} have "
-            "none"
-        )
+    if missing := int(values.isna().sum()):
+        raise InputError(without_batch(key, missing, len(values)))
     return values
+
+
+def without_batch(key: str, missing: int, cells: int) -> str:
+    """What to say where cells have no batch."""
+    return f"--batch-key {key}: every cell must have a batch, {missing:,} of {cells:,} have none"
 
 
 def listed(names: Any) -> str:

@@ -149,12 +149,15 @@ def _page(
     probability = adata.obs["vmm_cluster_probability"].to_numpy(dtype=float)
     entropy = adata.obs["vmm_cluster_entropy"].to_numpy(dtype=float)
     markers = _Markers(adata, clusters, settings.get("layer"), rng)
-    used = f"{_count(len(clusters.names), 'cluster')} used"
+    used = f"{_count(int(settings.get('clusters_used', len(clusters.names))), 'cluster')} used"
     if settings.get("components"):
         used += f" of {int(settings['components']):,}"
+    cells = _count(adata.n_obs, "cell")
+    if settings.get("cells", adata.n_obs) > adata.n_obs:
+        cells += f" drawn from {settings['cells']:,}"
     summary = ", ".join(
         [
-            _count(adata.n_obs, "cell"),
+            cells,
             _count(adata.n_vars, "gene"),
             _count(1 if batches is None else len(batches.names), "batch", "batches"),
             used,

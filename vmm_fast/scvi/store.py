@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import zarr
+from anndata import AnnData
 from anndata.io import read_elem
 from scipy.sparse import csr_matrix
 
@@ -64,6 +65,8 @@ class CellStore:
     -----
     One thread may read while others do.
     """
+
+    run = 64  # fewer together are slower to read, more are shuffled less well
 
     def __init__(self, path: str | os.PathLike[str], layer: str | None = None) -> None:
         self.path, self.layer = Path(path), layer
@@ -393,6 +396,35 @@ class CellStore:
             dtype = pd.CategoricalDtype(dtype.categories.sort_values())
         codes = [frames.cast(part, dtype).codes for part in parts]
         return pd.Categorical.from_codes(np.concatenate(codes), dtype=dtype)
+
+    # --- both ---
+
+    def sample(self, number: int, keys: Sequence[str] = (), seed: int = 0) -> AnnData:
+        """Give some cells, in runs drawn at random: what a model is made with.
+
+        Parameters
+        ----------
+        number : int
+            About how many; all, if there are not more.
+        keys : sequence of str
+            Columns of obs, which are made categories, those that no drawn cell has too.
+        seed : int
+
+        Returns
+        -------
+        AnnData
+            Counts in X; obs has the keys, and in ``row`` where each cell is in the store.
+        """
+        starts = np.arange(0, self.n_obs, self.run)
+        chosen = min(-(-number // self.run), len(starts))
+        starts = np.sort(np.random.default_rng(seed).choice(starts, chosen, replace=False))
+        stops = np.minimum(starts + self.run, self.n_obs)
+        pairs = list(zip(starts.tolist(), stops.tolist(), strict=True))
+        rows = np.concatenate([np.arange(*pair) for pair in pairs])
+        names = np.concatenate([self.obs_names(*pair) for pair in pairs])
+        obs = pd.DataFrame({key: self.column(key)[rows] for key in keys}, index=pd.Index(names))
+        obs["row"] = rows
+        return AnnData(self.read(starts, stops), obs, pd.DataFrame(index=self.var_names))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from anndata import AnnData
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
-from vmm_fast.scvi.integration import Integration, Settings, integrate, quiet
+from vmm_fast.scvi.integration import Integration, Settings, integrate
 
 __all__ = ["COLUMNS", "FINISHED", "RESULTS", "SweepSettings", "batch_mixing", "sweep"]
 
@@ -125,10 +125,7 @@ def _read_kept(path: Path) -> list[dict[str, Any]]:
 
 
 def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:
-    with quiet():
-        z = found.model.get_latent_representation()
-        clusters = found.model.get_clusters()
-        entropy = found.model.get_cluster_entropy()
+    z, clusters, entropy = found.z, found.assigned.labels.numpy(), found.assigned.entropy.numpy()
     sizes = np.bincount(clusters)
     row: dict[str, Any] = {
         "clusters": int((sizes > ACTIVE * len(clusters)).sum()),

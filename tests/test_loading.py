@@ -1,0 +1,244 @@
+"""Mini-batches of cells: every cell once, in the order that seed and pass decide, also resumed."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+from anndata import AnnData  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from scipy.sparse import csr_matrix  # noqa: E402
+
+from vmm_fast.data import InputError  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, CellDataModule, CellStore, integration, loading  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+
+
+class Cells:
+    """Cell i has the counts i + 1 and 1; remembers what was read."""
+
+    n_vars = 2
+
+    def __init__(self, n_obs, run):
+        self.n_obs, self.run, self.reads = n_obs, run, []
+
+    def read(self, starts, stops):
+        rows = loading._rows(starts, stops)
+        self.reads.append(len(rows))
+        return csr_matrix(np.stack([rows + 1, np.ones_like(rows)], 1).astype(np.float32))
+
+
+def batches_of(cells, window=50, **options):
+    starts = np.arange(0, cells.n_obs, cells.run)
+    stops = np.minimum(starts + cells.run, cells.n_obs)
+    loading.WINDOW = window
+    return loading.CellBatches(cells, np.arange(cells.n_obs) % 7, starts, stops, **options)
+
+
+@pytest.fixture(autouse=True)
+def window(monkeypatch):
+    monkeypatch.setattr(loading, "WINDOW", loading.WINDOW)
+
+
+def cells_in(batches):
+    """Indices of the cells of each batch, after a check of all else that it holds."""
+    found = []
+    for tensors in batches:
+        rows = tensors["X"][:, 0].long() - 1
+        assert tensors["X"].dtype == torch.float32 and (tensors["X"][:, 1] == 1).all()
+        assert torch.equal(tensors["batch"], rows[:, None] % 7)
+        assert tensors["labels"].shape == (len(rows), 1)
+        found.append(rows.tolist())
+    return found
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "number": st.integers(1, 300),
+        "run": st.integers(1, 40),
+        "batch_size": st.integers(1, 70),
+        "world_size": st.integers(1, 4),
+    }
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.integers(0, 5))
+def test_every_cell_is_in_one_batch_of_one_process(shape, seed):
+    number, run, batch_size, world = shape.values()
+    if number < world:
+        return
+    parts = []
+    for rank in range(world):
+        options = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world}
+        batches = batches_of(Cells(number, run), **options)
+        found = cells_in(batches)
+        assert len(found) == len(batches)
+        assert all(len(rows) == batch_size for rows in found[:-1])
+        parts.append(found)
+    assert len({tuple(map(len, part)) for part in parts}) == 1  # all take the same steps
+    rows = list(itertools.chain(*itertools.chain(*parts)))
+    assert len(set(rows)) == len(rows)
+    left_out = loading.LEAST_BATCH - 1 if batch_size >= loading.LEAST_BATCH else batch_size - 1
+    assert number - len(rows) <= world * left_out + world - 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.integers(0, 400), st.integers(0, 3))
+def test_a_pass_goes_on_where_it_was_left(shape, at, number_of_pass):
+    number, run, batch_size, _ = shape.values()
+
+    def make():
+        options = {"batch_size": batch_size, "seed": 3, "number_of_pass": lambda: number_of_pass}
+        return batches_of(Cells(number, run), **options)
+
+    whole, first = make(), make()
+    expected = cells_in(whole)
+    at = min(at, len(expected))
+    begun = iter(first)
+    assert cells_in(itertools.islice(begun, at)) == expected[:at]
+    state = first.state_dict()
+    begun.close()
+    second = make()
+    second.load_state_dict(state if at else {"pass": 9, "done": 1})  # that of another pass: none
+    assert cells_in(second) == expected[at:]
+    window = max(1, 50 // batch_size) * batch_size
+    skipped = at * batch_size // window * window
+    read = sum(second.cells.reads)
+    assert read in (number - skipped, len(expected) * batch_size - skipped) or at == len(expected)
+
+
+def test_orders(monkeypatch):
+    cells, which = Cells(200, 5), [0]
+    batches = batches_of(cells, batch_size=10, seed=1, number_of_pass=lambda: which[0])
+    first, again = cells_in(batches), cells_in(batches)
+    which[0] = 1
+    assert first == again != cells_in(batches)
+    assert first != cells_in(batches_of(cells, batch_size=10, seed=2))
+    rows = np.ravel(first)
+    assert abs(np.corrcoef(rows, np.arange(200))[0, 1]) < 0.3
+    # A window has whole runs of five, but not side by side.
+    assert len(set(rows[:50] // 5)) == 10
+    assert (np.diff(rows) == 1).mean() < 0.2
+    assert np.ravel(cells_in(batches_of(cells, batch_size=10))).tolist() == list(range(200))
+    assert cells.reads[-4:] == [50] * 4
+
+
+def test_genes_and_what_is_refused():
+    batches = batches_of(Cells(20, 3), batch_size=20, genes=np.array([1]))
+    assert [tensors["X"].tolist() for tensors in batches] == [[[1.0]] * 20]
+    with pytest.raises(ValueError, match=r"world_size must be at most 20, .* process 21 would"):
+        batches_of(Cells(20, 3), rank=21, world_size=22)
+    with pytest.raises(ValueError, match=r"held_out must be in \[0, 1\), but is 1"):
+        CellDataModule(Cells(20, 3), np.zeros(20, int), held_out=1)
+    with pytest.raises(ValueError, match="batches must be of all 20 cells, but there are 19"):
+        CellDataModule(Cells(20, 3), np.zeros(19, int))
+
+
+@pytest.mark.parametrize("held_out", [0, 0.25])
+def test_cells_held_out(held_out):
+    module = CellDataModule(Cells(97, 10), np.arange(97) % 7, held_out=held_out, batch_size=8)
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)
+    trained, held = cells_in(module.train_dataloader()), module.val_dataloader()
+    held = list(itertools.chain(*cells_in(held))) if held else []
+    assert len(held) == module.n_val and (module.n_val > 0) == (held_out > 0)
+    trained = list(itertools.chain(*trained))
+    assert module.n_train + module.n_val == 97 and not set(trained) & set(held)
+    assert held == sorted(held)
+    if held:
+        assert len({row // 10 for row in held}) == 3  # whole runs
+    assert list(itertools.chain(*cells_in(module.all_cells()))) == list(range(97))
+
+
+# --- training ---
+
+
+def make_cells(number=150, genes=12):
+    random = np.random.default_rng(0)
+    rates = random.gamma(1.0, 4.0, (2, genes)) + 0.1
+    counts = random.poisson(rates[random.integers(2, size=number)]).astype(np.float32)
+    adata = AnnData(csr_matrix(counts))
+    adata.obs["batch"] = np.array(["b", "a", "c"])[np.arange(number) * 3 // number]
+    return adata
+
+
+def prepared(on_disk, tmp_path):
+    """Cells as the command takes them, in memory or on disk."""
+    adata = make_cells()
+    options = {"batch_key": "batch", "epochs": 3, "batch_size": 16, "components": 5, "seed": 2}
+    chosen = integration.Settings.suited_to(adata, **options, on_disk=on_disk)
+    if not on_disk:
+        return integration.training_cells(adata, chosen)[0], None, chosen
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    cells, where, _ = integration.training_cells_on_disk(CellStore(tmp_path / "cells.h5ad"), chosen)
+    return cells, where, chosen
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(tmp_path, monkeypatch, on_disk):
+    monkeypatch.setattr(CellStore, "run", 8)
+    cells, where, chosen = prepared(on_disk, tmp_path)
+
+    def run(**options):
+        return integration.integrate(
+            cells.copy(), chosen, on_disk=where, accelerator="cpu", **options
+        )
+
+    whole = run()
+    real = integration._Progress.on_train_batch_end
+    for stop in np.random.default_rng(int(on_disk)).choice(np.arange(1, 25), 5, replace=False):
+
+        def stopped(self, trainer, *args, stop=stop):
+            real(self, trainer, *args)
+            if trainer.global_step == stop:
+                raise KeyboardInterrupt
+
+        kept = {"checkpoint": tmp_path / f"{stop}.ckpt", "checkpoint_steps": 2}
+        monkeypatch.setattr(integration._Progress, "on_train_batch_end", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(**kept)
+        monkeypatch.setattr(integration._Progress, "on_train_batch_end", real)
+        resumed = run(**kept, resume=kept["checkpoint"].exists())
+        torch.testing.assert_close(
+            resumed.model.module.state_dict(), whole.model.module.state_dict(), rtol=0, atol=0
+        )
+        np.testing.assert_array_equal(resumed.z, whole.z)
+        assert resumed.history == whole.history
+
+
+def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
+    adata = make_cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with CellStore(tmp_path / "cells.h5ad") as store:
+        some = store.sample(20, keys=["batch"], seed=1)
+        assert some.n_obs == 64 and list(some.obs["batch"].cat.categories) == ["a", "b", "c"]
+        np.testing.assert_array_equal(some.X.toarray(), adata.X[some.obs["row"]].toarray())
+        assert list(some.obs["batch"]) == list(adata.obs["batch"][some.obs["row"]])
+        assert list(some.obs_names) == list(adata.obs_names[some.obs["row"]])
+        VMMSCVI.setup_anndata(some, batch_key="batch")
+        model = VMMSCVI(some, n_components=6)
+        assert model.summary_stats.n_batch == 3
+        module = CellDataModule(store, store.column("batch").codes, batch_size=32)
+        model.train(2, datamodule=module, accelerator="cpu", enable_progress_bar=False)
+        z = integration.latent_means(model, module.all_cells())
+    model = model.save(tmp_path / "model") or VMMSCVI.load(tmp_path / "model", adata)
+    np.testing.assert_allclose(model.get_latent_representation(), z, atol=1e-5)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    cells, _, chosen = prepared(False, tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(integration, "write_atomically", full)
+    with pytest.raises(InputError, match=r"c\.ckpt: cannot be written: No space left"):
+        integration.integrate(
+            cells, chosen, checkpoint=tmp_path / "c.ckpt", checkpoint_steps=1, accelerator="cpu"
+        )
