@@ -81,7 +81,7 @@ class CellStore:
                 "vmm-fast prepare makes one of it"
             )
         self._lock = threading.RLock()
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: OrderedDict[Path, _Open] = OrderedDict()
         self._element = "X" if layer is None else f"layers/{layer}"
         self._where = "X" if layer is None else f"layers[{layer!r}]"
         self._shards: list[_Shard] = []
@@ -118,31 +118,32 @@ class CellStore:
         """Close the files."""
         with self._lock:
             while self._open:
-                _close(self._open.popitem()[1])
+                self._open.popitem()[1].close()
 
     # --- files ---
 
-    def _group(self, file: Path) -> Any:
+    def _opened(self, file: Path) -> _Open:
         """The file, opened; that which was read longest ago is closed if they are many."""
         if file not in self._open:
             if len(self._open) == MOST_OPEN:
-                _close(self._open.popitem(last=False)[1])
-            self._open[file] = (
+                self._open.popitem(last=False)[1].close()
+            self._open[file] = _Open(
                 zarr.open_group(file, mode="r")
                 if file.is_dir()
-                else h5py.File(file, "r", rdcc_nbytes=CACHE)
+                else h5py.File(file, "r", rdcc_nbytes=CACHE),
+                self._element,
             )
         self._open.move_to_end(file)
         return self._open[file]
 
     @contextmanager
-    def _reading(self, file: Path, stamp: Any = None) -> Iterator[Any]:
+    def _reading(self, file: Path, stamp: Any = None) -> Iterator[_Open]:
         """The opened file; what goes wrong within is told as of this file."""
         with self._lock:
             try:
                 if stamp is not None and self._stamp(file) != stamp:
                     raise InputError("has changed since it was opened")
-                yield self._group(file)
+                yield self._opened(file)
             except FileNotFoundError:
                 raise InputError(f"{file}: was removed since it was opened") from None
             except InputError as error:
@@ -164,7 +165,8 @@ class CellStore:
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
 
     def _read_shard(self, file: Path) -> _Shard:
-        with self._reading(file) as group:
+        with self._reading(file) as opened:
+            group = opened.group
             stamp = self._stamp(file)
             layers = group.get("layers", ())
             if self.layer is not None and self.layer not in layers:
@@ -263,9 +265,9 @@ class CellStore:
         runs = list(self._runs(np.atleast_1d(starts), np.atleast_1d(stops)))
         lengths, parts = [np.zeros(1, np.int64)], []
         for shard, start, stop in runs:
-            with self._reading(shard.file, shard.stamp) as group:
-                length, part = self._slice(shard, group[self._element], start, stop)
-                self._check(shard, group, start, length, part)
+            with self._reading(shard.file, shard.stamp) as opened:
+                length, part = self._slice(shard, opened, start, stop)
+                self._check(shard, opened.group, start, length, part)
             if shard.take is not None:
                 part = part[0], shard.take[part[1]]
             lengths.append(length)
@@ -296,18 +298,18 @@ class CellStore:
                     yield self._shards[number], start - first, min(stop, end) - first
                 start, number = max(start, min(stop, end)), number + 1
 
-    def _slice(self, shard: _Shard, matrix: Any, start: int, stop: int) -> tuple[Any, Any]:
+    def _slice(self, shard: _Shard, opened: _Open, start: int, stop: int) -> tuple[Any, Any]:
         """Values of each cell, and all values with their genes; as they are stored."""
         if shard.indptr is None:
-            rows = matrix[start:stop]
+            rows = opened["rows"][start:stop]
             at, genes = rows.nonzero()
             return np.bincount(at, minlength=stop - start), (rows[at, genes], genes)
         first, last = shard.indptr[start], shard.indptr[stop]
         length = np.diff(shard.indptr[start : stop + 1])
-        genes = matrix["indices"][first:last]
+        genes = opened["indices"][first:last]
         if len(genes) and not (genes.min() >= 0 and genes.max() < self.n_vars):
             raise InputError(f"{self._where} is damaged, has a gene beyond its {self.n_vars}")
-        return length, (matrix["data"][first:last], genes)
+        return length, (opened["data"][first:last], genes)
 
     def _check(
         self, shard: _Shard, group: Any, start: int, length: np.ndarray, part: tuple[Any, Any]
@@ -345,8 +347,8 @@ class CellStore:
         """Names of cells start to stop, str [stop - start]; they may occur again."""
         parts = [np.empty(0, object)]
         for shard, first, last in self._runs(np.array([start]), np.array([stop])):
-            with self._reading(shard.file, shard.stamp) as group:
-                parts.append(frames.read_index(group["obs"], first, last))
+            with self._reading(shard.file, shard.stamp) as opened:
+                parts.append(frames.read_index(opened.group["obs"], first, last))
         return np.concatenate(parts)
 
     def obs(self, start: int, stop: int, keys: list[str] | None = None) -> pd.DataFrame:
@@ -366,8 +368,8 @@ class CellStore:
     def _slices(self, key: str, start: int, stop: int) -> list[Any]:
         dtype, parts = self.dtypes[key], []
         for shard, first, last in self._runs(np.array([start]), np.array([stop])):
-            with self._reading(shard.file, shard.stamp) as group:
-                part = frames.read_slice(group["obs"], key, shard.dtypes[key], first, last)
+            with self._reading(shard.file, shard.stamp) as opened:
+                part = frames.read_slice(opened.group["obs"], key, shard.dtypes[key], first, last)
             parts.append(frames.cast(part, dtype))
         return parts
 
@@ -440,6 +442,20 @@ class _Shard:
     take: np.ndarray | None  # where its genes are in the store
 
 
-def _close(group: Any) -> None:
-    if isinstance(group, h5py.File):
-        group.close()
+class _Open:
+    """An opened file, with the arrays of its counts: HDF5 keeps chunks as long as one is open."""
+
+    def __init__(self, group: Any, element: str) -> None:
+        self.group, self._element = group, element
+        self._arrays: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """The array, "rows" where the counts are dense."""
+        if name not in self._arrays:
+            element = self.group[self._element]
+            self._arrays[name] = element if name == "rows" else element[name]
+        return self._arrays[name]
+
+    def close(self) -> None:
+        if isinstance(self.group, h5py.File):
+            self.group.close()
