@@ -28,8 +28,9 @@ def write_atomically(
         The file to write. Its folder must exist. A symbolic link is followed, not replaced. A file
         that is there already keeps its permissions.
     writer : callable
-        Called once with an open file: binary, or text in UTF-8 with ``\n`` line ends. Whatever it
-        raises is passed on, after the temporary file is removed; an old file then stays as it was.
+        Called once with an open file: binary, readable too, or text in UTF-8 with ``\n`` line
+        ends. Whatever it raises is passed on, after the temporary file is removed; an old file
+        then stays as it was.
     text : bool, default False
         Open the file for text.
 
@@ -64,7 +65,7 @@ def write_atomically(
         with (
             open(temporary, "x", encoding="utf-8", newline="\n")
             if text
-            else open(temporary, "xb") as file
+            else open(temporary, "x+b") as file
         ):
             writer(file)
             file.flush()

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -230,6 +231,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
     assign.set_defaults(run=_assign)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="write single cells so that they are read fast, part by part",
+        description="Write the counts, obs and var of single cells to one .h5ad file of which "
+        "integrate reads random cells fast. In bounded memory, if CELLS is a .h5ad file, a zarr "
+        "folder or a folder of .h5ad files, with cells in its rows.",
+    )
+    prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")
+    _add_options(
+        prepare,
+        ("--out", "FILE.h5ad", str, "(default: CELLS's name with -prepared.h5ad, here)"),
+        ("--layer", "NAME", str, "layer with the counts, which become X (default: X)"),
+    )
+    prepare.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
+    prepare.set_defaults(run=_prepare)
     return parser
 
 
@@ -648,12 +665,10 @@ def _check_accelerator(name: str) -> None:
         raise InputError(f"--accelerator {name}: torch finds none on this machine")
 
 
-def _assign(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
-    from vmm_fast.scvi import assignment, integration, reading
-
+def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
+    """The .h5ad file to write, which must be no other than it may be."""
     file = arguments.file
-    out = Path(arguments.out or f"{Path(file).resolve().stem}-vmm.h5ad")
+    out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
     if out.suffix != ".h5ad":
         raise InputError(f"--out {out}: must end in .h5ad")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
@@ -664,6 +679,15 @@ def _assign(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {out}: lies in the input, which is never written to")
     if out.exists() and not arguments.overwrite:
         raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
+    return out
+
+
+def _assign(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import assignment, integration, reading
+
+    file = arguments.file
+    out = _out_file(arguments, "-vmm")
     model = assignment.find_model(arguments.model)
     cells = reading.read_cells(file)
     adata = cells.adata
@@ -678,6 +702,26 @@ def _assign(arguments: argparse.Namespace) -> None:
     clusters = adata.obs["vmm_cluster"].cat.categories
     probability = adata.obs["vmm_cluster_probability"].median()
     print(f"{len(clusters)} clusters, median probability {probability:.3f}, in {out}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+    from vmm_fast.scvi import preparing
+
+    out = _out_file(arguments, "-prepared")
+    start = time.monotonic()
+    found = preparing.prepare(
+        Path(arguments.file),
+        out,
+        arguments.layer,
+        progress=sys.stderr is not None and sys.stderr.isatty(),
+    )
+    for note in found.notes:
+        print(f"note: {note}")
+    print(
+        f"{found.n_obs:,} cells x {found.n_vars:,} genes, {found.nbytes / 1e6:,.1f} MB in "
+        f"{time.monotonic() - start:.1f} s, in {out}"
+    )
 
 
 if __name__ == "__main__":

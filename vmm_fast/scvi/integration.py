@@ -7,7 +7,6 @@ model's components, numbered by how many cells they hold, so "0" is the largest.
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import math
@@ -46,6 +45,7 @@ from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import PRIOR_LEARNING_RATE
 from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
 from vmm_fast.scvi.store import CellStore
+from vmm_fast.scvi.writing import COLUMNS, write_results, write_table
 
 __all__ = [
     "RESULTS",
@@ -68,7 +68,6 @@ RESULTS = {
     "model": "what VMMSCVI.load and vmm-fast assign take",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
-COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
 LEAST_CELLS = 10  # one is held out and nine are trained on
 MANY_GENES = 10_000  # where selecting some is worth a note
 CHECKPOINT_SECONDS = 30  # between two of them
@@ -644,7 +643,8 @@ class Integration:
     def write(self, adata: AnnData, folder: Path) -> None:
         """Write the model and, of the cells with what was added, all else."""
         self.write_model(folder)
-        write_table(adata, folder / "clusters.csv")
+        columns = (adata.obs[name] for name in COLUMNS)
+        write_table(folder / "clusters.csv", [(adata.obs_names, *columns)])
         write_cells(adata, folder / "cells.h5ad")
 
     def write_on_disk(self, cells: OnDisk, folder: Path) -> tuple[dict[str, Any], AnnData]:
@@ -656,7 +656,9 @@ class Integration:
         labels = None if key is None else store.column(key)
         record = self.record(labels)
         self.write_model(folder)
-        ...  # write_results(store, folder / "cells.h5ad", folder / "clusters.csv")
+        values = (tensor.numpy() for tensor in self.assigned)
+        genes = self.model.adata.var_names
+        write_results(store, folder, self.z, *values, genes=genes, uns=record)
         shown = self.model.adata.copy()
         if labels is not None:
             shown.obs[key] = labels[cells.rows]
@@ -680,17 +682,3 @@ def write_cells(adata: AnnData, path: Path) -> None:
     """Write an .h5ad file whole or not at all."""
     with quiet():
         write_atomically(path, lambda file: adata.write_h5ad(file.name, compression="gzip"))
-
-
-def write_table(adata: AnnData, path: Path) -> None:
-    """Write clusters.csv: a line per cell, in the order of the input."""
-
-    def write(file: Any) -> None:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["cell", "cluster", "probability", "entropy"])
-        for cell, cluster, probability, entropy in zip(
-            adata.obs_names, *(adata.obs[name] for name in COLUMNS), strict=True
-        ):
-            table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}"])
-
-    write_atomically(path, write, text=True)

@@ -27,11 +27,15 @@ from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
 from vmm_fast.scvi.reading import kind_of, listed, no_column, not_counts, told
 
-__all__ = ["CellStore"]
+__all__ = ["CannotStream", "CellStore"]
 
 MOST_OPEN = 64  # files; each has a cache of two chunks' size
 CACHE = 1 << 20  # bytes that HDF5 keeps of each array
 ROWS = 1 << 16  # of a column that are read together
+
+
+class CannotStream(InputError):
+    """Cells that can be read into memory as a whole alone, if at all."""
 
 
 class CellStore:
@@ -51,15 +55,21 @@ class CellStore:
     files : tuple of Path
     n_obs, n_vars : int
     var_names : pandas.Index
+    var : pandas.DataFrame
+        Of the first file, as is `index_name`, the name of obs's index.
+    dtypes : dict
+        Of the columns of obs, pandas' own.
     nbytes : int
         What the counts would take in memory, as CSR of float32 with int32 indices; if they are
         stored dense, at most.
 
     Raises
     ------
+    CannotStream
+        If the cells of such a file cannot be read one by one: an InputError.
     InputError
-        If it is no such file, is damaged, holds no counts, or a shard has other genes. So does all
-        reading, also when a file has changed since it was opened.
+        If it is no such file, is damaged, holds no counts, or a shard has other genes. All reading
+        raises it too, also if a file has changed since it was opened.
 
     Notes
     -----
@@ -76,7 +86,7 @@ class CellStore:
         elif kind in (".h5ad", ".zarr"):
             self.files = (self.path,)
         else:
-            raise InputError(
+            raise CannotStream(
                 f"{path}: must be .h5ad, .zarr or a folder of .h5ad files to be read in parts; "
                 "vmm-fast prepare makes one of it"
             )
@@ -147,7 +157,7 @@ class CellStore:
             except FileNotFoundError:
                 raise InputError(f"{file}: was removed since it was opened") from None
             except InputError as error:
-                raise InputError(f"{file}: {error}") from None
+                raise type(error)(f"{file}: {error}") from None
             except (MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:  # HDF5, zarr and each codec have their own
@@ -175,18 +185,19 @@ class CellStore:
                 )
             try:
                 dtypes = frames.dtypes_of(group["obs"])
-                genes = pd.Index(read_elem(group["var"]).index.astype(str))
+                var = read_elem(group["var"])
+                genes = pd.Index(var.index.astype(str))
                 encoding = (
                     frames.encoding_of(group[self._element]) if self._element in group else ""
                 )
             except ValueError as error:
-                raise InputError(
+                raise CannotStream(
                     f"cannot be read in parts, {error}; vmm-fast prepare makes a file that can"
                 ) from None
             if encoding in ("", "null"):
                 raise InputError(f"{self._where} must hold counts, is absent")
             if encoding == "csc_matrix":
-                raise InputError(
+                raise CannotStream(
                     f"{self._where} is stored by genes (CSC), cells cannot be read one by one; "
                     "vmm-fast prepare makes a file that has it by cells"
                 )
@@ -215,6 +226,9 @@ class CellStore:
             dtype = data.dtype if indptr is not None else matrix.dtype
             if dtype.kind not in "iuf":
                 raise InputError(f"{self._where} must hold counts, holds {dtype}")
+            if not self._shards:
+                index = group["obs"].attrs["_index"]
+                self.var, self.index_name = var, None if index == "_index" else str(index)
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
 
     def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
@@ -244,18 +258,20 @@ class CellStore:
 
     # --- counts ---
 
-    def read(self, starts: Any, stops: Any) -> csr_matrix:
+    def read(self, starts: Any, stops: Any, dtype: Any = np.float32) -> csr_matrix:
         """Read runs of cells.
 
         Parameters
         ----------
         starts, stops : int or array of int [runs]
             The cells of each run, ``range(start, stop)``.
+        dtype : dtype, default float32
+            Of the result; float32 is exact up to 2^24, int32 always.
 
         Returns
         -------
         csr_matrix
-            float32 [sum(stops - starts), n_vars], in the order given; indices may be unsorted.
+            [sum(stops - starts), n_vars], in the order given; indices may be unsorted.
 
         Raises
         ------
@@ -273,7 +289,7 @@ class CellStore:
             lengths.append(length)
             parts.append(part)
         indptr = np.cumsum(np.concatenate(lengths))
-        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+        data, indices = np.empty(indptr[-1], dtype), np.empty(indptr[-1], np.int32)
         at = 0
         for values, genes in parts:
             data[at : at + len(values)], indices[at : at + len(values)] = values, genes
@@ -362,7 +378,7 @@ class CellStore:
                 key: parts[0] if len(parts) == 1 else pd.concat(map(pd.Series, parts)).array
                 for key, parts in columns.items()
             },
-            index=pd.Index(self.obs_names(start, stop)),
+            index=pd.Index(self.obs_names(start, stop), name=self.index_name),
         )
 
     def _slices(self, key: str, start: int, stop: int) -> list[Any]:

@@ -1,0 +1,148 @@
+"""Any file of cells as one .h5ad of which runs of cells are read fast: ``vmm-fast prepare``."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+from vmm_fast.data import InputError
+from vmm_fast.scvi.frames import STRINGS
+from vmm_fast.scvi.reading import counts_of, kind_of, read_cells
+from vmm_fast.scvi.store import CannotStream, CellStore
+from vmm_fast.scvi.writing import ROWS, H5adWriter, write_h5ad
+
+__all__ = ["Prepared", "prepare"]
+
+VALUES = 1 << 23  # that are in memory together, about
+
+
+class Prepared(NamedTuple):
+    """What was written."""
+
+    n_obs: int
+    n_vars: int
+    nbytes: int
+    notes: list[str]
+
+
+class _TooLarge(Exception):
+    """A count does not fit in uint16."""
+
+
+def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool = False) -> Prepared:
+    """Write counts, obs and var of cells to one .h5ad, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        What :func:`read_cells` or :class:`CellStore` reads; what is no CSR or dense .h5ad or zarr
+        is read into memory whole.
+    out : Path
+    layer : str, optional
+        With the counts; default X.
+    progress : bool
+        Show a bar on stderr.
+
+    Raises
+    ------
+    InputError
+        If the cells cannot be read, are no counts, or the disk is too small.
+    """
+    source, notes = _open(path, layer)
+    step = min(ROWS, max(1, VALUES // max(1, source.nbytes // 8 // source.n_obs)))
+    columns = {"var": source.var, "dtypes": source.dtypes, "index_name": source.index_name}
+
+    def fill(writer: H5adWriter, dtype: type) -> None:
+        with _bar(source.n_obs, progress) as bar:
+            for start in range(0, source.n_obs, step):
+                stop = min(start + step, source.n_obs)
+                counts = source.read(start, stop, np.int32)
+                if dtype is np.uint16 and counts.data.max(initial=0) >= 1 << 16:
+                    raise _TooLarge
+                counts.sort_indices()
+                writer.append(source.obs(start, stop), counts)
+                bar.update(stop - start)
+
+    with source:
+        for dtype in (np.uint16, np.int32):
+            with suppress(_TooLarge):
+                size = write_h5ad(
+                    out, source.n_obs, fill=partial(fill, dtype=dtype), counts=dtype, **columns
+                )
+                break
+        return Prepared(source.n_obs, source.n_vars, size, notes)
+
+
+def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[str]]:
+    kind = kind_of(path)
+    if kind in (".h5ad", ".zarr", "shards"):
+        try:
+            return CellStore(path, layer), []
+        except CannotStream:
+            if kind == "shards":
+                raise
+    cells = read_cells(str(path))
+    try:
+        return _InMemory(cells.adata, layer), cells.notes
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+class _InMemory:
+    """Cells in memory, read as a :class:`CellStore` is."""
+
+    def __init__(self, adata: AnnData, layer: str | None) -> None:
+        self._counts = csr_matrix(counts_of(adata, layer))
+        self._obs, self.var = _storable(adata.obs), _storable(adata.var)
+        self.n_obs, self.n_vars = adata.shape
+        self.nbytes = 8 * self._counts.nnz
+        self.dtypes = dict(self._obs.dtypes)
+        self.index_name = self._obs.index.name
+
+    def __enter__(self) -> _InMemory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def read(self, start: int, stop: int, dtype: Any) -> csr_matrix:
+        return self._counts[start:stop].astype(dtype)
+
+    def obs(self, start: int, stop: int) -> pd.DataFrame:
+        return self._obs.iloc[start:stop]
+
+
+def _storable(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of other kinds than categories, numbers and strings as strings."""
+    found = frame.copy(deep=False)
+    for key in frame:
+        values = frame[key]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            continue
+        if values.dtype == STRINGS and pd.api.types.infer_dtype(values, skipna=False) == "string":
+            continue
+        if values.dtype.kind not in "biuf":
+            found[key] = values.astype("string")
+        elif isinstance(values.dtype, pd.Float32Dtype | pd.Float64Dtype):
+            found[key] = values.astype(values.dtype.numpy_dtype)
+    return found
+
+
+def _bar(cells: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=cells,
+        disable=not progress,
+        bar_format="cells {n_fmt}/{total_fmt} |{bar}| {rate_fmt}, ETA {remaining}",
+        unit=" cells",
+        unit_scale=True,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,410 @@
+"""Cells written as .h5ad in one pass, part by part, for when they do not fit in memory.
+
+The layout is anndata's (https://anndata.readthedocs.io/en/latest/fileformat-prose.html). Counts are
+stored as small as they are: uint16 where they fit, in chunks that hold about a hundred cells, with
+LZF, which is read several times faster than gzip.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import settings
+from anndata.io import write_elem
+from scipy.sparse import csr_matrix
+
+from vmm_fast._files import write_atomically
+from vmm_fast.data import InputError
+from vmm_fast.scvi.frames import STRINGS
+from vmm_fast.scvi.store import CellStore
+
+__all__ = ["COLUMNS", "H5adWriter", "write_h5ad", "write_results", "write_table"]
+
+COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
+CHUNK = 1 << 15  # values
+FILTERS = {"compression": "lzf", "shuffle": True, "fletcher32": True}
+ROWS = 1 << 14  # that are written together, at most
+
+
+class _Disk(io.RawIOBase):
+    """A file for HDF5 to write to that never fails: HDF5 crashes where closing a file fails.
+
+    The first error is kept for :meth:`check`, and what is written from then on in memory.
+    """
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self.folder, self.size = path.resolve().parent, 0
+        self._file, self._at = file.fileno(), 0
+        self._error: BaseException | None = None
+        self._lost: list[tuple[int, bytes]] = []
+
+    def check(self) -> None:
+        """Raise the error."""
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def keeping_interrupts(self) -> Iterator[None]:
+        """Ctrl-C is kept as errors are: it may come where HDF5 calls this."""
+        before = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        if not main or before is not signal.default_int_handler:
+            yield
+            return
+
+        def keep(*_: Any) -> None:
+            self._error = KeyboardInterrupt()
+
+        signal.signal(signal.SIGINT, keep)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset if whence == os.SEEK_SET else self.size + offset
+        return self._at
+
+    def write(self, data: Any, /) -> int:
+        left = bytes(data)
+        begin = at = self._at
+        self._at += len(left)
+        self.size = max(self.size, self._at)
+        try:
+            while left and self._error is None:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+        except OSError as error:
+            self._error = error
+        if left:
+            self._lost.append((at, left))
+        return self._at - begin
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        found = os.pread(self._file, len(view), self._at)
+        view[: len(found)] = found
+        for at, data in self._lost:
+            first, last = max(at, self._at), min(at + len(data), self._at + len(view))
+            if first < last:
+                view[first - self._at : last - self._at] = data[first - at : last - at]
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self._at if size is None else size
+        try:
+            if self._error is None:
+                os.truncate(self._file, self.size)
+        except OSError as error:
+            self._error = error
+        return self.size
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What keeps a file from being written is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_h5ad(
+    path: Path,
+    n_obs: int,
+    var: pd.DataFrame,
+    dtypes: Mapping[str, Any],
+    fill: Callable[[H5adWriter], object],
+    **options: Any,
+) -> int:
+    """Write an .h5ad file whole or not at all; give its size in bytes.
+
+    Parameters
+    ----------
+    path : Path
+    n_obs : int
+    var : pandas.DataFrame
+    dtypes : dict
+        Of the columns of obs; as of :attr:`CellStore.dtypes`.
+    fill : callable
+        Appends all cells.
+    **options
+        Of :class:`H5adWriter`.
+
+    Raises
+    ------
+    InputError
+        If the disk is too small for it or fills up, or the file cannot be written.
+    """
+
+    def write(raw: Any) -> None:
+        disk = _Disk(raw, path)
+        with disk.keeping_interrupts(), h5py.File(disk, "w") as file:
+            writer = H5adWriter(disk, file, n_obs, var, dtypes, **options)
+            fill(writer)
+            writer.finish()
+        disk.check()
+
+    with _told(path):
+        write_atomically(path, write)
+        return path.stat().st_size
+
+
+class H5adWriter:
+    """Appends cells to an .h5ad file.
+
+    Parameters
+    ----------
+    disk : _Disk
+    file : h5py.File
+        On it.
+    n_obs : int
+    var : pandas.DataFrame
+    dtypes : dict
+        Of the columns of obs.
+    counts : dtype, optional
+        To store X in; without, there is no X.
+    latent : int, optional
+        Dimensions of obsm["X_vmm"]; without, there is none.
+    index_name : str, optional
+        Of obs.
+    uns : dict
+    """
+
+    def __init__(
+        self,
+        disk: _Disk,
+        file: h5py.File,
+        n_obs: int,
+        var: pd.DataFrame,
+        dtypes: Mapping[str, Any],
+        *,
+        counts: Any = None,
+        latent: int | None = None,
+        index_name: str | None = None,
+        uns: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._disk, self._file, self._n_obs, self._at = disk, file, n_obs, 0
+        _mark(file, "anndata", "0.1.0")
+        for name in ("layers", "obsm", "obsp", "varm", "varp"):
+            write_elem(file, name, {})
+        with settings.override(allow_write_nullable_strings=True):  # what a file had, it keeps
+            write_elem(file, "var", var)
+        write_elem(file, "uns", dict(uns or {}))
+        self._obs = _mark(file.create_group("obs"), "dataframe", "0.2.0")
+        index = index_name if index_name is not None and index_name not in dtypes else "_index"
+        self._obs.attrs["_index"] = index
+        self._obs.attrs["column-order"] = np.array(list(dtypes), object if dtypes else float)
+        self._columns: dict[str, Any] = {
+            key: self._column(key, dtype) for key, dtype in dtypes.items()
+        }
+        self._names = self._array(self._obs, index, STRINGS)
+        self._latent = self._array(file["obsm"], "X_vmm", np.float32, latent) if latent else None
+        self._matrix = None
+        if counts is not None:
+            self._matrix = _mark(file.create_group("X"), "csr_matrix", "0.1.0")
+            self._matrix.attrs["shape"] = np.array([n_obs, len(var)])
+            genes = np.uint16 if len(var) <= 1 << 16 else np.int32
+            for name, dtype in (("data", counts), ("indices", genes)):
+                self._matrix.create_dataset(
+                    name, (0,), dtype, maxshape=(None,), chunks=(CHUNK,), **FILTERS
+                )
+            self._indptr = np.zeros(n_obs + 1, np.int64)
+        file.flush()
+        self._begin = disk.size
+
+    def _array(self, group: Any, name: str, dtype: Any, width: int | None = None) -> Any:
+        """An array with a row for every cell."""
+        shape = (self._n_obs,) if width is None else (self._n_obs, width)
+        chunks = (min(self._n_obs, CHUNK // (width or 1) or 1), *shape[1:])
+        if dtype == STRINGS:  # filters see references to strings alone
+            found = group.create_dataset(name, shape, h5py.string_dtype(), chunks=chunks)
+            return _mark(found, "string-array", "0.2.0")
+        found = group.create_dataset(name, shape, dtype, chunks=chunks, **FILTERS)
+        return _mark(found, "array", "0.2.0")
+
+    def _column(self, key: str, dtype: Any) -> Any:
+        if isinstance(dtype, np.dtype):
+            return self._array(self._obs, key, dtype)
+        group = self._obs.create_group(key)
+        if isinstance(dtype, pd.CategoricalDtype):
+            _mark(group, "categorical", "0.2.0").attrs["ordered"] = bool(dtype.ordered)
+            write_elem(group, "categories", np.asarray(dtype.categories))
+            codes = pd.Categorical.from_codes([], dtype=dtype).codes.dtype
+            return self._array(group, "codes", codes)
+        if isinstance(dtype, pd.StringDtype):
+            _mark(group, "nullable-string-array", "0.1.0")
+            values: Any = STRINGS
+        else:
+            kind = "boolean" if dtype.kind == "b" else "integer"
+            _mark(group, f"nullable-{kind}", "0.1.0")
+            values = dtype.numpy_dtype
+        return self._array(group, "values", values), self._array(group, "mask", np.dtype(bool))
+
+    def append(
+        self, obs: pd.DataFrame, counts: csr_matrix | None = None, z: np.ndarray | None = None
+    ) -> None:
+        """Append cells.
+
+        Parameters
+        ----------
+        obs : pandas.DataFrame
+        counts : csr_matrix, optional
+            [cells, genes], indices sorted.
+        z : array, optional
+            [cells, latent dimensions].
+
+        Raises
+        ------
+        OSError, InputError
+            If the disk is full, or too small for all cells.
+        """
+        start, stop = self._at, self._at + len(obs)
+        self._at = stop
+        self._names[start:stop] = obs.index.to_numpy(object)
+        for key, place in self._columns.items():
+            values = obs[key].array
+            if isinstance(values, pd.Categorical):
+                place[start:stop] = values.codes
+            elif isinstance(place, tuple):
+                missing = np.asarray(values.isna())
+                place[0][start:stop] = values.to_numpy(
+                    place[0].dtype, na_value="" if place[0].dtype == object else 0
+                )
+                place[1][start:stop] = missing
+            else:
+                place[start:stop] = values.to_numpy()
+        if self._latent is not None:
+            self._latent[start:stop] = z
+        if self._matrix is not None:
+            assert counts is not None
+            values = int(self._indptr[start])
+            self._indptr[start + 1 : stop + 1] = values + counts.indptr[1:]
+            for name, part in (("data", counts.data), ("indices", counts.indices)):
+                array = self._matrix[name]
+                array.resize((values + len(part),))
+                array[values:] = part.astype(array.dtype)
+        self._disk.check()
+        self._check_space()
+
+    def _check_space(self) -> None:
+        """Stop at once if the rest will not fit, by the size of what is written."""
+        needed = (self._disk.size - self._begin) * (self._n_obs / self._at - 1)
+        free = shutil.disk_usage(self._disk.folder).free
+        if needed > 1.2 * free:
+            raise InputError(
+                f"{self._disk.folder}: the disk is too full, about {needed / 1e9:.1f} GB more are "
+                f"needed, {free / 1e9:.1f} GB are free"
+            )
+
+    def finish(self) -> None:
+        """Write what is known at the end alone."""
+        if self._matrix is not None:
+            small = self._indptr[-1] < 2**31
+            write_elem(self._matrix, "indptr", self._indptr.astype(np.int32 if small else np.int64))
+        self._file.flush()
+
+
+def _mark(element: Any, encoding: str, encoding_version: str) -> Any:
+    element.attrs["encoding-type"] = encoding
+    element.attrs["encoding-version"] = encoding_version
+    return element
+
+
+# --- results ---
+
+
+def write_results(
+    store: CellStore,
+    folder: Path,
+    z: np.ndarray,
+    labels: np.ndarray,
+    probability: np.ndarray,
+    entropy: np.ndarray,
+    genes: pd.Index,
+    uns: Mapping[str, Any],
+) -> None:
+    """Write cells.h5ad, without counts, and clusters.csv: each whole or not at all.
+
+    Parameters
+    ----------
+    store : CellStore
+        Of which obs is taken.
+    folder : Path
+    z : array
+        float32 [n_obs, D]; it and the next three may be memory-mapped.
+    labels : array
+        int [n_obs].
+    probability, entropy : array
+        float32 [n_obs]; the latter in nats.
+    genes : pandas.Index
+        Names of the genes that were trained on.
+    uns : dict
+        Goes to uns["vmm"].
+
+    Raises
+    ------
+    InputError
+        If the disk is too small or fills up, or a file of the store has changed.
+    """
+    parts = [slice(at, min(at + ROWS, store.n_obs)) for at in range(0, store.n_obs, ROWS)]
+    used = np.unique(np.concatenate([np.unique(labels[part]) for part in parts]))
+    clusters = pd.CategoricalDtype(used.astype(str).astype(object))
+    dtypes = {key: dtype for key, dtype in store.dtypes.items() if key not in COLUMNS}
+    kept = list(dtypes)
+    dtypes |= dict(zip(COLUMNS, (clusters, np.dtype("f4"), np.dtype("f4")), strict=True))
+
+    def fill(writer: H5adWriter) -> None:
+        for part in parts:
+            obs = store.obs(part.start, part.stop, kept)
+            codes = np.searchsorted(used, labels[part])
+            obs[COLUMNS[0]] = pd.Categorical.from_codes(codes, dtype=clusters)
+            obs[COLUMNS[1]], obs[COLUMNS[2]] = probability[part], entropy[part]
+            writer.append(obs, z=z[part])
+
+    write_h5ad(
+        folder / "cells.h5ad",
+        store.n_obs,
+        pd.DataFrame({"vmm_gene": store.var_names.isin(genes)}, index=store.var_names),
+        dtypes,
+        fill,
+        latent=z.shape[1],
+        index_name=store.index_name,
+        uns={"vmm": dict(uns)},
+    )
+    write_table(
+        folder / "clusters.csv",
+        (
+            (store.obs_names(part.start, part.stop), labels[part], probability[part], entropy[part])
+            for part in parts
+        ),
+    )
+
+
+def write_table(path: Path, parts: Iterable[tuple[Any, Any, Any, Any]]) -> None:
+    """Write clusters.csv: a line per cell, in the order of the input.
+
+    Each part has names, clusters, probabilities and entropies of some cells.
+    """
+
+    def write(file: Any) -> None:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["cell", "cluster", "probability", "entropy"])
+        for part in parts:
+            for cell, cluster, probability, entropy in zip(*part, strict=True):
+                table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}"])
+
+    with _told(path):
+        write_atomically(path, write, text=True)
