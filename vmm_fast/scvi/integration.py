@@ -656,9 +656,9 @@ class Integration:
         labels = None if key is None else store.column(key)
         record = self.record(labels)
         self.write_model(folder)
-        values = (tensor.numpy() for tensor in self.assigned)
+        labels_of, probability, entropy = (tensor.numpy() for tensor in self.assigned)
         genes = self.model.adata.var_names
-        write_results(store, folder, self.z, *values, genes=genes, uns=record)
+        write_results(store, folder, self.z, labels_of, probability, entropy, genes, record)
         shown = self.model.adata.copy()
         if labels is not None:
             shown.obs[key] = labels[cells.rows]

@@ -256,7 +256,8 @@ def _plane(z: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
         plane, _ = plots._project(z.astype(float), "pca", np.random.default_rng(seed), seed)
         return plane, "Principal components" if z.shape[1] > 2 else "Plot"
     data = AnnData(z)
-    sc.pp.neighbors(data, use_rep="X", random_state=seed)
+    # Exact in so few dimensions; scanpy's own choice for many cells fails with pynndescent 0.7.
+    sc.pp.neighbors(data, use_rep="X", transformer="sklearn", random_state=seed)
     sc.tl.umap(data, random_state=seed)
     return data.obsm["X_umap"], "UMAP"
 
