@@ -19,7 +19,7 @@ from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import _folder, cli  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, integration, reading, report  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, CellStore, integration, loading, reading, report  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -275,6 +275,136 @@ def test_odd_cells_are_noted_and_do_not_break_a_run(tmp_path, capsys):
 def test_few_cells(tmp_path, number, batch_size):
     path = written(tmp_path, make_cells(number))
     assert run(path, tmp_path / "out", "--batch-size", batch_size, "--components", number) == 0
+
+
+# --- cells on disk ---
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of three files, genes in an order of their own; the same cells."""
+    whole = make_cells(batches=3)
+    (tmp_path / "shards").mkdir()
+    for i, rows in enumerate(np.array_split(np.arange(60), 3)):
+        part = whole[rows][:, np.arange(20)[::-1]] if i == 1 else whole[rows]
+        part.copy().write_h5ad(tmp_path / "shards" / f"part{i}.h5ad")
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "shards", "layer"])
+def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
+    monkeypatch.setattr(CellStore, "run", 5)
+    monkeypatch.setattr(integration, "SAMPLE", 30)
+    adata = make_cells(batches=3)
+    options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--memory", 0]
+    options += ["--components", 6]
+    path = {"zarr": tmp_path / "cells.zarr", "shards": shards}.get(kind, tmp_path / "cells.h5ad")
+    if kind == "zarr":
+        adata.write_zarr(path)
+    elif kind == "layer":
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = np.log1p(adata.X.toarray())
+        options += ["--layer", "counts"]
+    if path.suffix == ".h5ad":
+        adata.write_h5ad(path)
+    assert run(path, tmp_path / "out", *options) == 0
+    shown = capsys.readouterr().out
+    assert "60 cells x 20 genes, 3 batches, trained on the 15 genes" in shown
+    assert "note: counts stay on disk" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+    found = anndata.read_h5ad(tmp_path / "out" / "cells.h5ad")
+    assert found.X is None and list(found.obs_names) == list(adata.obs_names)
+    for key in ("batch", "type"):
+        assert list(found.obs[key]) == list(adata.obs[key])
+    record = found.uns["vmm"]
+    assert record["cells"] == 60 and record["on_disk"] and set(record["scores"]) == {"ari", "nmi"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "30 cells drawn from 60" in page
+
+    # The model is the one that the columns are of, and assign finds the same again.
+    cells = adata[:, found.var_names[found.var["vmm_gene"]]].copy()
+    model = VMMSCVI.load(tmp_path / "out" / "model", cells, accelerator="cpu")
+    z = model.get_latent_representation()
+    np.testing.assert_allclose(found.obsm["X_vmm"], z, atol=1e-5)
+    clusters = found.obs["vmm_cluster"].astype(int).to_numpy()
+    np.testing.assert_array_equal(clusters, model.get_clusters())
+    assert (np.diff(np.bincount(clusters, minlength=6)) <= 0).all()
+    assert record["clusters_used"] == len(np.unique(clusters))
+    again = tmp_path / "again.h5ad"
+    assert assigned(tmp_path / "out", written(tmp_path, adata, "all.h5ad"), again) == 0
+    assert list(anndata.read_h5ad(again).obs["vmm_cluster"]) == list(found.obs["vmm_cluster"])
+    with open(tmp_path / "out" / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cell"] for row in rows] == list(adata.obs_names)
+    assert [row["cluster"] for row in rows] == list(found.obs["vmm_cluster"])
+
+
+def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ["--batch-size", 16, "--memory", 0]
+    assert run(h5ad, whole, *options) == 0
+
+    def stop(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
+        error = complaint(capsys, run(h5ad, broken, *options, "--checkpoint-steps", 3), 130)
+    assert f"go on with: vmm-fast integrate {h5ad} --out {broken} --resume" in error
+    assert (broken / "checkpoint.ckpt").exists()
+    command = ["integrate", str(h5ad), "--out", str(broken), "--resume", "--accelerator", "cpu"]
+    assert cli.main(command) == 0
+    same_results(whole, broken)
+
+
+def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
+    assert run(h5ad, tmp_path / "a") == 0  # small
+    assert "on disk" not in capsys.readouterr().out
+    assert run(h5ad, tmp_path / "b", "--memory", 1e-9) == 0
+    assert "note: counts stay on disk" in capsys.readouterr().out
+    error = complaint(capsys, run(h5ad, tmp_path / "c", "--memory", -1))
+    assert "--memory: must be a number from 0, is '-1'" in error
+    adata = make_cells()
+    adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
+    assert run(written(tmp_path, adata), tmp_path / "c", "--memory", 0) == 0
+    assert anndata.read_h5ad(tmp_path / "c" / "cells.h5ad").X is not None
+
+
+def test_cells_on_disk_that_cannot_be_used(shards, tmp_path, capsys, monkeypatch):
+    def refused(message, *options):
+        error = complaint(capsys, run(shards, tmp_path / "out", *options))
+        assert re.search(message, error), error
+        assert not (tmp_path / "out").exists()
+
+    refused("--batch-key plate: must be a column of obs", "--batch-key", "plate")
+    refused("--labels-key plate: must be a column of obs", "--labels-key", "plate")
+    refused("--components must be at most 60", "--components", 61)
+    part = anndata.read_h5ad(shards / "part1.h5ad")
+    broken = part.copy()
+    broken.X = broken.X * np.float32(0.5)
+    broken.write_h5ad(shards / "part1.h5ad")
+    refused("part1.h5ad: X must hold counts")
+    other = part.copy()
+    other.var_names = [f"other {i}" for i in range(20)]
+    other.write_h5ad(shards / "part1.h5ad")
+    refused("part1.h5ad: .*genes")
+    part.obs["batch"] = part.obs["batch"].where(part.obs_names == "cell 0")
+    part.write_h5ad(shards / "part1.h5ad")
+    refused("every cell must have a batch, 20 of 60 have none", "--batch-key", "batch")
+
+
+def test_a_file_that_vanishes_while_training(h5ad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "WINDOW", 16)
+    real = integration._Progress.on_train_batch_end
+
+    def vanish(self, *args):
+        real(self, *args)
+        h5ad.unlink(missing_ok=True)
+
+    monkeypatch.setattr(integration._Progress, "on_train_batch_end", vanish)
+    error = complaint(capsys, run(h5ad, tmp_path / "out", "--memory", 0, "--batch-size", 8))
+    assert f"{h5ad}: " in error and not (tmp_path / "out" / "cells.h5ad").exists()
 
 
 # --- stopping and going on ---

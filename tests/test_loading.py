@@ -26,7 +26,7 @@ class Cells:
     n_vars = 2
 
     def __init__(self, n_obs, run):
-        self.n_obs, self.run, self.reads = n_obs, run, []
+        self.n_obs, self.run, self.nbytes, self.reads = n_obs, run, 16 * n_obs, []
 
     def read(self, starts, stops):
         rows = loading._rows(starts, stops)
@@ -130,6 +130,15 @@ def test_orders(monkeypatch):
     assert cells.reads[-4:] == [50] * 4
 
 
+def test_windows_of_cells_with_many_counts_are_smaller(monkeypatch):
+    assert loading.window_of(Cells(200, 5)) == loading.WINDOW
+    monkeypatch.setattr(loading, "VALUES", 80)
+    assert loading.window_of(Cells(200, 5)) == 40
+    cells = Cells(200, 5)
+    assert np.ravel(cells_in(batches_of(cells, 1000, batch_size=10))).tolist() == list(range(200))
+    assert cells.reads == [40] * 5
+
+
 def test_genes_and_what_is_refused():
     batches = batches_of(Cells(20, 3), batch_size=20, genes=np.array([1]))
     assert [tensors["X"].tolist() for tensors in batches] == [[[1.0]] * 20]
@@ -142,7 +151,8 @@ def test_genes_and_what_is_refused():
 
 
 @pytest.mark.parametrize("held_out", [0, 0.25])
-def test_cells_held_out(held_out):
+def test_cells_held_out(held_out, monkeypatch):
+    monkeypatch.setattr(loading, "LEAST_RUNS", 5)
     module = CellDataModule(Cells(97, 10), np.arange(97) % 7, held_out=held_out, batch_size=8)
     module.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)
     trained, held = cells_in(module.train_dataloader()), module.val_dataloader()
@@ -183,6 +193,7 @@ def prepared(on_disk, tmp_path):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(tmp_path, monkeypatch, on_disk):
     monkeypatch.setattr(CellStore, "run", 8)
+    monkeypatch.setattr(loading, "LEAST_RUNS", 10)
     cells, where, chosen = prepared(on_disk, tmp_path)
 
     def run(**options):
@@ -218,9 +229,9 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
     with CellStore(tmp_path / "cells.h5ad") as store:
         some = store.sample(20, keys=["batch"], seed=1)
         assert some.n_obs == 64 and list(some.obs["batch"].cat.categories) == ["a", "b", "c"]
-        np.testing.assert_array_equal(some.X.toarray(), adata.X[some.obs["row"]].toarray())
-        assert list(some.obs["batch"]) == list(adata.obs["batch"][some.obs["row"]])
-        assert list(some.obs_names) == list(adata.obs_names[some.obs["row"]])
+        np.testing.assert_array_equal(some.X.toarray(), adata.X[some.uns["rows"]].toarray())
+        assert list(some.obs["batch"]) == list(adata.obs["batch"][some.uns["rows"]])
+        assert list(some.obs_names) == list(adata.obs_names[some.uns["rows"]])
         VMMSCVI.setup_anndata(some, batch_key="batch")
         model = VMMSCVI(some, n_components=6)
         assert model.summary_stats.n_batch == 3

@@ -597,6 +597,9 @@ def _integrate(arguments: argparse.Namespace) -> None:
         report.write_report(folder.path / "report.html", shown, found.history)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with: {run.again}") from None
+    finally:
+        if run.on_disk is not None:
+            run.cells.close()
     rows = [
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()

@@ -39,8 +39,14 @@ from scvi.train._metrics import ElboMetric
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
-from vmm_fast.mixture import Assignment
-from vmm_fast.scvi.loading import WINDOW, CellBatches, CellDataModule, MemoryCells
+from vmm_fast.mixture import Assignment, Components
+from vmm_fast.scvi.loading import (
+    WINDOW,
+    CellBatches,
+    CellDataModule,
+    MemoryCells,
+    window_of,
+)
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import PRIOR_LEARNING_RATE
 from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
@@ -135,15 +141,15 @@ class OnDisk(NamedTuple):
     store : CellStore
     batches : ndarray of int [cells]
         Index of each cell's batch.
-    genes : ndarray of int
-        Columns of the store to train on.
+    genes : ndarray of int or None
+        Columns of the store to train on; None for all.
     rows : ndarray of int
         Where the cells that the model is made with are.
     """
 
     store: CellStore
     batches: np.ndarray
-    genes: np.ndarray
+    genes: np.ndarray | None
     rows: np.ndarray
 
 
@@ -157,9 +163,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     """
     _check_keys(settings)
     counts = csr_matrix(counts_of(adata, settings.layer), dtype=np.float32)
-    notes = []
-    if "vmm_cluster" in adata.obs:
-        notes.append(EARLIER)
+    notes = [EARLIER] if "vmm_cluster" in adata.obs else []
     obs = pd.DataFrame(index=adata.obs_names)
     if settings.labels_key is not None:
         column(adata, "--labels-key", settings.labels_key)
@@ -186,7 +190,7 @@ def training_cells_on_disk(
     Every cell is read once, so that what cannot be trained on is told before training.
     """
     _check_keys(settings)
-    notes = []
+    notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
     if settings.labels_key is not None:
         store.column(settings.labels_key, "--labels-key")
     if settings.batch_key is None:
@@ -197,8 +201,9 @@ def training_cells_on_disk(
             raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
         notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
     empty, detected = 0, np.zeros(store.n_vars)
-    for start in range(0, store.n_obs, WINDOW):
-        counts = store.read(start, min(start + WINDOW, store.n_obs))
+    step = window_of(store)
+    for start in range(0, store.n_obs, step):
+        counts = store.read(start, min(start + step, store.n_obs))
         empty += int((np.diff(counts.indptr) == 0).sum())
         detected += counts.sum(0).A1
     notes += _notes_on_counts(empty, detected)
@@ -206,7 +211,8 @@ def training_cells_on_disk(
     sample = store.sample(SAMPLE, keys=keys, seed=settings.seed)
     some = in_place_of(sample.X, sample.obs[keys], store.var_names, settings.layer)
     chosen = _variable_genes(some, settings)
-    on_disk = OnDisk(store, batches.codes, np.flatnonzero(chosen), sample.obs["row"].to_numpy())
+    genes = None if chosen.all() else np.flatnonzero(chosen)
+    on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
     return some[:, chosen].copy(), on_disk, notes
 
 
@@ -570,14 +576,20 @@ def _number_by_size(model: VMMSCVI, z: np.ndarray) -> Assignment:
     """Renumber the model's components (K = 1) by the cells they hold; assign the cells."""
     prior = model.module.prior
     components = model.module.components().to("cpu")
-    labels = components.assign(torch.from_numpy(z)).labels
+    labels = _assign(components, z).labels
     by_weight = components.log_weights.argsort(descending=True, stable=True)
     counts = labels.bincount(minlength=len(by_weight))[by_weight]
     order = by_weight[counts.argsort(descending=True, stable=True)]
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
-    return model.module.components().to("cpu").assign(torch.from_numpy(z))
+    return _assign(model.module.components().to("cpu"), z)
+
+
+def _assign(components: Components, z: np.ndarray) -> Assignment:
+    """As :meth:`Components.assign`, of so many points at once that memory is that of the result."""
+    parts = [components.assign(points) for points in torch.from_numpy(z).split(WINDOW)]
+    return Assignment(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 # --- results ---

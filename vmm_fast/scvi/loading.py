@@ -22,9 +22,11 @@ from torch import Tensor
 
 from vmm_fast.priors.base import check_integer
 
-__all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells"]
+__all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
 
-WINDOW = 16_384  # cells that are shuffled together
+WINDOW = 16_384  # cells that are shuffled together, at most
+VALUES = 1 << 23  # that they have, at most; four windows are in memory at a time
+LEAST_RUNS = 100
 LEAST_BATCH = 3  # cells: fewer give a batch normalisation nothing to go by
 
 
@@ -35,12 +37,15 @@ class CellSource(Protocol):
     ----------
     n_obs, n_vars : int
         Cells and genes.
+    nbytes : int
+        Of the counts, as CSR of float32.
     run : int
         How many consecutive cells are read together where the order is random.
     """
 
     n_obs: int
     n_vars: int
+    nbytes: int
     run: int
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
@@ -61,10 +66,16 @@ class MemoryCells:
     def __init__(self, counts: csr_matrix):
         self.counts = counts
         self.n_obs, self.n_vars = counts.shape
+        self.nbytes = 8 * counts.nnz
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
         """Counts of the runs of cells, one after the other."""
         return self.counts[_rows(starts, stops)]
+
+
+def window_of(cells: CellSource) -> int:
+    """How many cells to have in memory together, whether they have many counts or few."""
+    return max(1, min(WINDOW, VALUES * cells.n_obs // max(1, cells.nbytes // 8)))
 
 
 def _rows(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -179,7 +190,7 @@ class CellBatches:
             order = self._shuffled(len(rows), low)
             return (counts if self.seed is None else counts[order]), self.batches[rows[order]]
 
-        per_window = max(1, WINDOW // self.batch_size)
+        per_window = max(1, window_of(self.cells) // self.batch_size)
         size = per_window * self.batch_size
         with ThreadPoolExecutor(1) as reader:
             reading = reader.submit(read, self._done // per_window)
@@ -264,9 +275,10 @@ class CellDataModule(LightningDataModule):
             genes=genes,
             batch_size=check_integer("batch_size", batch_size),
         )
-        self._run, self._seed = cells.run, seed
+        # So many at least that some can be held out and those of a batch are of many runs.
+        self._run, self._seed = max(1, min(cells.run, cells.n_obs // LEAST_RUNS)), seed
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
-        starts = np.arange(0, cells.n_obs, cells.run)
+        starts = np.arange(0, cells.n_obs, self._run)
         order = np.random.default_rng([seed]).permutation(len(starts))
         held = int(np.ceil(held_out * len(starts)))
         self._held_out, self._trained = np.sort(order[:held]), np.sort(order[held:])

@@ -431,7 +431,7 @@ class CellStore:
         Returns
         -------
         AnnData
-            Counts in X; obs has the keys, and in ``row`` where each cell is in the store.
+            Counts in X; obs has the keys, ``uns["rows"]`` where each cell is in the store.
         """
         starts = np.arange(0, self.n_obs, self.run)
         chosen = min(-(-number // self.run), len(starts))
@@ -441,8 +441,8 @@ class CellStore:
         rows = np.concatenate([np.arange(*pair) for pair in pairs])
         names = np.concatenate([self.obs_names(*pair) for pair in pairs])
         obs = pd.DataFrame({key: self.column(key)[rows] for key in keys}, index=pd.Index(names))
-        obs["row"] = rows
-        return AnnData(self.read(starts, stops), obs, pd.DataFrame(index=self.var_names))
+        var = pd.DataFrame(index=self.var_names)
+        return AnnData(self.read(starts, stops), obs, var, uns={"rows": rows})
 
 
 @dataclass(frozen=True)
