@@ -205,7 +205,7 @@ class CellStore:
                 raise InputError(f"{self._where} must be a matrix of counts, is a {encoding}")
             matrix = group[self._element]
             n_obs = frames.rows_of(group["obs"])
-            shape = tuple(matrix.attrs["shape"] if encoding == "csr_matrix" else matrix.shape)
+            shape = tuple(map(int, matrix.attrs.get("shape", getattr(matrix, "shape", ()))))
             if shape != (n_obs, len(genes)):
                 raise InputError(f"{self._where} must be {n_obs} x {len(genes)}, is {shape}")
             indptr, values = None, n_obs * len(genes)

@@ -305,8 +305,8 @@ class H5adWriter:
         free = shutil.disk_usage(self._disk.folder).free
         if needed > 1.2 * free:
             raise InputError(
-                f"{self._disk.folder}: the disk is too full, about {needed / 1e9:.1f} GB more are "
-                f"needed, {free / 1e9:.1f} GB are free"
+                f"{self._disk.folder}: the disk is too full, about {needed / 1e6:,.1f} MB more are "
+                f"needed, {free / 1e6:,.1f} MB are free"
             )
 
     def finish(self) -> None:

@@ -1,0 +1,641 @@
+"""Cells on disk: runs of them read as anndata and scipy read them whole, and every fault told."""
+
+import csv
+import os
+import resource
+import shutil
+import signal
+import threading
+import tracemalloc
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+import anndata
+import h5py
+import zarr
+from anndata import AnnData
+from scipy.io import mmwrite
+from scipy.sparse import csc_matrix, csr_matrix
+
+from vmm_fast import cli
+from vmm_fast.data import InputError
+from vmm_fast.scvi import preparing, store, writing
+from vmm_fast.scvi.preparing import prepare
+from vmm_fast.scvi.store import CannotStream, CellStore
+from vmm_fast.scvi.writing import write_results
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def make_counts(number, genes, seed=0):
+    """Sparse counts; some cells have none."""
+    random = np.random.default_rng(seed)
+    counts = random.poisson(random.gamma(0.3, 2.0, genes), (number, genes))
+    counts[random.random(number) < 0.2] = 0
+    return csr_matrix(counts.astype(np.float32))
+
+
+def make_cells(number=60, genes=20, seed=0):
+    """Cells with a column of every kind that anndata writes."""
+    random = np.random.default_rng(seed)
+    adata = AnnData(make_counts(number, genes, seed))
+    adata.obs_names = [f"cell {seed}-{i}" for i in range(number)]
+    adata.var_names = [f"gene {i}" for i in range(genes)]
+    adata.obs["batch"] = pd.Categorical(random.choice([f"b{seed}", "common"], number))
+    adata.obs["stage"] = pd.Categorical(
+        random.choice(["early", "late", None], number), ["early", "mid", "late"], ordered=True
+    )
+    adata.obs["text"] = [f"ä {i}" for i in range(number)]
+    adata.obs["number"] = random.normal(size=number).astype(np.float32)
+    adata.obs["whole"] = random.integers(100, size=number)
+    adata.obs["flag"] = random.random(number) < 0.5
+    missing = random.random(number) < 0.5
+    adata.obs["maybe whole"] = pd.array(adata.obs["whole"], dtype="Int64")
+    adata.obs["maybe flag"] = pd.array(adata.obs["flag"], dtype="boolean")
+    adata.obs["maybe text"] = pd.array(adata.obs["text"], dtype="string")
+    for key in ("maybe whole", "maybe flag", "maybe text"):
+        adata.obs.loc[missing, key] = pd.NA
+    adata.obs.index.name = "barcode"
+    adata.var["symbol"] = [f"S{i}" for i in range(genes)]
+    adata.layers["twice"] = adata.X * 2
+    return adata
+
+
+def written(path, adata=None, **options):
+    adata = make_cells() if adata is None else adata
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        if path.suffix == ".zarr":
+            adata.write_zarr(path, convert_strings_to_categoricals=False, **options)
+        else:
+            adata.write_h5ad(path, convert_strings_to_categoricals=False, **options)
+    return path
+
+
+def random_runs(random, number):
+    starts = random.integers(number, size=random.integers(1, 12))
+    stops = np.minimum(starts + random.integers(number // 2 + 1, size=len(starts)), number)
+    if len(starts) > 2:  # one that goes on where another ends
+        starts[1], stops[1] = stops[0], number
+    return starts, stops
+
+
+def check_reads(found, dense, seed=0):
+    """Random runs are what numpy slices."""
+    assert (found.n_obs, found.n_vars) == dense.shape
+    random = np.random.default_rng(seed)
+    for _ in range(10):
+        starts, stops = random_runs(random, found.n_obs)
+        counts = found.read(starts, stops)
+        counts.check_format(full_check=True)
+        assert counts.dtype == np.float32
+        expected = [dense[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        np.testing.assert_array_equal(counts.toarray(), np.concatenate(expected))
+
+
+# --- counts ---
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i4", "i8", "f4", "f8"])
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_runs_of_every_dtype(tmp_path, suffix, dtype):
+    adata = AnnData(make_counts(40, 15).astype(dtype))
+    with CellStore(written(tmp_path / f"c{suffix}", adata)) as found:
+        check_reads(found, adata.X.toarray())
+        assert found.nbytes == 8 * (adata.X.nnz + 41)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_of_random_files(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    number, genes = random.integers(1, 200), random.integers(1, 80)
+    adata = AnnData(make_counts(number, genes, seed))
+    adata.layers["l"] = adata.X * 3
+    if dense := random.random() < 0.4:
+        adata.layers["l"] = adata.layers["l"].toarray()
+    path = tmp_path / "c.h5ad"
+    written(path, adata, compression=[None, "gzip", "lzf"][seed % 3])
+    with CellStore(path, "l") as found:
+        check_reads(found, adata.X.toarray() * 3, seed)
+        assert not dense or found.nbytes >= 8 * adata.X.nnz
+
+
+def test_dense_zarr_and_no_runs(tmp_path):
+    adata = AnnData(make_counts(30, 8).toarray())
+    with CellStore(written(tmp_path / "c.zarr", adata)) as found:
+        check_reads(found, adata.X)
+        assert found.read([3, 5], [3, 5]).shape == found.read([], []).shape == (0, 8)
+        for start, stop in ((-1, 3), (3, 2), (0, 31)):
+            with pytest.raises(ValueError, match="must lie within the 30 cells"):
+                found.read(start, stop)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of three, genes of the second in another order, and their counts."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    parts = [make_cells(number, 20, seed) for seed, number in enumerate((30, 17, 25))]
+    for seed, part in enumerate(parts):
+        order = np.random.default_rng(1).permutation(20) if seed == 1 else slice(None)
+        written(folder / f"{seed}.h5ad", part[:, order].copy())
+    return folder, parts
+
+
+@pytest.mark.parametrize("most_open", [1, 64])
+def test_shards(shards, most_open, monkeypatch):
+    monkeypatch.setattr(store, "MOST_OPEN", most_open)
+    folder, parts = shards
+    with CellStore(folder) as found:
+        assert [file.name for file in found.files] == ["0.h5ad", "1.h5ad", "2.h5ad"]
+        check_reads(found, np.concatenate([part.X.toarray() for part in parts]))
+        assert list(found.var_names) == list(parts[0].var_names)
+
+
+def test_two_threads_read(shards):
+    folder, parts = shards
+    dense = np.concatenate([part.X.toarray() for part in parts])
+    faults = []
+    with CellStore(folder) as found:
+
+        def read():
+            try:
+                for seed in range(5):
+                    check_reads(found, dense, seed)
+            except BaseException as error:
+                faults.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for _ in range(20):
+            found.obs(0, 72)
+        thread.join()
+    assert not faults
+
+
+# --- obs ---
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_obs_is_anndata_s(tmp_path, suffix):
+    adata = make_cells()
+    with CellStore(written(tmp_path / f"c{suffix}", adata)) as found:
+        for start, stop in ((0, 60), (7, 31)):
+            pd.testing.assert_frame_equal(found.obs(start, stop), adata.obs.iloc[start:stop])
+            assert list(found.obs_names(start, stop)) == list(adata.obs_names[start:stop])
+        assert list(found.obs(0, 3, ["flag"])) == ["flag"]
+        for key in adata.obs:
+            column = pd.Series(found.column(key))
+            assert column.isna().tolist() == adata.obs[key].isna().tolist()
+            assert column.dropna().tolist() == adata.obs[key].dropna().tolist()
+        pd.testing.assert_frame_equal(found.var, adata.var)
+        with pytest.raises(
+            InputError, match=r"--batch-key b: must be a column of obs, which .* ba"
+        ):
+            found.column("b", "--batch-key")
+
+
+def test_obs_of_shards(shards):
+    folder, parts = shards
+    frames = [part.obs.copy() for part in parts]
+    frames[0]["whole"] = frames[0]["whole"] / 2  # numbers widen
+    frames[1]["flag"] = "yes"  # and what is text somewhere is text
+    frames[1]["maybe whole"] = frames[1]["whole"]
+    del frames[2]["number"]
+    for seed, frame in enumerate(frames):
+        part = anndata.read_h5ad(folder / f"{seed}.h5ad")
+        part.obs = frame
+        written(folder / f"{seed}.h5ad", part)
+    with CellStore(folder) as found:
+        obs = found.obs(0, 72)
+        pieces = [found.obs(start, min(start + 10, 72)) for start in range(0, 72, 10)]
+        pd.testing.assert_frame_equal(pd.concat(pieces), obs)
+        batch = found.column("batch")
+    assert "number" not in obs
+    assert list(batch.categories) == ["b0", "common", "b1", "b2"]
+    joined = pd.concat([frame.drop(columns="number", errors="ignore") for frame in frames])
+    assert obs["batch"].tolist() == list(batch) == joined["batch"].tolist()
+    assert obs["flag"].tolist() == joined["flag"].astype(str).tolist()
+    for key in ("stage", "text", "whole", "maybe flag", "maybe text", "maybe whole"):
+        pd.testing.assert_series_equal(obs[key], joined[key], check_dtype=key != "maybe whole")
+
+
+def test_categories_of_numbers_and_of_text_are_united(tmp_path):
+    for name, values in (("a", [3, 1, None]), ("b", ["x", "1", "x"])):
+        adata = make_cells(3)
+        adata.obs["mixed"] = pd.Categorical(values)
+        written(tmp_path / f"{name}.h5ad", adata)
+    with CellStore(tmp_path) as found:
+        column = found.column("mixed")
+    assert column.fillna("x").tolist() == ["3", "1", "x", "x", "1", "x"]
+
+
+# --- faults ---
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (0.5, "has 0.5"),
+        (-1, "has -1"),
+        (np.nan, "has nan"),
+        (np.inf, "has inf"),
+        (2.0**31, r"has 2.14748e\+09 \(beyond 2,147,483,647\)"),
+    ],
+)
+def test_values_that_are_no_counts(tmp_path, suffix, value, fault):
+    adata = make_cells()
+    at = 2 * adata.X.nnz // 3
+    cell = np.searchsorted(adata.X.indptr, at, side="right") - 1
+    gene = adata.var_names[adata.X.indices[at]]
+    adata.X = adata.X.astype(np.float64)
+    adata.X.data[at] = value
+    path = written(tmp_path / f"c{suffix}", adata)
+    with CellStore(path) as found:
+        found.read(0, cell)
+        where = f" in cell 'cell 0-{cell}', gene '{gene}'; layer twice holds counts: --layer twice$"
+        with pytest.raises(InputError, match=rf"^{path}: X must hold counts.*{fault}{where}"):
+            found.read([0, 3, cell], [3, 7, 60])
+    with CellStore(path, "twice") as found:
+        check_reads(found, adata.layers["twice"].toarray())
+
+
+def corrupt(path):
+    """Overwrite most of the stored values."""
+    with h5py.File(path) as file:
+        chunk = file["X/data"].id.get_chunk_info(0)
+    with open(path, "r+b") as file:
+        file.seek(chunk.byte_offset + 8)
+        file.write(b"\xa5" * (chunk.size - 8))
+
+
+def edited(path, edit):
+    with h5py.File(path, "r+") as file:
+        edit(file)
+
+
+def genes_renamed(adata):
+    adata.var_names = [f"other {i}" if i < 7 else name for i, name in enumerate(adata.var_names)]
+    return adata
+
+
+def with_dense_bool(adata):
+    adata.X = adata.X.toarray() > 0
+    return adata
+
+
+def bad_files(folder):
+    """Each with what is said of it when it is opened."""
+    yield "nothing.h5ad", lambda p: None, InputError, "no such file or folder"
+    yield "a.h5ad", lambda p: p.write_bytes(b""), InputError, "is empty"
+    yield (
+        "b.h5ad",
+        lambda p: p.write_bytes(b"no" * 99),
+        InputError,
+        "is damaged or no file of cells",
+    )
+    yield "c.csv", lambda p: p.write_text("1,2"), InputError, "must be a .h5ad, .h5 or .loom file"
+    yield "d", lambda p: p.mkdir(), InputError, "a folder without matrix.mtx.* and .h5ad files"
+    cells = make_cells()
+    whole = written(folder / "whole.h5ad", cells).read_bytes()
+    yield "e.h5ad", lambda p: p.write_bytes(whole[:-5000]), InputError, "is damaged or no file"
+    by_genes = AnnData(csc_matrix(cells.X))
+    yield "f.h5ad", lambda p: written(p, by_genes), CannotStream, r"\(CSC\).*vmm-fast prepare"
+    old = lambda file: file["obs"].attrs.__delitem__("encoding-type")  # noqa: E731
+    yield "g.h5ad", lambda p: edited(written(p), old), CannotStream, "older than 0.8; vmm-fast prep"
+    mtx = lambda p: (p.mkdir(), mmwrite(p / "matrix.mtx", cells.X))  # noqa: E731
+    yield "h", mtx, CannotStream, "must be .h5ad, .zarr or a folder .*; vmm-fast prepare makes"
+    yield "i.h5ad", lambda p: written(p, cells[:0].copy()), InputError, "has 0 cells and 20 genes"
+    boolean = with_dense_bool(make_cells())
+    yield "j.h5ad", lambda p: written(p, boolean), InputError, "X must hold counts, holds bool"
+    yield (
+        "k.h5ad",
+        lambda p: written(p, AnnData(obs=cells.obs)),
+        InputError,
+        "X must hold counts, i",
+    )
+    named = make_cells()
+    named.var_names = ["same"] * 20
+    yield "l.h5ad", lambda p: written(p, named), InputError, "gene names must be unique, 19 occur"
+    cut = lambda file: file["X"].attrs.__setitem__("shape", [60, 19])  # noqa: E731
+    yield "m.h5ad", lambda p: edited(written(p), cut), InputError, r"must be 60 x 20, is \(60, 19\)"
+    back = lambda file: file["X/indptr"].__setitem__(3, 10**6)  # noqa: E731
+    yield "n.h5ad", lambda p: edited(written(p), back), InputError, "X is no valid CSR matrix"
+
+
+def test_bad_files(tmp_path):
+    for name, make, kind, message in bad_files(tmp_path):
+        make(tmp_path / name)
+        with pytest.raises(InputError, match=rf"^{tmp_path / name}: .*{message}") as caught:
+            CellStore(tmp_path / name)
+        assert type(caught.value) is kind, name
+    with pytest.raises(InputError, match="--layer no: must be one of the layers, which are twice"):
+        CellStore(tmp_path / "whole.h5ad", "no")
+
+
+def test_a_shard_with_other_genes(shards):
+    folder, parts = shards
+    written(folder / "1.h5ad", genes_renamed(parts[1]))
+    message = (
+        "1.h5ad: must have the genes of 0.h5ad, lacks 7: gene 0, gene 1, gene 2, gene 3, gene 4, "
+        r"...; has others, 7: other 0, .*, other 4, \.\.\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        CellStore(folder)
+    parts[1].var_names = ["gene 0", "gene 0", *parts[0].var_names[2:]]
+    written(folder / "1.h5ad", parts[1])
+    with pytest.raises(InputError, match=r"lacks 1: gene 1; has twice 1: gene 0$"):
+        CellStore(folder)
+
+
+def test_a_file_that_changes_or_vanishes(shards):
+    folder, _ = shards
+    path = folder / "1.h5ad"
+    with CellStore(folder) as found:
+        found.read(0, 72)
+        path.touch()
+        found.read(0, 30)  # of another shard
+        for read in (found.read, found.obs, found.obs_names):
+            with pytest.raises(InputError, match=r"1.h5ad: has changed since it was opened"):
+                read(28, 40)
+        path.unlink()
+        with pytest.raises(InputError, match=r"1.h5ad: was removed since it was opened"):
+            found.read(28, 40)
+
+
+def test_a_zarr_folder_that_changes_or_vanishes(tmp_path):
+    path = written(tmp_path / "c.zarr")
+    with CellStore(path) as found:
+        found.read(0, 60)
+        os.utime(path / "X" / "data", ns=(1, 1))  # as when a chunk is replaced
+        with pytest.raises(InputError, match=r"c.zarr: has changed since it was opened"):
+            found.read(0, 1)
+        shutil.rmtree(path)
+        with pytest.raises(InputError, match=r"c.zarr: was removed since it was opened"):
+            found.read(0, 1)
+
+
+def test_corrupt_chunks(tmp_path):
+    path = written(tmp_path / "c.h5ad", compression="gzip")
+    corrupt(path)
+    with CellStore(path) as found:
+        with pytest.raises(InputError, match=r"c.h5ad: is damaged .* and cannot be read"):
+            found.read(0, 60)
+        assert len(found.obs(0, 60)) == 60
+    path = written(tmp_path / "c.zarr")
+    data = zarr.open_group(path, mode="r")["X/data"]
+    chunk = path / "X" / "data" / data.metadata.encode_chunk_key((0,))
+    chunk.write_bytes(chunk.read_bytes()[:20] + b"\xa5" * 20)
+    with CellStore(path) as found, pytest.raises(InputError, match=r"c.zarr: is damaged"):
+        found.read(0, 60)
+    chunk.unlink()
+    with pytest.raises(InputError, match=r"c.zarr: X lacks chunks"):
+        CellStore(path)
+
+
+def test_indices_beyond_the_genes(tmp_path):
+    for value in (20, -1):
+        path = written(tmp_path / "c.h5ad")
+        edited(path, lambda file, value=value: file["X/indices"].__setitem__(5, value))
+        with CellStore(path) as found, pytest.raises(InputError, match="a gene beyond its 20"):
+            found.read(0, 60)
+
+
+# --- prepare ---
+
+
+def same_cells(path, adata, layer=None):
+    """Also when backed, anndata reads what was prepared as it was."""
+    expected = adata.X if layer is None else adata.layers[layer]
+    for backed in (None, "r"):
+        found = anndata.read_h5ad(path, backed=backed)
+        counts = found.X[:] if backed else found.X
+        np.testing.assert_array_equal(counts.toarray(), expected.toarray())
+        pd.testing.assert_frame_equal(found.obs, adata.obs)
+        pd.testing.assert_frame_equal(found.var, adata.var)
+        if backed:
+            np.testing.assert_array_equal(found.X[5:9].toarray(), expected[5:9].toarray())
+            found.file.close()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("layer", [None, "twice"])
+def test_prepare(tmp_path, suffix, layer, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS", 13)
+    monkeypatch.setattr(writing, "CHUNK", 32)
+    adata = make_cells()
+    out = tmp_path / "out.h5ad"
+    found = prepare(written(tmp_path / f"c{suffix}", adata), out, layer)
+    assert (found.n_obs, found.n_vars, found.nbytes) == (60, 20, out.stat().st_size)
+    same_cells(out, adata, layer)
+    with h5py.File(out) as file:
+        for name in ("data", "indices"):
+            array = file["X"][name]
+            assert (array.dtype, array.compression, array.chunks) == (np.uint16, "lzf", (32,))
+            assert array.shuffle and array.fletcher32
+    with CellStore(out) as again:
+        check_reads(again, (adata.X if layer is None else adata.layers[layer]).toarray())
+
+
+def test_prepare_by_way_of_memory(tmp_path):
+    adata = make_cells()
+    by_genes, path = adata.copy(), tmp_path / "csc.h5ad"
+    by_genes.X = csc_matrix(adata.X)
+    by_genes.layers.clear()
+    prepare(written(path, by_genes), tmp_path / "a.h5ad")
+    same_cells(tmp_path / "a.h5ad", adata)
+    folder = tmp_path / "mtx"
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", adata.X.T.astype(int))
+    (folder / "barcodes.tsv").write_text("".join(f"{name}\n" for name in adata.obs_names))
+    (folder / "genes.tsv").write_text("".join(f"id\t{g}\n" for g in [*adata.var_names[1:], "x"]))
+    prepare(folder, tmp_path / "b.h5ad")
+    found = anndata.read_h5ad(tmp_path / "b.h5ad")
+    np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
+    assert list(found.obs_names) == list(adata.obs_names)
+
+
+def test_prepare_joins_shards(shards, tmp_path):
+    folder, parts = shards
+    prepare(folder, tmp_path / "out.h5ad")
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    expected = anndata.concat(parts)
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+    assert found.X.has_sorted_indices
+    assert list(found.obs_names) == list(expected.obs_names)
+    for key in expected.obs:
+        assert found.obs[key].astype(str).tolist() == expected.obs[key].astype(str).tolist()
+
+
+def test_prepare_counts_beyond_16_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS", 13)
+    adata = make_cells()
+    adata.X = adata.X.astype(np.float64)
+    adata.X.data[-3:] = [2**16, 2**24 + 1, 2**31 - 1]  # the last two are no float32
+    prepare(written(tmp_path / "c.h5ad", adata), tmp_path / "out.h5ad")
+    same_cells(tmp_path / "out.h5ad", adata)
+
+
+def test_prepare_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS", 500)
+    peaks = []
+    for number in (2_000, 16_000):
+        adata = AnnData(make_counts(number, 60))
+        path = written(tmp_path / f"{number}.h5ad", adata)
+        prepare(path, tmp_path / "out.h5ad")  # what is imported on the way is not counted
+        tracemalloc.start()
+        prepare(path, tmp_path / "out.h5ad")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert number < 16_000 or 8 * adata.X.nnz > 2 * peaks[1]
+    assert peaks[1] - peaks[0] < 40 * 14_000  # bytes, of cells: where they start
+
+
+def test_prepare_command(tmp_path, capsys):
+    path, out = written(tmp_path / "c.h5ad"), tmp_path / "out.h5ad"
+    before = path.read_bytes()
+    assert cli.main(["prepare", str(path), "--out", str(out), "--layer", "twice"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("60 cells x 20 genes, 0.1 MB in ") and shown.err == ""
+    same_cells(out, make_cells(), "twice")
+    assert path.read_bytes() == before
+    made = out.read_bytes()
+    for arguments, message in (
+        ([str(path), "--out", str(out)], "exists; choose another"),
+        ([str(path), "--out", str(path), "--overwrite"], "is the input, which is never written"),
+        ([str(path), "--out", str(tmp_path / "x.zarr")], "must end in .h5ad"),
+        (
+            [str(path), "--out", str(tmp_path / "x.h5ad"), "--layer", "no"],
+            "--layer no: must be one",
+        ),
+        ([str(tmp_path / "no"), "--out", str(tmp_path / "x.h5ad")], "no such file"),
+        ([str(tmp_path), "--out", str(tmp_path / "x.h5ad")], "lies in the input"),
+    ):
+        assert cli.main(["prepare", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("vmm-fast: ") and message in error and error.count("\n") == 1
+    assert out.read_bytes() == made and path.read_bytes() == before
+    assert cli.main(["prepare", str(path), "--out", str(out), "--overwrite"]) == 0
+    same_cells(out, make_cells())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5ad", "out.h5ad"]
+
+
+def test_prepare_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS", 13)
+    adata = make_cells()
+    adata.X.data[-1] = 0.5
+    path, out = written(tmp_path / "c.h5ad", adata), tmp_path / "out.h5ad"
+    out.write_bytes(b"old")
+    with pytest.raises(InputError, match=r"has 0.5 in cell"):
+        prepare(path, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 100))
+    with pytest.raises(
+        InputError, match=r"the disk is too full, about 0.\d MB more are needed, 0.0"
+    ):
+        prepare(path, out)
+    assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_prepare_is_interrupted_between_parts(tmp_path, monkeypatch):
+    write = writing._Disk.write
+
+    def interrupted(self, data):
+        os.kill(os.getpid(), signal.SIGINT)  # while HDF5 writes
+        return write(self, data)
+
+    monkeypatch.setattr(writing._Disk, "write", interrupted)
+    path, handler = written(tmp_path / "c.h5ad"), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, tmp_path / "out.h5ad")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.h5ad"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Python ignores SIGXFSZ, so that writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [500, 5_000, 50_000, 70_000, 90_000])
+def test_a_disk_that_fills_up(tmp_path, size, monkeypatch):
+    monkeypatch.setattr(preparing, "ROWS", 100)
+    monkeypatch.setattr(writing, "ROWS", 100)
+    path, folder = written(tmp_path / "c.h5ad", make_cells(1_000, 100)), tmp_path / "out"
+    folder.mkdir()
+    with CellStore(path) as cells:
+        for name, write in (
+            ("out.h5ad", lambda: prepare(path, folder / "out.h5ad")),
+            (
+                "cells.h5ad",
+                lambda: write_results(cells, folder, *results_of(1_000), cells.var_names, {}),
+            ),
+        ):
+            with pytest.raises(InputError) as caught, files_of_at_most(size):
+                write()
+            assert str(caught.value) == f"{folder / name}: cannot be written: File too large"
+    assert list(folder.iterdir()) == []
+
+
+# --- results ---
+
+
+def results_of(number, seed=0):
+    random = np.random.default_rng(seed)
+    z = random.normal(size=(number, 7)).astype(np.float32)
+    labels = random.choice([0, 2, 10], number)
+    probability, entropy = random.random((2, number)).astype(np.float32)
+    return z, labels, probability, entropy
+
+
+def test_results(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "ROWS", 11)
+    folder, parts = shards
+    for part, name in zip(parts, sorted(folder.iterdir()), strict=True):
+        part.obs["vmm_cluster"] = "of an earlier run"
+        written(name, part)
+    z, labels, probability, entropy = results_of(72)
+    on_disk = np.memmap(tmp_path / "z", np.float32, "w+", shape=z.shape)
+    on_disk[:] = z
+    with CellStore(folder) as cells:
+        before = cells.obs(0, 72).drop(columns="vmm_cluster")
+        uns = {"genes": 4, "versions": {"torch": "2"}}
+        write_results(
+            cells, tmp_path, on_disk, labels, probability, entropy, cells.var_names[3:7], uns
+        )
+    found = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert found.X is None and found.uns["vmm"] == uns
+    np.testing.assert_array_equal(found.obsm["X_vmm"], z)
+    assert list(found.obs["vmm_cluster"].cat.categories) == ["0", "2", "10"]
+    assert found.obs["vmm_cluster"].astype(int).tolist() == labels.tolist()
+    np.testing.assert_array_equal(found.obs["vmm_cluster_probability"], probability)
+    np.testing.assert_array_equal(found.obs["vmm_cluster_entropy"], entropy)
+    pd.testing.assert_frame_equal(found.obs.drop(columns=list(writing.COLUMNS)), before)
+    assert list(found.var_names[found.var["vmm_gene"]]) == [f"gene {i}" for i in range(3, 7)]
+    with open(tmp_path / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cell"] for row in rows] == list(found.obs_names)
+    assert [int(row["cluster"]) for row in rows] == labels.tolist()
+    np.testing.assert_allclose([float(r["probability"]) for r in rows], probability, atol=1e-6)
+    np.testing.assert_allclose([float(r["entropy"]) for r in rows], entropy, atol=1e-6)
+
+
+def test_results_of_a_file_that_changes_leave_the_old_ones(tmp_path):
+    path, folder = written(tmp_path / "c.h5ad"), tmp_path / "out"
+    folder.mkdir()
+    (folder / "cells.h5ad").write_bytes(b"old")
+    with CellStore(path) as cells:
+        path.touch()
+        with pytest.raises(InputError, match=r"c.h5ad: has changed since it was opened"):
+            write_results(cells, folder, *results_of(60), cells.var_names, {})
+    assert [p.read_bytes() for p in folder.iterdir()] == [b"old"]
