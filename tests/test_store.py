@@ -265,6 +265,17 @@ def test_values_that_are_no_counts(tmp_path, suffix, value, fault):
         check_reads(found, adata.layers["twice"].toarray())
 
 
+def test_counts_in_raw_are_pointed_to(tmp_path):
+    adata = make_cells()
+    adata.raw = adata
+    adata.X = adata.X.log1p()
+    del adata.layers["twice"]
+    message = "; raw/X holds counts: write adata.raw.to_adata"
+    path = written(tmp_path / "c.h5ad", adata)
+    with CellStore(path) as found, pytest.raises(InputError, match=message):
+        found.read(0, 60)
+
+
 def corrupt(path):
     """Overwrite most of the stored values."""
     with h5py.File(path) as file:

@@ -348,6 +348,7 @@ class CellStore:
         """Where there are counts instead, if the first cells tell."""
         options = {"X": "leave --layer out"}
         options |= {f"layers/{name}": f"--layer {name}" for name in group.get("layers", ())}
+        options["raw/X"] = "write adata.raw.to_adata() to a file and give that"
         for element, option in options.items():
             if element == self._element or element not in group:
                 continue
