@@ -7,6 +7,7 @@ used, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import math
 import os
@@ -15,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -549,15 +551,26 @@ def _on_disk(file: str, given: dict[str, Any], memory: float | None) -> tuple[An
     except InputError:
         if kind == "shards":
             raise
-        return None, []  # what is wrong is told, or right, where they are read into memory
+        return None, []  # all is right, or what is wrong is told, where they are read into memory
     size = store.nbytes / 2**30
     most = 1.0 if memory is None else memory
     if given["on_disk"] or size > most:
+        _give_back_freed_memory()
         return store, [f"counts stay on disk: in memory they would take {size:.1f} GiB"]
     if kind == "shards":
         return store, ["counts stay on disk, in several files"]
     store.close()
     return None, []
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return large arrays to the system when they are freed.
+
+    Of windows of cells, which differ in size, it would keep some hundred megabytes of holes.
+    """
+    with suppress(OSError, AttributeError):
+        M_MMAP_THRESHOLD = -3
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 24)
 
 
 def _integrate(arguments: argparse.Namespace) -> None:
