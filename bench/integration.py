@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.records import RESULTS, Row, environment, read_rows, select, write_rows
+from bench.records import DATA, RESULTS, Row, environment, read_rows, select, write_rows
 from bench.report import table
 from vmm_fast._files import write_atomically
 
@@ -474,10 +473,7 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``python -m bench integration``."""
-    default = os.environ.get(
-        "VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
-    )
-    parser.add_argument("--data", default=str(default), help="folder with the .h5ad files")
+    parser.add_argument("--data", default=str(DATA), help="folder with the .h5ad files")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=DATASETS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import vmm_fast
-from bench.records import PLACES, RESULTS, command, environment
+from bench.records import DATA, PLACES, RESULTS, command, environment
 from vmm_fast._files import write_atomically
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, fit
@@ -174,15 +173,12 @@ def plot(folder: Path, prefix: str) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``python -m bench quality``."""
-    default = os.environ.get(
-        "VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
-    )
     parser.add_argument("--prior", choices=PRIORS, default="vmm")
     parser.add_argument(
         "--name", help="of the result file, PREFIX-NAME.json; the prior's unless given"
     )
     parser.add_argument(
-        "--data", default=str(default), help="folder with mnist_train.npz, mnist_test.npz"
+        "--data", default=str(DATA), help="folder with mnist_train.npz, mnist_test.npz"
     )
     parser.add_argument(
         "--prefix", default="mnist", help="of the result files that belong together"

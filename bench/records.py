@@ -24,6 +24,10 @@ from vmm_fast import _core
 from vmm_fast._files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+# Real data, which are not part of the project.
+DATA = Path(
+    os.environ.get("VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 # Options that say where something lies, and nothing of what is measured.
 PLACES = ("data", "out", "checkpoint")
 # Without it a provider is absent: the option stays, its folder does not.

@@ -1,0 +1,297 @@
+"""Atlases of any size to measure with, resampled from real cells.
+
+    python -m bench.atlas --cells N --out FILE.h5ad
+
+A cell is drawn around the smoothed profile p of a real one: counts are negative binomial with mean
+
+    m_g = depth * p_g e_g / sum_h p_h e_h,    e_g = exp(0.3 a_bg + 0.2 c_btg),
+
+and inverse dispersion 4, where a and c are standard normal, one for every batch b and gene g and
+one for every cell type t besides, and the depth is log-normal about a median of its batch. Batches
+differ in size and in the share of each type, and lie one after the other, as studies do in an
+atlas. Every block of a batch has a seed of its own: a larger atlas begins each batch with the same
+cells as a smaller one. Memory holds one block and a few bytes a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+
+from bench.records import DATA
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+REAL = "pbmc3k_kang_3batch.h5ad"
+BATCHES = 16
+GENES = 2000
+DENSITY = 0.15  # share of counts above 0
+NEIGHBOURS = 15  # over which profiles are smoothed
+DISPERSION = 4  # inverse; a power of 2
+EFFECT, EFFECT_BY_TYPE = 0.3, 0.2
+DEPTH_SPREAD, DEPTH_SPREAD_OF_BATCHES = 0.4, 0.25
+BLOCK = 1024  # cells drawn at a time
+WRITTEN = 16  # blocks to a write
+CHUNK = 32_768  # values compressed together
+
+
+class Block(NamedTuple):
+    """Cells of one batch."""
+
+    counts: csr_matrix
+    batch: int
+    types: np.ndarray
+
+
+def real_cells() -> AnnData:
+    """Blood cells of three batches, or scanpy's 700 where that file is not; types in obs."""
+    from anndata import read_h5ad
+
+    if (DATA / REAL).exists():
+        return read_h5ad(DATA / REAL)
+    from vmm_fast.scvi.reading import example  # which takes seconds to import
+
+    adata = example().adata
+    adata.obs["cell_type"] = adata.obs["bulk_labels"]
+    return adata
+
+
+class Atlas:
+    """What all cells of an atlas are drawn from.
+
+    Parameters
+    ----------
+    seed : int
+        The same gives the same atlas.
+    genes : int
+        The most detected ones; where there are fewer real genes each is taken again, as another
+        gene with batch effects of its own.
+
+    Attributes
+    ----------
+    profiles : array [real cells, genes] of float32
+        Smoothed, each of sum 1.
+    types : array [real cells] of integers
+    type_names, gene_names : arrays of str
+    """
+
+    def __init__(self, seed: int = 0, genes: int = GENES) -> None:
+        adata = real_cells()
+        detected = adata.X.getnnz(axis=0)
+        order = np.argsort(-detected, kind="stable")
+        chosen = np.resize(order, genes)
+        self.gene_names = np.array(
+            [
+                adata.var_names[gene] + (f"-{again}" if again else "")
+                for again, gene in zip(np.arange(genes) // len(order), chosen, strict=True)
+            ]
+        )
+        self.type_names, self.types = np.unique(
+            adata.obs["cell_type"].astype(str), return_inverse=True
+        )
+        self.profiles = _smoothed(adata.X[:, chosen].toarray(), self.types)
+        self._seed = seed
+        rng = np.random.default_rng(seed)
+        kinds = len(self.type_names)
+        # So few of some types that a batch may have next to none.
+        self._shares = rng.dirichlet(10 * np.bincount(self.types) / len(self.types), BATCHES)
+        self._sizes = rng.lognormal(0, 0.6, BATCHES)
+        effect = EFFECT * rng.standard_normal((BATCHES, 1, genes), dtype=np.float32)
+        by_type = rng.standard_normal((BATCHES, kinds, genes), dtype=np.float32)
+        self._effects = np.exp(effect + EFFECT_BY_TYPE * by_type)
+        self._depths = rng.lognormal(0, DEPTH_SPREAD_OF_BATCHES, BATCHES)
+        self._depths *= self._depth_of_density(rng)
+
+    def _depth_of_density(self, rng: np.random.Generator) -> float:
+        """Find the median depth at which the share of counts above 0 is :data:`DENSITY`."""
+        cells = rng.integers(len(self.profiles), size=300)
+        shares, depths = self.profiles[cells], rng.lognormal(0, DEPTH_SPREAD, (len(cells), 1))
+        low, high = 1.0, 1e7
+        while high / low > 1.001:
+            depth = (low * high) ** 0.5
+            above = 1 - _share_of_zeros((depth * depths * shares).astype(np.float32))
+            low, high = (depth, high) if above.mean() < DENSITY else (low, depth)
+        return depth
+
+    def sizes(self, cells: int) -> np.ndarray:
+        """Give the number of cells in each batch [BATCHES]."""
+        ends = np.rint(cells * self._sizes.cumsum() / self._sizes.sum()).astype(np.int64)
+        return np.diff(ends, prepend=0)
+
+    def blocks(self, cells: int) -> Iterator[Block]:
+        """Draw so many cells, in the order in which they are written."""
+        for batch, size in enumerate(self.sizes(cells)):
+            for number, start in enumerate(range(0, size, BLOCK)):
+                yield self._block(batch, number, min(BLOCK, size - start))
+
+    def _block(self, batch: int, number: int, size: int) -> Block:
+        """Draw the first cells of a block; all random numbers lie cell after cell."""
+        rng = np.random.default_rng([self._seed, batch, number])
+        kind, which, depth = rng.random(BLOCK), rng.random(BLOCK), rng.standard_normal(BLOCK)
+        types = np.searchsorted(self._shares[batch].cumsum()[:-1], kind[:size], side="right")
+        by_type = np.argsort(self.types, kind="stable")
+        numbers = np.bincount(self.types)
+        first = numbers.cumsum() - numbers
+        cells = by_type[first[types] + (which[:size] * numbers[types]).astype(np.int64)]
+        mean = self.profiles[cells]
+        mean *= self._effects[batch, types]
+        depths = self._depths[batch] * np.exp(DEPTH_SPREAD * depth[:size])
+        mean *= (depths / mean.sum(1)).astype(np.float32)[:, None]
+        return Block(_draw(mean, rng), batch, types)
+
+
+def _smoothed(counts: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Average the profiles of the nearest cells of the same type, in 20 principal components."""
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import NearestNeighbors
+
+    profiles = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    found = np.empty_like(profiles, dtype=np.float32)
+    places = PCA(20, random_state=0).fit_transform(np.log1p(1e4 * profiles))
+    for kind in range(types.max() + 1):
+        cells = np.flatnonzero(types == kind)
+        nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(cells))).fit(places[cells])
+        neighbours = nearest.kneighbors(places[cells], return_distance=False)
+        for cell, near in zip(cells, neighbours, strict=True):
+            found[cell] = profiles[cells[near]].mean(0)
+    return found / found.sum(1, keepdims=True)
+
+
+def _share_of_zeros(mean: np.ndarray) -> np.ndarray:
+    """Give the negative binomial's probability of 0: (1 + m / r)^-r, by squaring."""
+    found = 1 / (1 + mean / np.float32(DISPERSION))
+    for _ in range(DISPERSION.bit_length() - 1):
+        found *= found
+    return found
+
+
+def _draw(mean: np.ndarray, rng: np.random.Generator) -> csr_matrix:
+    """Draw negative-binomial counts by inversion of one uniform number each.
+
+    Most are 0, which costs a comparison; a count k takes k more steps.
+    """
+    uniform = rng.random(mean.shape, dtype=np.float32)
+    at = np.flatnonzero(uniform > _share_of_zeros(mean))
+    m, left = (x.ravel()[at].astype(np.float64) for x in (mean, uniform))
+    odds = m / (m + DISPERSION)
+    probability = (1 - odds) ** DISPERSION
+    left -= probability
+    counts = np.empty(len(at), dtype=np.float32)
+    active = np.arange(len(at))
+    k = 0
+    while len(active):
+        k += 1
+        probability *= odds * ((DISPERSION + k - 1) / k)
+        # In float64 the sum comes nearer to 1 than the largest uniform number of float32.
+        done = left <= probability
+        counts[active[done]] = k
+        left -= probability
+        go_on = ~done
+        active, odds, left, probability = (x[go_on] for x in (active, odds, left, probability))
+    cells, genes = mean.shape
+    starts = np.searchsorted(at, genes * np.arange(cells + 1))
+    return csr_matrix((counts, (at % genes).astype(np.int32), starts), shape=mean.shape)
+
+
+# --- files ---
+
+
+def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
+    """Write an atlas as anndata writes one, as gzipped CSR in .h5ad, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        ``.h5ad``, or a folder that ends in ``.zarr``. Its folder must exist.
+    cells : int
+    seed, genes : int
+        See :class:`Atlas`.
+    """
+    import h5py
+    import pandas as pd
+    import zarr
+    from anndata import AnnData
+    from anndata.io import sparse_dataset, write_elem
+
+    atlas = Atlas(seed, genes)
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
+    in_zarr = path.suffix == ".zarr"
+    compression = {} if in_zarr else {"compression": "gzip"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what anndata and zarr mean to change
+            file = zarr.open_group(temporary, mode="w") if in_zarr else h5py.File(temporary, "w")
+            try:
+                none = csr_matrix((0, genes), dtype=np.float32)
+                write_elem(file, "/", AnnData(var=pd.DataFrame(index=atlas.gene_names)))
+                options = {"chunks": (CHUNK,), "indptr_dtype": "int64", **compression}
+                write_elem(file, "X", none, dataset_kwargs=options)
+                stored, types = sparse_dataset(file["X"]), []
+                for blocks in batched(atlas.blocks(cells), WRITTEN):
+                    stored.append(vstack([block.counts for block in blocks], format="csr"))
+                    types += [block.types.astype(np.int8) for block in blocks]
+                obs = _obs(atlas, atlas.sizes(cells), np.concatenate(types))
+                write_elem(file, "obs", obs, dataset_kwargs=compression)
+            finally:
+                if not in_zarr:
+                    file.close()
+        _remove(path)
+        temporary.replace(path)
+    finally:
+        _remove(temporary)
+
+
+def batched(values: Iterable[Any], number: int) -> Iterator[list[Any]]:
+    """Lists of so many, and of the rest."""
+    iterator = iter(values)
+    while found := list(islice(iterator, number)):
+        yield found
+
+
+def _obs(atlas: Atlas, sizes: np.ndarray, types: np.ndarray) -> pd.DataFrame:
+    import pandas as pd
+
+    width = len(str(BATCHES))
+    names = [f"batch-{number + 1:0{width}d}" for number in range(BATCHES)]
+    batches = np.repeat(np.arange(BATCHES, dtype=np.int8), sizes)
+    columns = {
+        "batch": pd.Categorical.from_codes(batches, names),
+        "cell_type": pd.Categorical.from_codes(types, atlas.type_names),
+    }
+    return pd.DataFrame(columns, index=[f"cell-{i}" for i in range(len(types))])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Write an atlas, and say how long it took."""
+    parser = argparse.ArgumentParser(prog="python -m bench.atlas", description=__doc__)
+    parser.add_argument("--cells", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help=".h5ad or .zarr")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    write(args.out, args.cells, seed=args.seed)
+    seconds = time.perf_counter() - start
+    print(f"{args.cells:,} cells in {seconds:.1f} s, {args.cells / seconds:,.0f} a second")
+
+
+if __name__ == "__main__":
+    main()
