@@ -129,11 +129,44 @@ class Atlas:
         ends = np.rint(cells * self._sizes.cumsum() / self._sizes.sum()).astype(np.int64)
         return np.diff(ends, prepend=0)
 
-    def blocks(self, cells: int) -> Iterator[Block]:
-        """Draw so many cells, in the order in which they are written."""
+    def blocks(self, cells: int, *, beyond: int = 0) -> Iterator[Block]:
+        """Draw so many cells, in the order in which they are written.
+
+        With `beyond`, cells of the same batches that an atlas of so many cells does not have.
+        """
+        within = self.sizes(beyond)
         for batch, size in enumerate(self.sizes(cells)):
+            first = -(-within[batch] // BLOCK)
             for number, start in enumerate(range(0, size, BLOCK)):
-                yield self._block(batch, number, min(BLOCK, size - start))
+                yield self._block(batch, first + number, min(BLOCK, size - start))
+
+    def in_memory(self, cells: int, *, beyond: int = 0) -> AnnData:
+        """Give what :meth:`blocks` draws, with batches and types in obs."""
+        from anndata import AnnData
+
+        blocks = list(self.blocks(cells, beyond=beyond))
+        counts = vstack([block.counts for block in blocks], format="csr")
+        types = np.concatenate([block.types for block in blocks])
+        return AnnData(counts, self.obs(types), self.var())
+
+    def var(self) -> pd.DataFrame:
+        """Give the genes' names as an index."""
+        import pandas as pd
+
+        return pd.DataFrame(index=self.gene_names)
+
+    def obs(self, types: np.ndarray) -> pd.DataFrame:
+        """Give names, batches and types of all cells of an atlas, whose types these are."""
+        import pandas as pd
+
+        width = len(str(BATCHES))
+        names = [f"batch-{number + 1:0{width}d}" for number in range(BATCHES)]
+        batches = np.repeat(np.arange(BATCHES, dtype=np.int8), self.sizes(len(types)))
+        columns = {
+            "batch": pd.Categorical.from_codes(batches, names),
+            "cell_type": pd.Categorical.from_codes(types, self.type_names),
+        }
+        return pd.DataFrame(columns, index=[f"cell-{i}" for i in range(len(types))])
 
     def _block(self, batch: int, number: int, size: int) -> Block:
         """Draw the first cells of a block; all random numbers lie cell after cell."""
@@ -219,7 +252,6 @@ def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
         See :class:`Atlas`.
     """
     import h5py
-    import pandas as pd
     import zarr
     from anndata import AnnData
     from anndata.io import sparse_dataset, write_elem
@@ -235,14 +267,14 @@ def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
             file = zarr.open_group(temporary, mode="w") if in_zarr else h5py.File(temporary, "w")
             try:
                 none = csr_matrix((0, genes), dtype=np.float32)
-                write_elem(file, "/", AnnData(var=pd.DataFrame(index=atlas.gene_names)))
+                write_elem(file, "/", AnnData(var=atlas.var()))
                 options = {"chunks": (CHUNK,), "indptr_dtype": "int64", **compression}
                 write_elem(file, "X", none, dataset_kwargs=options)
                 stored, types = sparse_dataset(file["X"]), []
                 for blocks in batched(atlas.blocks(cells), WRITTEN):
                     stored.append(vstack([block.counts for block in blocks], format="csr"))
                     types += [block.types.astype(np.int8) for block in blocks]
-                obs = _obs(atlas, atlas.sizes(cells), np.concatenate(types))
+                obs = atlas.obs(np.concatenate(types))
                 write_elem(file, "obs", obs, dataset_kwargs=compression)
             finally:
                 if not in_zarr:
@@ -258,19 +290,6 @@ def batched(values: Iterable[Any], number: int) -> Iterator[list[Any]]:
     iterator = iter(values)
     while found := list(islice(iterator, number)):
         yield found
-
-
-def _obs(atlas: Atlas, sizes: np.ndarray, types: np.ndarray) -> pd.DataFrame:
-    import pandas as pd
-
-    width = len(str(BATCHES))
-    names = [f"batch-{number + 1:0{width}d}" for number in range(BATCHES)]
-    batches = np.repeat(np.arange(BATCHES, dtype=np.int8), sizes)
-    columns = {
-        "batch": pd.Categorical.from_codes(batches, names),
-        "cell_type": pd.Categorical.from_codes(types, atlas.type_names),
-    }
-    return pd.DataFrame(columns, index=[f"cell-{i}" for i in range(len(types))])
 
 
 def _remove(path: Path) -> None:

@@ -29,7 +29,7 @@ DATA = Path(
     os.environ.get("VMM_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 # Options that say where something lies, and nothing of what is measured.
-PLACES = ("data", "out", "checkpoint")
+PLACES = ("atlases", "data", "out", "checkpoint")
 # Without it a provider is absent: the option stays, its folder does not.
 TFP_ENVIRONMENT = "--tfp-environment"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench import roofline, scaling, step, throughput
+from bench import atlas, out_of_core, roofline, scaling, step, throughput
 from bench.records import Row, read_rows, select
 from bench.targets import Check, checks, fraction_of_peak
 from vmm_fast._files import write_atomically
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PARTS = ("throughput", "roofline", "scaling", "step")
+PARTS = ("throughput", "roofline", "scaling", "step", "atlas")
 
 # Why a target is missed and what to try next, by how its name begins.
 REASONS: dict[str, str] = {
@@ -196,6 +197,77 @@ def step_table(rows: Sequence[Row]) -> str:
         cells = [f"{duration(here[p])} ({here[p] / here[step.NORMAL]:.2f}x)" for p in priors]
         lines.append((str(size), *cells))
     return table(("B", *priors), lines)
+
+
+def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Steps whose time grows with the cells, by rising number of them."""
+    found = {mode: select(rows, mode=mode) for mode in out_of_core.GROWING}
+    return {mode: sorted(r, key=lambda row: row["cells"]) for mode, r in found.items() if r}
+
+
+def atlas_tables(rows: Sequence[Row]) -> str:
+    """Time and memory against cells, with exponents and ten million; the rest, a table each."""
+    steps = _growing(rows)
+    lines = [
+        (
+            mode,
+            f"{row['cells']:,}",
+            duration(row["seconds"]),
+            f"{row['cells/s']:,.0f}",
+            _gib(row["peak_bytes"]) if "peak_bytes" in row else "",
+        )
+        for mode, line in steps.items()
+        for row in line
+    ]
+    head = ("step", "cells", "time", "cells/s", "peak memory")
+    text = table(head, lines) + "\n"
+    if all(len(line) > 1 for line in steps.values()):
+        text += f"{_ten_million(steps)}\n\n"
+    epochs = select(rows, mode=out_of_core.EPOCH)
+    lines = [
+        (str(row["B"]), row["provider"], duration(row["p50"]), f"{row['times stock']:.2f}")
+        for row in epochs
+    ]
+    head = ("B", "model", "CPU time of an epoch, 1 thread", f"over {out_of_core.STOCK}'s")
+    text += f"{epochs[0]['cells']:,} cells in memory:\n\n{table(head, lines)}\n"
+    for row in select(rows, mode=out_of_core.RESUME):
+        text += (
+            f"{row['cells']:,} cells, one thread: the parameters of a run that was killed "
+            f"{row['kills']} times at random moments differ by at most {row['difference']:g} from "
+            "those of one that was left alone.\n\n"
+        )
+    shuffled = select(rows, mode=out_of_core.SHUFFLING)
+    lines = [
+        (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")
+        for row in shuffled
+    ]
+    seeds = [f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))]
+    text += f"Negative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
+    text += f"epochs of {shuffled[0]['cells']:,} cells:\n\n"
+    return text + table(("cells", *seeds, "mean"), lines)
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB"
+
+
+def _ten_million(steps: dict[str, list[Row]]) -> str:
+    """Exponents, and what they say of ten million cells."""
+    times, fits = [], []
+    for mode, line in steps.items():
+        power = out_of_core.exponent(line)
+        fits.append(f"{mode} n^{power:.2f}")
+        last = line[-1]
+        times.append(f"{mode} {duration(last['seconds'] * (1e7 / last['cells']) ** max(power, 1))}")
+    before, last = steps[out_of_core.INTEGRATE][-2:]
+    a_cell = (last["peak_bytes"] - before["peak_bytes"]) / (last["cells"] - before["cells"])
+    peak = last["peak_bytes"] + max(a_cell, 0) * (1e7 - last["cells"])
+    return (
+        f"Time grows as {', '.join(fits)}; between the last two sizes, memory of "
+        f"{out_of_core.INTEGRATE} by {a_cell:.0f} bytes a cell. So 10,000,000 cells would take: "
+        f"{', '.join(times)}, in {_gib(peak)} (from the largest size by these exponents; one below "
+        "1, which comes of what is paid once, as 1)."
+    )
 
 
 # --- pictures ---
@@ -396,6 +468,57 @@ def plot_step(figure: Figure, rows: Sequence[Row]) -> None:
     ax.legend(fontsize=8, frameon=False, ncols=len(bars), loc="upper left")
 
 
+def plot_atlas(figure: Figure, rows: Sequence[Row]) -> None:
+    """Time and memory against cells, epochs next to stock SCVI, and what shuffling costs."""
+    figure.set_size_inches(15, 4.2)
+    times, memory, epochs, shuffling = figure.subplots(1, 4)
+    for i, (mode, line) in enumerate(_growing(rows).items()):
+        cells = [row["cells"] for row in line]
+        power = f": n^{out_of_core.exponent(line):.2f}" if len(line) > 1 else ""
+        style = {"marker": "o", "ms": 3.5, "lw": 1.3, "color": f"C{i}"}
+        times.plot(cells, [row["seconds"] for row in line], label=mode + power, **style)
+        if "peak_bytes" in line[0]:
+            peaks = [row["peak_bytes"] / 2**30 for row in line]
+            memory.plot(cells, peaks, label=mode, **style)
+    in_memory = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
+    memory.plot(cells, in_memory, ":", color="0.4", label="counts, if in memory")
+    memory.axhline(3, color="0.4", lw=0.8)
+    _label(memory, "3 GiB", (1, 3), (-2, 3), xycoords=("axes fraction", "data"), ha="right")
+    for ax in (times, memory):
+        ax.set_xscale("log")
+        ax.set_xlabel("cells, n", fontsize=9)
+        ax.legend(fontsize=7, frameon=False, loc="upper left")
+    times.set_yscale("log")
+    times.set_ylabel("seconds", fontsize=9)
+    times.set_ylim(top=8 * times.get_ylim()[1])  # room for the legend
+    memory.set_ylim(0, 4.2)
+    memory.set_ylabel("peak resident memory, GiB", fontsize=9)
+    _bare(times, "Time against cells")
+    _bare(memory, "Memory against cells")
+    found = select(rows, mode=out_of_core.EPOCH)
+    sizes = list(dict.fromkeys(row["B"] for row in found))
+    bars: dict[str, list[float | None]] = {
+        name: [row["times stock"] for row in select(found, provider=name)]
+        for name in (out_of_core.VMM, out_of_core.NORMAL)
+    }
+    stock = {row["B"]: row["p50"] for row in select(found, provider=out_of_core.STOCK)}
+    _bars(epochs, [f"B = {b}\nSCVI: {duration(stock[b])}" for b in sizes], bars, "{:.2f}")
+    epochs.axhline(1, color="0.3", lw=1)
+    epochs.set_ylim(0, 1.25)
+    epochs.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
+    _bare(epochs, "Training epoch in memory, time / that of SCVI")
+    found = select(rows, mode=out_of_core.SHUFFLING)
+    reference = found[0]["losses"]
+    for place, row in enumerate(found):
+        gaps = [a - b for a, b in zip(row["losses"], reference, strict=True)]
+        shuffling.scatter([place] * len(gaps), gaps, s=20, color=f"C{place}")
+    shuffling.set_xticks(range(len(found)), [row["provider"].replace(", ", ",\n") for row in found])
+    shuffling.set_xlim(-0.5, len(found) - 0.5)
+    shuffling.axhline(0, color="0.3", lw=0.8)
+    shuffling.set_ylabel("nats a cell, over in memory", fontsize=9)
+    _bare(shuffling, "Loss of cells not trained on")
+
+
 # --- the page ---
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -403,12 +526,14 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "roofline": roofline_table,
     "scaling": scaling_tables,
     "step": step_table,
+    "atlas": atlas_tables,
 }
 PLOTS: dict[str, Callable[[Figure, Sequence[Row]], None]] = {
     "throughput": plot_throughput,
     "roofline": plot_roofline,
     "scaling": plot_scaling,
     "step": plot_step,
+    "atlas": plot_atlas,
 }
 INTRODUCTIONS = {
     "throughput": "Medians of interleaved repeats, float32; in brackets the time over vmm_fast's. "
@@ -420,6 +545,9 @@ INTRODUCTIONS = {
     "scaling": "Least-squares fits of log time along one axis, the other two held.",
     "step": "784 inputs, hidden layers of 500, 500 and 2000, D = 10, 100 components; in brackets "
     "the time over that of N(0, I).",
+    "atlas": "Cells of `bench/atlas.py`, 2,000 genes, 15 % of the counts above 0; the top of "
+    "`bench/out_of_core.py` says what each step is. Each ran in a process of its own, whose memory "
+    "counts with the interpreter and its libraries.",
 }
 
 

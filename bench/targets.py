@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import geometric_mean, mean
 from typing import NamedTuple
 
-from bench import likelihood, roofline, scaling, scvi_step, step, throughput
+from bench import likelihood, out_of_core, roofline, scaling, scvi_step, step, throughput
 from bench.records import Row, select
 
 
@@ -147,6 +147,33 @@ def _scvi_step(rows: Sequence[Row]) -> Iterator[Check]:
             yield Check(target, f"B = {size}", row["times stock"], limit, False, "x")
 
 
+def _atlas(rows: Sequence[Row]) -> Iterator[Check]:
+    found = select(rows, part="atlas")
+    for size, limit in ((128, 0.75), (512, 0.45)):
+        for row in select(found, mode=out_of_core.EPOCH, provider=out_of_core.VMM, B=size):
+            target = "scVI training epoch in memory, VMM, against SCVI"
+            yield Check(target, f"B = {size}", row["times stock"], limit, False, "x")
+    whole = {row["cells"]: row for row in select(found, mode=out_of_core.INTEGRATE)}
+    if whole:
+        cells = max(whole)
+        case, peak = f"{cells:,} cells", whole[cells]["peak_bytes"]
+        target = "memory of vmm-fast integrate from disk"
+        yield Check(target, case, peak / 2**30, 3.0, False, " GiB")
+        few = out_of_core.COMPARED_CELLS
+        if few in whole and cells > few:
+            ratio = peak / whole[few]["peak_bytes"]
+            yield Check(f"{target}, against {few:,} cells", case, ratio, 1.10, False, "x")
+    for row in select(found, mode=out_of_core.LOADER):
+        for training in select(found, mode=out_of_core.TRAINING, cells=row["cells"]):
+            ratio = row["cells/s"] / training["cells/s"]
+            target = "loader from disk, against training"
+            yield Check(target, f"{row['cells']:,} cells", ratio, 2.0, True, "x")
+    for row in select(found, mode=out_of_core.RESUME):
+        case = f"{row['cells']:,} cells, killed {row['kills']} times"
+        target = "parameters of a run that was killed, against one left alone"
+        yield Check(target, case, row["difference"], 0.0, False, "")
+
+
 def _memory(rows: Sequence[Row]) -> Iterator[Check]:
     found = select(rows, part="scaling", mode=scaling.MEMORY, provider="vmm_fast")
     if not found:
@@ -206,6 +233,7 @@ TARGETS: tuple[Callable[[Sequence[Row]], Iterator[Check]], ...] = (
     _training_step,
     _likelihood,
     _scvi_step,
+    _atlas,
     _memory,
     _statistics,
     _overhead,

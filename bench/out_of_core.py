@@ -1,0 +1,395 @@
+"""Atlases of cells on disk: time and memory of every step against their number, and stock SCVI.
+
+Atlases are those of :mod:`bench.atlas`. Every step runs in a process of its own, whose peak of
+resident memory is the step's. Seconds are without the import of libraries.
+
+- prepare: ``vmm-fast prepare`` of a gzipped .h5ad.
+- loader: an epoch of batches as training takes them, with nothing done to them.
+- integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
+  this the training alone.
+- training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
+  loader and logging included, the warm-up under N(0, I) left out.
+- resume: a run that is killed several times, at random moments, and one that is not: the largest
+  difference between their parameters, on one thread.
+- shuffling: the loss of cells of the same batches that no atlas has, after the same number of steps
+  with cells in memory, all of them shuffled; from disk, runs and windows shuffled; and from disk in
+  the order in which they lie, only windows shuffled, to see what is lost where shuffling is poor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench import alone, atlas
+from bench.records import Row
+from bench.timing import quantiles
+from vmm_fast._folder import RUN
+
+PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
+GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE)
+EPOCH, RESUME, SHUFFLING = "training epoch", "resume", "shuffling"
+STOCK, VMM, NORMAL = "SCVI", "VMM", "same network, N(0, I)"
+PRIORS = {VMM: "vmm", NORMAL: "normal"}
+IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
+COMPARED_CELLS = 100_000  # with whose memory that of more is
+ATLASES = Path(__file__).parents[1] / "build" / "atlases"
+
+
+class Plan(NamedTuple):
+    """Sizes and repeats."""
+
+    cells: tuple[int, ...]  # in the atlases on disk
+    batch_size: int  # of training from disk
+    epoch_cells: int
+    epoch_batches: tuple[int, ...]
+    repeats: int
+    most_cells: int  # of resume and shuffling
+    epochs: int  # of these
+    kills: int
+    seeds: int
+    held_out: int
+
+
+FULL = Plan((10_000, 100_000, 1_000_000), 512, 20_000, (128, 512), 5, 100_000, 5, 5, 3, 10_000)
+QUICK = Plan((400,), 32, 300, (32,), 1, 400, 2, 1, 1, 100)
+
+
+# --- steps, each in its own process ---
+
+
+def _vmm_fast(*arguments: object) -> dict[str, float]:
+    """Seconds of a command of vmm-fast."""
+    import vmm_fast.scvi.integration  # noqa: F401  (takes seconds to import)
+    from vmm_fast import cli
+
+    start = time.perf_counter(), time.process_time()
+    if code := cli.main([str(argument) for argument in arguments]):
+        raise RuntimeError(f"vmm-fast {arguments[0]} gave {code}")
+    return {
+        "seconds": time.perf_counter() - start[0],
+        "cpu_seconds": time.process_time() - start[1],
+    }
+
+
+def prepare(path: str, out: str) -> dict[str, Any]:
+    """Convert to the layout that is read fastest."""
+    return _vmm_fast("prepare", path, "--out", out, "--overwrite")
+
+
+def integrate(arguments: Sequence[str], out: str) -> dict[str, Any]:
+    """Train, write embedding and clusters."""
+    import h5py
+
+    timing = _vmm_fast("integrate", *arguments, "--out", out, "--overwrite")
+    with h5py.File(Path(out) / "cells.h5ad") as file:
+        return {**timing, "training_seconds": float(file["uns/vmm/training_seconds"][()])}
+
+
+def epochs(
+    cells: int, batch_sizes: Sequence[int], repeats: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """CPU seconds of an epoch of every model, which take turns, by batch size and model."""
+    import logging
+    import warnings
+
+    import scvi
+    import torch
+    from lightning.pytorch.callbacks import Callback
+    from scvi.model import SCVI
+
+    from vmm_fast.scvi import VMMSCVI
+
+    class Clock(Callback):
+        def on_train_start(self, *args: Any) -> None:
+            self.start = time.process_time()
+
+        def on_train_end(self, *args: Any) -> None:
+            self.seconds = time.process_time() - self.start
+
+    warnings.simplefilter("ignore")
+    scvi.settings.verbosity = logging.ERROR
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    adata = atlas.Atlas().in_memory(cells)
+    found = {}
+    for batch_size in batch_sizes:
+        models = {}
+        for name in (STOCK, VMM, NORMAL):
+            kind = SCVI if name == STOCK else VMMSCVI
+            kind.setup_anndata(adata, batch_key="batch")
+            scvi.settings.seed = 0
+            models[name] = SCVI(adata) if name == STOCK else VMMSCVI(adata, prior=PRIORS[name])
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(1 + repeats):
+            for name, model in models.items():
+                clock = Clock()
+                model.train(
+                    1,
+                    batch_size=batch_size,
+                    accelerator="cpu",
+                    plan_kwargs={} if name == STOCK else {"prior_warmup": 0},
+                    callbacks=[clock],
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    logger=False,
+                )
+                seconds[name].append(clock.seconds)
+        # The first turn warms up.
+        found[str(batch_size)] = {name: quantiles(values[1:]) for name, values in seconds.items()}
+    return found
+
+
+def difference(one: str, other: str) -> dict[str, Any]:
+    """Largest difference between the parameters of two models."""
+    import torch
+
+    states = [
+        torch.load(Path(folder) / "model" / "model.pt", weights_only=False)["model_state_dict"]
+        for folder in (one, other)
+    ]
+    if states[0].keys() != states[1].keys():
+        raise RuntimeError(f"{one} and {other} hold different parameters")
+    largest = 0.0
+    for name, value in states[0].items():
+        if torch.is_tensor(value) and value.numel():
+            gap = (value.double() - states[1][name].double()).abs().max()
+            largest = max(largest, float(gap))
+    return {"difference": largest}
+
+
+def load(path: str, batch_size: int) -> dict[str, Any]:
+    """Take an epoch of batches and do nothing with them."""
+    from vmm_fast.scvi import CellStore
+    from vmm_fast.scvi.loading import CellBatches
+
+    with CellStore(path) as store:
+        start = time.perf_counter()
+        codes = store.column("batch").codes
+        starts = np.arange(0, store.n_obs, store.run)
+        stops = np.minimum(starts + store.run, store.n_obs)
+        batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
+        cells = sum(len(batch["X"]) for batch in batches)
+        return {"seconds": time.perf_counter() - start, "loaded": cells}
+
+
+def shuffle(
+    path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
+) -> dict[str, Any]:
+    """Train on cells in an order; negative ELBO, in nats, of cells that are not in the file."""
+    import scvi
+
+    from vmm_fast.scvi import VMMSCVI, CellStore
+    from vmm_fast.scvi.integration import quiet
+    from vmm_fast.scvi.loading import CellDataModule, MemoryCells
+
+    with CellStore(path) as store, quiet():
+        source: Any = store
+        if order == IN_MEMORY:
+            source = MemoryCells(store.read(np.array([0]), np.array([store.n_obs])))
+        elif order == IN_ORDER:
+            store.run = store.n_obs
+        codes = store.column("batch").codes
+        cells = atlas.Atlas().in_memory(held_out, beyond=store.n_obs)
+        scvi.settings.seed = seed
+        VMMSCVI.setup_anndata(cells, batch_key="batch")
+        model = VMMSCVI(cells, n_components=min(100, held_out // 4))
+        model.train(
+            epochs,
+            datamodule=CellDataModule(source, codes, batch_size=batch_size, held_out=0, seed=seed),
+            accelerator="cpu",
+            enable_progress_bar=False,
+            logger=False,
+        )
+        scvi.settings.seed = 0
+        return {"loss": -float(model.get_elbo())}
+
+
+# --- rows ---
+
+
+def _row(mode: str, provider: str, cells: int, threads: int, **more: Any) -> Row:
+    fixed = {"part": "atlas", "dtype": "float32", "threads": threads, "genes": atlas.GENES}
+    return {**fixed, "mode": mode, "provider": provider, "cells": cells, **more}
+
+
+def _rate(row: Row) -> Row:
+    return {**row, "cells/s": row["cells"] / row["seconds"]}
+
+
+def rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
+    """Every step at every size, then what is measured at one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    yield from _epoch_rows(plan)
+    prepared = {}
+    for cells in plan.cells:
+        path = make(folder, cells)
+        prepared[cells] = folder / f"{cells}-prepared.h5ad"
+        yield from _size_rows(plan, path, prepared[cells], cells, threads)
+    cells = max((c for c in plan.cells if c <= plan.most_cells), default=min(plan.cells))
+    yield _resume_row(plan, prepared[cells], cells)
+    yield from _shuffling_rows(plan, prepared[cells], cells, threads)
+
+
+def make(folder: Path, cells: int) -> Path:
+    """Write the atlas of so many cells, unless it is there."""
+    path = folder / f"{cells}.h5ad"
+    if not path.exists():
+        atlas.write(path, cells)
+    return path
+
+
+def _epoch_rows(plan: Plan) -> Iterator[Row]:
+    found = alone.run(
+        epochs,
+        threads=1,
+        cells=plan.epoch_cells,
+        batch_sizes=plan.epoch_batches,
+        repeats=plan.repeats,
+    )
+    for size in plan.epoch_batches:
+        timings = found[str(size)]
+        for name, timing in timings.items():
+            ratio = round(timing["p50"] / timings[STOCK]["p50"], 3)
+            yield _row(EPOCH, name, plan.epoch_cells, 1, B=size, **{"times stock": ratio}, **timing)
+
+
+def _size_rows(plan: Plan, path: Path, prepared: Path, cells: int, threads: int) -> Iterator[Row]:
+    done = alone.run(prepare, threads=threads, path=str(path), out=str(prepared))
+    sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
+    yield _rate(_row(PREPARE, VMM, cells, threads, **done, **sizes))
+    size = plan.batch_size
+    done = alone.run(load, threads=threads, path=str(prepared), batch_size=size)
+    yield _rate(_row(LOADER, VMM, cells, threads, B=size, **done))
+    arguments = _integrate_arguments(prepared, size, 1)
+    with tempfile.TemporaryDirectory(dir=path.parent) as out:
+        done = alone.run(integrate, threads=threads, arguments=arguments, out=f"{out}/results")
+    seconds = done.pop("training_seconds")
+    yield _rate(_row(INTEGRATE, VMM, cells, threads, B=size, **done))
+    yield _rate(_row(TRAINING, VMM, cells, threads, B=size, seconds=seconds))
+
+
+def _integrate_arguments(path: Path, batch_size: int, epochs: int) -> list[str]:
+    options = {"--memory": 0, "--epochs": epochs, "--batch-size": batch_size}
+    named = [str(text) for option in options.items() for text in option]
+    return [str(path), "--batch-key", "batch", "--accelerator", "cpu", *named]
+
+
+def _resume_row(plan: Plan, path: Path, cells: int) -> Row:
+    command = [sys.executable, "-m", "vmm_fast.cli", "integrate"]
+    command += _integrate_arguments(path, plan.batch_size, plan.epochs)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        left_alone, killed = f"{folder}/alone", f"{folder}/killed"
+        start = time.perf_counter()
+        _finish([*command, "--out", left_alone])
+        seconds = time.perf_counter() - start
+        rng = np.random.default_rng(0)
+        lives = (seconds * rng.uniform(0.15, 0.4, plan.kills)).tolist()
+        kills = kill_and_resume([*command, "--out", killed], lives)
+        found = alone.run(difference, threads=1, one=left_alone, other=killed)
+    return _row(RESUME, VMM, cells, 1, B=plan.batch_size, seconds=seconds, kills=kills, **found)
+
+
+def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
+    """Kill a run after each of these seconds and let it go on, at last to its end.
+
+    Parameters
+    ----------
+    command : list of str
+        Ends with the run's folder.
+    lives : sequence of float
+
+    Returns
+    -------
+    int
+        How often it was killed: less often than asked if it ended before.
+    """
+    for kills, seconds in enumerate(lives):
+        process = _start(command)
+        try:
+            _, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        else:
+            _check(process, stderr)
+            return kills
+    _finish(command)
+    return len(lives)
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a run, or let it go on if it has begun in its folder."""
+    began = Path(command[-1], RUN).exists()
+    return subprocess.Popen(
+        [*command, "--resume"] if began else command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=alone.environment(1),
+    )
+
+
+def _finish(command: list[str]) -> None:
+    process = _start(command)
+    _check(process, process.communicate()[1])
+
+
+def _check(process: subprocess.Popen[str], stderr: str) -> None:
+    if process.returncode:
+        raise RuntimeError(f"{process.args!r} failed: {stderr.strip()[-2000:]}")
+
+
+def _shuffling_rows(plan: Plan, path: Path, cells: int, threads: int) -> Iterator[Row]:
+    for order in (IN_MEMORY, ON_DISK, IN_ORDER):
+        losses = [
+            alone.run(
+                shuffle,
+                threads=threads,
+                path=str(path),
+                order=order,
+                epochs=plan.epochs,
+                batch_size=plan.batch_size,
+                held_out=plan.held_out,
+                seed=seed,
+            )["loss"]
+            for seed in range(plan.seeds)
+        ]
+        yield _row(
+            SHUFFLING, order, cells, threads, B=plan.batch_size, epochs=plan.epochs, losses=losses
+        )
+
+
+def exponent(rows: Sequence[Row]) -> float:
+    """Slope of log seconds against the log of the number of cells."""
+    x, y = (np.log([row[name] for row in rows]) for name in ("cells", "seconds"))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options that no other part has."""
+    parser.add_argument("--cells", nargs="+", type=int, help="in the atlases on disk")
+    parser.add_argument(
+        "--atlases", type=Path, default=ATLASES, help="folder to keep them in (default: build/)"
+    )
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows for the command line's options; none where scvi-tools is not installed."""
+    try:
+        import scvi  # noqa: F401
+    except ImportError:
+        print('atlas is left out: pip install "vmm-fast[scvi]"')
+        return
+    plan = QUICK if args.quick else FULL
+    if args.cells:
+        plan = plan._replace(cells=tuple(sorted(args.cells)))
+    yield from rows(plan, args.atlases, args.threads)
