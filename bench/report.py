@@ -481,32 +481,34 @@ def plot_atlas(figure: Figure, rows: Sequence[Row]) -> None:
             peaks = [row["peak_bytes"] / 2**30 for row in line]
             memory.plot(cells, peaks, label=mode, **style)
     in_memory = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
-    memory.plot(cells, in_memory, ":", color="0.4", label="counts, if in memory")
+    memory.plot(cells, in_memory, ":", color="0.4", label="the counts, if they were in memory")
     memory.axhline(3, color="0.4", lw=0.8)
     _label(memory, "3 GiB", (1, 3), (-2, 3), xycoords=("axes fraction", "data"), ha="right")
-    for ax in (times, memory):
+    for ax, room in ((times, 8), (memory, 20)):
         ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_ylim(top=room * ax.get_ylim()[1])  # for the legend
         ax.set_xlabel("cells, n", fontsize=9)
         ax.legend(fontsize=7, frameon=False, loc="upper left")
-    times.set_yscale("log")
     times.set_ylabel("seconds", fontsize=9)
-    times.set_ylim(top=8 * times.get_ylim()[1])  # room for the legend
-    memory.set_ylim(0, 4.2)
     memory.set_ylabel("peak resident memory, GiB", fontsize=9)
+    memory.yaxis.set_major_formatter("{x:g}")
     _bare(times, "Time against cells")
     _bare(memory, "Memory against cells")
     found = select(rows, mode=out_of_core.EPOCH)
     sizes = list(dict.fromkeys(row["B"] for row in found))
-    bars: dict[str, list[float | None]] = {
-        name: [row["times stock"] for row in select(found, provider=name)]
-        for name in (out_of_core.VMM, out_of_core.NORMAL)
-    }
-    stock = {row["B"]: row["p50"] for row in select(found, provider=out_of_core.STOCK)}
-    _bars(epochs, [f"B = {b}\nSCVI: {duration(stock[b])}" for b in sizes], bars, "{:.2f}")
-    epochs.axhline(1, color="0.3", lw=1)
-    epochs.set_ylim(0, 1.25)
-    epochs.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
-    _bare(epochs, "Training epoch in memory, time / that of SCVI")
+    providers = list(dict.fromkeys(row["provider"] for row in found))
+    for i, name in enumerate(providers):
+        at = [place + 0.27 * (i - 1) for place in range(len(sizes))]
+        ratios = [row["times stock"] for row in select(found, provider=name)]
+        color = "0.6" if name == out_of_core.STOCK else f"C{i - 1}"
+        epochs.bar(at, ratios, 0.25, color=color, label=name)
+        for x, ratio in zip(at, ratios, strict=True):
+            _label(epochs, f"{ratio:.2f}", (x, ratio), (0, 2), ha="center")
+    epochs.set_xticks(range(len(sizes)), [f"B = {size}" for size in sizes])
+    epochs.set_ylim(0, 1.3)
+    epochs.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
+    _bare(epochs, "CPU time of a training epoch, over SCVI's")
     found = select(rows, mode=out_of_core.SHUFFLING)
     reference = found[0]["losses"]
     for place, row in enumerate(found):

@@ -1,12 +1,26 @@
-"""Atlases to measure with are the same again, as sparse as asked, and alike at every size."""
+"""Atlases to measure with are the same again, as sparse as asked, and alike at every size.
+
+What is measured with them, at a tiny size: every step has its rows, page and targets.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytest.importorskip("anndata")
+pytest.importorskip("scvi")
 import anndata
+import torch
 
-from bench import atlas
+from bench import alone, atlas, out_of_core, report
+from bench.records import environment, select
+from bench.targets import checks
+from vmm_fast._folder import RUN
 
 GENES = 800  # more than scanpy's cells have
 
@@ -124,3 +138,179 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         atlas.write(path, 100, genes=GENES)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_cells_beyond_an_atlas_are_of_its_batches_but_not_in_it(drawn_from):
+    inside = drawn_from.in_memory(600)
+    beyond = drawn_from.in_memory(200, beyond=600)
+    assert beyond.obs["batch"].cat.categories.equals(inside.obs["batch"].cat.categories)
+    known = {cell.tobytes() for cell in inside.X.toarray()}
+    assert not any(cell.tobytes() in known for cell in beyond.X.toarray())
+    in_larger = {cell.tobytes() for cell in drawn_from.in_memory(20_000).X.toarray()}
+    assert all(cell.tobytes() in in_larger for cell in beyond.X.toarray()[:5])
+
+
+# --- what is measured with them ---
+
+
+@pytest.fixture
+def small_module(tmp_path, monkeypatch):
+    (tmp_path / "small_module.py").write_text(
+        "def hold(megabytes):\n"
+        "    return {'held': len(b'1' * (megabytes * 2**20))}\n"
+        "def fail():\n"
+        "    raise ValueError('no such luck')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("small_module")
+
+
+def test_a_function_alone_has_its_own_peak_memory(small_module):
+    ours = np.ones(2**25)  # which is not the other's
+    small, large = (alone.run(small_module.hold, threads=1, megabytes=size) for size in (1, 101))
+    assert large["held"] == 101 * 2**20
+    assert 0.95 < (large["peak_bytes"] - small["peak_bytes"]) / (100 * 2**20) < 1.05
+    assert small["peak_bytes"] < ours.nbytes
+
+
+def test_a_function_that_fails_alone_says_why(small_module):
+    with pytest.raises(RuntimeError, match=r"small_module.fail failed: (?s:.*)no such luck"):
+        alone.run(small_module.fail, threads=1)
+
+
+class FakeRun:
+    """A run that ends in the third life."""
+
+    lives = 0
+    returncode = None
+
+    def __init__(self, command, **options):
+        self.args = command
+        FakeRun.lives += 1
+        (Path(command[1]) / RUN).touch()
+
+    def communicate(self, timeout=None):
+        if timeout is not None and FakeRun.lives < 3:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        if self.returncode is None:
+            self.returncode = 0
+        return "", ""
+
+    def kill(self):
+        self.returncode = -9
+
+
+@pytest.mark.parametrize(("lives", "kills"), [(1, 1), (2, 2), (5, 2)])
+def test_a_run_is_killed_and_goes_on_until_it_ends(tmp_path, monkeypatch, lives, kills):
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        return FakeRun(command)
+
+    monkeypatch.setattr(FakeRun, "lives", 0)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert out_of_core.kill_and_resume(["run", str(tmp_path)], [60.0] * lives) == kills
+    command = ["run", str(tmp_path)]
+    assert started == [command, *[[*command, "--resume"]] * kills]
+
+
+def test_a_run_that_fails_is_an_error(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no space')", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="no space"):
+        out_of_core.kill_and_resume(command, [60])
+
+
+def test_difference_of_parameters(tmp_path):
+    for name, value in (("one", 1.0), ("other", 1.25)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        state = {"model_state_dict": {"a": torch.ones(3), "b": torch.tensor([1.0, value])}}
+        torch.save(state, tmp_path / name / "model" / "model.pt")
+    one, other = (str(tmp_path / name) for name in ("one", "other"))
+    assert out_of_core.difference(one, other) == {"difference": 0.25}
+    assert out_of_core.difference(one, one) == {"difference": 0.0}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run steps here, where scanpy's cells and small blocks are; pictures without UMAP."""
+    from vmm_fast import cli
+    from vmm_fast.scvi import report as pictures
+
+    def run(function, *, threads, **arguments):
+        found = function(**json.loads(json.dumps(arguments)))
+        return json.loads(json.dumps({**found, "peak_bytes": 2**30}))
+
+    def finish(command):
+        assert cli.main(command[3:]) == 0
+
+    def kill_and_resume(command, lives):
+        finish(command)
+        return len(lives)
+
+    monkeypatch.setattr(alone, "run", run)
+    monkeypatch.setattr(out_of_core, "_finish", finish)
+    monkeypatch.setattr(out_of_core, "kill_and_resume", kill_and_resume)
+    monkeypatch.setattr(pictures, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+
+
+@pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
+def test_every_step_has_its_rows_and_its_place_on_the_page(in_this_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(atlas, "GENES", GENES)
+    quick = out_of_core.QUICK._replace(epoch_cells=200)
+    monkeypatch.setattr(out_of_core, "QUICK", quick)
+    options = Namespace(quick=True, cells=[300, 150], atlases=tmp_path / "atlases", threads=1)
+    rows = list(out_of_core.measure(options))
+    for mode in out_of_core.GROWING:
+        line = select(rows, mode=mode)
+        assert [row["cells"] for row in line] == [150, 300]
+        for row in line:
+            assert row["cells/s"] == pytest.approx(row["cells"] / row["seconds"])
+    for row in select(rows, mode=out_of_core.LOADER):
+        assert row["cells"] - quick.batch_size < row["loaded"] <= row["cells"]
+    epochs = select(rows, mode=out_of_core.EPOCH)
+    assert {row["provider"]: row["times stock"] for row in epochs}[out_of_core.STOCK] == 1
+    assert [row["difference"] for row in select(rows, mode=out_of_core.RESUME)] == [0]
+    losses = {row["provider"]: row["losses"] for row in select(rows, mode=out_of_core.SHUFFLING)}
+    assert losses[out_of_core.IN_MEMORY] != losses[out_of_core.ON_DISK]
+    assert all(np.isfinite(loss).all() for loss in losses.values())
+
+    common = {"command": "python -m bench atlas", **environment()}
+    page = report.page({"atlas": [{**common, **row} for row in rows]})
+    assert "10,000,000 cells would take: prepare" in page
+    assert "| in memory |" in page
+    found = {check.target: check for check in checks(rows)}
+    assert found["memory of vmm-fast integrate from disk"].measured == "1 GiB"
+    assert found["parameters of a run that was killed, against one left alone"].met
+    assert sorted(path.name for path in (tmp_path / "atlases").iterdir()) == [
+        *("150-prepared.h5ad", "150.h5ad", "300-prepared.h5ad", "300.h5ad")
+    ]
+
+
+def test_targets_of_an_atlas():
+    def row(mode, cells, **more):
+        return out_of_core._row(mode, out_of_core.VMM, cells, 2, **more)
+
+    rows = [
+        row(out_of_core.INTEGRATE, 100_000, peak_bytes=2**30),
+        row(out_of_core.INTEGRATE, 1_000_000, peak_bytes=2**30 * 5 // 4),
+        row(out_of_core.LOADER, 1_000_000, **{"cells/s": 30.0}),
+        row(out_of_core.TRAINING, 1_000_000, **{"cells/s": 20.0}),
+        row(out_of_core.EPOCH, 20_000, B=128, **{"times stock": 0.7}),
+        row(out_of_core.EPOCH, 20_000, B=512, **{"times stock": 0.5}),
+    ]
+    found = [(check.value, check.verdict) for check in checks(rows)]
+    verdicts = ["met", "MISSED", "met", "MISSED", "MISSED"]
+    assert found == list(zip([0.7, 0.5, 1.25, 1.25, 1.5], verdicts, strict=True))
+
+
+def test_exponent_and_ten_million():
+    rows = [{"cells": n, "seconds": 2e-5 * n**1.1} for n in (1e4, 1e5, 1e6)]
+    assert out_of_core.exponent(rows) == pytest.approx(1.1)
+    peaks = [{**row, "peak_bytes": 2**30 + 100 * row["cells"]} for row in rows]
+    steps = {mode: rows for mode in out_of_core.GROWING} | {out_of_core.INTEGRATE: peaks}
+    text = report._ten_million(steps)
+    assert "prepare n^1.10" in text
+    assert "by 100 bytes a cell" in text
+    assert f"integrate {2e-5 * 1e7**1.1:.0f} s, in {1 + 1e9 / 2**30:.2f} GiB" in text
