@@ -226,10 +226,11 @@ class CellDataModule(LightningDataModule):
     :meth:`vmm_fast.scvi.CellStore.sample` gives::
 
         store = CellStore("atlas.h5ad")
-        some = store.sample(20_000, batch_key="batch")
+        some = store.sample(20_000, keys=["batch"])
         VMMSCVI.setup_anndata(some, batch_key="batch")
         model = VMMSCVI(some)
-        model.train(10, datamodule=CellDataModule(store, store.column("batch").codes))
+        cells = CellDataModule(store, store.column("batch").codes, batch_size=512)
+        model.train(10, datamodule=cells)
 
     Parameters
     ----------
