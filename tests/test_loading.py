@@ -1,6 +1,7 @@
 """Mini-batches of cells: every cell once, in the order that seed and pass decide, also resumed."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,6 +241,17 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
         z = integration.latent_means(model, module.all_cells())
     model = model.save(tmp_path / "model") or VMMSCVI.load(tmp_path / "model", adata)
     np.testing.assert_allclose(model.get_latent_representation(), z, atol=1e-5)
+
+
+def test_the_bar_tells_where_training_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(integration, "BAR_SECONDS", 0)
+    cells, _, chosen = prepared(False, tmp_path)
+    integration.integrate(cells, chosen, accelerator="cpu", progress=True)
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    shown = [line for line in lines if "cells/s" in line]
+    pattern = r"epoch {}, {}\S+ cells/s, {}, \d\.\d GiB \|.*\| ETA \d\d:\d\d"
+    assert re.match(pattern.format("1/3", "", "warm-up"), shown[0])
+    assert re.match(pattern.format("3/3", r"ELBO -\d+\.\d, ", r"[1-5] clusters"), shown[-1])
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):

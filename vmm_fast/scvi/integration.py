@@ -413,7 +413,7 @@ class _Progress(Callback):
         if module.warming_up:
             parts.append("warm-up")
         else:
-            used = int((module.components().weights > ACTIVE_SHARE).sum())
+            used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
             parts.append(f"{used} clusters")
         parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
