@@ -52,15 +52,51 @@ class Plan(NamedTuple):
     epoch_cells: int
     epoch_batches: tuple[int, ...]
     repeats: int
-    most_cells: int  # of resume and shuffling
-    epochs: int  # of these
+    resume_cells: int
+    resume_epochs: int
     kills: int
+    shuffle_cells: int
+    shuffle_epochs: int
     seeds: int
     held_out: int
 
 
-FULL = Plan((10_000, 100_000, 1_000_000), 512, 20_000, (128, 512), 5, 100_000, 5, 5, 3, 10_000)
-QUICK = Plan((400,), 32, 300, (32,), 1, 400, 2, 1, 1, 100)
+FULL = Plan(
+    cells=(10_000, 100_000, 1_000_000),
+    batch_size=512,
+    epoch_cells=20_000,
+    epoch_batches=(128, 512),
+    repeats=5,
+    resume_cells=20_000,
+    resume_epochs=20,
+    kills=5,
+    shuffle_cells=100_000,
+    shuffle_epochs=5,
+    seeds=3,
+    held_out=10_000,
+)
+QUICK = Plan(
+    cells=(400,),
+    batch_size=32,
+    epoch_cells=300,
+    epoch_batches=(32,),
+    repeats=1,
+    resume_cells=400,
+    resume_epochs=2,
+    kills=1,
+    shuffle_cells=400,
+    shuffle_epochs=2,
+    seeds=1,
+    held_out=100,
+)
+# A run of vmm-fast that is not a minute long but has many checkpoints.
+OFTEN_SAVED = """
+import sys
+from vmm_fast import cli
+from vmm_fast.scvi import integration
+integration.CHECKPOINT_SECONDS = 1
+sys.exit(cli.main())
+"""
 
 
 # --- steps, each in its own process ---
@@ -87,11 +123,16 @@ def prepare(path: str, out: str) -> dict[str, Any]:
 
 def integrate(arguments: Sequence[str], out: str) -> dict[str, Any]:
     """Train, write embedding and clusters."""
+    timing = _vmm_fast("integrate", *arguments, "--out", out, "--overwrite")
+    return {**timing, **training_seconds(out)}
+
+
+def training_seconds(out: str) -> dict[str, Any]:
+    """What of a run, whose results are there, was training."""
     import h5py
 
-    timing = _vmm_fast("integrate", *arguments, "--out", out, "--overwrite")
     with h5py.File(Path(out) / "cells.h5ad") as file:
-        return {**timing, "training_seconds": float(file["uns/vmm/training_seconds"][()])}
+        return {"training_seconds": float(file["uns/vmm/training_seconds"][()])}
 
 
 def epochs(
@@ -229,14 +270,10 @@ def rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
     """Every step at every size, then what is measured at one."""
     folder.mkdir(parents=True, exist_ok=True)
     yield from _epoch_rows(plan)
-    prepared = {}
     for cells in plan.cells:
-        path = make(folder, cells)
-        prepared[cells] = folder / f"{cells}-prepared.h5ad"
-        yield from _size_rows(plan, path, prepared[cells], cells, threads)
-    cells = max((c for c in plan.cells if c <= plan.most_cells), default=min(plan.cells))
-    yield _resume_row(plan, prepared[cells], cells)
-    yield from _shuffling_rows(plan, prepared[cells], cells, threads)
+        yield from _size_rows(plan, folder, cells, threads)
+    yield _resume_row(plan, folder)
+    yield from _shuffling_rows(plan, folder, threads)
 
 
 def make(folder: Path, cells: int) -> Path:
@@ -262,7 +299,8 @@ def _epoch_rows(plan: Plan) -> Iterator[Row]:
             yield _row(EPOCH, name, plan.epoch_cells, 1, B=size, **{"times stock": ratio}, **timing)
 
 
-def _size_rows(plan: Plan, path: Path, prepared: Path, cells: int, threads: int) -> Iterator[Row]:
+def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[Row]:
+    path, prepared = make(folder, cells), folder / f"{cells}-prepared.h5ad"
     done = alone.run(prepare, threads=threads, path=str(path), out=str(prepared))
     sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
     yield _rate(_row(PREPARE, VMM, cells, threads, **done, **sizes))
@@ -270,7 +308,7 @@ def _size_rows(plan: Plan, path: Path, prepared: Path, cells: int, threads: int)
     done = alone.run(load, threads=threads, path=str(prepared), batch_size=size)
     yield _rate(_row(LOADER, VMM, cells, threads, B=size, **done))
     arguments = _integrate_arguments(prepared, size, 1)
-    with tempfile.TemporaryDirectory(dir=path.parent) as out:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
         done = alone.run(integrate, threads=threads, arguments=arguments, out=f"{out}/results")
     seconds = done.pop("training_seconds")
     yield _rate(_row(INTEGRATE, VMM, cells, threads, B=size, **done))
@@ -283,23 +321,24 @@ def _integrate_arguments(path: Path, batch_size: int, epochs: int) -> list[str]:
     return [str(path), "--batch-key", "batch", "--accelerator", "cpu", *named]
 
 
-def _resume_row(plan: Plan, path: Path, cells: int) -> Row:
-    command = [sys.executable, "-m", "vmm_fast.cli", "integrate"]
-    command += _integrate_arguments(path, plan.batch_size, plan.epochs)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        left_alone, killed = f"{folder}/alone", f"{folder}/killed"
-        start = time.perf_counter()
+def _resume_row(plan: Plan, folder: Path) -> Row:
+    path = make(folder, plan.resume_cells)
+    command = [sys.executable, "-c", OFTEN_SAVED, "integrate"]
+    command += _integrate_arguments(path, plan.batch_size, plan.resume_epochs)
+    with tempfile.TemporaryDirectory(dir=folder) as results:
+        left_alone, killed = f"{results}/alone", f"{results}/killed"
         _finish([*command, "--out", left_alone])
-        seconds = time.perf_counter() - start
+        seconds = alone.run(training_seconds, threads=1, out=left_alone)["training_seconds"]
         rng = np.random.default_rng(0)
-        lives = (seconds * rng.uniform(0.15, 0.4, plan.kills)).tolist()
+        lives = (seconds * rng.uniform(0, 0.4, plan.kills)).tolist()
         kills = kill_and_resume([*command, "--out", killed], lives)
         found = alone.run(difference, threads=1, one=left_alone, other=killed)
-    return _row(RESUME, VMM, cells, 1, B=plan.batch_size, seconds=seconds, kills=kills, **found)
+    more = {"B": plan.batch_size, "seconds": seconds, "kills": kills, **found}
+    return _row(RESUME, VMM, plan.resume_cells, 1, **more)
 
 
 def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
-    """Kill a run after each of these seconds and let it go on, at last to its end.
+    """Kill a run after each of these seconds of training and let it go on, at last to its end.
 
     Parameters
     ----------
@@ -314,6 +353,7 @@ def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
     """
     for kills, seconds in enumerate(lives):
         process = _start(command)
+        _await_training(process, Path(command[-1], RUN))
         try:
             _, stderr = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -338,6 +378,13 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def _await_training(process: subprocess.Popen[str], record: Path) -> None:
+    """Wait until a run has read its input, when it writes its record."""
+    start = time.time()
+    while process.poll() is None and not (record.exists() and record.stat().st_mtime > start):
+        time.sleep(0.05)
+
+
 def _finish(command: list[str]) -> None:
     process = _start(command)
     _check(process, process.communicate()[1])
@@ -348,7 +395,8 @@ def _check(process: subprocess.Popen[str], stderr: str) -> None:
         raise RuntimeError(f"{process.args!r} failed: {stderr.strip()[-2000:]}")
 
 
-def _shuffling_rows(plan: Plan, path: Path, cells: int, threads: int) -> Iterator[Row]:
+def _shuffling_rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
+    path = make(folder, plan.shuffle_cells)
     for order in (IN_MEMORY, ON_DISK, IN_ORDER):
         losses = [
             alone.run(
@@ -356,16 +404,15 @@ def _shuffling_rows(plan: Plan, path: Path, cells: int, threads: int) -> Iterato
                 threads=threads,
                 path=str(path),
                 order=order,
-                epochs=plan.epochs,
+                epochs=plan.shuffle_epochs,
                 batch_size=plan.batch_size,
                 held_out=plan.held_out,
                 seed=seed,
             )["loss"]
             for seed in range(plan.seeds)
         ]
-        yield _row(
-            SHUFFLING, order, cells, threads, B=plan.batch_size, epochs=plan.epochs, losses=losses
-        )
+        more = {"B": plan.batch_size, "epochs": plan.shuffle_epochs, "losses": losses}
+        yield _row(SHUFFLING, order, plan.shuffle_cells, threads, **more)
 
 
 def exponent(rows: Sequence[Row]) -> float:

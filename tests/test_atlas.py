@@ -190,6 +190,9 @@ class FakeRun:
         FakeRun.lives += 1
         (Path(command[1]) / RUN).touch()
 
+    def poll(self):
+        (Path(self.args[1]) / RUN).touch()  # later than the wait for it began
+
     def communicate(self, timeout=None):
         if timeout is not None and FakeRun.lives < 3:
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -258,7 +261,7 @@ def in_this_process(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
 def test_every_step_has_its_rows_and_its_place_on_the_page(in_this_process, tmp_path, monkeypatch):
     monkeypatch.setattr(atlas, "GENES", GENES)
-    quick = out_of_core.QUICK._replace(epoch_cells=200)
+    quick = out_of_core.QUICK._replace(epoch_cells=200, resume_cells=200, shuffle_cells=300)
     monkeypatch.setattr(out_of_core, "QUICK", quick)
     options = Namespace(quick=True, cells=[300, 150], atlases=tmp_path / "atlases", threads=1)
     rows = list(out_of_core.measure(options))
@@ -284,7 +287,7 @@ def test_every_step_has_its_rows_and_its_place_on_the_page(in_this_process, tmp_
     assert found["memory of vmm-fast integrate from disk"].measured == "1 GiB"
     assert found["parameters of a run that was killed, against one left alone"].met
     assert sorted(path.name for path in (tmp_path / "atlases").iterdir()) == [
-        *("150-prepared.h5ad", "150.h5ad", "300-prepared.h5ad", "300.h5ad")
+        *("150-prepared.h5ad", "150.h5ad", "200.h5ad", "300-prepared.h5ad", "300.h5ad")
     ]
 
 
