@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from vmm_fast import _core
 from vmm_fast.backends.core import SUFFIXES
-from vmm_fast.inference.processes import sum_over_processes
+from vmm_fast.inference.processes import average_over_processes
 
 __all__ = ["PrivateAdam"]
 
@@ -77,9 +77,7 @@ class PrivateAdam:
         FloatingPointError
             If the loss or a gradient is not finite; nothing has changed then.
         """
-        processes = sum_over_processes(g for g in gradients if g is not None)
-        if processes > 1:
-            gradients = [g if g is None else g / processes for g in gradients]
+        average_over_processes(g for g in gradients if g is not None)
         moved = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
         self._follow_parameters()
         states = [self._state(p) for p, _ in moved]

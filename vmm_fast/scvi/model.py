@@ -20,6 +20,7 @@ from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
 
+from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
@@ -112,10 +113,13 @@ class LatentPriorModel(BaseModelClass):
         ------
         ValueError
             If there are fewer cells than pseudo-cells, or no AnnData to take them from.
+        RuntimeError
+            If there are several processes, and one of the others fails or is killed.
         """
         self._start_pseudo_cells()
         try:
-            found = super().train(*args, **kwargs)
+            with telling_of_lost_processes():
+                found = super().train(*args, **kwargs)
         finally:  # also where training was interrupted
             self.module.warming_up = False
         module = self.module

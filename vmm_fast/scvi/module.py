@@ -22,6 +22,7 @@ from torch.distributions import Normal, register_kl
 
 from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
 from vmm_fast.counts import nb_log_prob, poisson_log_prob, zinb_log_prob
+from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors import Prior
 from vmm_fast.priors.base import check_choice, check_integer
@@ -233,6 +234,8 @@ class LatentPrior(BaseModuleClass):
         q, self._latest = self._latest, None
         if q is None or self.frozen:
             return
+        # Batch normalisations have followed each process's own cells; components must be the same.
+        average_over_processes(x for x in self.z_encoder.buffers() if x.is_floating_point())
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
 
