@@ -1,0 +1,66 @@
+"""VMM-scVI on cells that need not fit in memory, in one process or several.
+
+    python examples/atlas.py CELLS
+    torchrun --nproc-per-node 2 examples/atlas.py CELLS
+    sbatch examples/atlas.sbatch CELLS
+
+CELLS is an .h5ad file, a .zarr folder or a folder of .h5ad files: counts in X, the batch of each
+cell in obs["batch"] (or --batch-key). Every process, on a GPU or a few cores, trains on cells of
+its own; all take the same steps, each with --batch-size cells of every process. The first saves the
+model, for VMMSCVI.load. Where one fails the others end too, and torchrun names it ("Root Cause").
+"""
+
+import argparse
+import os
+
+import scvi
+from torch import distributed
+
+from vmm_fast.scvi import VMMSCVI, CellDataModule, CellStore
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cells", metavar="CELLS")
+    parser.add_argument("--out", default="atlas-model", help="folder of the model")
+    parser.add_argument("--batch-key", default="batch")
+    parser.add_argument("--batch-size", type=int, default=128, help="cells, of each process")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--components", type=int, default=100)
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the cells")
+    args = parser.parse_args()
+    # As torchrun tells them; without it there is one process.
+    rank, processes, on_this_machine = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+
+    with CellStore(args.cells) as store:
+        some = store.sample(20_000, keys=[args.batch_key])  # pseudo-cells start from them
+        VMMSCVI.setup_anndata(some, batch_key=args.batch_key)
+        # Noise differs between processes. Parameters do not: all begin with those of the first.
+        scvi.settings.seed = rank
+        model = VMMSCVI(some, n_components=args.components)
+        batches = store.column(args.batch_key).codes
+        model.train(
+            args.epochs,
+            datamodule=CellDataModule(
+                store, batches, batch_size=args.batch_size, held_out=args.held_out
+            ),
+            devices=on_this_machine,
+            num_nodes=processes // on_this_machine,
+            strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true",
+            check_val_every_n_epoch=1,
+            enable_progress_bar=rank == 0,
+        )
+    if rank == 0:
+        model.save(args.out, overwrite=True)
+        print(f"{args.out}: trained with {processes} process{'es' * (processes > 1)}")
+    if processes > 1:
+        distributed.barrier()  # one that leaves before the others would break their connections
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
