@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import geometric_mean, mean
 from typing import NamedTuple
 
-from bench import likelihood, out_of_core, roofline, scaling, scvi_step, step, throughput
+from bench import likelihood, out_of_core, processes, roofline, scaling, scvi_step, step, throughput
 from bench.records import Row, select
 
 
@@ -213,6 +213,13 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
             yield Check(target, case, row["operators"], 15.0, False, "")
 
 
+def _processes(rows: Sequence[Row]) -> Iterator[Check]:
+    for row in select(rows, part="processes", mode=processes.MODE):
+        if row["provider"] != processes.ONE:
+            target = f"{row['mode']}, {row['provider']} against one"
+            yield Check(target, f"B = {row['B']}", row["times as fast"], 1.0, True, "x")
+
+
 def _growth(rows: Sequence[Row]) -> Iterator[Check]:
     found = select(rows, part="scaling")
     for thread_count in sorted({row["threads"] for row in found if "axis" in row}):
@@ -234,6 +241,7 @@ TARGETS: tuple[Callable[[Sequence[Row]], Iterator[Check]], ...] = (
     _likelihood,
     _scvi_step,
     _atlas,
+    _processes,
     _memory,
     _statistics,
     _overhead,

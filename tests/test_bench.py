@@ -19,6 +19,7 @@ from bench import (
     likelihood,
     peak,
     problems,
+    processes,
     providers,
     report,
     roofline,
@@ -535,6 +536,16 @@ def test_steps_of_scvi_have_targets_beside_stock():
     (check,) = checks(rows)
     assert check.value > 0
     assert check.limit == 0.75
+
+
+def test_two_processes_have_a_target_beside_one():
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    (size,) = processes.QUICK.batches
+    one, two = processes.rows(processes.QUICK, 2)
+    assert (one["provider"], two["provider"]) == (processes.ONE, "2 processes")
+    assert two["cells/s"] == pytest.approx(size / two["p50"], rel=0.01)
+    (check,) = checks([one, two])
+    assert check.value == two["times as fast"] == pytest.approx(one["p50"] / two["p50"], rel=0.01)
 
 
 def test_likelihoods_have_a_target_beside_scvi_tools():
