@@ -28,7 +28,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="cells, of each process")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--components", type=int, default=100)
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the cells")
     args = parser.parse_args()
     # As torchrun tells them; without it there is one process.
     rank, processes, on_this_machine = (
@@ -45,9 +44,7 @@ def main() -> None:
         batches = store.column(args.batch_key).codes
         model.train(
             args.epochs,
-            datamodule=CellDataModule(
-                store, batches, batch_size=args.batch_size, held_out=args.held_out
-            ),
+            datamodule=CellDataModule(store, batches, batch_size=args.batch_size),
             devices=on_this_machine,
             num_nodes=processes // on_this_machine,
             strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true",
