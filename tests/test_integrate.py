@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -340,6 +341,32 @@ def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
     assert [row["cluster"] for row in rows] == list(found.obs["vmm_cluster"])
 
 
+def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(integration, "SAMPLE", 20)
+    adata = make_cells(256)
+    names = np.array(["b", "unused", "a", "rare"])
+    codes = np.where(np.arange(256) < 120, 0, 2)
+    codes[150:153] = 3
+    adata.obs["batch"] = pd.Categorical.from_codes(codes, names)
+    path = written(tmp_path, adata)
+    settings = integration.Settings.suited_to(adata, batch_key="batch", genes=15, on_disk=True)
+    with CellStore(path) as store:
+        some, on_disk, _ = integration.training_cells_on_disk(store, settings)
+    assert some.n_obs == 64 and some.n_vars == 15
+    assert len(set(some.obs["batch"])) < 3  # one was not drawn
+    VMMSCVI.setup_anndata(some, batch_key="batch")
+    field = VMMSCVI(some).registry["field_registries"]["batch"]["state_registry"]
+    np.testing.assert_array_equal(field["categorical_mapping"][on_disk.batches], names[codes])
+    assert run(path, tmp_path / "out", "--memory", 0, "--batch-key", "batch") == 0
+
+
+def test_names_that_cells_share_are_noted(tmp_path, capsys):
+    adata = make_cells()
+    adata.obs_names = ["same"] * 3 + list(adata.obs_names[3:])
+    assert run(written(tmp_path, adata), tmp_path / "out", "--memory", 0) == 0
+    assert "note: 2 cells have a name that another has, too" in capsys.readouterr().out
+
+
 def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = ["--batch-size", 16, "--memory", 0]
@@ -384,7 +411,7 @@ def test_cells_on_disk_that_cannot_be_used(shards, tmp_path, capsys, monkeypatch
     broken = part.copy()
     broken.X = broken.X * np.float32(0.5)
     broken.write_h5ad(shards / "part1.h5ad")
-    refused("part1.h5ad: X must hold counts")
+    refused("^vmm-fast: [^ ]*part1.h5ad: X must hold counts")
     other = part.copy()
     other.var_names = [f"other {i}" for i in range(20)]
     other.write_h5ad(shards / "part1.h5ad")
@@ -462,13 +489,16 @@ def wait_to_be_stopped(self, *args):
     real(self, *args)
     if self.epoch == 3:  # N(0, I) still stands in for the prior
         pathlib.Path("waiting").touch()
-        time.sleep(1000)
+        until = time.monotonic() + 100
+        # On SIGTERM Lightning ends the run after the step.
+        while time.monotonic() < until and not pathlib.Path("go on").exists():
+            time.sleep(0.05)
 integration._Progress.on_train_epoch_end = wait_to_be_stopped
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_process_goes_on(h5ad, tmp_path, stop):
     options = [h5ad, "--epochs", "8", "--accelerator", "cpu", "--out"]
     command = [sys.executable, "-c", STOPPED, "integrate", *options, "stopped"]
@@ -477,12 +507,16 @@ def test_a_stopped_process_goes_on(h5ad, tmp_path, stop):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(stop)
+    (tmp_path / "go on").touch()
     _, error = process.communicate(timeout=120)
-    if stop == signal.SIGINT:
-        assert process.returncode == 130
-        assert error.startswith("vmm-fast: interrupted; go on with: ") and error.count("\n") == 1
-    else:
+    if stop == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
+    else:
+        code, word = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}[
+            stop
+        ]
+        assert process.returncode == code
+        assert error.startswith(f"vmm-fast: {word}; go on with: ") and error.count("\n") == 1
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     resume = ["integrate", str(h5ad), "--out", str(stopped), "--resume", "--accelerator", "cpu"]
     assert cli.main(resume) == 0

@@ -236,6 +236,11 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
         VMMSCVI.setup_anndata(some, batch_key="batch")
         model = VMMSCVI(some, n_components=6)
         assert model.summary_stats.n_batch == 3
+        other = CellDataModule(store, np.zeros(150, int))
+        with pytest.raises(
+            ValueError, match=r"datamodule must have .* categories of, 3, but has 1"
+        ):
+            model.train(1, datamodule=other)
         module = CellDataModule(store, store.column("batch").codes, batch_size=32)
         model.train(2, datamodule=module, accelerator="cpu", enable_progress_bar=False)
         z = integration.latent_means(model, module.all_cells())

@@ -407,6 +407,10 @@ def test_corrupt_chunks(tmp_path):
     chunk.unlink()
     with pytest.raises(InputError, match=r"c.zarr: X lacks chunks"):
         CellStore(path)
+    path = written(tmp_path / "d.zarr")
+    (path / "X" / "indices" / data.metadata.encode_chunk_key((0,))).unlink()
+    with pytest.raises(InputError, match=r"d.zarr: X lacks chunks"):
+        CellStore(path)
 
 
 def test_indices_beyond_the_genes(tmp_path):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
 from vmm_fast.clustering import Settings, train
-from vmm_fast.data import Data, InputError, Scaling, make_data, read
+from vmm_fast.data import Data, InputError, Scaling, Terminated, make_data, read
 
 __all__ = ["main"]
 
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", 1)
     except KeyboardInterrupt as stop:
-        return _complain(f"interrupted{stop.args[0] if stop.args else ''}", 130)
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        return _complain(f"{word}{stop.args[0] if stop.args else ''}", code)
     return 0
 
 
@@ -518,7 +519,8 @@ def _read_cells(
         else:
             training, more = integration.training_cells(cells, settings)
     except InputError as error:
-        raise InputError(f"{file or EXAMPLE}: {error}") from None
+        known = str(error).startswith(str(file))  # a store names its files
+        raise InputError(str(error) if known else f"{file or EXAMPLE}: {error}") from None
     _check_accelerator(arguments.accelerator)
     place.start(
         {"input": source, "settings": asdict(settings)},
@@ -608,8 +610,8 @@ def _integrate(arguments: argparse.Namespace) -> None:
         if progress:
             print("drawing the report", file=sys.stderr, flush=True)
         report.write_report(folder.path / "report.html", shown, found.history)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {run.again}") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"; go on with: {run.again}") from None
     finally:
         if run.on_disk is not None:
             run.cells.close()
@@ -666,8 +668,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
             )
             cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
             print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {run.again}") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"; go on with: {run.again}") from None
     _print_files(folder.path, sweep.RESULTS)
 
 

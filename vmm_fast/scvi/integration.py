@@ -32,12 +32,13 @@ import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 from scvi.train._metrics import ElboMetric
 
 from vmm_fast._files import write_atomically
-from vmm_fast.data import InputError
+from vmm_fast.data import InputError, Terminated
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Assignment, Components
 from vmm_fast.scvi.loading import (
@@ -201,19 +202,27 @@ def training_cells_on_disk(
             raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
         notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
     empty, detected = 0, np.zeros(store.n_vars)
+    names = np.empty(store.n_obs, dtype=np.uint64)
     step = window_of(store)
     for start in range(0, store.n_obs, step):
-        counts = store.read(start, min(start + step, store.n_obs))
+        stop = min(start + step, store.n_obs)
+        counts = store.read(start, stop)
         empty += int((np.diff(counts.indptr) == 0).sum())
         detected += counts.sum(0).A1
+        names[start:stop] = pd.util.hash_array(store.obs_names(start, stop), categorize=False)
     notes += _notes_on_counts(empty, detected)
+    if same := store.n_obs - len(np.unique(names)):
+        notes.append(f"{same:,} cells have a name that another has, too; results are in order")
     keys = [] if settings.batch_key is None else [settings.batch_key]
-    sample = store.sample(SAMPLE, keys=keys, seed=settings.seed)
-    some = in_place_of(sample.X, sample.obs[keys], store.var_names, settings.layer)
-    chosen = _variable_genes(some, settings)
+    number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
+    sample = store.sample(number, keys=keys, seed=settings.seed)
+    obs, genes_of = sample.obs[keys], store.var_names
+    chosen = _variable_genes(in_place_of(sample.X, obs, genes_of, settings.layer), settings)
+    # Not a view of the cells, which would lose the batches that none of them has.
+    some = in_place_of(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
     genes = None if chosen.all() else np.flatnonzero(chosen)
     on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
-    return some[:, chosen].copy(), on_disk, notes
+    return some, on_disk, notes
 
 
 def _check_keys(settings: Settings) -> None:
@@ -339,7 +348,7 @@ class _Progress(Callback):
         self.history: dict[str, list[float]] = {}
         self.seconds = 0.0
         self.epoch = 0
-        self.interrupted = False
+        self.stopped_by: type[KeyboardInterrupt] | None = None
         self._loaded: dict[str, Any] | None = None
         self._plan: Any = None
         self._since = self._written = self._shown = time.monotonic()
@@ -435,7 +444,10 @@ class _Progress(Callback):
             self._write(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        if isinstance(exception, KeyboardInterrupt):
+            self.stopped_by = KeyboardInterrupt
+        elif isinstance(exception, SIGTERMException):
+            self.stopped_by = Terminated
 
 
 def integrate(
@@ -475,6 +487,7 @@ def integrate(
     FloatingPointError
         If training diverges.
     KeyboardInterrupt
+        On Ctrl-C, and as :class:`Terminated` on SIGTERM.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     during = _Progress(checkpoint, checkpoint_steps, progress)
@@ -517,11 +530,11 @@ def integrate(
             z = latent_means(model, loading.all_cells())
             assigned = _number_by_size(model, z)
     except SystemExit:
-        # Lightning exits on Ctrl-C, and leaves it without effect.
-        if not during.interrupted:
+        # Lightning exits on Ctrl-C, and leaves it without effect; on SIGTERM with status 0.
+        if during.stopped_by is None:
             raise
         signal.signal(signal.SIGINT, on_interrupt)
-        raise KeyboardInterrupt from None
+        raise during.stopped_by from None
     except InputError:
         raise
     except ValueError as error:

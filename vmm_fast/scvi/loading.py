@@ -250,6 +250,8 @@ class CellDataModule(LightningDataModule):
     ----------
     n_train, n_val : int
         Cells that are trained on, and held out.
+    n_batch : int
+        Batches, of which the model must have as many.
     """
 
     def __init__(
@@ -279,6 +281,7 @@ class CellDataModule(LightningDataModule):
         # So many at least that some can be held out and those of a batch are of many runs.
         self._run, self._seed = max(1, min(cells.run, cells.n_obs // LEAST_RUNS)), seed
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
+        self.n_batch = int(batches.max(initial=-1)) + 1
         starts = np.arange(0, cells.n_obs, self._run)
         order = np.random.default_rng([seed]).permutation(len(starts))
         held = int(np.ceil(held_out * len(starts)))

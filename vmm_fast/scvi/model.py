@@ -23,6 +23,7 @@ from torch.distributions import Normal
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
+from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
 from vmm_fast.scvi.training import (
     EmpiricalBayesAdversarialTrainingPlan,
@@ -112,10 +113,17 @@ class LatentPriorModel(BaseModelClass):
         Raises
         ------
         ValueError
-            If there are fewer cells than pseudo-cells, or no AnnData to take them from.
+            If there are fewer cells than pseudo-cells, or no AnnData to take them from; if a
+            :class:`CellDataModule` has other batches than the AnnData.
         RuntimeError
             If there are several processes, and one of the others fails or is killed.
         """
+        cells = kwargs.get("datamodule")
+        if isinstance(cells, CellDataModule) and cells.n_batch != self.summary_stats.n_batch:
+            raise ValueError(
+                "datamodule must have the batches that the model's AnnData has categories of, "
+                f"{self.summary_stats.n_batch}, but has {cells.n_batch}"
+            )
         self._start_pseudo_cells()
         try:
             with telling_of_lost_processes():

@@ -221,8 +221,9 @@ class CellStore:
                 ):
                     raise InputError(f"{self._where} is no valid CSR matrix")
                 # Zarr would take a chunk that has been lost for one of zeros.
-                if isinstance(data, zarr.Array) and data.nchunks_initialized < data.nchunks:
-                    raise InputError(f"{self._where} lacks chunks")
+                for part in (data, indices, matrix["indptr"]):
+                    if isinstance(part, zarr.Array) and part.nchunks_initialized < part.nchunks:
+                        raise InputError(f"{self._where} lacks chunks")
             dtype = data.dtype if indptr is not None else matrix.dtype
             if dtype.kind not in "iuf":
                 raise InputError(f"{self._where} must hold counts, holds {dtype}")
@@ -391,7 +392,7 @@ class CellStore:
         return parts
 
     def column(self, key: str, option: str = "column") -> pd.Categorical:
-        """Give a column of obs, categories united over the files.
+        """Give a column of obs, with the categories that cells of any file have.
 
         Parameters
         ----------
@@ -414,7 +415,8 @@ class CellStore:
         if not isinstance(self.dtypes[key], pd.CategoricalDtype):
             dtype = pd.CategoricalDtype(dtype.categories.sort_values())
         codes = [frames.cast(part, dtype).codes for part in parts]
-        return pd.Categorical.from_codes(np.concatenate(codes), dtype=dtype)
+        found = pd.Categorical.from_codes(np.concatenate(codes), dtype=dtype)
+        return found.remove_unused_categories()
 
     # --- both ---
 
