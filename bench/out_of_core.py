@@ -278,10 +278,17 @@ def rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
 
 
 def make(folder: Path, cells: int) -> Path:
-    """Write the atlas of so many cells, unless it is there."""
+    """Write the atlas of so many cells, unless it is there; refuse one of other real cells."""
+    from vmm_fast.scvi import CellStore
+
     path = folder / f"{cells}.h5ad"
     if not path.exists():
         atlas.write(path, cells)
+    with CellStore(path) as store:
+        if list(store.var_names) != list(atlas.Atlas().gene_names):
+            raise RuntimeError(
+                f"{path}: is drawn from other cells than VMM_FAST_DATA has; remove it"
+            )
     return path
 
 

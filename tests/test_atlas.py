@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("scvi")
 import anndata
 import torch
+from scipy.sparse import csr_matrix
 
 from bench import alone, atlas, out_of_core, report
 from bench.records import environment, select
@@ -223,6 +224,13 @@ def test_a_run_that_fails_is_an_error(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no space')", str(tmp_path)]
     with pytest.raises(RuntimeError, match="no space"):
         out_of_core.kill_and_resume(command, [60])
+
+
+def test_an_atlas_of_other_cells_is_refused(tmp_path):
+    counts = csr_matrix(np.ones((5, 3), np.float32))
+    anndata.AnnData(counts).write_h5ad(tmp_path / "5.h5ad")
+    with pytest.raises(RuntimeError, match=r"5\.h5ad: is drawn from other cells"):
+        out_of_core.make(tmp_path, 5)
 
 
 def test_difference_of_parameters(tmp_path):
