@@ -562,6 +562,8 @@ def _bar(steps: int, initial: int) -> Any:
         initial=initial,
         bar_format="{desc} |{bar}| ETA {remaining}",
         dynamic_ncols=True,
+        mininterval=0,  # it is looked at seldom enough
+        miniters=1,
     )
 
 
