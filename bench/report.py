@@ -44,10 +44,10 @@ REASONS: dict[str, str] = {
     "training step": "Matrix products of the encoder on the pseudo-inputs: J rows pass it forward "
     "and back beside the batch's in `kl`, and once more in `update`, which at J = 100 and B = 256 "
     "is a third of all products of the step with N(0, I). Next: fewer pseudo-inputs a step.",
-    "scVI training epoch": "Of what the prior adds, most is encoding the pseudo-cells, twice a "
-    "step. Four runs gave .43 to .49 at 512 cells a step, the highest beside other work. Next: one "
-    "encoding for both steps (reuse_encoding), the softmax and scale of the mean within the "
-    "likelihood.",
+    "scVI training epoch": "About half of what the prior adds is that pseudo-cells are encoded "
+    "twice a step. Four runs gave .43 to .49 at 512 cells a step, the highest beside other work. "
+    "Next: one encoding for both steps (reuse_encoding), the softmax and scale of the mean within "
+    "the likelihood.",
     "call overhead": "More than half of it is a torch.autograd.Function that does nothing; the "
     "rest is checks and allocations. Next: a C++ autograd function.",
 }
