@@ -2,7 +2,7 @@
 
 The layout is anndata's (https://anndata.readthedocs.io/en/latest/fileformat-prose.html). Counts are
 stored as small as they are: uint16 where they fit, in chunks that hold about a hundred cells, with
-LZF, which is read several times faster than gzip.
+LZF, which is read faster than gzip.
 """
 
 from __future__ import annotations
