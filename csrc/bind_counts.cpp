@@ -14,7 +14,7 @@ using vmm::pointer;
 template <class T>
 vmm::CountModel<T> model(int64_t cells, int64_t genes, Address counts, Address row_starts,
                          Address gene_indices, Address mean, Address inverse_dispersion,
-                         bool dispersion_per_cell, Address dropout_logits) {
+                         bool dispersion_per_cell, Address dropout_logits, Address library_size) {
   return {cells,
           genes,
           pointer<const T>(counts),
@@ -23,7 +23,8 @@ vmm::CountModel<T> model(int64_t cells, int64_t genes, Address counts, Address r
           pointer<const T>(mean),
           pointer<const T>(inverse_dispersion),
           dispersion_per_cell,
-          pointer<const T>(dropout_logits)};
+          pointer<const T>(dropout_logits),
+          pointer<const T>(library_size)};
 }
 
 // One function a dtype, told apart by its suffix; what a model lacks has the address 0. After the
@@ -33,18 +34,19 @@ void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("count_log_prob" + suffix).c_str(),
         [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
-           bool per_cell, Address l, int threads, Address log_prob) {
-          vmm::count_log_prob<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l), threads,
+           bool per_cell, Address l, Address n, int threads, Address log_prob) {
+          vmm::count_log_prob<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l, n), threads,
                                  pointer<T>(log_prob));
         },
         nogil);
   m.def(("count_log_prob_backward" + suffix).c_str(),
         [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
-           bool per_cell, Address l, int threads, Address grad, Address grad_mean, Address grad_r,
-           Address grad_l) {
-          vmm::count_log_prob_backward<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l),
+           bool per_cell, Address l, Address n, int threads, Address grad, Address grad_mean,
+           Address grad_r, Address grad_l, Address grad_n) {
+          vmm::count_log_prob_backward<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l, n),
                                           pointer<const T>(grad), threads, pointer<T>(grad_mean),
-                                          pointer<T>(grad_r), pointer<T>(grad_l));
+                                          pointer<T>(grad_r), pointer<T>(grad_l),
+                                          pointer<T>(grad_n));
         },
         nogil);
 }

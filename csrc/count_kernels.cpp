@@ -54,11 +54,11 @@ Vec<T> absolute(Vec<T> x) {
   return x < 0 ? -x : x;
 }
 
-// log(1 + u) for u >= 0: what is lost when 1 + u is rounded is added to first order.
+// log(1 + u) for u >= 0.
 template <class T>
 Vec<T> log_one_plus(Vec<T> u) {
   const Vec<T> w = u + 1;
-  return log<T>(w) + (u - (w - 1)) / w;
+  return log_of_sum<T, true>(w, u - (w - 1));
 }
 
 // log(1 + u) - u / (1 + u) for u >= 0, given both; a small u's by its series, the sum over k of
@@ -91,36 +91,77 @@ Vec<T> at_least(Vec<T> x) {
   return x < T(kLeast) ? broadcast<T>(T(kLeast)) : x;  // a NaN stays
 }
 
-// log p(0), and its derivatives where they are asked for.
-template <class T, Model model, bool derive>
-Vec<T> zero(const Genes<T>& g, Derivatives<T>* d) {
+// What is a sum of logarithms of numbers from 1 to 2, as products: one logarithm for many genes.
+template <class T>
+class LogRatio {
+ public:
+  void multiply(Vec<T> over, Vec<T> under) {
+    over_ *= over;
+    under_ *= under;
+    if (++factors_ == 64) flush();  // 2^64 is far from overflowing
+  }
+  Vec<T> sum() {
+    flush();
+    return sum_;
+  }
+
+ private:
+  void flush() {
+    sum_ += log<T>(over_ / under_);
+    over_ = under_ = broadcast<T>(1);
+    factors_ = 0;
+  }
+  Vec<T> over_ = broadcast<T>(1), under_ = over_, sum_{};
+  int factors_ = 0;
+};
+
+// log(1 + u), t and, for zero inflation, e^-|a| and e^-|a + t| of a zero, with a = -l: of the
+// larger of 1 and e^(t-l), and of 1 and e^-l, the logarithms leave together max(t, -max(a, 0)).
+template <class T, bool inflated>
+struct Zero {
+  Vec<T> u, log1p, t, a, e, f;
+
+  explicit Zero(const Genes<T>& g) : u(g.mu / g.theta), log1p(log_one_plus<T>(u)) {
+    t = -g.theta * log1p;
+    if (!inflated) return;
+    a = -g.l;
+    e = exp<T>(-absolute<T>(a + t));
+    f = exp<T>(-absolute<T>(a));
+  }
+};
+
+// log p(0) where the counts are 0, else 0; a part of it goes to `ratio`.
+template <class T, Model model>
+Vec<T> zero(const Genes<T>& g, LogRatio<T>* ratio) {
+  const auto is_zero = g.x == 0;
+  if (model == Model::poisson) return is_zero ? -g.mu : Vec<T>{};
+  const Zero<T, model == Model::zero_inflated> z(g);
+  if (model == Model::negative_binomial) return is_zero ? z.t : Vec<T>{};
+  const Vec<T> one = broadcast<T>(1), below = z.a > 0 ? -z.a : Vec<T>{};
+  ratio->multiply(is_zero ? z.e + 1 : one, is_zero ? z.f + 1 : one);
+  return is_zero ? g.marked(max<T>(z.t, below)) + (z.t - z.t) : Vec<T>{};
+}
+
+// Derivatives of log p(0).
+template <class T, Model model>
+Derivatives<T> zero_derivatives(const Genes<T>& g) {
+  Derivatives<T> d{};
   if (model == Model::poisson) {
-    if (derive) d->mu = broadcast<T>(-1);
-    return -g.mu;
+    d.mu = broadcast<T>(-1);
+    return d;
   }
-  const Vec<T> u = g.mu / g.theta;
-  const Vec<T> log1p = log_one_plus<T>(u);
-  const Vec<T> t = -g.theta * log1p;
-  Vec<T> result = t, weight = broadcast<T>(1);
+  const Zero<T, model == Model::zero_inflated> z(g);
+  Vec<T> weight = broadcast<T>(1);
   if (model == Model::zero_inflated) {
-    // Of the larger of 1 and e^(t-l), and of 1 and e^-l, the logarithms leave together max(t, -a).
-    const Vec<T> a = -g.l, at = a + t;
-    const Vec<T> e = exp<T>(-absolute<T>(at)), f = exp<T>(-absolute<T>(a));
-    if (derive) {
-      const Vec<T> over_e = 1 / (1 + e), over_f = 1 / (1 + f);
-      weight = g.marked(at > 0 ? over_e : e * over_e);
-      d->l = (a > 0 ? over_f : f * over_f) - weight;
-    } else {
-      const Vec<T> positive = a > 0 ? a : broadcast<T>(0);
-      result = g.marked(max<T>(t, -positive) + log<T>((1 + e) / (1 + f))) + (t - t);
-    }
+    const Vec<T> one_e = z.e + 1, one_f = z.f + 1, over = 1 / (one_e * one_f);
+    const Vec<T> over_e = over * one_f, over_f = over * one_e;
+    weight = g.marked(z.a + z.t > 0 ? over_e : z.e * over_e);
+    d.l = (z.a > 0 ? over_f : z.f * over_f) - weight;
   }
-  if (derive) {
-    const Vec<T> w = 1 / (1 + u);
-    d->mu = -weight * w;
-    d->theta = -weight * log_excess<T>(u, log1p, u * w);
-  }
-  return result;
+  const Vec<T> w = 1 / (1 + z.u);
+  d.mu = -weight * w;
+  d.theta = -weight * log_excess<T>(z.u, z.log1p, z.u * w);
+  return d;
 }
 
 // What dropout adds to a positive count's log p, log(1 - pi) = -log(1 + e^l).
@@ -179,8 +220,8 @@ using Vd = Vec<double>;
 // sqrt(2 pi) and log w, for w >= 8 (DLMF 5.11.1, 5.11.2).
 Vd stirling(Vd w) {
   const Vd v = 1 / w, vv = v * v;
-  constexpr double c[] = {-3617.0 / 122400, 1.0 / 156,   -691.0 / 360360, 1.0 / 1188,
-                          -1.0 / 1680,      1.0 / 1260,  -1.0 / 360,      1.0 / 12};
+  constexpr double c[] = {-3617.0 / 122400, 1.0 / 156,  -691.0 / 360360, 1.0 / 1188,
+                          -1.0 / 1680,      1.0 / 1260, -1.0 / 360,      1.0 / 12};
   Vd p = broadcast<double>(c[0]);
   for (int k = 1; k < 8; k++) p = p * vv + c[k];
   return p * v;
@@ -224,8 +265,10 @@ Vd large(const Genes<double>& g, Derivatives<double>* d) {
     result = log<double>(rising(x + 1)) - log_gamma;  // -log x!
   }
   if (model == Model::poisson) {
-    if (derive) d->mu = x / mu - 1;
-    else result += x * log<double>(mu) - mu;
+    if (derive)
+      d->mu = x / mu - 1;
+    else
+      result += x * log<double>(mu) - mu;
   } else {
     const Vd r = theta + mu, u = mu / theta, log1p = log_one_plus<double>(u);
     const Vd s = theta + double(kSmall), y = x + s, log_ratio = log_one_plus<double>(x / s);
@@ -307,13 +350,15 @@ struct Positions {
 #endif
 };
 
-// A row, [first, first + count) of it; lanes behind that hold what costs nothing.
+// A row, [first, first + count) of it; lanes behind that hold counts that are not 0.
 template <class T, Model model>
 Genes<T> neighbours(const CountRow<T>& row, int64_t first, int64_t count) {
-  Genes<T> g{broadcast<T>(0), broadcast<T>(1), broadcast<T>(1), broadcast<T>(0)};
+  Genes<T> g{broadcast<T>(1), broadcast<T>(1), broadcast<T>(1), broadcast<T>(0)};
   const auto read = [=](const T* from, Vec<T>& into) {
-    if (count >= Simd<T>::lanes) into = load(from + first);
-    else __builtin_memcpy(&into, from + first, count * sizeof(T));
+    if (count >= Simd<T>::lanes)
+      into = load(from + first);
+    else
+      __builtin_memcpy(&into, from + first, count * sizeof(T));
   };
   read(row.counts, g.x);
   read(row.mean, g.mu);
@@ -344,14 +389,13 @@ T log_prob(const CountRow<T>& row, int32_t* memory) {
   constexpr int lanes = Simd<T>::lanes, wide = Simd<double>::lanes;
   const Positions positions(row, memory);
   Vec<T> sum{};
+  LogRatio<T> ratio;
   for (int64_t first = 0; first < row.genes; first += lanes) {
     const int64_t count = row.genes - first < lanes ? row.genes - first : lanes;
     const Genes<T> g = neighbours<T, model>(row, first, count);
-    Vec<T> found = zero<T, model, false>(g, nullptr);
-    found = g.x == 0 ? found : Vec<T>{};
-    for (int64_t lane = count; lane < lanes; lane++) found[lane] = 0;
-    sum += found;
+    sum += zero<T, model>(g, &ratio);
   }
+  if (model == Model::zero_inflated) sum += ratio.sum();
   for (int first = 0; first < positions.num_small; first += lanes) {
     const int left = positions.num_small - first, count = left < lanes ? left : lanes;
     const Genes<T> g = gathered<T, model>(row, positions.small + first, count);
@@ -389,16 +433,17 @@ void backward(const CountRow<T>& row, T grad, const CountGradients<T>& out, int3
   for (int64_t first = 0; first < row.genes; first += lanes) {
     const int64_t count = row.genes - first < lanes ? row.genes - first : lanes;
     const Genes<T> g = neighbours<T, model>(row, first, count);
-    Derivatives<T> d{};
-    zero<T, model, true>(g, &d);
+    Derivatives<T> d = zero_derivatives<T, model>(g);
     const auto is_zero = g.x == 0;
     const Vec<T> none{};
     d.mu = (g.mu > T(kLeast)) | (g.mu != g.mu) ? grad * d.mu : none;
     d.theta = is_zero & ((g.theta > T(kLeast)) | (g.theta != g.theta)) ? grad * d.theta : none;
     d.l *= grad;
     const auto write = [=](Vec<T> from, T* to) {
-      if (count == lanes) store<T>(from, to + first);
-      else __builtin_memcpy(to + first, &from, count * sizeof(T));
+      if (count == lanes)
+        store<T>(from, to + first);
+      else
+        __builtin_memcpy(to + first, &from, count * sizeof(T));
     };
     if (out.mean) write(d.mu, out.mean);
     if (out.dropout_logits) write(d.l, out.dropout_logits);
@@ -424,6 +469,65 @@ void backward(const CountRow<T>& row, T grad, const CountGradients<T>& out, int3
   }
 }
 
+// --- a mean that comes as logits ---
+
+// Calls body(first, load, store) for every vector of a row; the last one's missing lanes are loaded
+// as `beyond`, and not stored.
+template <class T, class Body>
+void for_each_vector(int64_t genes, Body body) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int64_t first = 0; first < genes; first += lanes) {
+    const int64_t count = genes - first < lanes ? genes - first : lanes;
+    body(
+        [=](const T* from, T beyond) {
+          if (count == lanes) return load(from + first);
+          Vec<T> x = broadcast<T>(beyond);
+          __builtin_memcpy(&x, from + first, count * sizeof(T));
+          return x;
+        },
+        [=](Vec<T> from, T* to) {
+          if (count == lanes)
+            store<T>(from, to + first);
+          else
+            __builtin_memcpy(to + first, &from, count * sizeof(T));
+        });
+  }
+}
+
+template <class T>
+void softmax_mean(int64_t genes, const T* logits, T library_size, T* mean) {
+  const T lowest = -T(__builtin_inf());
+  Vec<T> greatest = broadcast<T>(lowest);
+  for_each_vector<T>(
+      genes, [&](auto load_from, auto) { greatest = max<T>(greatest, load_from(logits, lowest)); });
+  T top = greatest[0];
+  for (int lane = 1; lane < Simd<T>::lanes; lane++)
+    top = top < greatest[lane] ? greatest[lane] : top;
+  Vec<T> sum{};
+  for_each_vector<T>(genes, [&](auto load_from, auto store_to) {
+    const Vec<T> l = load_from(logits, lowest) - top;
+    const Vec<T> e = l == l ? exp<T>(l) : l;  // exp loses a NaN
+    sum += e;
+    store_to(e, mean);
+  });
+  const T factor = library_size / sum_of_lanes<T>(sum);
+  for_each_vector<T>(
+      genes, [&](auto load_from, auto store_to) { store_to(factor * load_from(mean, 0), mean); });
+}
+
+template <class T>
+T softmax_mean_backward(int64_t genes, const T* mean, T library_size, T* grad) {
+  Vec<T> sum{};
+  for_each_vector<T>(genes,
+                     [&](auto load_from, auto) { sum += load_from(mean, 0) * load_from(grad, 0); });
+  // A library size of 0 makes means of 0, which have no gradient.
+  const T grad_library_size = library_size == 0 ? 0 : sum_of_lanes<T>(sum) / library_size;
+  for_each_vector<T>(genes, [&](auto load_from, auto store_to) {
+    store_to(load_from(mean, 0) * (load_from(grad, 0) - grad_library_size), grad);
+  });
+  return grad_library_size;
+}
+
 template <class T>
 T any_log_prob(const CountRow<T>& row, int32_t* positions) {
   if (!row.inverse_dispersion) return log_prob<T, Model::poisson>(row, positions);
@@ -434,13 +538,17 @@ T any_log_prob(const CountRow<T>& row, int32_t* positions) {
 template <class T>
 void any_backward(const CountRow<T>& row, T grad, const CountGradients<T>& out,
                   int32_t* positions) {
-  if (!row.inverse_dispersion) backward<T, Model::poisson>(row, grad, out, positions);
-  else if (!row.dropout_logits) backward<T, Model::negative_binomial>(row, grad, out, positions);
-  else backward<T, Model::zero_inflated>(row, grad, out, positions);
+  if (!row.inverse_dispersion)
+    backward<T, Model::poisson>(row, grad, out, positions);
+  else if (!row.dropout_logits)
+    backward<T, Model::negative_binomial>(row, grad, out, positions);
+  else
+    backward<T, Model::zero_inflated>(row, grad, out, positions);
 }
 
 template <class T>
-constexpr CountKernels<T> kernels = {any_log_prob<T>, any_backward<T>};
+constexpr CountKernels<T> kernels = {any_log_prob<T>, any_backward<T>, softmax_mean<T>,
+                                     softmax_mean_backward<T>};
 
 }  // namespace
 

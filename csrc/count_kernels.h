@@ -28,6 +28,10 @@ struct CountKernels {
   // `positions` has room for 2 G numbers.
   T (*log_prob)(const CountRow<T>&, std::int32_t* positions);
   void (*backward)(const CountRow<T>&, T grad, const CountGradients<T>&, std::int32_t* positions);
+  // mean [G] = library_size softmax(logits [G])
+  void (*softmax_mean)(std::int64_t genes, const T* logits, T library_size, T* mean);
+  // Turns the gradient of such a mean into that of its logits; returns that of its library size.
+  T (*softmax_mean_backward)(std::int64_t genes, const T* mean, T library_size, T* grad);
 
   // As compiled for each instruction set.
   static const CountKernels& baseline();

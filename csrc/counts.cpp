@@ -23,8 +23,7 @@ constexpr int64_t kCellsASum = 64;
 template <class T>
 class Counts {
  public:
-  Counts(const CountModel<T>& m, int64_t b, T* scratch)
-      : m_(m), b_(b), scratch_(scratch) {
+  Counts(const CountModel<T>& m, int64_t b, T* scratch) : m_(m), b_(b), scratch_(scratch) {
     if (scratch_) write(true);
   }
   ~Counts() {
@@ -53,21 +52,40 @@ void check(const CountModel<T>& m) {
     throw std::invalid_argument("counts' sparse indices must lie in its shape, row after row");
 }
 
-// Runs body(thread, row, b, positions) over all cells. body must not throw.
+// What a thread writes to while it is at a cell.
+template <class T>
+struct Workspace {
+  std::vector<int32_t> positions;
+  std::vector<T> counts, mean, grad_mean;
+
+  explicit Workspace(const CountModel<T>& m)
+      : positions(2 * m.genes),
+        counts(m.row_starts ? m.genes : 0),
+        mean(m.library_size ? m.genes : 0),
+        grad_mean(mean.size()) {}
+};
+
+// Runs body(thread, row, b, workspace) over all cells. body must not throw.
 template <class T, class Body>
 void for_each_cell(const CountModel<T>& m, int threads, Body body) {
   check(m);
   threads = useful_threads(threads, kWorkAGene * static_cast<double>(m.cells * m.genes));
-  std::vector<int32_t> positions(threads * 2 * m.genes);
-  std::vector<T> scratch(m.row_starts ? threads * m.genes : 0);
+  std::vector<Workspace<T>> workspaces(threads, Workspace<T>(m));
+  const auto& kernel = current_kernels<CountKernels<T>>();
   parallel_ranges(m.cells, threads, [&](int thread, int64_t begin, int64_t end) {
+    Workspace<T>& w = workspaces[thread];
     for (int64_t b = begin; b < end; b++) {
-      const Counts<T> counts(m, b, m.row_starts ? scratch.data() + thread * m.genes : nullptr);
+      const Counts<T> counts(m, b, m.row_starts ? w.counts.data() : nullptr);
       const int64_t at = b * m.genes, of_gene = m.dispersion_per_cell ? at : 0;
-      const CountRow<T> row{m.genes, counts.get(), m.mean + at,
+      const T* mean = m.mean + at;
+      if (m.library_size) {
+        kernel.softmax_mean(m.genes, mean, m.library_size[b], w.mean.data());
+        mean = w.mean.data();
+      }
+      const CountRow<T> row{m.genes, counts.get(), mean,
                             m.inverse_dispersion ? m.inverse_dispersion + of_gene : nullptr,
                             m.dropout_logits ? m.dropout_logits + at : nullptr};
-      body(thread, row, b, positions.data() + thread * 2 * m.genes);
+      body(thread, row, b, w);
     }
   });
 }
@@ -96,27 +114,32 @@ struct GeneSums {
 template <class T>
 void count_log_prob(const CountModel<T>& m, int threads, T* log_prob) {
   const auto& kernel = current_kernels<CountKernels<T>>();
-  for_each_cell(m, threads, [&](int, const CountRow<T>& row, int64_t b, int32_t* positions) {
-    log_prob[b] = kernel.log_prob(row, positions);
+  for_each_cell(m, threads, [&](int, const CountRow<T>& row, int64_t b, Workspace<T>& w) {
+    log_prob[b] = kernel.log_prob(row, w.positions.data());
   });
 }
 
 template <class T>
 void count_log_prob_backward(const CountModel<T>& m, const T* grad, int threads, T* grad_mean,
-                             T* grad_inverse_dispersion, T* grad_dropout_logits) {
+                             T* grad_inverse_dispersion, T* grad_dropout_logits,
+                             T* grad_library_size) {
   const auto& kernel = current_kernels<CountKernels<T>>();
   const bool summed = grad_inverse_dispersion && !m.dispersion_per_cell;
   std::vector<GeneSums<T>> sums(summed ? threads : 0, GeneSums<T>(m.genes));
   if (grad_inverse_dispersion && m.dispersion_per_cell)
     std::fill_n(grad_inverse_dispersion, m.cells * m.genes, T(0));
-  for_each_cell(m, threads, [&](int thread, const CountRow<T>& row, int64_t b, int32_t* positions) {
+  for_each_cell(m, threads, [&](int thread, const CountRow<T>& row, int64_t b, Workspace<T>& w) {
     const int64_t at = b * m.genes;
-    T* theta = summed ? sums[thread].recent.data()
-                      : grad_inverse_dispersion ? grad_inverse_dispersion + at : nullptr;
-    kernel.backward(row, grad[b],
-                    {grad_mean ? grad_mean + at : nullptr, theta,
-                     grad_dropout_logits ? grad_dropout_logits + at : nullptr},
-                    positions);
+    T* mean = grad_mean ? grad_mean + at : grad_library_size ? w.grad_mean.data() : nullptr;
+    T* theta = summed                    ? sums[thread].recent.data()
+               : grad_inverse_dispersion ? grad_inverse_dispersion + at
+                                         : nullptr;
+    T* logits = grad_dropout_logits ? grad_dropout_logits + at : nullptr;
+    kernel.backward(row, grad[b], {mean, theta, logits}, w.positions.data());
+    if (m.library_size && mean) {
+      const T found = kernel.softmax_mean_backward(m.genes, row.mean, m.library_size[b], mean);
+      if (grad_library_size) grad_library_size[b] = found;
+    }
     if (summed) sums[thread].count_cell();
   });
   if (!summed) return;
@@ -128,9 +151,9 @@ void count_log_prob_backward(const CountModel<T>& m, const T* grad, int threads,
   }
 }
 
-#define VMM_INSTANTIATE(T)                                              \
-  template void count_log_prob<T>(const CountModel<T>&, int, T*);       \
-  template void count_log_prob_backward<T>(const CountModel<T>&, const T*, int, T*, T*, T*);
+#define VMM_INSTANTIATE(T)                                        \
+  template void count_log_prob<T>(const CountModel<T>&, int, T*); \
+  template void count_log_prob_backward<T>(const CountModel<T>&, const T*, int, T*, T*, T*, T*);
 VMM_INSTANTIATE(float)
 VMM_INSTANTIATE(double)
 

@@ -9,7 +9,9 @@
 // summed over genes (Grun et al. 2014; Lopez et al. 2018). Zeros cost no log-gamma, nor do whole
 // counts up to 8, for which Gamma(x + theta) / (Gamma(theta) x!) is a product; others are computed
 // in double. Means and inverse dispersions below 1e-15 are taken as that, without a gradient; a
-// negative count or a NaN gives NaN. The same input gives the same bits at one thread count.
+// negative count or a NaN gives NaN. A mean may come as logits a and library sizes n, mu = n
+// softmax(a), of which nothing of size [B, G] is stored. The same input gives the same bits at one
+// thread count.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +24,11 @@ struct CountModel {
   const T* counts;                   // [B, G], or the values of a CSR matrix
   const std::int64_t* row_starts;    // [B + 1]; null: counts are dense
   const std::int64_t* gene_indices;  // of the values
-  const T* mean;                     // [B, G]
+  const T* mean;                     // [B, G], or its logits
   const T* inverse_dispersion;       // [G] or [B, G]; null: Poisson
   bool dispersion_per_cell;          // [B, G]
   const T* dropout_logits;           // [B, G]; null: not zero-inflated
+  const T* library_size;             // [B]; null: mean is no logits
 };
 
 // log_prob [B].
@@ -33,9 +36,10 @@ template <class T>
 void count_log_prob(const CountModel<T>&, int threads, T* log_prob);
 
 // Gradients of sum_b grad_b log_prob_b, each null where it is not asked for, in the shapes of mean,
-// inverse_dispersion and dropout_logits.
+// inverse_dispersion, dropout_logits and library_size.
 template <class T>
 void count_log_prob_backward(const CountModel<T>&, const T* grad, int threads, T* grad_mean,
-                             T* grad_inverse_dispersion, T* grad_dropout_logits);
+                             T* grad_inverse_dispersion, T* grad_dropout_logits,
+                             T* grad_library_size);
 
 }  // namespace vmm

@@ -131,10 +131,11 @@ Vec<T> exp(Vec<T> x) {
   return (Vec<T>)((IntVec)p + ((IntVec)shifted << S::mantissa_bits));
 }
 
-// log(x) for a positive normal x: with x = 2^n m, 1/sqrt(2) <= m < sqrt(2), and s = (m - 1) / (m +
-// 1), log x = n log 2 + 2 (s + s^3 / 3 + s^5 / 5 + ..).
-template <class T>
-Vec<T> log(Vec<T> x) {
+// log(x + rest) for a positive normal x and, if `with_rest`, what is lost where a sum is rounded to
+// x: with x = 2^n m, 1/sqrt(2) <= m < sqrt(2), and s = (m - 1) / (m + 1), log x = n log 2 + 2 (s +
+// s^3 / 3 + s^5 / 5 + ..).
+template <class T, bool with_rest>
+Vec<T> log_of_sum(Vec<T> x, Vec<T> rest) {
   using S = Scalar<T>;
   using Int = typename S::Int;
   using IntVec = typename Simd<T>::IntVec;
@@ -144,11 +145,18 @@ Vec<T> log(Vec<T> x) {
   const IntVec exponent = bits >> S::mantissa_bits;
   const Vec<T> m = (Vec<T>)((bits - (exponent << S::mantissa_bits)) + root_half);
   const Vec<T> n = __builtin_convertvector(exponent, Vec<T>);
-  const Vec<T> s = (m - 1) / (m + 1);
+  Vec<T> above = m - 1;
+  if (with_rest) above += rest * (Vec<T>)((S::exponent_bias - exponent) << S::mantissa_bits);
+  const Vec<T> s = above / (m + 1);
   const Vec<T> ss = s * s;
   Vec<T> p = broadcast<T>(T(1) / (2 * S::log_terms + 1));
   for (int k = S::log_terms - 1; k >= 1; k--) p = p * ss + T(1) / (2 * k + 1);
   return n * T(0.693147180559945309417) + 2 * (s + s * ss * p);
+}
+
+template <class T>
+Vec<T> log(Vec<T> x) {
+  return log_of_sum<T, false>(x, x);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Log-likelihoods of counts: against mpmath and scipy, every instruction set, errors."""
 
 import itertools
+from functools import partial
 
 import mpmath
 import numpy as np
@@ -160,8 +161,9 @@ def test_threads_and_runs_give_the_same():
             found.append(values_and_gradients(ops.zinb_log_prob, *arguments))
     for first, second in (found[:2], found[2:]):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # Sums of 300 terms near 1, in another order.
     for a, b in zip(found[0], found[2], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [strided, shifted, expanded])
@@ -228,6 +230,85 @@ def test_only_what_is_asked_for_has_a_gradient():
         assert torch.equal(slope, everything[one])
 
 
+# --- a mean that comes as a library size and logits ---
+
+
+def softmax_case(cells, genes, seed=0, dtype=torch.float64):
+    """As random_counts, with logits in place of the mean and library sizes behind the others."""
+    x, mean, theta, logits = random_counts(cells, genes, seed, dtype)
+    scale = torch.linspace(0.5, 3, cells, dtype=dtype)
+    return x, mean.log() + scale[:, None], theta, logits, scale * mean.sum(-1)
+
+
+def of_softmax(model, x, logits, *rest):
+    """The log-likelihood, of arguments as softmax_case gives them."""
+    *others, library_size = rest
+    return FUNCTIONS[model](x, ops.SoftmaxMean(logits, library_size), *others)
+
+
+def few(model, x, logits, *rest):
+    return x, logits, *rest[: FEW[model] - 1], rest[-1]
+
+
+def reference_of_softmax(x, logits, *rest):
+    *others, library_size = rest
+    return reference.count_log_prob(x, logits, *others, library_size=library_size)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("genes", [1, 7, 16, 33, 100])
+def test_softmax_mean_equals_reference(isa, model, genes):
+    case = few(model, *softmax_case(9, genes))
+    expected = values_and_gradients(reference_of_softmax, *case)
+    for x in (case[0], case[0].to_sparse_csr()):
+        found = values_and_gradients(partial(of_softmax, model), x, *case[1:])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_softmax_mean_in_float32_is_as_near_as_a_softmax_before(isa, model):
+    case = few(model, *softmax_case(64, 500))
+    exact = values_and_gradients(reference_of_softmax, *case)
+    single = [x.float() for x in case]
+    found = values_and_gradients(partial(of_softmax, model), *single)
+
+    def before(x, logits, *rest):
+        return FUNCTIONS[model](x, rest[-1][:, None] * logits.softmax(-1), *rest[:-1])
+
+    eager = values_and_gradients(before, *single)
+    for a, b, c in zip(found, eager, exact, strict=True):
+        ours, theirs = ((y.double() - c).abs().max() for y in (a, b))
+        assert ours <= 2 * theirs + 1e-6 * c.abs().max()
+
+
+def test_softmax_mean_at_the_edges():
+    x, logits, theta, dropout, sizes = (y.clone() for y in softmax_case(4, 20, dtype=torch.float32))
+    logits[0, 3], logits[1] = -torch.inf, logits[1] + 1e4
+    x[0, 3] = sizes[2] = 0
+    found, slope, *_, of_size = values_and_gradients(
+        zinb := partial(of_softmax, "zinb"), x, logits, theta, dropout, sizes
+    )
+    assert found.isfinite().all()
+    assert slope[0, 3] == 0 and (slope[2] == 0).all() and of_size[2] == 0
+    assert slope.isfinite().all() and of_size.isfinite().all()
+    for bad in (logits, sizes):
+        bad[3] = torch.nan
+        assert zinb(x, logits, theta, dropout, sizes).isnan().tolist() == [False] * 3 + [True]
+        bad[3] = 1
+
+
+def test_softmax_mean_has_the_gradients_that_are_asked_for():
+    x, *parameters = softmax_case(4, 11)
+    everything = values_and_gradients(partial(of_softmax, "zinb"), x, *parameters)[1:]
+    for one in range(4):
+        inputs = [p.clone().requires_grad_(i == one) for i, p in enumerate(parameters)]
+        found = of_softmax("zinb", x, *inputs)
+        upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype)
+        (slope,) = torch.autograd.grad((found * upstream).sum(), [inputs[one]])
+        assert torch.equal(slope, everything[one])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     x, mean, theta, logits = random_counts(4, 11, dtype=dtype)
@@ -235,11 +316,13 @@ def test_opcheck(dtype):
     with_grad = [p.clone().requires_grad_() for p in (mean, theta, logits)]
     csr = x.to_sparse_csr()
     sparse = [t.clone() for t in (csr.values(), csr.crow_indices(), csr.col_indices())]
-    check(op.count_log_prob, (x, None, None, *with_grad))
-    check(op.count_log_prob, (*sparse, mean, theta, None))
-    wanted = [True, False, True]
+    check(op.count_log_prob, (x, None, None, *with_grad, None))
+    check(op.count_log_prob, (*sparse, mean, theta, None, None))
+    library_size = mean.sum(-1)
+    check(op.count_log_prob, (x, None, None, *with_grad, library_size.clone().requires_grad_()))
+    wanted = [True, False, True, True]
     upstream = torch.ones(4, dtype=dtype)
-    model = (x, None, None, mean, theta, logits)
+    model = (x, None, None, mean, theta, logits, library_size)
     check(op.count_log_prob_backward, (upstream, *model, wanted))
 
 
@@ -285,6 +368,21 @@ def bad(**change):
         ({"dropout_logits": torch.ones(11)}, ValueError, r"dropout_logits must have shape"),
         ({"mean": torch.ones(4, 11, device="meta")}, ValueError, "mean must be on counts' device"),
         ({"counts": torch.ones(4, 11).to_sparse()}, ValueError, "dense or torch.sparse_csr"),
+        (
+            {"mean": ops.SoftmaxMean(torch.ones(4, 12), torch.ones(4))},
+            ValueError,
+            r"mean.logits must have shape \[B, G\] .*\[4, 12\]",
+        ),
+        (
+            {"mean": ops.SoftmaxMean(torch.ones(4, 11), torch.ones(4, 1))},
+            ValueError,
+            r"mean.library_size must have shape \[B\] .*\[4, 1\]",
+        ),
+        (
+            {"mean": ops.SoftmaxMean(torch.ones(4, 11), torch.ones(4).int())},
+            TypeError,
+            "mean.library_size must have a floating dtype",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
@@ -295,6 +393,7 @@ def test_bad_input(change, error, message):
 def test_sparse_indices_that_lie_outside():
     starts, genes = torch.tensor([0, 1, 1, 1, 2]), torch.tensor([3, 11])
     _, *parameters = random_counts(4, 11)
+    parameters = (*parameters, None)
     model = (torch.ones(2, dtype=torch.float64), starts, genes, *parameters)
     with pytest.raises(ValueError, match="sparse indices must lie"):
         torch.ops.vmm_fast.count_log_prob(*model)

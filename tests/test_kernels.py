@@ -34,6 +34,7 @@ from test_ops import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vmm_fast import GaussianMixturePrior, VMMPrior, backends, ops, reference
+from vmm_fast.counts import SoftmaxMean
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running, online_step
 from vmm_fast.mixture import gaussian_parameters
@@ -1054,6 +1055,30 @@ def test_a_mean_of_zero_is_finite_and_has_no_gradient():
     assert (slopes[0][:, ::3] == 0).all() and (slopes[1][::4] == 0).all()
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_counts_with_a_softmax_mean(model, wanted):
+    x, mean, *rest = random_counts(3, 20)
+    rest = rest[: FEW[model] - 1]
+    inputs = mean.log(), 2 * mean.sum(-1)
+
+    def ours(x, logits, library_size):
+        return FUNCTIONS[model](x, SoftmaxMean(logits, library_size), *rest)
+
+    def true(x, logits, library_size):
+        return reference.count_log_prob(x, logits, *rest, library_size=library_size)
+
+    found = []
+    for function, context in ((ours, kernels()), (true, contextlib.nullcontext())):
+        given = [p.clone().requires_grad_(want) for p, want in zip(inputs, wanted, strict=True)]
+        with context:
+            value = function(x, *given)
+            asked = [p for p in given if p.requires_grad]
+            found.append((value.detach(), *torch.autograd.grad(value.square().sum(), asked)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("layout", [strided, expanded])
 def test_counts_of_any_layout(layout):
     arguments = [layout(x) if x.ndim == 2 else x for x in random_counts(4, 19)]
@@ -1078,7 +1103,7 @@ def test_sparse_counts_and_another_run_give_the_same_bits(small_programs):
 def test_launches_of_counts(small_programs, launched, model, shape):
     """Forward, backward, and a sum of what was split."""
     x, *parameters = random_counts(*shape)
-    given = (x, None, None, *parameters[: FEW[model]], *[None] * (3 - FEW[model]))
+    given = (x, None, None, *parameters[: FEW[model]], *[None] * (4 - FEW[model]))
     grad, wanted = torch.ones(len(x), dtype=x.dtype), [p is not None for p in given[3:]]
     with kernels(), Computations() as computed:
         backends.call("count_log_prob", x, 1, *given)

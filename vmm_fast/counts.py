@@ -9,7 +9,9 @@ log-likelihood is the sum over genes of
     zero-inflated       log((1 - pi) NB(x) + pi [x = 0]),  pi = sigmoid(l)
 
 Forward and backward are one pass over the counts each, with nothing of size [B, G] stored between
-them; the backward gives the gradients of mu, theta and l together. Counts may be dense or sparse
+them; the backward gives the gradients of mu, theta and l together. A mean that is a library size
+times a softmax, as of scVI's decoder, may come as :class:`SoftmaxMean`: its logits stand for it
+then, and neither it nor its gradient is ever stored. Counts may be dense or sparse
 (``torch.sparse_csr``); zeros and whole counts up to 8 cost no log-gamma. Means and inverse
 dispersions below 1e-15 are taken as that and have no gradient there. Counts need not be whole; a
 negative one, or a NaN anywhere, gives NaN.
@@ -23,24 +25,25 @@ Lopez et al. (2018), Nature Methods 15, 1053; Grun et al. (2014), Nature Methods
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmm_fast import backends
 
-__all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
+__all__ = ["SoftmaxMean", "nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 
 _library = torch.library.Library("vmm_fast", "FRAGMENT")
-# Sparse counts [B, G] come as values, row_starts [B + 1] and gene_indices.
+# Sparse counts [B, G] come as values, row_starts [B + 1] and gene_indices; with a library_size [B]
+# mean holds logits.
 _MODEL = (
     "Tensor counts, Tensor? row_starts, Tensor? gene_indices, Tensor mean, "
-    "Tensor? inverse_dispersion, Tensor? dropout_logits"
+    "Tensor? inverse_dispersion, Tensor? dropout_logits, Tensor? library_size"
 )
 _library.define(f"count_log_prob({_MODEL}) -> Tensor")
-# Returns the gradients that are wanted, of mean, inverse_dispersion and dropout_logits.
-_library.define(f"count_log_prob_backward(Tensor grad, {_MODEL}, bool[3] wanted) -> Tensor[]")
+# Returns the gradients that are wanted, of the last four.
+_library.define(f"count_log_prob_backward(Tensor grad, {_MODEL}, bool[4] wanted) -> Tensor[]")
 
 
 def _count_log_prob(counts: Tensor, *rest: Any) -> Tensor:
@@ -57,14 +60,14 @@ _library.impl("count_log_prob_backward", _count_log_prob_backward, "CompositeExp
 
 
 @torch.library.register_fake("vmm_fast::count_log_prob", lib=_library)
-def _(counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits):
+def _(counts, row_starts, gene_indices, mean, *rest):
     return mean.new_empty(mean.shape[0])
 
 
 @torch.library.register_fake("vmm_fast::count_log_prob_backward", lib=_library)
-def _(grad, counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits, wanted):
-    inputs = zip((mean, inverse_dispersion, dropout_logits), wanted, strict=True)
-    return [x.new_empty(x.shape) for x, want in inputs if want]
+def _(grad, counts, row_starts, gene_indices, *parameters_and_wanted):
+    *parameters, wanted = parameters_and_wanted
+    return [x.new_empty(x.shape) for x, want in zip(parameters, wanted, strict=True) if want]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -92,14 +95,29 @@ torch.library.register_autograd(
 )
 
 
-def poisson_log_prob(counts: Tensor, mean: Tensor) -> Tensor:
+class SoftmaxMean(NamedTuple):
+    """Means mu = n softmax(a) [B, G] of counts, in place of a tensor of them.
+
+    Attributes
+    ----------
+    logits : Tensor [B, G]
+        a, floating.
+    library_size : Tensor [B]
+        n >= 0, the sum of a cell's means; floating.
+    """
+
+    logits: Tensor
+    library_size: Tensor
+
+
+def poisson_log_prob(counts: Tensor, mean: Tensor | SoftmaxMean) -> Tensor:
     """Log-likelihood of cells' counts under Poisson distributions.
 
     Parameters
     ----------
     counts : Tensor [B, G]
         Dense or ``torch.sparse_csr``, of any dtype; no gradient.
-    mean : Tensor [B, G]
+    mean : Tensor [B, G] or SoftmaxMean
         mu > 0, floating.
 
     Returns
@@ -115,10 +133,10 @@ def poisson_log_prob(counts: Tensor, mean: Tensor) -> Tensor:
         If shapes or devices do not fit, or sparse indices lie outside; the kernels for GPUs, which
         wait for nothing, do not look at these.
     """
-    return _log_prob(counts, {"mean": mean})
+    return _log_prob(counts, mean, {})
 
 
-def nb_log_prob(counts: Tensor, mean: Tensor, inverse_dispersion: Tensor) -> Tensor:
+def nb_log_prob(counts: Tensor, mean: Tensor | SoftmaxMean, inverse_dispersion: Tensor) -> Tensor:
     """Log-likelihood of cells' counts under negative binomial distributions.
 
     Their variance is mu + mu^2 / theta.
@@ -140,11 +158,14 @@ def nb_log_prob(counts: Tensor, mean: Tensor, inverse_dispersion: Tensor) -> Ten
     TypeError, ValueError
         As :func:`poisson_log_prob`.
     """
-    return _log_prob(counts, {"mean": mean, "inverse_dispersion": inverse_dispersion})
+    return _log_prob(counts, mean, {"inverse_dispersion": inverse_dispersion})
 
 
 def zinb_log_prob(
-    counts: Tensor, mean: Tensor, inverse_dispersion: Tensor, dropout_logits: Tensor
+    counts: Tensor,
+    mean: Tensor | SoftmaxMean,
+    inverse_dispersion: Tensor,
+    dropout_logits: Tensor,
 ) -> Tensor:
     """Log-likelihood of cells' counts under zero-inflated negative binomial distributions.
 
@@ -165,15 +186,18 @@ def zinb_log_prob(
     TypeError, ValueError
         As :func:`poisson_log_prob`.
     """
-    parameters = {
-        "mean": mean,
-        "inverse_dispersion": inverse_dispersion,
-        "dropout_logits": dropout_logits,
-    }
-    return _log_prob(counts, parameters)
+    more = {"inverse_dispersion": inverse_dispersion, "dropout_logits": dropout_logits}
+    return _log_prob(counts, mean, more)
 
 
-def _log_prob(counts: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+def _log_prob(
+    counts: Tensor, mean: Tensor | SoftmaxMean, more_parameters: dict[str, Tensor]
+) -> Tensor:
+    if isinstance(mean, SoftmaxMean):
+        means = {"mean.logits": mean.logits, "mean.library_size": mean.library_size}
+    else:
+        means = {"mean": mean}
+    parameters = means | more_parameters
     for name, value in {"counts": counts, **parameters}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
@@ -186,19 +210,24 @@ def _log_prob(counts: Tensor, parameters: dict[str, Tensor]) -> Tensor:
             )
     if counts.ndim != 2:
         raise ValueError(f"counts must have shape [B, G], but has {list(counts.shape)}")
+    fitting: dict[str, tuple[str, tuple[torch.Size, ...]]] = {
+        "inverse_dispersion": ("[G] or [B, G]", (counts.shape[1:], counts.shape)),
+        "mean.library_size": ("[B]", (counts.shape[:1],)),
+    }
     for name, value in parameters.items():
-        of_genes = name == "inverse_dispersion" and value.shape == counts.shape[1:]
-        if value.shape != counts.shape and not of_genes:
-            shapes = "[G] or [B, G]" if name == "inverse_dispersion" else "[B, G]"
+        shapes, fit = fitting.get(name, ("[B, G]", (counts.shape,)))
+        if value.shape not in fit:
             raise ValueError(
                 f"{name} must have shape {shapes} with [B, G] = {list(counts.shape)} as of "
                 f"counts, but has {list(value.shape)}"
             )
     double = any(value.dtype == torch.float64 for value in parameters.values())
     dtype = torch.float64 if double else torch.float32
-    stored = _stored(counts, dtype)
-    values = [value.to(dtype) for value in parameters.values()]
-    return torch.ops.vmm_fast.count_log_prob(*stored, *values, *(None,) * (3 - len(values)))
+    cast = {name: value.to(dtype) for name, value in parameters.items()}
+    (first, *_), rest = means, ("inverse_dispersion", "dropout_logits", "mean.library_size")
+    return torch.ops.vmm_fast.count_log_prob(
+        *_stored(counts, dtype), cast[first], *map(cast.get, rest)
+    )
 
 
 def _stored(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -163,6 +163,7 @@ def count_log_prob(
     mean: Tensor,
     inverse_dispersion: Tensor | None = None,
     dropout_logits: Tensor | None = None,
+    library_size: Tensor | None = None,
 ) -> Tensor:
     """Log-likelihood [B] of cells' counts x [B, G], summed over genes.
 
@@ -173,8 +174,11 @@ def count_log_prob(
     + theta log theta / (theta + mu) + x log mu / (theta + mu);
     zero-inflated: log((1 - pi) NB(x) + pi [x = 0]), pi = sigmoid(l).
 
-    Means and inverse dispersions below :data:`LEAST` are taken as that.
+    Means and inverse dispersions below :data:`LEAST` are taken as that. With a library size n [B],
+    ``mean`` holds logits a, of which the mean is n softmax(a).
     """
+    if library_size is not None:
+        mean = library_size[:, None] * mean.softmax(-1)
     mean = mean.clamp_min(LEAST)
     if inverse_dispersion is None:
         found = torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1)

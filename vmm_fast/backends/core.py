@@ -275,19 +275,20 @@ def _count_call(
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
+    library_size: Tensor | None,
     *rest: Tensor | None,
 ) -> None:
     """Call an operation of the compiled core on counts; ``rest`` are its own tensors."""
-    model = [
-        x if x is None else x.contiguous()
-        for x in (counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits)
-    ]
-    *first, logits = map(_address, model)
+    stored = (counts, row_starts, gene_indices)
+    parameters = (mean, inverse_dispersion, dropout_logits, library_size)
+    model = [x if x is None else x.contiguous() for x in (*stored, *parameters)]
+    *first, logits, sizes = map(_address, model)
     getattr(_core, name + SUFFIXES[mean.dtype])(
         *mean.shape,
         *first,
         inverse_dispersion is not None and inverse_dispersion.ndim == 2,
         logits,
+        sizes,
         torch.get_num_threads(),
         *map(_address, rest),
     )
@@ -309,9 +310,10 @@ def count_log_prob_backward(
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
+    library_size: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    parameters = (mean, inverse_dispersion, dropout_logits)
+    parameters = (mean, inverse_dispersion, dropout_logits, library_size)
     grads = [
         None if x is None or not want else _empty_like(x)[0]
         for x, want in zip(parameters, wanted, strict=True)

@@ -164,8 +164,11 @@ def count_log_prob(
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
+    library_size: Tensor | None,
 ) -> Tensor:
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
+    if library_size is not None:
+        mean = library_size[:, None] * mean.softmax(-1)
     return count_kernels.log_prob(*_dense(dense, mean, inverse_dispersion, dropout_logits))
 
 
@@ -177,11 +180,22 @@ def count_log_prob_backward(
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
+    library_size: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
+    if library_size is None:
+        model = _dense(grad, dense, mean, inverse_dispersion, dropout_logits)
+        return [*count_kernels.backward(*model, wanted[:3]), None]
+    shares = mean.softmax(-1)
+    mean = library_size[:, None] * shares
     model = _dense(grad, dense, mean, inverse_dispersion, dropout_logits)
-    return count_kernels.backward(*model, wanted)
+    of_mean, *rest = count_kernels.backward(*model, [wanted[0] or wanted[3], *wanted[1:3]])
+    if of_mean is None:
+        return [None, *rest, None]
+    of_library_size = (shares * of_mean).sum(-1)
+    of_logits = mean * (of_mean - of_library_size[:, None]) if wanted[0] else None
+    return [of_logits, *rest, of_library_size if wanted[3] else None]
 
 
 map_gradients = empirical_bayes.map_gradients

@@ -226,16 +226,18 @@ def count_log_prob_backward(
     mean: Tensor,
     inverse_dispersion: Tensor | None,
     dropout_logits: Tensor | None,
+    library_size: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
+    parameters = (mean, inverse_dispersion, dropout_logits, library_size)
     with torch.enable_grad():
-        mu, theta, logits = inputs = [
+        mu, *rest = inputs = [
             x if x is None else x.detach().requires_grad_(want)
-            for x, want in zip((mean, inverse_dispersion, dropout_logits), wanted, strict=True)
+            for x, want in zip(parameters, wanted, strict=True)
         ]
         assert mu is not None
-        log_prob = reference.count_log_prob(dense, mu, theta, logits)
+        log_prob = reference.count_log_prob(dense, mu, *rest)
         asked = [x for x in inputs if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(log_prob, asked, grad))
     return [next(found) if want else None for want in wanted]
