@@ -15,8 +15,10 @@ from anndata import AnnData  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
+from vmm_fast.counts import SoftmaxMean  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
+from vmm_fast.scvi.training import EmpiricalBayes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -86,26 +88,88 @@ def test_the_normal_prior_is_stock_scvi(encode_covariates):
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
-def test_the_fused_likelihood_is_scvi_s(likelihood, dispersion, monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use_observed_lib_size", [False, True])
+def test_the_fused_likelihood_is_scvi_s(
+    likelihood, dispersion, training, use_observed_lib_size, monkeypatch
+):
     calls = []
-    for name in ("zinb", "nb", "poisson"):
+
+    def counted(name):
         function = getattr(module, f"{name}_log_prob")
-        counted = lambda *a, name=name, f=function: (calls.append(name), f(*a))[1]  # noqa: E731
-        monkeypatch.setattr(module, f"{name}_log_prob", counted)
+
+        def call(x, mean, *rest):
+            calls.append((name, isinstance(mean, SoftmaxMean)))
+            return function(x, mean, *rest)
+
+        monkeypatch.setattr(module, f"{name}_log_prob", call)
+
+    for name in ("zinb", "nb", "poisson"):
+        counted(name)
     losses, slopes = [], []
     for fused in (False, True):
-        options = {"gene_likelihood": likelihood, "dispersion": dispersion}
+        options = {
+            "gene_likelihood": likelihood,
+            "dispersion": dispersion,
+            "use_observed_lib_size": use_observed_lib_size,
+        }
         found = model(prior="normal", fused_likelihood=fused, **options)
+        found.module.train(training)
         scvi.settings.seed = 1
         loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})[2].loss
         loss.backward()
         losses.append(loss.detach())
         slopes.append([p.grad for p in found.module.parameters() if p.grad is not None])
-    assert calls == ([] if likelihood == "normal" else [likelihood])
+    # In training the likelihood takes the softmax of the mean, too.
+    assert calls == ([] if likelihood == "normal" else [(likelihood, training)])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for a, b in zip(*slopes, strict=True):
         # A bias before batch normalisation has a gradient of nothing but rounding errors.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-5)
+
+
+def test_the_marginal_likelihood_of_several_samples_a_pass():
+    found = trained(prior="normal")
+    values = []
+    for found.module.fused_likelihood in (False, True):
+        scvi.settings.seed = 1
+        values.append(found.get_marginal_ll(n_mc_samples=6, n_mc_samples_per_pass=3))
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_what_is_decoded_for_no_loss_is_scvi_s():
+    """Also in training mode, after a step, and with size factors, which have no softmax."""
+    found = model(prior="normal")
+    tensors = batch_of(found)
+    found.module(tensors)
+    scvi.settings.seed = 1
+    _, decoded = found.module(tensors, compute_loss=False)
+    scvi.settings.seed = 1
+    found.module.fused_likelihood = False
+    _, expected, _ = found.module(tensors)
+    for name in ("mu", "scale", "theta", "zi_logits"):
+        assert torch.equal(getattr(decoded["px"], name), getattr(expected["px"], name))
+    adata = cells()
+    adata.obs["size"] = 1.0 + np.arange(adata.n_obs)
+    VMMSCVI.setup_anndata(adata, batch_key="batch", size_factor_key="size")
+    losses = []
+    for fused in (False, True):
+        sized = VMMSCVI(adata, prior="normal", n_latent=4, fused_likelihood=fused)
+        sized.module.load_state_dict(losses[0][1] if losses else sized.module.state_dict())
+        scvi.settings.seed = 1
+        losses.append((sized.module(batch_of(sized))[2].loss, sized.module.state_dict()))
+    torch.testing.assert_close(losses[0][0], losses[1][0])
+
+
+def test_the_history_is_that_of_metrics_logged_in_every_step(monkeypatch):
+    train = {"check_val_every_n_epoch": 1, "plan_kwargs": {"prior_warmup": 0}, "logger": None}
+    history = trained(train=train).history
+    monkeypatch.delattr(EmpiricalBayes, "log")
+    expected = trained(train=train).history
+    assert history.keys() == expected.keys() >= {"elbo_train", "elbo_validation", "kl_local_train"}
+    assert len(history["elbo_train"]) == len(history["elbo_validation"]) == 3
+    for name, values in expected.items():
+        np.testing.assert_array_equal(history[name], values, err_msg=name)
 
 
 def test_the_loss_is_scvi_s_with_the_prior_s_divergence():

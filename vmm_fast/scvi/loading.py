@@ -296,14 +296,15 @@ class CellDataModule(LightningDataModule):
         return int((self._stops(runs) - runs * self._run).sum())
 
     def _batches_of(self, runs: np.ndarray, seed: int | None) -> CellBatches:
-        assert self.trainer is not None
+        trainer = self.trainer
+        assert trainer is not None
         return self._pass_over(
             runs * self._run,
             self._stops(runs),
             seed=seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            number_of_pass=lambda: self.trainer.current_epoch,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            number_of_pass=lambda: trainer.current_epoch,
         )
 
     def train_dataloader(self) -> CellBatches:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
 from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
-from vmm_fast.counts import nb_log_prob, poisson_log_prob, zinb_log_prob
+from vmm_fast.counts import SoftmaxMean, nb_log_prob, poisson_log_prob, zinb_log_prob
 from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors import Prior
@@ -258,11 +258,27 @@ class LatentPrior(BaseModuleClass):
 class _PerCell:
     """Counts' distribution whose log_prob is of whole cells, [B, 1]: the modules sum over it."""
 
-    def __init__(self, log_prob: Callable[..., Tensor], *parameters: Tensor):
+    def __init__(self, log_prob: Callable[..., Tensor], *parameters: Tensor | SoftmaxMean):
         self._log_prob, self._parameters = log_prob, parameters
 
     def log_prob(self, counts: Tensor) -> Tensor:
         return self._log_prob(counts, *self._parameters)[:, None]
+
+
+class _Softmax(nn.Softmax):
+    """The decoder's, which it can leave to the likelihood: 1 then stands for it, for a while.
+
+    What the decoder multiplies by the library size is then that size itself.
+    """
+
+    left_out = False
+    logits: Tensor | None = None
+
+    def forward(self, logits: Tensor) -> Tensor:
+        if not self.left_out:
+            return super().forward(logits)
+        self.logits = logits
+        return torch.ones_like(logits[..., :1])
 
 
 class VMMVAE(LatentPrior, VAE):
@@ -281,11 +297,27 @@ class VMMVAE(LatentPrior, VAE):
     def __init__(self, *args: Any, fused_likelihood: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fused_likelihood = fused_likelihood
+        self._softmax = _Softmax(dim=-1)
+        if type(self.decoder.px_scale_decoder[-1]) is nn.Softmax:
+            self.decoder.px_scale_decoder[-1] = self._softmax
 
     @property
     def n_features(self) -> int:
         """Genes."""
         return self.n_input
+
+    @property
+    def _fuses_likelihood(self) -> bool:
+        here = self.fused_likelihood and self.device.type in ("cpu", "cuda")
+        return here and self.gene_likelihood in ("poisson", "nb", "zinb")
+
+    def forward(self, *args: Any, compute_loss: bool = True, **kwargs: Any) -> Any:
+        """As VAE's; what is decoded for a loss in training mode has no means of its own."""
+        self._softmax.left_out = compute_loss and self.training and self._fuses_likelihood
+        try:
+            return super().forward(*args, compute_loss=compute_loss, **kwargs)
+        finally:
+            self._softmax.left_out, self._softmax.logits = False, None
 
     def loss(
         self,
@@ -300,19 +332,23 @@ class VMMVAE(LatentPrior, VAE):
 
     def with_fused_likelihood(self, generative_outputs: dict[str, Any]) -> dict[str, Any]:
         """Give the outputs with what takes the log-likelihood at once, where there is such."""
-        px = generative_outputs[MODULE_KEYS.PX_KEY]
-        fused_here = self.fused_likelihood and self.device.type in ("cpu", "cuda")
-        if not fused_here or self.gene_likelihood not in ("poisson", "nb", "zinb"):
+        if not self._fuses_likelihood:
             return generative_outputs
+        px = generative_outputs[MODULE_KEYS.PX_KEY]
+        mean = px.rate if self.gene_likelihood == "poisson" else px.mu
+        if mean.ndim > 2:  # of several samples z of each cell
+            return generative_outputs
+        if self._softmax.logits is not None:
+            mean = SoftmaxMean(self._softmax.logits, mean[:, 0])
         if self.gene_likelihood == "poisson":
-            fused = _PerCell(poisson_log_prob, px.rate)
+            fused = _PerCell(poisson_log_prob, mean)
         else:
             # px has a gene's expanded to all cells, so that each would get a gradient of its own.
             theta = self.px_r.exp() if self.dispersion == "gene" else px.theta
             if self.gene_likelihood == "nb":
-                fused = _PerCell(nb_log_prob, px.mu, theta)
+                fused = _PerCell(nb_log_prob, mean, theta)
             else:
-                fused = _PerCell(zinb_log_prob, px.mu, theta, px.zi_logits)
+                fused = _PerCell(zinb_log_prob, mean, theta, px.zi_logits)
         return {**generative_outputs, MODULE_KEYS.PX_KEY: fused}
 
     @torch.inference_mode()
