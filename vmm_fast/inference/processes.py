@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +20,8 @@ __all__ = [
     "telling_of_lost_processes",
 ]
 
+GLOO_GAVE_UP = "Application timeout caused pair closure"
+
 
 def number_of_processes() -> int:
     """Size of the process group; 1 without one."""
@@ -26,12 +29,30 @@ def number_of_processes() -> int:
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:
-    """All-reduce ``tensors`` in place; returns the number of processes."""
+    """Make ``tensors`` their sums over the processes, in place; returns how many there are.
+
+    Every process must give as many tensors, of the same shapes and dtypes and in the same order.
+    """
     processes = number_of_processes()
     if processes > 1:
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for together in alike.values():
+            _all_reduce(together)
     return processes
+
+
+@torch.no_grad()
+def _all_reduce(tensors: list[Tensor]) -> None:
+    """Sum tensors of one dtype and device in one round: for small ones its latency is all."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0])
+        return
+    buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(buffer)
+    for tensor, summed in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(summed.view(tensor.shape))
 
 
 def average_over_processes(tensors: Iterable[Tensor]) -> None:
@@ -45,7 +66,7 @@ def average_over_processes(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def telling_of_lost_processes() -> Iterator[None]:
-    """Say what a connection's error means: most often that another process has ended.
+    """Say what a connection's error means: that another process has ended, or hangs.
 
     Raises
     ------
@@ -56,9 +77,21 @@ def telling_of_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         processes = number_of_processes()
-        if processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RuntimeError(
-                f"process {dist.get_rank()} has lost its connection to another of the {processes} "
-                "processes, which has failed or was killed: see its own output"
-            ) from error
-        raise
+        # gloo's first error names its source file; those that follow from it do not.
+        of_gloo = "gloo" in str(error) or GLOO_GAVE_UP in str(error)
+        if processes == 1 or not (isinstance(error, dist.DistError) or of_gloo):
+            raise
+        rank = dist.get_rank()
+        if "timed out" in str(error).lower() or GLOO_GAVE_UP in str(error):
+            # Each waits for its neighbour, which may itself be waiting.
+            other = f"process {1 - rank}" if processes == 2 else f"another of the {processes}"
+            means = (
+                f"has waited in vain for {other}, which hangs, was stopped or takes longer than "
+                "the timeout of the process group"
+            )
+        else:
+            means = (
+                f"has lost its connection to another of the {processes} processes, which has "
+                "failed or was killed: see its own output"
+            )
+        raise RuntimeError(f"process {rank} {means}") from error
