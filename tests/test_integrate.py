@@ -1,6 +1,8 @@
 """The commands vmm-fast integrate and assign: results complete and consistent, bad input told."""
 
 import csv
+import errno
+import os
 import re
 import signal
 import subprocess
@@ -20,7 +22,16 @@ from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import _folder, cli  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, CellStore, integration, loading, reading, report  # noqa: E402
+from vmm_fast.scvi import (  # noqa: E402
+    VMMSCVI,
+    CellStore,
+    assignment,
+    integration,
+    loading,
+    reading,
+    report,
+    writing,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -826,8 +837,6 @@ def test_missing_genes(trained, tmp_path, capsys):
 
 
 def test_a_small_share_of_missing_genes_is_taken_as_0(trained, tmp_path, capsys, monkeypatch):
-    from vmm_fast.scvi import assignment
-
     monkeypatch.setattr(assignment, "MOST_MISSING", 0.1)
     adata, gene = make_cells(batches=3), trained_gene(trained)
     short = written(tmp_path, adata[:, adata.var_names != gene].copy())
@@ -860,3 +869,260 @@ def test_bad_input_to_assign(trained, tmp_path, capsys):
     error = complaint(capsys, assigned(trained, cells, out))
     assert "exists" in error and out.read_text() == "mine"
     assert assigned(trained, written(tmp_path, make_cells()), out, "--overwrite") == 0
+
+
+# --- assign, of cells on disk ---
+
+
+def make_query(number=300):
+    """Cells of two batches that the model knows and two that it does not, genes in disorder."""
+    adata = make_cells(number, batches=3, seed=2)
+    adata.obs["batch"] = np.repeat(["b0", "b2", "new", "other"], number // 4)
+    return adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch):
+    """Windows of a mini-batch; the sizes of what is read of stores."""
+    read, sizes = CellStore.read, []
+
+    def spied(self, starts, stops, *rest):
+        sizes.append(int(np.sum(np.asarray(stops) - starts)))
+        return read(self, starts, stops, *rest)
+
+    monkeypatch.setattr(loading, "WINDOW", 128)
+    monkeypatch.setattr(integration, "WINDOW", 50)
+    monkeypatch.setattr(writing, "ROWS", 70)
+    monkeypatch.setattr(CellStore, "read", spied)
+    return sizes
+
+
+def notes_of(capsys):
+    """The notes but those on what is kept where."""
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    notes = [line for line in shown.out.splitlines() if line.startswith("note: ")]
+    of_disk = [note for note in notes if "stay on disk" in note or "alone are kept" in note]
+    return [note for note in notes if note not in of_disk], of_disk
+
+
+def same_as_in_memory(model, cells, whole, folder, capsys, *options):
+    """Cells on disk, some of them in `cells`, are assigned as all of `whole` in memory."""
+    on_disk, in_memory = folder / "on_disk.h5ad", folder / "in_memory.h5ad"
+    assert assigned(model, cells, on_disk, "--overwrite", "--memory", 0, *options) == 0
+    notes, of_disk = notes_of(capsys)
+    assert "counts stay on disk" in of_disk[0]
+    assert "obs and var alone are kept, not counts" in of_disk[1]
+    assert assigned(model, whole, in_memory, "--overwrite", *options) == 0
+    assert notes_of(capsys) == (notes, [])
+    one, other = anndata.read_h5ad(on_disk), anndata.read_h5ad(in_memory)
+    np.testing.assert_array_equal(one.obsm["X_vmm"], other.obsm["X_vmm"])
+    pd.testing.assert_frame_equal(one.obs, other.obs)
+    pd.testing.assert_frame_equal(one.var, other.var)
+    assert one.uns == other.uns and one.X is None and other.X is not None
+    return one, notes
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "dense", "layer", "shards"])
+def test_cells_on_disk_are_assigned_as_in_memory(
+    trained, tmp_path, kind, capsys, monkeypatch, in_small_parts
+):
+    monkeypatch.setattr(assignment, "MOST_MISSING", 0.1)
+    gene = trained_gene(trained)
+    adata = make_query()
+    adata = adata[:, adata.var_names != gene].copy()
+    adata.obs["vmm_cluster"] = "of an earlier run"
+    adata.obs["depth"] = adata.X.sum(1).A1
+    adata.obs["depth"] = adata.obs["depth"].astype(np.float32)
+    adata.obs.index.name = "barcode"
+    adata.var["symbol"] = [f"S{i}" for i in range(19)]
+    if kind == "dense":
+        adata.X = adata.X.toarray()
+    elif kind == "layer":  # the model's
+        adata.layers["counts"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray())
+    cells = whole = written(tmp_path, adata)
+    if kind == "zarr":
+        cells = tmp_path / "cells.zarr"
+        adata.write_zarr(cells)
+    elif kind == "shards":
+        cells = tmp_path / "parts"
+        cells.mkdir()
+        for i, rows in enumerate(np.array_split(np.arange(300), 3)):
+            part = adata[rows][:, np.arange(19)[::-1]] if i else adata[rows]
+            written(cells, part.copy(), f"{i}.h5ad")
+    found, notes = same_as_in_memory(trained, cells, whole, tmp_path, capsys)
+    assert f"1 of the model's 18 genes is missing, taken as 0: {gene}" in notes[0]
+    assert "2 batches that the model does not know: new, other, whose" in notes[1]
+    assert list(found.obs) == ["batch", "type", COLUMNS[0], "depth", *COLUMNS[1:]]
+    assert found.uns["vmm"] == {"model": str((trained / "model").resolve())}
+    assert sum(in_small_parts) == 300 and max(in_small_parts) <= 128
+
+    # As scvi-tools itself embeds cells of known batches.
+    counts = make_query()[:150]
+    counts.X[:, counts.var_names == gene] = 0
+    counts.layers["counts"] = counts.X
+    model = VMMSCVI.load(trained / "model", accelerator="cpu", adata=None)
+    z = model.get_latent_representation(counts[:, model.get_var_names()].copy())
+    np.testing.assert_allclose(found.obsm["X_vmm"][:150], z, atol=1e-5)
+
+
+def test_cells_on_disk_of_no_batch_or_of_no_new_one(trained, tmp_path, capsys, in_small_parts):
+    adata = make_query(100)
+    del adata.obs["batch"]
+    path = written(tmp_path, adata)
+    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
+    assert len(notes) == 1 and "obs has no 'batch', the model's batches: all cells" in notes[0]
+    path = written(tmp_path, make_cells(100, batches=3))
+    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
+    assert notes == []
+    adata.obs["batch"] = pd.Categorical([1] * 100)
+    path = written(tmp_path, adata)
+    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
+    assert "a batch that the model does not know: 1, whose" in notes[0]
+
+
+def test_a_model_without_batches(h5ad, tmp_path, capsys):
+    assert run(h5ad, tmp_path / "model") == 0
+    capsys.readouterr()
+    expected = anndata.read_h5ad(tmp_path / "model" / "cells.h5ad")
+    found, notes = same_as_in_memory(tmp_path / "model", h5ad, h5ad, tmp_path, capsys)
+    assert notes == []
+    np.testing.assert_array_equal(found.obsm["X_vmm"], expected.obsm["X_vmm"])
+    assert found.obs[COLUMNS].equals(expected.obs[COLUMNS])
+
+
+def test_where_cells_to_assign_are_kept(trained, tmp_path, capsys, monkeypatch):
+    adata = make_query(100)
+    assert assigned(trained, written(tmp_path, adata), tmp_path / "a.h5ad") == 0
+    assert notes_of(capsys)[1] == []
+    (tmp_path / "parts").mkdir()
+    adata.obsm["X_pca"] = np.zeros((100, 2))
+    written(tmp_path / "parts", adata)
+    assert assigned(trained, tmp_path / "parts", tmp_path / "b.h5ad") == 0
+    assert notes_of(capsys)[1] == [
+        "note: counts stay on disk, in several files",
+        "note: obs and var alone are kept, not counts, obsm/X_pca",
+    ]
+    adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
+    by_genes = written(tmp_path, adata)
+    assert assigned(trained, by_genes, tmp_path / "c.h5ad", "--memory", 0) == 0
+    assert notes_of(capsys)[1] == []
+    one, other = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "bc")
+    np.testing.assert_array_equal(one.obsm["X_vmm"], other.obsm["X_vmm"])
+    assert other.X is not None and "X_pca" in other.obsm
+
+    adata.obs_names = ["same"] * 3 + list(adata.obs_names[3:])
+    adata.X = csr_matrix(adata.X)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    cells = written(tmp_path, adata)
+    assert assigned(trained, cells, tmp_path / "d.h5ad", "--memory", 0) == 0
+    shown = capsys.readouterr()
+    assert "note: 2 cells have a name that another has, too" in shown.out
+    assert "cells 100/100 |" in shown.err
+
+
+def test_cells_on_disk_that_cannot_be_assigned(trained, tmp_path, capsys):
+    out = tmp_path / "out.h5ad"
+
+    def refused(adata, message, *options):
+        """In memory and on disk alike."""
+        path = written(tmp_path, adata)
+        errors = [
+            complaint(capsys, assigned(trained, path, out, "--memory", memory, *options))
+            for memory in (0, 1)
+        ]
+        assert errors[0] == errors[1]
+        assert errors[0].startswith(f"vmm-fast: {path}: ") and errors[0].count(str(path)) == 1
+        assert re.search(message, errors[0]), errors[0]
+        assert not out.exists()
+
+    adata = make_query(100)
+    gene = trained_gene(trained)
+    message = f"1 of the model's 18 genes is missing, more than 5%: {gene}"
+    refused(adata[:, adata.var_names != gene].copy(), message)
+    refused(adata, "--layer no: must be one of the layers, but there are none", "--layer", "no")
+    adata.obs["batch"] = adata.obs["batch"].where(adata.obs["batch"] != "new")
+    refused(adata, "'batch' of obs: every cell must have a batch, 25 of 100 have none")
+    adata = make_query(100)
+    adata.X = adata.X * np.float32(0.5)
+    refused(adata, r"X must hold counts, whole numbers from 0, has \d*\.5 in cell 'cell 0', gene")
+
+
+def test_assigning_that_fails_leaves_the_old_file(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(writing, "ROWS", 20)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    cells, out = written(tmp_path / "in", make_query(100)), tmp_path / "out" / "out.h5ad"
+    out.write_text("mine")
+    inference, options = assignment.latent_means, ("--memory", 0, "--overwrite")
+
+    def meanwhile(happens):
+        def embed(*arguments, **keywords):
+            happens()
+            return inference(*arguments, **keywords)
+
+        monkeypatch.setattr(assignment, "latent_means", embed)
+
+    def fails(message, code=2):
+        error = complaint(capsys, assigned(trained, cells, out, *options), code)
+        assert re.search(message, error), error
+        assert out.read_text() == "mine" and list(out.parent.iterdir()) == [out]
+
+    meanwhile(cells.touch)
+    fails(f"^vmm-fast: {cells}: has changed since it was opened")
+    meanwhile(cells.unlink)
+    fails(f"^vmm-fast: {cells}: was removed since it was opened")
+    written(tmp_path / "in", make_query(100))
+    meanwhile(lambda: None)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        fails(f"^vmm-fast: {out}: cannot be written: No space left on device")
+    append = writing.H5adWriter.append
+
+    def stop(self, obs, *rest, **keywords):
+        append(self, obs, *rest, **keywords)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.H5adWriter, "append", stop)
+        fails("interrupted", 130)
+    meanwhile(lambda: signal.raise_signal(signal.SIGINT))
+    fails("interrupted", 130)
+
+
+def test_cells_without_counts_are_assigned(trained, tmp_path):
+    adata = make_query(100)
+    adata.X = csr_matrix(adata.shape, dtype=np.float32)
+    assert assigned(trained, written(tmp_path, adata), tmp_path / "out.h5ad") == 0
+    assert len(set(anndata.read_h5ad(tmp_path / "out.h5ad").obs["vmm_cluster"])) <= 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_observed_lib_size": False},  # cannot be loaded without cells
+        {"encode_covariates": False},
+        {"batch_representation": "embedding"},
+        {"log_variational": False},
+        {"prior": "normal"},
+    ],
+)
+def test_models_that_were_not_made_by_integrate(tmp_path, capsys, options):
+    adata = make_cells(batches=3)
+    VMMSCVI.setup_anndata(adata, batch_key="batch")
+    model = VMMSCVI(adata, **{"n_components": 5, **options})
+    model.train(1, accelerator="cpu", enable_progress_bar=False, logger=False)
+    model.save(tmp_path / "model")
+    code = assigned(tmp_path / "model", written(tmp_path, adata), tmp_path / "out.h5ad")
+    if options == {"prior": "normal"}:
+        error = complaint(capsys, code)
+        assert f"{tmp_path / 'model'}: must be a model with clusters, is of N(0, I)" in error
+        return
+    assert code == 0
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    z, _ = model.get_latent_representation(return_dist=True)
+    np.testing.assert_allclose(found.obsm["X_vmm"], z, atol=1e-5)

@@ -156,6 +156,21 @@ def test_shards(shards, most_open, monkeypatch):
         assert list(found.var_names) == list(parts[0].var_names)
 
 
+def test_the_layer_that_is_preferred(shards):
+    folder, parts = shards
+    twice = np.concatenate([part.layers["twice"].toarray() for part in parts])
+    with CellStore(folder, preferred="twice") as found:
+        assert found.layer == "twice" and found.others == ["X"]
+        check_reads(found, twice)
+    with CellStore(folder, preferred="absent") as found:
+        assert found.layer is None and found.others == ["layers/twice"]
+        check_reads(found, twice / 2)
+    del parts[1].layers["twice"]
+    written(folder / "1.h5ad", parts[1])
+    with pytest.raises(InputError, match=r"1.h5ad: --layer twice: must be one of the layers"):
+        CellStore(folder, preferred="twice")
+
+
 def test_two_threads_read(shards):
     folder, parts = shards
     dense = np.concatenate([part.X.toarray() for part in parts])
@@ -516,7 +531,9 @@ def test_prepare_command(tmp_path, capsys):
     before = path.read_bytes()
     assert cli.main(["prepare", str(path), "--out", str(out), "--layer", "twice"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("60 cells x 20 genes, 0.1 MB in ") and shown.err == ""
+    first, last = shown.out.splitlines()
+    assert first == "note: counts, obs and var alone are kept, not X"
+    assert last.startswith("60 cells x 20 genes, 0.1 MB in ") and shown.err == ""
     same_cells(out, make_cells(), "twice")
     assert path.read_bytes() == before
     made = out.read_bytes()
@@ -538,6 +555,42 @@ def test_prepare_command(tmp_path, capsys):
     assert cli.main(["prepare", str(path), "--out", str(out), "--overwrite"]) == 0
     same_cells(out, make_cells())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5ad", "out.h5ad"]
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "shards", "memory"])
+def test_prepare_names_what_it_leaves_out(tmp_path, kind):
+    bare, full = make_cells(), make_cells()
+    del bare.layers["twice"]
+    full.obsm["X_pca"], full.obsp["near"] = np.zeros((60, 2)), csr_matrix((60, 60))
+    full.varm["loadings"], full.varp["joint"] = np.zeros((20, 2)), csr_matrix((20, 20))
+    full.uns["colors"], full.raw = ["red"], full
+    path = tmp_path / {"zarr": "c.zarr", "shards": "c"}.get(kind, "c.h5ad")
+    if kind == "shards":
+        path.mkdir()
+        full.obsm.clear()
+        second = bare.copy()
+        second.layers["twice"], second.obsm["X_pca"] = second.X * 2, np.zeros((60, 2))
+        written(path / "1.h5ad", full)
+        written(path / "2.h5ad", second)
+    elif kind == "memory":
+        full.X, full.layers["twice"] = csc_matrix(full.X), csc_matrix(full.X * 2)
+    if kind != "shards":
+        written(path, full)
+
+    def named(layer):
+        (note,) = prepare(path, tmp_path / "out.h5ad", layer).notes
+        begin, _, names = note.partition(", not ")
+        assert begin == "counts, obs and var alone are kept"
+        return set(names.split(", "))
+
+    others = {"raw", "obsm/X_pca", "obsp/near", "varm/loadings", "varp/joint", "uns"}
+    assert named(None) == {"layers/twice", *others}
+    assert named("twice") == {"X", *others}
+    assert prepare(written(tmp_path / "bare.h5ad", bare), tmp_path / "out.h5ad").notes == []
+    for number in range(30):
+        bare.layers[f"l{number}"] = bare.X
+    (note,) = prepare(written(tmp_path / "bare.h5ad", bare), tmp_path / "out.h5ad").notes
+    assert note.count(", ") == 22 and note.endswith(", ...")
 
 
 def test_prepare_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ ASSIGN = """\
 Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
 Cells of a batch that the model does not know are encoded as of all batches that it
 knows, in equal shares.
+The results have all that CELLS has; of cells that stay on disk, obs and var alone.
 """
 SWEEP = """\
 The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out cells;
@@ -128,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         "prior is a VampPrior mixture: the number of clusters is found, not given.",
     )
     parser.add_argument("--version", action="version", version=f"vmm-fast {version('vmm-fast')}")
+    memory: _Option = (
+        "--memory",
+        "GIB",
+        _at_least_0,
+        "most that counts may take in memory; more are read from disk, part by part (default: 1)",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -190,13 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "-vmm",
         ("--batch-size", "B", _whole(2), "cells per step (default: 128)"),
         ("--prior-learning-rate", "R", _rate, "of the prior (default: 0.005)"),
-        (
-            "--memory",
-            "GIB",
-            _at_least_0,
-            "most that counts may take in memory; more are read from disk while training "
-            "(default: 1)",
-        ),
+        memory,
         ("--checkpoint-steps", "N", _whole(1), "steps between checkpoints, besides every 30 s"),
     )
     integrate.set_defaults(run=_integrate)
@@ -231,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         assign,
         ("--out", "FILE.h5ad", str, "(default: CELLS's name with -vmm.h5ad, here)"),
         ("--layer", "NAME", str, "layer with the counts (default: the model's, else X)"),
+        memory,
     )
     assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
     assign.set_defaults(run=_assign)
@@ -501,26 +503,21 @@ def _read_cells(
         source = digest(file)
     given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
     if arguments.resume:
-        try:
+        with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
-        except InputError as error:
-            raise InputError(f"{file or EXAMPLE}: {error}") from None
     if file is not None and command == "integrate":
-        cells, notes = _on_disk(file, given, arguments.memory)
+        cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
     given["on_disk"] = cells is not None
     if cells is None:
         read = reading.example() if file is None else reading.read_cells(file)
         cells, notes = read.adata, read.notes
     on_disk = None
-    try:
+    with _naming(file or EXAMPLE):
         settings = kind.suited_to(cells, **given)
         if settings.on_disk:
             training, on_disk, more = integration.training_cells_on_disk(cells, settings)
         else:
             training, more = integration.training_cells(cells, settings)
-    except InputError as error:
-        known = str(error).startswith(str(file))  # a store names its files
-        raise InputError(str(error) if known else f"{file or EXAMPLE}: {error}") from None
     _check_accelerator(arguments.accelerator)
     place.start(
         {"input": source, "settings": asdict(settings)},
@@ -541,22 +538,43 @@ def _read_cells(
     return _Run(cells, training, on_disk, settings, place, shlex.join(again))
 
 
-def _on_disk(file: str, given: dict[str, Any], memory: float | None) -> tuple[Any, list[str]]:
-    """Open the cells as a store if they are to stay on disk, else give None; and notes."""
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Let errors begin with the file, if not with one of its files, which a store names."""
+    try:
+        yield
+    except InputError as error:
+        paths = (file, str(Path(file)))
+        if str(error).startswith(tuple(path + end for path in paths for end in (":", os.sep))):
+            raise
+        raise InputError(f"{file}: {error}") from None
+
+
+def _on_disk(
+    file: str,
+    layer: str | None,
+    memory: float | None,
+    before: bool | None = None,
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """Open the cells as a store if they are to stay on disk, else give None; and notes.
+
+    `before` is what was chosen in the run that goes on, if one does; `options` are the store's.
+    """
     from vmm_fast.scvi import CellStore, reading
 
     kind = reading.kind_of(Path(file))
-    if given["on_disk"] is False or kind not in (".h5ad", ".zarr", "shards"):
+    if before is False or kind not in (".h5ad", ".zarr", "shards"):
         return None, []
     try:
-        store = CellStore(file, given["layer"])
+        store = CellStore(file, layer, **options)
     except InputError:
         if kind == "shards":
             raise
         return None, []  # all is right, or what is wrong is told, where they are read into memory
     size = store.nbytes / 2**30
     most = 1.0 if memory is None else memory
-    if given["on_disk"] or size > most:
+    if before or size > most:
         _give_back_freed_memory()
         return store, [f"counts stay on disk: in memory they would take {size:.1f} GiB"]
     if kind == "shards":
@@ -702,24 +720,28 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
 
 def _assign(arguments: argparse.Namespace) -> None:
     _require(*SCVI_NEEDS, extra="cli,scvi")
-    from vmm_fast.scvi import assignment, integration, reading
+    from vmm_fast.scvi import assignment, reading
 
     file = arguments.file
     out = _out_file(arguments, "-vmm")
     model = assignment.find_model(arguments.model)
-    cells = reading.read_cells(file)
-    adata = cells.adata
-    try:
-        notes = assignment.assign(adata, model, arguments.layer)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")
-    for note in cells.notes + notes:
-        print(f"note: {note}", flush=True)
-    integration.write_cells(adata, out)
-    clusters = adata.obs["vmm_cluster"].cat.categories
-    probability = adata.obs["vmm_cluster_probability"].median()
-    print(f"{len(clusters)} clusters, median probability {probability:.3f}, in {out}")
+    cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
+    with ExitStack() as opened:
+        if cells is not None:
+            opened.enter_context(cells)
+        else:
+            read = reading.read_cells(file)
+            cells, notes = read.adata, read.notes
+        with _naming(file):
+            matched = assignment.match(cells, model, arguments.layer)
+            print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")
+            for note in notes + matched.notes:
+                print(f"note: {note}", flush=True)
+            progress = sys.stderr is not None and sys.stderr.isatty()
+            found = assignment.assign(matched, model, progress=progress)
+        found.write(cells, out)
+    clusters, probability = len(found.assigned.labels.unique()), found.assigned.probability.median()
+    print(f"{clusters} clusters, median probability {probability:.3f}, in {out}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

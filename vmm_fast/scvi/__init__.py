@@ -1,5 +1,6 @@
 """Models of scvi-tools with a mixture prior; needs ``pip install "vmm-fast[scvi]"``."""
 
+from vmm_fast.scvi.checkpoints import Checkpoints
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI, LatentPriorModel
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, LatentPrior
@@ -22,6 +23,7 @@ __all__ = [
     "VMMVAE",
     "CellDataModule",
     "CellStore",
+    "Checkpoints",
     "EmpiricalBayes",
     "EmpiricalBayesAdversarialTrainingPlan",
     "EmpiricalBayesSemiSupervisedTrainingPlan",

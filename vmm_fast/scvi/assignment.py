@@ -7,121 +7,171 @@ of a new one, so that none is preferred.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
 from vmm_fast.data import InputError
-from vmm_fast.scvi.integration import in_place_of, quiet, set_clusters
+from vmm_fast.mixture import Assignment
+from vmm_fast.scvi.integration import (
+    OF_ALL_BATCHES,
+    assign_in_parts,
+    in_place_of,
+    latent_means,
+    notes_on_names,
+    quiet,
+    set_clusters,
+    write_cells,
+)
+from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
-from vmm_fast.scvi.pseudo_cells import Cells
-from vmm_fast.scvi.reading import batches_of, counts_of
+from vmm_fast.scvi.reading import counts_of
+from vmm_fast.scvi.store import CellStore, kept_alone
+from vmm_fast.scvi.writing import cluster_columns, write_clustered
 
-__all__ = ["SavedModel", "assign", "find_model"]
+__all__ = ["Found", "MatchedCells", "SavedModel", "assign", "find_model", "match"]
 
 HOW = ", whose cells are encoded as of all known batches in equal shares"
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
 class SavedModel(NamedTuple):
-    """What assigning needs to know of a model on disk."""
+    """A model as loaded, and what cells are matched with it by.
 
+    Attributes
+    ----------
+    model : VMMSCVI
+    folder : Path
+        Which holds it.
+    genes : pandas.Index
+    layer, batch_key : str or None
+        Where its cells had counts, and their batch.
+    batches : pandas.Index
+    """
+
+    model: VMMSCVI
     folder: Path
-    registry: dict[str, Any]
     genes: pd.Index
+    layer: str | None
+    batch_key: str | None
+    batches: pd.Index
 
 
 def find_model(path: str) -> SavedModel:
-    """Find the model in a folder that ``vmm-fast integrate`` or ``VMMSCVI.save`` wrote.
+    """Load the model in a folder that ``vmm-fast integrate`` or ``VMMSCVI.save`` wrote.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is none, or none that has clusters and needs no more of a cell than counts and
+        batch.
     """
     folders = [Path(path), Path(path) / "model"]
     found = [folder for folder in folders if (folder / "model.pt").is_file()]
     if not found:
         raise InputError(f"{path}: must be a folder that integrate wrote, holds no model.pt")
+    damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
     try:
         with quiet():
             registry = VMMSCVI.load_registry(str(found[0]))
             genes = VMMSCVI.prepare_query_anndata(None, str(found[0]), True)
-        name = registry["model_name"]
+        name, setup = registry["model_name"], registry["setup_args"]
     except Exception:  # pickle raises of all kinds
-        raise InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model") from None
+        raise damaged from None
     if name != VMMSCVI.__name__:
         raise InputError(f"{path}: must be a model of VMMSCVI, is of {name}")
-    setup = registry["setup_args"]
     needed = [key for key, value in setup.items() if key not in ("layer", "batch_key") and value]
     if needed:
         raise InputError(
             f"{path}: must be a model without covariates, labels and size factors, has "
             f"{', '.join(needed)}; use VMMSCVI.load_query_data"
         )
-    return SavedModel(found[0], registry, genes)
+    layer, key = setup["layer"], setup["batch_key"]
+    try:
+        field = registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]
+        batches = pd.Index(field["state_registry"]["categorical_mapping"], dtype=object)
+        # Some models cannot be made without cells: one of each batch stands for all.
+        counts = csr_matrix(np.ones((len(batches), len(genes)), dtype=np.float32))
+        obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
+        with quiet():
+            model = VMMSCVI.load(str(found[0]), in_place_of(counts, obs, genes, layer))
+    except Exception:
+        raise damaged from None
+    if model.module.prior is None:
+        raise InputError(f"{path}: must be a model with clusters, is of N(0, I)")
+    return SavedModel(model, found[0], genes, layer, key, batches)
 
 
-def assign(adata: AnnData, saved: SavedModel, layer: str | None) -> list[str]:
-    """Add the embedding and clusters of a saved model to cells; give notes on how.
+# --- cells that fit the model ---
+
+
+class MatchedCells(NamedTuple):
+    """Cells as the model takes them.
+
+    Attributes
+    ----------
+    counts : CellSource
+        Of the model's genes.
+    batches : ndarray of int [cells]
+        Index of each cell's batch, OF_ALL_BATCHES where the model does not know it.
+    notes : list of str
+        What a reader should know about how they were matched.
+    """
+
+    counts: CellSource
+    batches: np.ndarray
+    notes: list[str]
+
+
+def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None) -> MatchedCells:
+    """Find the model's genes and batches in cells.
 
     Parameters
     ----------
-    adata : AnnData
+    cells : AnnData or CellStore
     saved : SavedModel
-    layer : str or None
-        With the counts; None for the model's layer where the cells have it, else X.
+    layer : str, optional
+        Of an AnnData, with the counts; default the model's layer where the cells have it, else X.
+        A store has its own.
 
     Raises
     ------
     InputError
-        If the cells do not fit the model.
+        If the cells do not fit the model; of a store, values that are no counts are told when they
+        are read.
     """
-    setup = saved.registry["setup_args"]
-    if layer is None and setup["layer"] in adata.layers:
-        layer = setup["layer"]
-    counts, notes = _matched(counts_of(adata, layer), adata.var_names, saved.genes)
-    batches, known, more = _batches(adata, saved.registry)
-    query = in_place_of(counts, adata.obs.copy(), saved.genes, setup["layer"])
-    new = ~batches.isin(known).to_numpy()
-    if setup["batch_key"] is not None:
-        query.obs[setup["batch_key"]] = batches.where(~new, known[0])
-    with quiet():
-        model = VMMSCVI.load(str(saved.folder), query)
-        if model.module.prior is None:
-            raise InputError(f"{saved.folder}: must be a model with clusters, is of N(0, I)")
-        z, _ = model.get_latent_representation(return_dist=True)
-        if new.any() and model.module.encode_covariates:
-            z[new] = _of_all_batches(model, np.flatnonzero(new), len(known))
-        set_clusters(adata, z, model.module.components().to("cpu").assign(torch.from_numpy(z)))
-    adata.uns["vmm"] = {"model": str(saved.folder.resolve())}
-    return notes + more
+    key = saved.batch_key
+    more: list[str] = []
+    batch: pd.Categorical | None = None
+    source: CellSource
+    if isinstance(cells, CellStore):
+        source, more = cells, notes_on_names(cells)
+        more += kept_alone("obs and var", ["counts", *cells.others])
+        if key in cells.dtypes:
+            batch = cells.column(key)
+    else:
+        if layer is None and saved.layer in cells.layers:
+            layer = saved.layer
+        source = MemoryCells(csr_matrix(counts_of(cells, layer), dtype=np.float32))
+        if key in cells.obs:
+            batch = pd.Categorical(cells.obs[key])
+    at, notes = _genes(cells.var_names, saved.genes)
+    batches, of_batches = _batches(batch, cells.n_obs, saved)
+    return MatchedCells(_OfGenes(source, at), batches, [*notes, *of_batches, *more])
 
 
-@torch.inference_mode()
-def _of_all_batches(model: VMMSCVI, cells: np.ndarray, batches: int) -> np.ndarray:
-    """Posterior means [n, D] of cells that are of all batches in equal shares."""
-    means = []
-    for tensors in model._make_data_loader(model.adata, indices=cells):
-        log_counts = tensors[REGISTRY_KEYS.X_KEY].to(model.device).log1p()
-        shares = torch.full_like(log_counts[:, :1], 1 / batches).expand(-1, batches)
-        cell = Cells(log_counts, (shares,), log_counts[:, :0])
-        means.append(model.module.encode(cell).loc.cpu())
-    return torch.cat(means).numpy()
-
-
-def _matched(counts: Any, have: pd.Index, genes: pd.Index) -> tuple[Any, list[str]]:
-    """Give the counts [cells, model's genes], 0 where a few genes are missing, and notes."""
+def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:
+    """Where the cells have the model's genes, -1 for the few they may lack; and notes."""
     at = have.get_indexer(genes)
     missing = genes[at < 0]
     if not len(missing):
-        return csr_matrix(counts[:, at], dtype=np.float32), []
+        return at, []
     first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
     are = "is" if len(missing) == 1 else "are"
     number = f"{len(missing):,} of the model's {len(genes):,} genes {are}"
@@ -129,32 +179,102 @@ def _matched(counts: Any, have: pd.Index, genes: pd.Index) -> tuple[Any, list[st
         raise InputError(
             f"must have the model's genes, {number} missing, more than {MOST_MISSING:.0%}: {first}"
         )
-    # One empty column behind the others stands for all that are missing.
-    padded = hstack(
-        [csr_matrix(counts), csr_matrix((counts.shape[0], 1), dtype=np.float32)], format="csc"
-    )
-    return csr_matrix(padded[:, at], dtype=np.float32), [f"{number} missing, taken as 0: {first}"]
+    return at, [f"{number} missing, taken as 0: {first}"]
 
 
-def _batches(adata: AnnData, registry: Any) -> tuple[pd.Series, list[Any], list[str]]:
-    """Give each cell's batch, the batches that the model knows, and notes."""
-    key = registry["setup_args"]["batch_key"]
-    field = registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]
-    known = list(field["state_registry"]["categorical_mapping"])
+class _OfGenes:
+    """Cells with some of their genes, `at`, and none where that is -1: a CellSource."""
+
+    def __init__(self, cells: CellSource, at: np.ndarray):
+        self.n_obs, self.n_vars = cells.n_obs, len(at)
+        self.nbytes, self.run = cells.nbytes, cells.run
+        self._cells, self._at = cells, np.where(at < 0, cells.n_vars, at)
+
+    def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
+        counts = self._cells.read(starts, stops)
+        # One empty column behind the others stands for all that are missing.
+        counts.resize(counts.shape[0], self._cells.n_vars + 1)
+        return counts[:, self._at]
+
+
+def _batches(
+    batch: pd.Categorical | None, n_obs: int, saved: SavedModel
+) -> tuple[np.ndarray, list[str]]:
+    """Index of each cell's batch, of these or, if None, of a new one; and notes."""
+    key = saved.batch_key
     if key is None:
-        return pd.Series(known[0], adata.obs_names), known, []
-    if key not in adata.obs:
-        batches = pd.Series(np.nan, adata.obs_names, dtype=object)
+        return np.zeros(n_obs, dtype=np.int32), []
+    if batch is None:
         note = f"obs has no {key!r}, the model's batches: all cells are taken as of a new batch"
-        return batches, known, [note + HOW]
-    batches = batches_of(adata, key).astype(object)
-    new = [str(b) for b in batches.unique() if b not in known]
+        return np.full(n_obs, OF_ALL_BATCHES, dtype=np.int32), [note + HOW]
+    if missing := int((batch.codes < 0).sum()):
+        raise InputError(
+            f"{key!r} of obs: every cell must have a batch, {missing:,} of {n_obs:,} have none"
+        )
+    known = saved.batches.get_indexer(batch.categories.astype(object))
+    codes = np.where(known < 0, OF_ALL_BATCHES, known).astype(np.int32)[batch.codes]
+    new = [str(batch.categories[i]) for i in pd.unique(batch.codes) if known[i] < 0]
     if not new:
-        return batches, known, []
+        return codes, []
     names = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
     one = (
         "a batch that the model does not know"
         if len(new) == 1
-        else (f"{len(new)} batches that the model does not know")
+        else f"{len(new)} batches that the model does not know"
     )
-    return batches, known, [f"{one}: {names}{HOW}"]
+    return codes, [f"{one}: {names}{HOW}"]
+
+
+# --- their clusters ---
+
+
+@dataclass(frozen=True)
+class Found:
+    """The embedding z [cells, D] of cells, with clusters; and the model that it is of."""
+
+    saved: SavedModel
+    z: np.ndarray
+    assigned: Assignment
+
+    def write(self, cells: AnnData | CellStore, path: Path) -> None:
+        """Write the cells with embedding and clusters to an .h5ad file, whole or not at all.
+
+        Of cells in memory, to which these are added, it has everything; of a store obs and var.
+
+        Raises
+        ------
+        InputError
+            If the disk is too small or fills up, or a file of the store has changed.
+        """
+        uns = {"vmm": {"model": str(self.saved.folder.resolve())}}
+        if isinstance(cells, CellStore):
+            clusters = cluster_columns(*(tensor.numpy() for tensor in self.assigned))
+            write_clustered(cells, path, self.z, clusters, cells.var, uns)
+        else:
+            set_clusters(cells, self.z, self.assigned)
+            cells.uns.update(uns)
+            write_cells(cells, path)
+
+
+def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:
+    """Embed cells and find their clusters.
+
+    Parameters
+    ----------
+    cells : MatchedCells
+        Of :func:`match`, with this model.
+    saved : SavedModel
+    progress : bool
+        Show a bar on stderr.
+
+    Raises
+    ------
+    InputError
+        If cells on disk cannot be read any more, or are no counts.
+    """
+    everything = np.array([0]), np.array([cells.counts.n_obs])
+    batches = CellBatches(cells.counts, cells.batches, *everything)
+    with quiet():
+        z = latent_means(saved.model, batches, progress=progress)
+        components = saved.model.module.components().to("cpu")
+        return Found(saved, z, assign_in_parts(components, z))

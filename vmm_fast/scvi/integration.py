@@ -31,16 +31,17 @@ import scvi
 import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
-from scvi.train._metrics import ElboMetric
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError, Terminated
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Assignment, Components
+from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
     WINDOW,
     CellBatches,
@@ -49,19 +50,30 @@ from vmm_fast.scvi.loading import (
     window_of,
 )
 from vmm_fast.scvi.model import VMMSCVI
-from vmm_fast.scvi.module import PRIOR_LEARNING_RATE
+from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
+from vmm_fast.scvi.preparing import cells_bar
+from vmm_fast.scvi.pseudo_cells import Cells
 from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
 from vmm_fast.scvi.store import CellStore
-from vmm_fast.scvi.writing import COLUMNS, write_results, write_table
+from vmm_fast.scvi.writing import (
+    COLUMNS,
+    ROWS,
+    cluster_columns,
+    write_results,
+    write_table,
+)
 
 __all__ = [
+    "OF_ALL_BATCHES",
     "RESULTS",
     "Integration",
     "OnDisk",
     "Settings",
+    "assign_in_parts",
     "in_place_of",
     "integrate",
     "latent_means",
+    "notes_on_names",
     "quiet",
     "set_clusters",
     "training_cells",
@@ -80,6 +92,7 @@ MANY_GENES = 10_000  # where selecting some is worth a note
 CHECKPOINT_SECONDS = 30  # between two of them
 BAR_SECONDS = 0.5  # between two looks of the progress bar
 SAMPLE = 20_000  # cells on disk that the model is made with: pseudo-cells, genes, the report
+OF_ALL_BATCHES = -1  # index of the batch of a cell that is of all in equal shares
 EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
 
@@ -202,17 +215,13 @@ def training_cells_on_disk(
             raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
         notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
     empty, detected = 0, np.zeros(store.n_vars)
-    names = np.empty(store.n_obs, dtype=np.uint64)
     step = window_of(store)
     for start in range(0, store.n_obs, step):
         stop = min(start + step, store.n_obs)
         counts = store.read(start, stop)
         empty += int((np.diff(counts.indptr) == 0).sum())
         detected += counts.sum(0).A1
-        names[start:stop] = pd.util.hash_array(store.obs_names(start, stop), categorize=False)
-    notes += _notes_on_counts(empty, detected)
-    if same := store.n_obs - len(np.unique(names)):
-        notes.append(f"{same:,} cells have a name that another has, too; results are in order")
+    notes += _notes_on_counts(empty, detected) + notes_on_names(store)
     keys = [] if settings.batch_key is None else [settings.batch_key]
     number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
     sample = store.sample(number, keys=keys, seed=settings.seed)
@@ -262,6 +271,18 @@ def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
     if number := int((detected == 0).sum()):
         notes.append(f"{number:,} {'gene has' if number == 1 else 'genes have'} no counts at all")
     return notes
+
+
+def notes_on_names(store: CellStore) -> list[str]:
+    """Give a note on cells that have a name that another has, too."""
+    names = np.empty(store.n_obs, dtype=np.uint64)
+    for start in range(0, store.n_obs, ROWS):
+        part = store.obs_names(start, min(start + ROWS, store.n_obs))
+        names[start : start + len(part)] = pd.util.hash_array(part, categorize=False)
+    same = store.n_obs - len(np.unique(names))
+    if not same:
+        return []
+    return [f"{same:,} cells have a name that another has, too; results are in order"]
 
 
 def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
@@ -314,8 +335,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _Checkpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, but written whole or not at all, on any file system."""
+class _CheckpointFile(CheckpointFile):
+    """With errors that say what to do on the command line."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         try:
@@ -326,32 +347,21 @@ class _Checkpoints(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().load_checkpoint(path, *args, **kwargs)
-        except Exception:  # pickle raises of all kinds
-            raise InputError(
-                f"{path}: is damaged and cannot be read; start the run again with --overwrite"
-            ) from None
+        except InputError as error:
+            raise InputError(f"{error}; start the run again with --overwrite") from None
 
 
 class _Progress(Callback):
-    """What happens besides training: history, checkpoints, and the bar.
+    """What happens besides training: history and the bar. Checkpoints have the history, too."""
 
-    A checkpoint has the state of the generators of random numbers and the sums of an epoch's
-    losses too, so that a run that goes on with it does as it would have without the stop.
-    """
-
-    def __init__(
-        self, checkpoint: Path | None, checkpoint_steps: int | None, progress: bool
-    ) -> None:
-        self.checkpoint, self.checkpoint_steps = checkpoint, checkpoint_steps
+    def __init__(self, progress: bool) -> None:
         self.progress = progress
         self.bar: Any = None
         self.history: dict[str, list[float]] = {}
         self.seconds = 0.0
         self.epoch = 0
         self.stopped_by: type[KeyboardInterrupt] | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._plan: Any = None
-        self._since = self._written = self._shown = time.monotonic()
+        self._since = self._shown = time.monotonic()
 
     @property
     def elapsed(self) -> float:
@@ -359,57 +369,26 @@ class _Progress(Callback):
         return self.seconds + time.monotonic() - self._since
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "seconds": self.elapsed,
-            "epoch": self.epoch,
-            "random": torch.get_rng_state(),
-            "losses": [dict(metric.metric_state) for metric in self._losses()],
-        }
+        return {"history": self.history, "seconds": self.elapsed, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.seconds, self.epoch = (
             state[name] for name in ("history", "seconds", "epoch")
         )
-        self._loaded = state
-
-    def _losses(self) -> list[ElboMetric]:
-        return [metric for metric in self._plan.modules() if isinstance(metric, ElboMetric)]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._plan = pl_module
-        self._since = self._written = self._shown = time.monotonic()
+        self._since = self._shown = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.progress:
             self.bar = _bar(trainer.num_training_batches * trainer.max_epochs, trainer.global_step)
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        # Not before: what comes before the first batch draws, too.
-        if self._loaded is not None:
-            torch.set_rng_state(self._loaded["random"])
-            for metric, state in zip(self._losses(), self._loaded["losses"], strict=True):
-                for name, value in state.items():
-                    setattr(metric, name, value)
-            self._loaded = None
-
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, now = trainer.global_step, time.monotonic()
-        # The last batch's comes after the losses of the cells held out.
-        if batch_idx + 1 < trainer.num_training_batches and (
-            now - self._written >= CHECKPOINT_SECONDS
-            or (self.checkpoint_steps and step % self.checkpoint_steps == 0)
-        ):
-            self._write(trainer)
+        now = time.monotonic()
         if self.bar is not None and now - self._shown >= BAR_SECONDS:
             self._show(trainer, len(batch[REGISTRY_KEYS.X_KEY]), now)
-
-    def _write(self, trainer: Any) -> None:
-        if self.checkpoint is not None:
-            trainer.save_checkpoint(self.checkpoint)
-            self._written = time.monotonic()
 
     def _show(self, trainer: Any, cells: int, now: float) -> None:
         steps = trainer.global_step - self.bar.n
@@ -439,9 +418,6 @@ class _Progress(Callback):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}")
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
-        last = self.epoch == trainer.max_epochs
-        if last or time.monotonic() - self._written >= CHECKPOINT_SECONDS:
-            self._write(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
@@ -490,7 +466,13 @@ def integrate(
         On Ctrl-C, and as :class:`Terminated` on SIGTERM.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    during = _Progress(checkpoint, checkpoint_steps, progress)
+    during = _Progress(progress)
+    callbacks: list[Callback] = [during]
+    if checkpoint is not None:
+        # Called after `during`, so that the history has the epoch that has ended.
+        callbacks.append(
+            Checkpoints(checkpoint, seconds=CHECKPOINT_SECONDS, steps=checkpoint_steps)
+        )
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             scvi.settings.seed = settings.seed
@@ -518,8 +500,8 @@ def integrate(
                 check_val_every_n_epoch=1,
                 enable_progress_bar=False,
                 logger=False,
-                callbacks=[during],
-                plugins=[_Checkpoints()],
+                callbacks=callbacks,
+                plugins=[_CheckpointFile()],
                 ckpt_path=checkpoint if resume else None,
             )
             model.history_ = {
@@ -574,16 +556,33 @@ def _peak_memory() -> float:
 
 
 @torch.inference_mode()
-def latent_means(model: VMMSCVI, batches: CellBatches) -> np.ndarray:
-    """Posterior means [cells, D] of the cells that `batches` gives."""
+def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False) -> np.ndarray:
+    """Posterior means [cells, D] of the cells that `batches` gives.
+
+    A cell whose batch is OF_ALL_BATCHES is encoded as of all in equal shares. With `progress` there
+    is a bar on stderr.
+    """
     module = model.module
     means = np.empty((batches.number, module.n_latent), dtype=np.float32)
     done = 0
-    for tensors in batches:
-        found = module.inference(**module._get_inference_input(tensors))["qz"].loc.cpu()
-        means[done : done + len(found)] = found
-        done += len(found)
+    with cells_bar(batches.number, progress) as bar:
+        for tensors in batches:
+            found = module.encode(_as_encoded(module, tensors)).loc.cpu()
+            means[done : done + len(found)] = found
+            done += len(found)
+            bar.update(len(found))
     return means
+
+
+def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
+    """Cells of a mini-batch as the encoder sees them."""
+    log_counts = tensors[REGISTRY_KEYS.X_KEY].to(module.device).log1p()
+    categories: tuple[Tensor, ...] = ()
+    if module.encode_covariates:
+        index = tensors[REGISTRY_KEYS.BATCH_KEY].to(module.device)
+        of_one = one_hot(index[:, 0].clamp(min=0), module.n_batch).to(log_counts.dtype)
+        categories = (of_one.where(index != OF_ALL_BATCHES, 1 / module.n_batch),)
+    return Cells(log_counts, categories, log_counts[:, :0])
 
 
 @torch.no_grad()
@@ -591,17 +590,17 @@ def _number_by_size(model: VMMSCVI, z: np.ndarray) -> Assignment:
     """Renumber the model's components (K = 1) by the cells they hold; assign the cells."""
     prior = model.module.prior
     components = model.module.components().to("cpu")
-    labels = _assign(components, z).labels
+    labels = assign_in_parts(components, z).labels
     by_weight = components.log_weights.argsort(descending=True, stable=True)
     counts = labels.bincount(minlength=len(by_weight))[by_weight]
     order = by_weight[counts.argsort(descending=True, stable=True)]
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
-    return _assign(model.module.components().to("cpu"), z)
+    return assign_in_parts(model.module.components().to("cpu"), z)
 
 
-def _assign(components: Components, z: np.ndarray) -> Assignment:
+def assign_in_parts(components: Components, z: np.ndarray) -> Assignment:
     """As :meth:`Components.assign`, of so many points at once that memory is that of the result."""
     parts = [components.assign(points) for points in torch.from_numpy(z).split(WINDOW)]
     return Assignment(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -698,11 +697,9 @@ class Integration:
 def set_clusters(adata: AnnData, z: np.ndarray, assigned: Assignment) -> None:
     """Add the embedding z [cells, D] and its clusters to the cells."""
     adata.obsm["X_vmm"] = z
-    names = assigned.labels.numpy().astype(str)
-    order = sorted(set(names), key=int)
-    adata.obs["vmm_cluster"] = pd.Categorical(names, categories=order)
-    adata.obs["vmm_cluster_probability"] = assigned.probability.numpy()
-    adata.obs["vmm_cluster_entropy"] = assigned.entropy.numpy()
+    clusters = cluster_columns(*(tensor.numpy() for tensor in assigned))
+    for key, values in clusters.items():
+        adata.obs[key] = values.array
 
 
 def write_cells(adata: AnnData, path: Path) -> None:

@@ -15,10 +15,10 @@ from scipy.sparse import csr_matrix
 from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
 from vmm_fast.scvi.reading import counts_of, kind_of, read_cells
-from vmm_fast.scvi.store import CannotStream, CellStore
+from vmm_fast.scvi.store import CannotStream, CellStore, kept_alone, others_of
 from vmm_fast.scvi.writing import ROWS, H5adWriter, write_h5ad
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "cells_bar", "prepare"]
 
 VALUES = 1 << 23  # that are in memory together, about
 
@@ -60,7 +60,7 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
     columns = {"var": source.var, "dtypes": source.dtypes, "index_name": source.index_name}
 
     def fill(writer: H5adWriter, dtype: type) -> None:
-        with _bar(source.n_obs, progress) as bar:
+        with cells_bar(source.n_obs, progress) as bar:
             for start in range(0, source.n_obs, step):
                 stop = min(start + step, source.n_obs)
                 counts = source.read(start, stop, np.int32)
@@ -77,6 +77,7 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
                     out, source.n_obs, fill=partial(fill, dtype=dtype), counts=dtype, **columns
                 )
                 break
+        notes = notes + kept_alone("counts, obs and var", source.others)
         return Prepared(source.n_obs, source.n_vars, size, notes)
 
 
@@ -105,6 +106,8 @@ class _InMemory:
         self.nbytes = 8 * self._counts.nnz
         self.dtypes = dict(self._obs.dtypes)
         self.index_name = self._obs.index.name
+        counts = "X" if layer is None else f"layers/{layer}"
+        self.others = others_of(partial(getattr, adata), counts)
 
     def __enter__(self) -> _InMemory:
         return self
@@ -135,7 +138,8 @@ def _storable(frame: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _bar(cells: int, progress: bool) -> Any:
+def cells_bar(cells: int, progress: bool) -> Any:
+    """A bar on stderr of how many cells have been gone through, if `progress`."""
     from tqdm import tqdm
 
     return tqdm(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
 from vmm_fast.scvi.reading import kind_of, listed, no_column, not_counts, told
 
-__all__ = ["CannotStream", "CellStore"]
+__all__ = ["CannotStream", "CellStore", "kept_alone", "others_of"]
 
 MOST_OPEN = 64  # files; each has a cache of two chunks' size
 CACHE = 1 << 20  # bytes that HDF5 keeps of each array
@@ -49,10 +49,14 @@ class CellStore:
         there are the columns that all have.
     layer : str, optional
         With the counts; default X.
+    preferred : str, optional
+        The layer to take where `layer` is not given and the first file has this one.
 
     Attributes
     ----------
     files : tuple of Path
+    layer : str or None
+        That is read.
     n_obs, n_vars : int
     var_names : pandas.Index
     var : pandas.DataFrame
@@ -62,6 +66,8 @@ class CellStore:
     nbytes : int
         What the counts would take in memory, as CSR of float32 with int32 indices; if they are
         stored dense, at most.
+    others : list of str
+        What there is besides these counts, obs and var, as ``"obsm/X_pca"``.
 
     Raises
     ------
@@ -78,8 +84,14 @@ class CellStore:
 
     run = 64  # fewer together are slower to read, more are shuffled less well
 
-    def __init__(self, path: str | os.PathLike[str], layer: str | None = None) -> None:
-        self.path, self.layer = Path(path), layer
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layer: str | None = None,
+        *,
+        preferred: str | None = None,
+    ) -> None:
+        self.path, self.layer, self._preferred = Path(path), layer, preferred
         kind = kind_of(self.path)
         if kind == "shards":
             self.files = tuple(sorted(self.path.glob("*.h5ad")))
@@ -92,9 +104,8 @@ class CellStore:
             )
         self._lock = threading.RLock()
         self._open: OrderedDict[Path, _Open] = OrderedDict()
-        self._element = "X" if layer is None else f"layers/{layer}"
-        self._where = "X" if layer is None else f"layers[{layer!r}]"
         self._shards: list[_Shard] = []
+        self.others: list[str] = []
         try:
             for file in self.files:
                 if kind == "shards":
@@ -132,6 +143,14 @@ class CellStore:
 
     # --- files ---
 
+    @property
+    def _element(self) -> str:
+        return "X" if self.layer is None else f"layers/{self.layer}"
+
+    @property
+    def _where(self) -> str:
+        return "X" if self.layer is None else f"layers[{self.layer!r}]"
+
     def _opened(self, file: Path) -> _Open:
         """The file, opened; that which was read longest ago is closed if they are many."""
         if file not in self._open:
@@ -140,8 +159,7 @@ class CellStore:
             self._open[file] = _Open(
                 zarr.open_group(file, mode="r")
                 if file.is_dir()
-                else h5py.File(file, "r", rdcc_nbytes=CACHE),
-                self._element,
+                else h5py.File(file, "r", rdcc_nbytes=CACHE)
             )
         self._open.move_to_end(file)
         return self._open[file]
@@ -179,6 +197,9 @@ class CellStore:
             group = opened.group
             stamp = self._stamp(file)
             layers = group.get("layers", ())
+            usual = self._preferred
+            if not self._shards and self.layer is None and usual is not None and usual in layers:
+                self.layer = usual
             if self.layer is not None and self.layer not in layers:
                 raise InputError(
                     f"--layer {self.layer}: must be one of the layers, {listed(layers)}"
@@ -203,6 +224,10 @@ class CellStore:
                 )
             if encoding not in ("csr_matrix", "array"):
                 raise InputError(f"{self._where} must be a matrix of counts, is a {encoding}")
+            there = {name: group[name] for name in group}
+            there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
+            others = others_of(there.get, self._element)
+            self.others += [name for name in others if name not in self.others]
             matrix = group[self._element]
             n_obs = frames.rows_of(group["obs"])
             shape = tuple(map(int, matrix.attrs.get("shape", getattr(matrix, "shape", ()))))
@@ -318,15 +343,15 @@ class CellStore:
     def _slice(self, shard: _Shard, opened: _Open, start: int, stop: int) -> tuple[Any, Any]:
         """Values of each cell, and all values with their genes; as they are stored."""
         if shard.indptr is None:
-            rows = opened["rows"][start:stop]
+            rows = opened[self._element][start:stop]
             at, genes = rows.nonzero()
             return np.bincount(at, minlength=stop - start), (rows[at, genes], genes)
         first, last = shard.indptr[start], shard.indptr[stop]
         length = np.diff(shard.indptr[start : stop + 1])
-        genes = opened["indices"][first:last]
+        genes = opened[f"{self._element}/indices"][first:last]
         if len(genes) and not (genes.min() >= 0 and genes.max() < self.n_vars):
             raise InputError(f"{self._where} is damaged, has a gene beyond its {self.n_vars}")
-        return length, (opened["data"][first:last], genes)
+        return length, (opened[f"{self._element}/data"][first:last], genes)
 
     def _check(
         self, shard: _Shard, group: Any, start: int, length: np.ndarray, part: tuple[Any, Any]
@@ -464,17 +489,45 @@ class _Shard:
 class _Open:
     """An opened file, with the arrays of its counts: HDF5 keeps chunks as long as one is open."""
 
-    def __init__(self, group: Any, element: str) -> None:
-        self.group, self._element = group, element
+    def __init__(self, group: Any) -> None:
+        self.group = group
         self._arrays: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The array, "rows" where the counts are dense."""
+        """The array of this name."""
         if name not in self._arrays:
-            element = self.group[self._element]
-            self._arrays[name] = element if name == "rows" else element[name]
+            self._arrays[name] = self.group[name]
         return self._arrays[name]
 
     def close(self) -> None:
         if isinstance(self.group, h5py.File):
             self.group.close()
+
+
+# --- what else a file has ---
+
+
+def others_of(element: Callable[[str], Any], counts: str) -> list[str]:
+    """Name what cells have besides these counts, obs and var.
+
+    Parameters
+    ----------
+    element : callable
+        Gives what is there by this name, such as "obsm", or None.
+    counts : str
+        "X" or "layers/NAME".
+    """
+    found = [name for name in ("X", "raw") if element(name) is not None]
+    for name in ("layers", "obsm", "obsp", "varm", "varp"):
+        found += [f"{name}/{key}" for key in element(name) or ()]
+    if len(element("uns") or ()):
+        found.append("uns")
+    return [name for name in found if name != counts]
+
+
+def kept_alone(kept: str, others: Sequence[str]) -> list[str]:
+    """Give a note that names what is left out of a result, if anything."""
+    if not others:
+        return []
+    more = ", ..." if len(others) > 20 else ""
+    return [f"{kept} alone are kept, not {', '.join(others[:20])}{more}"]

@@ -30,7 +30,15 @@ from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
 from vmm_fast.scvi.store import CellStore
 
-__all__ = ["COLUMNS", "H5adWriter", "write_h5ad", "write_results", "write_table"]
+__all__ = [
+    "COLUMNS",
+    "H5adWriter",
+    "cluster_columns",
+    "write_clustered",
+    "write_h5ad",
+    "write_results",
+    "write_table",
+]
 
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
 CHUNK = 1 << 15  # values
@@ -359,37 +367,63 @@ def write_results(
     InputError
         If the disk is too small or fills up, or a file of the store has changed.
     """
-    parts = [slice(at, min(at + ROWS, store.n_obs)) for at in range(0, store.n_obs, ROWS)]
-    used = np.unique(np.concatenate([np.unique(labels[part]) for part in parts]))
-    clusters = pd.CategoricalDtype(used.astype(str).astype(object))
-    dtypes = {key: dtype for key, dtype in store.dtypes.items() if key not in COLUMNS}
-    kept = list(dtypes)
-    dtypes |= dict(zip(COLUMNS, (clusters, np.dtype("f4"), np.dtype("f4")), strict=True))
-
-    def fill(writer: H5adWriter) -> None:
-        for part in parts:
-            obs = store.obs(part.start, part.stop, kept)
-            codes = np.searchsorted(used, labels[part])
-            obs[COLUMNS[0]] = pd.Categorical.from_codes(codes, dtype=clusters)
-            obs[COLUMNS[1]], obs[COLUMNS[2]] = probability[part], entropy[part]
-            writer.append(obs, z=z[part])
-
-    write_h5ad(
-        folder / "cells.h5ad",
-        store.n_obs,
-        pd.DataFrame({"vmm_gene": store.var_names.isin(genes)}, index=store.var_names),
-        dtypes,
-        fill,
-        latent=z.shape[1],
-        index_name=store.index_name,
-        uns={"vmm": dict(uns)},
-    )
+    clusters = cluster_columns(labels, probability, entropy)
+    var = pd.DataFrame({"vmm_gene": store.var_names.isin(genes)}, index=store.var_names)
+    write_clustered(store, folder / "cells.h5ad", z, clusters, var, {"vmm": dict(uns)})
     write_table(
         folder / "clusters.csv",
         (
             (store.obs_names(part.start, part.stop), labels[part], probability[part], entropy[part])
-            for part in parts
+            for part in _parts(store)
         ),
+    )
+
+
+def _parts(store: CellStore) -> list[slice]:
+    return [slice(at, min(at + ROWS, store.n_obs)) for at in range(0, store.n_obs, ROWS)]
+
+
+def cluster_columns(
+    labels: np.ndarray, probability: np.ndarray, entropy: np.ndarray
+) -> pd.DataFrame:
+    """Clusters as columns of obs; categories are in the order of their numbers."""
+    used, codes = np.unique(labels, return_inverse=True)
+    clusters = pd.Categorical.from_codes(codes, used.astype(str).astype(object))
+    return pd.DataFrame(dict(zip(COLUMNS, (clusters, probability, entropy), strict=True)))
+
+
+def write_clustered(
+    store: CellStore,
+    path: Path,
+    z: np.ndarray,
+    clusters: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: Mapping[str, Any],
+) -> None:
+    """Write obs of a store with :func:`cluster_columns`, and z as X_vmm: whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If the disk is too small or fills up, or a file of the store has changed.
+    """
+    kept = [key for key in store.dtypes if key not in clusters]
+
+    def fill(writer: H5adWriter) -> None:
+        for part in _parts(store):
+            obs = store.obs(part.start, part.stop, kept)
+            columns = {key: values.array[part] for key, values in clusters.items()}
+            writer.append(obs.assign(**columns), z=z[part])
+
+    write_h5ad(
+        path,
+        store.n_obs,
+        var,
+        store.dtypes | dict(clusters.dtypes),
+        fill,
+        latent=z.shape[1],
+        index_name=store.index_name,
+        uns=uns,
     )
 
 
