@@ -4,9 +4,12 @@ Atlases are those of :mod:`bench.atlas`. Every step runs in a process of its own
 resident memory is the step's. Seconds are without the import of libraries.
 
 - prepare: ``vmm-fast prepare`` of a gzipped .h5ad.
-- loader: an epoch of batches as training takes them, with nothing done to them.
+- loader: an epoch of batches as training takes them, with nothing done to them; and scDataset's of
+  the same file, which shuffles as many cells together, in blocks of 64, but does not read ahead.
 - integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
   this the training alone.
+- EM iteration: exact EM of the trained prior over the embedding on disk; see
+  :mod:`bench.embedding`, and next to scikit-learn's at the largest size.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
 - resume: a run that is killed several times, at random moments, and one that is not: the largest
@@ -19,26 +22,30 @@ resident memory is the step's. Seconds are without the import of libraries.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import alone, atlas
+from bench import alone, atlas, embedding
 from bench.records import Row
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
 
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
-GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE)
+EM = "EM iteration"
+GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
 EPOCH, RESUME, SHUFFLING = "training epoch", "resume", "shuffling"
 STOCK, VMM, NORMAL = "SCVI", "VMM", "same network, N(0, I)"
 PRIORS = {VMM: "vmm", NORMAL: "normal"}
+SCDATASET, SCIKIT_LEARN = "scDataset", "GaussianMixture"
+SCDATASET_BLOCK = 64  # cells
 IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
 COMPARED_CELLS = 100_000  # with whose memory that of more is
 ATLASES = Path(__file__).parents[1] / "build" / "atlases"
@@ -49,6 +56,8 @@ class Plan(NamedTuple):
 
     cells: tuple[int, ...]  # in the atlases on disk
     batch_size: int  # of training from disk
+    iterations: int  # of EM
+    peer_points: int  # that scikit-learn takes at most
     epoch_cells: int
     epoch_batches: tuple[int, ...]
     repeats: int
@@ -64,6 +73,8 @@ class Plan(NamedTuple):
 FULL = Plan(
     cells=(10_000, 100_000, 1_000_000),
     batch_size=512,
+    iterations=10,
+    peer_points=100_000,
     epoch_cells=20_000,
     epoch_batches=(128, 512),
     repeats=5,
@@ -78,6 +89,8 @@ FULL = Plan(
 QUICK = Plan(
     cells=(400,),
     batch_size=32,
+    iterations=2,
+    peer_points=200,
     epoch_cells=300,
     epoch_batches=(32,),
     repeats=1,
@@ -214,13 +227,54 @@ def load(path: str, batch_size: int) -> dict[str, Any]:
     from vmm_fast.scvi.loading import CellBatches
 
     with CellStore(path) as store:
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         codes = store.column("batch").codes
         starts = np.arange(0, store.n_obs, store.run)
         stops = np.minimum(starts + store.run, store.n_obs)
         batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
-        cells = sum(len(batch["X"]) for batch in batches)
-        return {"seconds": time.perf_counter() - start, "loaded": cells}
+        return _loaded((batch["X"] for batch in batches), start)
+
+
+def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
+    """As :func:`load`, with scDataset."""
+    import h5py
+    import torch
+    from anndata.io import sparse_dataset
+    from scdataset import BlockShuffling, scDataset
+
+    from vmm_fast.scvi.loading import WINDOW
+
+    class Counts:
+        """The part of a collection that scDataset needs, without an AnnData around it."""
+
+        def __len__(self) -> int:
+            return counts.shape[0]
+
+        def __getitem__(self, cells: np.ndarray) -> Any:
+            return counts[cells]
+
+    with h5py.File(path) as file:
+        start = time.perf_counter(), time.process_time()
+        counts = sparse_dataset(file["X"])
+        batches = scDataset(
+            Counts(),
+            BlockShuffling(block_size=SCDATASET_BLOCK),
+            batch_size,
+            fetch_factor=max(1, WINDOW // batch_size),
+            batch_transform=lambda cells: torch.from_numpy(cells.toarray()),
+            seed=0,
+        )
+        return _loaded(batches, start)
+
+
+def _loaded(batches: Iterable[Any], start: tuple[float, float]) -> dict[str, Any]:
+    """Take all batches; seconds since the start, and CPU seconds."""
+    cells = sum(len(batch) for batch in batches)
+    return {
+        "seconds": time.perf_counter() - start[0],
+        "cpu_seconds": time.process_time() - start[1],
+        "loaded": cells,
+    }
 
 
 def shuffle(
@@ -315,12 +369,26 @@ def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[R
     size = plan.batch_size
     done = alone.run(load, threads=threads, path=str(prepared), batch_size=size)
     yield _rate(_row(LOADER, VMM, cells, threads, B=size, **done))
+    if importlib.util.find_spec("scdataset") is None:
+        yield _row(LOADER, SCDATASET, cells, threads, B=size, absent="not installed")
+    else:
+        done = alone.run(load_scdataset, threads=threads, path=str(prepared), batch_size=size)
+        yield _rate(_row(LOADER, SCDATASET, cells, threads, B=size, **done))
     arguments = _integrate_arguments(prepared, size, 1)
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        done = alone.run(integrate, threads=threads, arguments=arguments, out=f"{out}/results")
-    seconds = done.pop("training_seconds")
-    yield _rate(_row(INTEGRATE, VMM, cells, threads, B=size, **done))
-    yield _rate(_row(TRAINING, VMM, cells, threads, B=size, seconds=seconds))
+        results = f"{out}/results"
+        done = alone.run(integrate, threads=threads, arguments=arguments, out=results)
+        seconds = done.pop("training_seconds")
+        yield _rate(_row(INTEGRATE, VMM, cells, threads, B=size, **done))
+        yield _rate(_row(TRAINING, VMM, cells, threads, B=size, seconds=seconds))
+        embedding.save(Path(results))
+        trained = {"results": results, "cells": str(prepared)}
+        done = alone.run(embedding.fit, threads=threads, **trained, iterations=plan.iterations)
+        yield _rate(_row(EM, VMM, cells, threads, **done))
+        if cells == max(plan.cells):
+            options = {"most": plan.peer_points, "repeats": plan.repeats}
+            done = alone.run(embedding.peer, threads=threads, **trained, **options)
+            yield _rate(_row(EM, SCIKIT_LEARN, cells, threads, **done))
 
 
 def _integrate_arguments(path: Path, batch_size: int, epochs: int) -> list[str]:
@@ -427,6 +495,11 @@ def exponent(rows: Sequence[Row]) -> float:
     """Slope of log seconds against the log of the number of cells."""
     x, y = (np.log([row[name] for row in rows]) for name in ("cells", "seconds"))
     return float(np.polyfit(x, y, 1)[0])
+
+
+def least_gain(row: Row) -> float:
+    """How much an iteration of EM has raised the objective at least; below 0 where it fell."""
+    return float(np.diff(row["objective"]).min())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

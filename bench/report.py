@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench import atlas, out_of_core, roofline, scaling, step, throughput
+from bench import atlas, out_of_core, roofline, scaling, scvi_epoch, scvi_step, step, throughput
 from bench.records import Row, read_rows, select
 from bench.targets import Check, checks, fraction_of_peak
 from vmm_fast._files import write_atomically
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PARTS = ("throughput", "roofline", "scaling", "step", "atlas")
+PARTS = ("throughput", "roofline", "scaling", "step", "scvi-step", "atlas")
+HEADINGS = {"scvi-step": "scVI step"}  # of the others, their names
 
 # Why a target is missed and what to try next, by how its name begins.
 REASONS: dict[str, str] = {
@@ -66,6 +67,21 @@ COLORS = {
 }
 KERNEL_COLORS = {kernel: f"C{i}" for i, kernel in enumerate(roofline.KERNELS)}
 SIZE_MARKERS = "os^Dv*"
+# Forward and backward of a part share a hue.
+PHASE_COLORS = {
+    scvi_epoch.READING: "0.45",
+    scvi_epoch.ENCODER: "#9ecae1",
+    scvi_epoch.DECODER: "#4292c6",
+    scvi_epoch.NETWORK_BACKWARD: "#084594",
+    scvi_epoch.LIKELIHOOD: "#fdae6b",
+    scvi_epoch.LIKELIHOOD_BACKWARD: "#e6550d",
+    scvi_epoch.KL: "#a1d99b",
+    scvi_epoch.KL_BACKWARD: "#31a354",
+    scvi_epoch.PRIOR: "#54278f",
+    scvi_epoch.OPTIMIZER: "#9e9ac8",
+    scvi_epoch.LOGGING: "#e7ba52",
+    scvi_epoch.REST: "0.8",
+}
 
 
 # --- tables ---
@@ -203,9 +219,42 @@ def step_table(rows: Sequence[Row]) -> str:
     return table(("B", *priors), lines)
 
 
+def scvi_step_tables(rows: Sequence[Row]) -> str:
+    """Median time of a step of scVI, over stock SCVI's in brackets; of an epoch's, every phase."""
+    found = select(rows, mode=scvi_step.MODE)
+    priors = list(dict.fromkeys(row["provider"] for row in found))
+    lines = []
+    for size in dict.fromkeys(row["B"] for row in found):
+        here = {row["provider"]: row for row in select(found, B=size)}
+        cells = [f"{duration(here[p]['p50'])} ({here[p]['times stock']:.2f}x)" for p in priors]
+        lines.append((str(size), *cells))
+    text = table(("B", *priors), lines)
+    found = select(rows, mode=scvi_epoch.MODE)
+    for size in dict.fromkeys(row["B"] for row in found):
+        here = {row["provider"]: row for row in select(found, B=size)}
+        milliseconds = [
+            (phase, *(_milliseconds(row["phases"][phase]) for row in here.values()))
+            for phase in scvi_epoch.PHASES
+        ]
+        sums = (sum(row["phases"].values()) for row in here.values())
+        plain = [f"{_milliseconds(r['p50'])} ({r['times stock']:.2f}x)" for r in here.values()]
+        milliseconds += [
+            ("**sum**", *(f"**{_milliseconds(seconds)}**" for seconds in sums)),
+            ("the same epoch without phases", *plain),
+        ]
+        text += f"\nB = {size}, an epoch through Lightning, CPU time in ms a step on 1 thread:\n\n"
+        text += table(("phase", *here), milliseconds)
+    return text
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds else "-"
+
+
 def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Steps whose time grows with the cells, by rising number of them."""
-    found = {mode: select(rows, mode=mode) for mode in out_of_core.GROWING}
+    ours = select(rows, provider=out_of_core.VMM)
+    found = {mode: select(ours, mode=mode) for mode in out_of_core.GROWING}
     return {mode: sorted(r, key=lambda row: row["cells"]) for mode, r in found.items() if r}
 
 
@@ -227,6 +276,7 @@ def atlas_tables(rows: Sequence[Row]) -> str:
     text = table(head, lines) + "\n"
     if all(len(line) > 1 for line in steps.values()):
         text += f"{_ten_million(steps)}\n\n"
+    text += _loaders(rows) + _em(rows)
     epochs = select(rows, mode=out_of_core.EPOCH)
     lines = [
         (str(row["B"]), row["provider"], duration(row["p50"]), f"{row['times stock']:.2f}")
@@ -251,6 +301,56 @@ def atlas_tables(rows: Sequence[Row]) -> str:
     return text + table(("cells", *seeds, "mean"), lines)
 
 
+def _loaders(rows: Sequence[Row]) -> str:
+    """Our loader next to scDataset."""
+    lines = []
+    for row in select(rows, mode=out_of_core.LOADER, provider=out_of_core.SCDATASET):
+        (ours,) = select(
+            rows, mode=out_of_core.LOADER, provider=out_of_core.VMM, cells=row["cells"]
+        )
+        cells = [row["absent"]] if "absent" in row else [_loaded(row)]
+        lines.append((f"{row['cells']:,}", _loaded(ours), *cells))
+    if not lines:
+        return ""
+    head = ("cells", "vmm_fast", out_of_core.SCDATASET)
+    return (
+        f"Loaders of the same file, batches of {row['B']}, cells/s; in brackets cells a CPU "
+        f"second, since ours reads ahead in a thread of its own:\n\n{table(head, lines)}\n"
+    )
+
+
+def _loaded(row: Row) -> str:
+    return f"{row['cells/s']:,.0f} ({row['cells'] / row['cpu_seconds']:,.0f})"
+
+
+def _em(rows: Sequence[Row]) -> str:
+    """What EM gains, and scikit-learn's time."""
+    lines = [
+        (
+            f"{row['cells']:,}",
+            str(row["J"]),
+            str(len(row["objective"])),
+            f"{row['objective'][0]:.3f}",
+            f"{row['objective'][-1]:.3f}",
+            f"{out_of_core.least_gain(row):.2g}",
+        )
+        for row in select(rows, mode=out_of_core.EM, provider=out_of_core.VMM)
+    ]
+    if not lines:
+        return ""
+    head = ("points", "components", "iterations", "objective before", "of the last", "least gain")
+    text = "EM of the trained prior, nats a point; a gain below 0 would be a fall:\n\n"
+    text += table(head, lines) + "\n"
+    for row in select(rows, mode=out_of_core.EM, provider=out_of_core.SCIKIT_LEARN):
+        text += (
+            f"scikit-learn's {row['provider']} takes {duration(row['seconds'])} for an iteration "
+            f"over {row['cells']:,} points, {row['times as fast']:.3g} times as long as ours in "
+            f"the same turns (measured at {row['measured']:,} points in memory, scaled linearly)."
+            "\n\n"
+        )
+    return text
+
+
 def _gib(number: float) -> str:
     return f"{number / 2**30:.2f} GiB"
 
@@ -269,8 +369,8 @@ def _ten_million(steps: dict[str, list[Row]]) -> str:
     return (
         f"Time grows as {', '.join(fits)}; between the last two sizes, memory of "
         f"{out_of_core.INTEGRATE} by {a_cell:.0f} bytes a cell. So 10,000,000 cells would take: "
-        f"{', '.join(times)}, in {_gib(peak)} (from the largest size by these exponents; one below "
-        "1, which comes of what is paid once, as 1)."
+        f"{', '.join(times)}; and {out_of_core.INTEGRATE} {_gib(peak)} (from the largest size by "
+        "these exponents; one below 1, which comes of what is paid once, as 1)."
     )
 
 
@@ -285,17 +385,23 @@ def _bare(ax: Axes, title: str) -> None:
     ax.tick_params(labelsize=8)
 
 
-def _bars(ax: Axes, groups: Sequence[str], bars: dict[str, list[float | None]], form: str) -> None:
-    """Ratios side by side for each group, as bars that start at 1, with their values."""
+def _bars(
+    ax: Axes,
+    groups: Sequence[str],
+    bars: dict[str, list[float | None]],
+    form: str,
+    start: float = 1.0,
+) -> None:
+    """Ratios side by side for each group, as bars that start at 1 or 0, with their values."""
     width = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
         shift = (i - (len(bars) - 1) / 2) * width
         points = [(group + shift, v) for group, v in enumerate(values) if v is not None]
         x, y = zip(*points, strict=True)
         color = COLORS.get(name, f"C{i}")
-        ax.bar(x, [v - 1 for v in y], 0.92 * width, bottom=1, color=color, label=name)
+        ax.bar(x, [v - start for v in y], 0.92 * width, bottom=start, color=color, label=name)
         for at, v in points:
-            _label(ax, form.format(v), (at, max(v, 1)), (0, 2), ha="center")
+            _label(ax, form.format(v), (at, max(v, start)), (0, 2), ha="center")
     ax.set_xticks(range(len(groups)), groups)
     room = max(0.5, 1.5 - 0.5 * len(groups))  # no giant bars where there are few
     ax.set_xlim(-room, len(groups) - 1 + room)
@@ -472,6 +578,49 @@ def plot_step(figure: Figure, rows: Sequence[Row]) -> None:
     ax.legend(fontsize=8, frameon=False, ncols=len(bars), loc="upper left")
 
 
+def plot_scvi_step(figure: Figure, rows: Sequence[Row]) -> None:
+    """Time of a step of scVI next to stock SCVI's, and of a step in an epoch, by phase."""
+    epochs = select(rows, mode=scvi_epoch.MODE)
+    sizes = list(dict.fromkeys(row["B"] for row in epochs))
+    figure.set_size_inches(7 + 4 * len(sizes), 4.6)
+    steps, *axes = figure.subplots(1, 1 + len(sizes), width_ratios=[1.6] + [1] * len(sizes))
+    found = select(rows, mode=scvi_step.MODE)
+    stock = {row["B"]: row["p50"] for row in select(found, provider=scvi_step.STOCK)}
+    bars: dict[str, list[float | None]] = {
+        name: [row["times stock"] for row in select(found, provider=name)]
+        for name in scvi_step.PRIORS
+    }
+    _bars(
+        steps,
+        [f"B = {b}\n{scvi_step.STOCK}: {duration(seconds)}" for b, seconds in stock.items()],
+        bars,
+        "{:.2f}",
+        start=0.0,
+    )
+    steps.axhline(1, color="0.3", lw=0.8, ls="--", zorder=0)
+    steps.margins(y=0.3)
+    _bare(steps, "Training step, time / that of SCVI")
+    steps.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
+    for ax, size in zip(axes, sizes, strict=True):
+        here = select(epochs, B=size)
+        bottom = [0.0] * len(here)
+        for phase, color in PHASE_COLORS.items():
+            height = [1e3 * row["phases"][phase] for row in here]
+            ax.bar(range(len(here)), height, 0.7, bottom, color=color, label=phase)
+            bottom = [low + more for low, more in zip(bottom, height, strict=True)]
+        for place, top in enumerate(bottom):
+            _label(ax, f"{top:.3g}", (place, top), (0, 2), ha="center")
+        names = [row["provider"].replace(", ", ",\n", 1) for row in here]
+        ax.set_xticks(range(len(here)), names)
+        ax.set_ylabel("ms of CPU time", fontsize=9)
+        _bare(ax, f"Step in an epoch, B = {size}")
+    if axes:
+        handles, labels = axes[-1].get_legend_handles_labels()
+        figure.legend(
+            handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="outside right center"
+        )
+
+
 def plot_atlas(figure: Figure, rows: Sequence[Row]) -> None:
     """Time and memory against cells, epochs next to stock SCVI, and what shuffling costs."""
     figure.set_size_inches(15, 4.2)
@@ -532,6 +681,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "roofline": roofline_table,
     "scaling": scaling_tables,
     "step": step_table,
+    "scvi-step": scvi_step_tables,
     "atlas": atlas_tables,
 }
 PLOTS: dict[str, Callable[[Figure, Sequence[Row]], None]] = {
@@ -539,6 +689,7 @@ PLOTS: dict[str, Callable[[Figure, Sequence[Row]], None]] = {
     "roofline": plot_roofline,
     "scaling": plot_scaling,
     "step": plot_step,
+    "scvi-step": plot_scvi_step,
     "atlas": plot_atlas,
 }
 INTRODUCTIONS = {
@@ -551,6 +702,11 @@ INTRODUCTIONS = {
     "scaling": "Least-squares fits of log time along one axis, the other two held.",
     "step": "784 inputs, hidden layers of 500, 500 and 2000, D = 10, 100 components; in brackets "
     "the time over that of N(0, I).",
+    "scvi-step": "First, steps without Lightning on random counts of 2,000 genes; in brackets the "
+    "time over that of SCVI. Then epochs with everything that `train` does, on cells of "
+    "`bench/atlas.py`: what the phases are and how they are told apart is said at the top of "
+    "`bench/scvi_epoch.py`. *VMM, before* has scvi-tools' likelihood and "
+    "logging, and Adam as it comes.",
     "atlas": "Cells of `bench/atlas.py`, 2,000 genes, 15 % of the counts above 0; the top of "
     "`bench/out_of_core.py` says what each step is. Each ran in a process of its own, whose memory "
     "counts with the interpreter and its libraries.",
@@ -567,7 +723,8 @@ def page(parts: dict[str, list[Row]]) -> str:
         text += f"\n## What is missed\n\n{missed(found)}"
     for name, rows in parts.items():
         first = rows[0]
-        text += f"\n## {name.capitalize()}\n\n{INTRODUCTIONS[name]}\n\n![]({name}.png)\n\n"
+        heading = HEADINGS.get(name, name.capitalize())
+        text += f"\n## {heading}\n\n{INTRODUCTIONS[name]}\n\n![]({name}.png)\n\n"
         text += TABLES[name](rows)
         keys = ("date", "revision", "cpu", "instruction_set", "openmp", "python", "torch", "numpy")
         text += f"\n`{first['command']}`: {', '.join(str(first[key]) for key in keys)}.\n"

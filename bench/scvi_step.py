@@ -3,6 +3,8 @@
 A step is that of Lightning without Lightning: loss, backward pass, the network's Adam, then the
 prior's empirical-Bayes step. Counts are drawn at random, as sparse as real ones: nothing depends on
 their values. Priors take turns at every batch size; the warm-up under N(0, I) is over.
+
+Where the time of a step within Lightning goes is told by :mod:`bench.scvi_epoch`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bench import scvi_epoch
 from bench.records import Row
 from bench.timing import sampler, take_turns, threads
 
+MODE = "scVI training step"
 STOCK = "SCVI"
 PRIORS = {
     "VMM": {"prior": "vmm"},
@@ -89,7 +93,7 @@ def rows(plan: Plan, thread_count: int) -> Iterator[Row]:
                     "part": "scvi-step",
                     "dtype": "float32",
                     "threads": thread_count,
-                    "mode": "scVI training step",
+                    "mode": MODE,
                     "provider": name,
                     "B": size,
                     "genes": plan.genes,
@@ -112,3 +116,4 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     warnings.filterwarnings("ignore")
     scvi.settings.verbosity = logging.ERROR
     yield from rows(QUICK if args.quick else FULL, args.threads)
+    yield from scvi_epoch.rows(scvi_epoch.QUICK if args.quick else scvi_epoch.FULL)

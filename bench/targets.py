@@ -142,7 +142,7 @@ def _likelihood(rows: Sequence[Row]) -> Iterator[Check]:
 
 def _scvi_step(rows: Sequence[Row]) -> Iterator[Check]:
     for size, limit in ((128, 0.75), (512, 0.45)):
-        for row in select(rows, part="scvi-step", provider="VMM", B=size):
+        for row in select(rows, part="scvi-step", mode=scvi_step.MODE, provider="VMM", B=size):
             target = f"scVI training step, VMM, against {scvi_step.STOCK}"
             yield Check(target, f"B = {size}", row["times stock"], limit, False, "x")
 
@@ -163,7 +163,7 @@ def _atlas(rows: Sequence[Row]) -> Iterator[Check]:
         if few in whole and cells > few:
             ratio = peak / whole[few]["peak_bytes"]
             yield Check(f"{target}, against {few:,} cells", case, ratio, 1.10, False, "x")
-    for row in select(found, mode=out_of_core.LOADER):
+    for row in select(found, mode=out_of_core.LOADER, provider=out_of_core.VMM):
         for training in select(found, mode=out_of_core.TRAINING, cells=row["cells"]):
             ratio = row["cells/s"] / training["cells/s"]
             target = "loader from disk, against training"

@@ -271,15 +271,23 @@ def test_every_step_has_its_rows_and_its_place_on_the_page(in_this_process, tmp_
     monkeypatch.setattr(atlas, "GENES", GENES)
     quick = out_of_core.QUICK._replace(epoch_cells=200, resume_cells=200, shuffle_cells=300)
     monkeypatch.setattr(out_of_core, "QUICK", quick)
+    monkeypatch.setitem(sys.modules, "scdataset", None)  # as if it were not installed
     options = Namespace(quick=True, cells=[300, 150], atlases=tmp_path / "atlases", threads=1)
     rows = list(out_of_core.measure(options))
     for mode in out_of_core.GROWING:
-        line = select(rows, mode=mode)
+        line = select(rows, mode=mode, provider=out_of_core.VMM)
         assert [row["cells"] for row in line] == [150, 300]
         for row in line:
             assert row["cells/s"] == pytest.approx(row["cells"] / row["seconds"])
-    for row in select(rows, mode=out_of_core.LOADER):
+    for row in select(rows, mode=out_of_core.LOADER, provider=out_of_core.VMM):
         assert row["cells"] - quick.batch_size < row["loaded"] <= row["cells"]
+    for row in select(rows, mode=out_of_core.EM, provider=out_of_core.VMM):
+        assert (row["J"], row["D"], len(row["objective"])) == (
+            *(max(10, row["cells"] // 20), 10, quick.iterations),
+        )
+        assert out_of_core.least_gain(row) > 0
+    (theirs,) = select(rows, mode=out_of_core.EM, provider=out_of_core.SCIKIT_LEARN)
+    assert (theirs["cells"], theirs["measured"]) == (300, quick.peer_points)
     epochs = select(rows, mode=out_of_core.EPOCH)
     assert {row["provider"]: row["times stock"] for row in epochs}[out_of_core.STOCK] == 1
     assert [row["difference"] for row in select(rows, mode=out_of_core.RESUME)] == [0]
@@ -291,12 +299,29 @@ def test_every_step_has_its_rows_and_its_place_on_the_page(in_this_process, tmp_
     page = report.page({"atlas": [{**common, **row} for row in rows]})
     assert "10,000,000 cells would take: prepare" in page
     assert "| in memory |" in page
+    assert "| not installed |" in page
+    assert "over 300 points" in page
+    assert "measured at 200 points" in page
     found = {check.target: check for check in checks(rows)}
     assert found["memory of vmm-fast integrate from disk"].measured == "1 GiB"
     assert found["parameters of a run that was killed, against one left alone"].met
     assert sorted(path.name for path in (tmp_path / "atlases").iterdir()) == [
         *("150-prepared.h5ad", "150.h5ad", "200.h5ad", "300-prepared.h5ad", "300.h5ad")
     ]
+
+
+def test_scdataset_loads_every_cell(tmp_path, monkeypatch):
+    pytest.importorskip("scdataset", reason="scDataset is not installed")
+    from vmm_fast.scvi import loading
+
+    monkeypatch.setattr(loading, "WINDOW", 150)
+    path = tmp_path / "a.h5ad"
+    atlas.write(path, 400, genes=GENES)
+    assert out_of_core.load_scdataset(str(path), 64)["loaded"] == 400
+
+
+def test_a_fall_of_the_objective_is_seen():
+    assert out_of_core.least_gain({"objective": [-3.0, -1.0, -1.25, -1.0]}) == -0.25
 
 
 def test_targets_of_an_atlas():
@@ -324,4 +349,5 @@ def test_exponent_and_ten_million():
     text = report._ten_million(steps)
     assert "prepare n^1.10" in text
     assert "by 100 bytes a cell" in text
-    assert f"integrate {2e-5 * 1e7**1.1:.0f} s, in {1 + 1e9 / 2**30:.2f} GiB" in text
+    assert f"integrate {2e-5 * 1e7**1.1:.0f} s, " in text
+    assert f"; and integrate {1 + 1e9 / 2**30:.2f} GiB" in text

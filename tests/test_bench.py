@@ -24,6 +24,7 @@ from bench import (
     report,
     roofline,
     scaling,
+    scvi_epoch,
     scvi_step,
     throughput,
 )
@@ -536,6 +537,107 @@ def test_steps_of_scvi_have_targets_beside_stock():
     (check,) = checks(rows)
     assert check.value > 0
     assert check.limit == 0.75
+
+
+class Work(torch.autograd.Function):
+    """Identity that takes so long forward and back, by a clock that nothing else moves."""
+
+    @staticmethod
+    def forward(ctx, x, clock, forward, backward):
+        ctx.clock, ctx.seconds = clock, backward
+        clock["now"] += forward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.clock["now"] += ctx.seconds
+        return gradient, None, None, None
+
+
+def test_clock_counts_each_phase_forward_and_back(monkeypatch):
+    work = {"now": 0.0}
+    monkeypatch.setattr(scvi_epoch.time, "process_time", lambda: work["now"])
+    clock = scvi_epoch.Clock()
+
+    def part(phase, forward, backward):
+        return clock.within(phase, lambda x: Work.apply(x, work, forward, backward))
+
+    encode = part(scvi_epoch.ENCODER, 1, 100)
+    decode = part(scvi_epoch.DECODER, 2, 200)
+    divergence = part(scvi_epoch.KL, 3, 300)
+
+    def loss(z, decoded):
+        # The second use of z comes after the decoder: its gradient is found before the decoder's.
+        kl = divergence(z)
+        return (kl * Work.apply(decoded, work, 4, 400)).sum()
+
+    def step():
+        work["now"] += 5
+        z = encode(weight * 2)
+        found = clock.within(scvi_epoch.LIKELIHOOD, loss)(z, decode(z))
+        work["now"] += 6
+        clock.backward(torch.Tensor.backward)(found)
+        work["now"] += 7
+        return found
+
+    weight = torch.ones(3, requires_grad=True)
+
+    def optimizer_step(closure):
+        work["now"] += 8
+        closure()
+
+    for _ in range(2):
+        clock.step(optimizer_step)(step)
+    expected = {
+        scvi_epoch.ENCODER: 1,
+        scvi_epoch.DECODER: 2,
+        scvi_epoch.KL: 3,
+        scvi_epoch.LIKELIHOOD: 4,
+        scvi_epoch.NETWORK_BACKWARD: 300,
+        scvi_epoch.KL_BACKWARD: 300,
+        scvi_epoch.LIKELIHOOD_BACKWARD: 400,
+        scvi_epoch.OPTIMIZER: 8,
+        scvi_epoch.REST: 5 + 6 + 7,
+    }
+    found = {phase: seconds for phase, seconds in clock.stop().items() if seconds}
+    assert found == {phase: 2 * seconds for phase, seconds in expected.items()}
+    assert sum(found.values()) == work["now"]
+
+
+@pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
+def test_epoch_of_scvi_by_phase(monkeypatch):
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    replaced = torch.distributions.kl_divergence, _BaseDataLoaderIter.__next__
+    rows = list(scvi_epoch.rows(scvi_epoch.QUICK))
+    assert (torch.distributions.kl_divergence, _BaseDataLoaderIter.__next__) == replaced
+    found = {row["provider"]: row["phases"] for row in rows}
+    learnt = {scvi_epoch.BEFORE, scvi_epoch.VMM}
+    assert set(found) == {*learnt, scvi_epoch.STOCK, scvi_epoch.NORMAL}
+    for name, phases in found.items():
+        without = set() if name in learnt else {scvi_epoch.PRIOR}
+        assert {phase for phase, seconds in phases.items() if seconds > 0} == (
+            set(scvi_epoch.PHASES) - without
+        )
+    assert not list(checks(rows))  # the target is of steps
+
+
+def test_before_has_neither_our_likelihood_nor_our_adam():
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    from vmm_fast.scvi.integration import quiet
+
+    with quiet():
+        models = scvi_epoch.models(scvi_epoch.QUICK)
+    plans = {name: model._training_plan_cls(model.module) for name, model in models.items()}
+    fused = {
+        name: plan.configure_optimizers()["optimizer"].param_groups[0]["fused"]
+        for name, plan in plans.items()
+    }
+    ours = {scvi_epoch.VMM: True, scvi_epoch.NORMAL: True}
+    assert fused == {scvi_epoch.STOCK: None, scvi_epoch.BEFORE: None, **ours}
+    likelihoods = {name: getattr(m.module, "fused_likelihood", None) for name, m in models.items()}
+    assert likelihoods == {scvi_epoch.STOCK: None, scvi_epoch.BEFORE: False, **ours}
 
 
 def test_two_processes_have_a_target_beside_one():
