@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,26 +19,49 @@ def test_own_vae(monkeypatch, capsys):
     assert "clusters in use" in capsys.readouterr().out
 
 
+def atlas(folder, *options):
+    """Start the example in two processes on the cells in a folder."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    given = ("--batch-size", "32", "--components", "5", "--out", "model", *options)
+    return subprocess.Popen(
+        [sys.executable, *torchrun, EXAMPLES / "atlas.py", "cells.h5ad", *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_atlas_in_two_processes(tmp_path):
     pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    import torch
     from test_several_processes import write_cells
 
     from vmm_fast.scvi import VMMSCVI, CellStore
 
     write_cells(tmp_path / "cells.h5ad")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    options = ("--epochs", "1", "--batch-size", "32", "--components", "5", "--out", "model")
-    run = subprocess.run(
-        [sys.executable, *torchrun, EXAMPLES / "atlas.py", "cells.h5ad", *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("model: trained with 2 processes") == 1
+    checkpoint = tmp_path / "model.ckpt"
+    often = ("--checkpoint-seconds", "0")
+    # Its output, which nobody reads meanwhile, fits in a pipe until it is stopped.
+    stopped = atlas(tmp_path, "--epochs", "10000", *often)
+    try:
+        while not checkpoint.exists():
+            assert stopped.poll() is None, stopped.communicate()[0]
+            time.sleep(0.05)
+    finally:
+        stopped.terminate()  # and torchrun its processes
+        stopped.communicate()
+    epochs = ("--epochs", str(torch.load(checkpoint)["epoch"] + 2))
+
+    run = atlas(tmp_path, *epochs)
+    assert "model.ckpt is of a run that was stopped: --resume it" in run.communicate()[0]
+    assert run.returncode and checkpoint.exists()
+    run = atlas(tmp_path, *epochs, "--resume")
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert output.count("model: trained with 2 processes") == 1 and not checkpoint.exists()
     with CellStore(tmp_path / "cells.h5ad") as store:
         model = VMMSCVI.load(tmp_path / "model", store.sample(200, keys=["batch"]))
     assert len(model.get_clusters()) == 200

@@ -16,7 +16,14 @@ from hypothesis import strategies as st  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
 from vmm_fast.data import InputError  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, CellDataModule, CellStore, integration, loading  # noqa: E402
+from vmm_fast.scvi import (  # noqa: E402
+    VMMSCVI,
+    CellDataModule,
+    CellStore,
+    checkpoints,
+    integration,
+    loading,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -265,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(integration, "write_atomically", full)
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
     with pytest.raises(InputError, match=r"c\.ckpt: cannot be written: No space left"):
         integration.integrate(
             cells, chosen, checkpoint=tmp_path / "c.ckpt", checkpoint_steps=1, accelerator="cpu"

@@ -336,13 +336,7 @@ def quiet() -> Iterator[None]:
 
 
 class _CheckpointFile(CheckpointFile):
-    """With errors that say what to do on the command line."""
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        try:
-            write_atomically(path, lambda file: torch.save(checkpoint, file))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """With an error that says what to do on the command line."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
