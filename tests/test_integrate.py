@@ -404,6 +404,12 @@ def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
     error = complaint(capsys, run(h5ad, tmp_path / "c", "--memory", -1))
     assert "--memory: must be a number from 0, is '-1'" in error
     adata = make_cells()
+    adata.var["chromosome"] = "1"
+    adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
+    assert run(written(tmp_path, adata), tmp_path / "d", "--memory", 0) == 0
+    assert "note: obs and var alone are kept, not counts, obsm/X_pca" in capsys.readouterr().out
+    found = anndata.read_h5ad(tmp_path / "d" / "cells.h5ad")
+    assert list(found.var) == [*adata.var, "vmm_gene"] and set(found.obsm) == {"X_vmm"}
     adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
     assert run(written(tmp_path, adata), tmp_path / "c", "--memory", 0) == 0
     assert anndata.read_h5ad(tmp_path / "c" / "cells.h5ad").X is not None

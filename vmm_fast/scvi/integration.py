@@ -54,7 +54,7 @@ from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
 from vmm_fast.scvi.preparing import cells_bar
 from vmm_fast.scvi.pseudo_cells import Cells
 from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
-from vmm_fast.scvi.store import CellStore
+from vmm_fast.scvi.store import CellStore, kept_alone
 from vmm_fast.scvi.writing import (
     COLUMNS,
     ROWS,
@@ -222,6 +222,7 @@ def training_cells_on_disk(
         empty += int((np.diff(counts.indptr) == 0).sum())
         detected += counts.sum(0).A1
     notes += _notes_on_counts(empty, detected) + notes_on_names(store)
+    notes += kept_alone("obs and var", ["counts", *store.others])
     keys = [] if settings.batch_key is None else [settings.batch_key]
     number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
     sample = store.sample(number, keys=keys, seed=settings.seed)
@@ -668,7 +669,7 @@ class Integration:
         write_cells(adata, folder / "cells.h5ad")
 
     def write_on_disk(self, cells: OnDisk, folder: Path) -> tuple[dict[str, Any], AnnData]:
-        """As :meth:`write`, of cells on disk: cells.h5ad has all but their counts.
+        """As :meth:`write`, of cells on disk: cells.h5ad has obs and var alone.
 
         Gives what is in uns, and of the cells that are in memory what the report shows.
         """

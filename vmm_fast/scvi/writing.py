@@ -368,7 +368,7 @@ def write_results(
         If the disk is too small or fills up, or a file of the store has changed.
     """
     clusters = cluster_columns(labels, probability, entropy)
-    var = pd.DataFrame({"vmm_gene": store.var_names.isin(genes)}, index=store.var_names)
+    var = store.var.assign(vmm_gene=store.var_names.isin(genes))
     write_clustered(store, folder / "cells.h5ad", z, clusters, var, {"vmm": dict(uns)})
     write_table(
         folder / "clusters.csv",
