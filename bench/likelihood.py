@@ -2,7 +2,8 @@
 
 Forward, and forward with the gradients of mean, inverse dispersion and dropout logits, summed over
 a batch. Counts are drawn from the model itself, scaled to a share of counts above 0; before a case
-is timed its results are compared with float64.
+is timed its results are compared with float64. "ZINB of a softmax" has the mean as scVI's decoder
+makes it, a library size times a softmax, whose time counts: taken within the likelihood, or before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bench.records import Row
 from bench.timing import sampler, take_turns, threads
 from vmm_fast import counts, reference
 
-OURS, THEIRS = "vmm_fast", "scvi-tools"
+OURS, THEIRS, SOFTMAX_BEFORE = "vmm_fast", "scvi-tools", "vmm_fast, softmax before"
 FORWARD, BACKWARD = "log-likelihood", "log-likelihood and gradients"
 TOLERANCE = 1e-4  # of a sum over cells, relative
 
@@ -52,6 +53,7 @@ MODELS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "NB": (counts.nb_log_prob, 2),
     "Poisson": (counts.poisson_log_prob, 1),
 }
+ZINB_OF_SOFTMAX = "ZINB of a softmax"
 
 
 def problem(cells: int, genes: int, density: float) -> tuple[Tensor, ...]:
@@ -85,14 +87,36 @@ def _call(function: Callable[..., Tensor], x: Tensor, parameters: list[Tensor], 
     return total, torch.autograd.grad(total, parameters)
 
 
+def _cases(
+    mean: Tensor, theta: Tensor, dropout: Tensor
+) -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Callable[..., Tensor]]]]:
+    """Models, their parameters, and the providers' calls with counts and these."""
+    every = (mean, theta, dropout)
+    for model, (ours, number) in MODELS.items():
+        yield model, every[:number], {OURS: ours, THEIRS: partial(_theirs, model)}
+    library_size = mean.sum(-1)
+
+    def within(x: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
+        return counts.zinb_log_prob(x, counts.SoftmaxMean(logits, library_size), *rest)
+
+    def before(x: Tensor, logits: Tensor, *rest: Tensor, then: Callable[..., Tensor]) -> Tensor:
+        return then(x, library_size[:, None] * logits.softmax(-1), *rest)
+
+    calls: dict[str, Callable[..., Tensor]] = {
+        OURS: within,
+        SOFTMAX_BEFORE: partial(before, then=counts.zinb_log_prob),
+        THEIRS: partial(before, then=partial(_theirs, "ZINB")),
+    }
+    yield ZINB_OF_SOFTMAX, (mean.log(), theta, dropout), calls
+
+
 def rows(plan: Plan, thread_count: int) -> Iterator[Row]:
     """A row for each model, size, density, mode and provider."""
     for (cells, genes), density in ((s, d) for s in plan.sizes for d in plan.densities):
         x, *every = problem(cells, genes, density)
-        for model, (ours, number) in MODELS.items():
-            parameters = [p.clone().requires_grad_() for p in every[:number]]
-            calls = {OURS: ours, THEIRS: partial(_theirs, model)}
-            doubles = (p.detach().double() for p in parameters)
+        for model, given, calls in _cases(*every):
+            parameters = [p.clone().requires_grad_() for p in given]
+            doubles = (p.double() for p in every[: len(given)])
             exact = float(reference.count_log_prob(x.double(), *doubles).sum())
             for name, call in calls.items():
                 found = float(_call(call, x, parameters, FORWARD))

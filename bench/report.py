@@ -7,7 +7,18 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from bench import atlas, out_of_core, roofline, scaling, scvi_epoch, scvi_step, step, throughput
+from bench import (
+    atlas,
+    likelihood,
+    out_of_core,
+    processes,
+    roofline,
+    scaling,
+    scvi_epoch,
+    scvi_step,
+    step,
+    throughput,
+)
 from bench.records import Row, read_rows, select
 from bench.targets import Check, checks, fraction_of_peak
 from vmm_fast._files import write_atomically
@@ -16,8 +27,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PARTS = ("throughput", "roofline", "scaling", "step", "scvi-step", "atlas")
-HEADINGS = {"scvi-step": "scVI step"}  # of the others, their names
+PARTS = (
+    *("throughput", "roofline", "scaling", "step"),
+    *("likelihood", "scvi-step", "atlas", "processes"),
+)
+HEADINGS = {  # of the others, their names
+    "likelihood": "Likelihood of counts",
+    "scvi-step": "scVI step",
+    "processes": "Several processes",
+}
 
 # Why a target is missed and what to try next, by how its name begins.
 REASONS: dict[str, str] = {
@@ -217,6 +235,40 @@ def step_table(rows: Sequence[Row]) -> str:
         cells = [f"{duration(here[p])} ({here[p] / here[step.NORMAL]:.2f}x)" for p in priors]
         lines.append((str(size), *cells))
     return table(("B", *priors), lines)
+
+
+def likelihood_table(rows: Sequence[Row]) -> str:
+    """Times of log-likelihood and gradients, with how many times as fast as scvi-tools' it is."""
+    found = [row for row in rows if row["mode"].endswith(likelihood.BACKWARD)]
+    providers = (likelihood.OURS, likelihood.SOFTMAX_BEFORE, likelihood.THEIRS)
+    cases: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in found:
+        model = row["mode"].removesuffix(likelihood.BACKWARD).strip()
+        case = (model, f"({row['B']}, {row['genes']:,})", f"{row['density']:.0%}")
+        shown = f"{duration(row['p50'])} ({row['times as fast']:.3g}x)"
+        cases.setdefault(case, {})[row["provider"]] = shown
+    lines = [
+        (*case, *(times.get(name, "-") for name in providers)) for case, times in cases.items()
+    ]
+    return table(("model", "(B, G)", "above 0", *providers), lines)
+
+
+def processes_table(rows: Sequence[Row]) -> str:
+    """Wall and CPU time of a step in several processes."""
+    lines = [
+        (
+            str(row["B"]),
+            row["provider"],
+            duration(row["p50"]),
+            f"{row['times as fast']:.2f}",
+            duration(row["cpu_seconds"]),
+            f"{row['times as fast, by CPU']:.2f}",
+            f"{row['load']:.1f}",
+        )
+        for row in select(rows, mode=processes.MODE)
+    ]
+    head = ("cells a step", "in", "time", "times as fast", "CPU time of one", "by CPU", "load")
+    return table(head, lines)
 
 
 def scvi_step_tables(rows: Sequence[Row]) -> str:
@@ -681,8 +733,10 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "roofline": roofline_table,
     "scaling": scaling_tables,
     "step": step_table,
+    "likelihood": likelihood_table,
     "scvi-step": scvi_step_tables,
     "atlas": atlas_tables,
+    "processes": processes_table,
 }
 PLOTS: dict[str, Callable[[Figure, Sequence[Row]], None]] = {
     "throughput": plot_throughput,
@@ -702,6 +756,11 @@ INTRODUCTIONS = {
     "scaling": "Least-squares fits of log time along one axis, the other two held.",
     "step": "784 inputs, hidden layers of 500, 500 and 2000, D = 10, 100 components; in brackets "
     "the time over that of N(0, I).",
+    "likelihood": "Log-likelihood and gradients of B cells with G genes; in brackets how many "
+    "times as fast as scvi-tools'. *ZINB of a softmax* has the mean as scVI's decoder makes it, a "
+    "library size times a softmax, whose time counts: within the likelihood, or before it.",
+    "processes": "Processes of one thread each, cells in memory, the same number of cells a step "
+    "in all together. *By CPU* is what it would be if each had a core to itself.",
     "scvi-step": "First, steps without Lightning on random counts of 2,000 genes; in brackets the "
     "time over that of SCVI. Then epochs with everything that `train` does, on cells of "
     "`bench/atlas.py`: what the phases are and how they are told apart is said at the top of "
@@ -724,7 +783,8 @@ def page(parts: dict[str, list[Row]]) -> str:
     for name, rows in parts.items():
         first = rows[0]
         heading = HEADINGS.get(name, name.capitalize())
-        text += f"\n## {heading}\n\n{INTRODUCTIONS[name]}\n\n![]({name}.png)\n\n"
+        text += f"\n## {heading}\n\n{INTRODUCTIONS[name]}\n\n"
+        text += f"![]({name}.png)\n\n" * (name in PLOTS)
         text += TABLES[name](rows)
         keys = ("date", "revision", "cpu", "instruction_set", "openmp", "python", "torch", "numpy")
         text += f"\n`{first['command']}`: {', '.join(str(first[key]) for key in keys)}.\n"
@@ -742,9 +802,9 @@ def write(folder: Path) -> list[Check]:
     }
     if not parts:
         raise FileNotFoundError(f"no results in {folder}: run python -m bench throughput first")
-    for name, rows in parts.items():
+    for name in PLOTS.keys() & parts.keys():
         figure = Figure(layout="constrained", dpi=110)
-        PLOTS[name](figure, rows)
+        PLOTS[name](figure, parts[name])
         write_atomically(
             folder / f"{name}.png",
             lambda file, figure=figure: figure.savefig(file, format="png"),

@@ -471,7 +471,7 @@ void backward(const CountRow<T>& row, T grad, const CountGradients<T>& out, int3
 
 // --- a mean that comes as logits ---
 
-// Calls body(first, load, store) for every vector of a row; the last one's missing lanes are loaded
+// Calls body(load, store) for every vector of a row; the last one's missing lanes are loaded
 // as `beyond`, and not stored.
 template <class T, class Body>
 void for_each_vector(int64_t genes, Body body) {
