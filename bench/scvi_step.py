@@ -13,6 +13,7 @@ import argparse
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,8 @@ def make_step(name: str, plan: Plan, batch_size: int) -> Callable[[], None]:
 
     def step() -> None:
         nonlocal steps
-        loss = module(batches[steps % len(batches)], loss_kwargs={"kl_weight": 1.0})[2].loss
+        with nullcontext() if name == STOCK else module.decoding_for_loss():
+            loss = module(batches[steps % len(batches)], loss_kwargs={"kl_weight": 1.0})[2].loss
         steps += 1
         optimizer.zero_grad()
         loss.backward()

@@ -91,13 +91,18 @@ Vec<T> at_least(Vec<T> x) {
   return x < T(kLeast) ? broadcast<T>(T(kLeast)) : x;  // a NaN stays
 }
 
-// What is a sum of logarithms of numbers from 1 to 2, as products: one logarithm for many genes.
+// The sum of log(1 + d) for many d from -1/2 to 1: of small ones by their series, of the others as
+// one logarithm of their product.
 template <class T>
-class LogRatio {
+class SumOfLogs {
  public:
-  void multiply(Vec<T> over, Vec<T> under) {
-    over_ *= over;
-    under_ *= under;
+  void add(Vec<T> d) {
+    constexpr int terms = sizeof(T) == 4 ? 6 : 13;
+    Vec<T> p = broadcast<T>(0);
+    for (int k = terms; k >= 1; k--) p = p * d + T(k % 2 ? 1 : -1) / T(k);
+    const auto is_small = absolute<T>(d) < T(0.0625);
+    sum_ += is_small ? d * p : Vec<T>{};
+    product_ *= is_small ? broadcast<T>(1) : d + 1;
     if (++factors_ == 64) flush();  // 2^64 is far from overflowing
   }
   Vec<T> sum() {
@@ -107,11 +112,11 @@ class LogRatio {
 
  private:
   void flush() {
-    sum_ += log<T>(over_ / under_);
-    over_ = under_ = broadcast<T>(1);
+    sum_ += log<T>(product_);
+    product_ = broadcast<T>(1);
     factors_ = 0;
   }
-  Vec<T> over_ = broadcast<T>(1), under_ = over_, sum_{};
+  Vec<T> product_ = broadcast<T>(1), sum_{};
   int factors_ = 0;
 };
 
@@ -130,15 +135,15 @@ struct Zero {
   }
 };
 
-// log p(0) where the counts are 0, else 0; a part of it goes to `ratio`.
+// log p(0) where the counts are 0, else 0; log((1 + e) / (1 + f)) of it goes to `logs`.
 template <class T, Model model>
-Vec<T> zero(const Genes<T>& g, LogRatio<T>* ratio) {
+Vec<T> zero(const Genes<T>& g, SumOfLogs<T>* logs) {
   const auto is_zero = g.x == 0;
   if (model == Model::poisson) return is_zero ? -g.mu : Vec<T>{};
   const Zero<T, model == Model::zero_inflated> z(g);
   if (model == Model::negative_binomial) return is_zero ? z.t : Vec<T>{};
-  const Vec<T> one = broadcast<T>(1), below = z.a > 0 ? -z.a : Vec<T>{};
-  ratio->multiply(is_zero ? z.e + 1 : one, is_zero ? z.f + 1 : one);
+  logs->add(is_zero ? (z.e - z.f) / (z.f + 1) : Vec<T>{});
+  const Vec<T> below = z.a > 0 ? -z.a : Vec<T>{};
   return is_zero ? g.marked(max<T>(z.t, below)) + (z.t - z.t) : Vec<T>{};
 }
 
@@ -389,13 +394,13 @@ T log_prob(const CountRow<T>& row, int32_t* memory) {
   constexpr int lanes = Simd<T>::lanes, wide = Simd<double>::lanes;
   const Positions positions(row, memory);
   Vec<T> sum{};
-  LogRatio<T> ratio;
+  SumOfLogs<T> logs;
   for (int64_t first = 0; first < row.genes; first += lanes) {
     const int64_t count = row.genes - first < lanes ? row.genes - first : lanes;
     const Genes<T> g = neighbours<T, model>(row, first, count);
-    sum += zero<T, model>(g, &ratio);
+    sum += zero<T, model>(g, &logs);
   }
-  if (model == Model::zero_inflated) sum += ratio.sum();
+  if (model == Model::zero_inflated) sum += logs.sum();
   for (int first = 0; first < positions.num_small; first += lanes) {
     const int left = positions.num_small - first, count = left < lanes ? left : lanes;
     const Genes<T> g = gathered<T, model>(row, positions.small + first, count);

@@ -125,6 +125,7 @@ void count_log_prob_backward(const CountModel<T>& m, const T* grad, int threads,
                              T* grad_library_size) {
   const auto& kernel = current_kernels<CountKernels<T>>();
   const bool summed = grad_inverse_dispersion && !m.dispersion_per_cell;
+  const bool of_mean = grad_mean || grad_library_size;
   std::vector<GeneSums<T>> sums(summed ? threads : 0, GeneSums<T>(m.genes));
   if (grad_inverse_dispersion && m.dispersion_per_cell)
     std::fill_n(grad_inverse_dispersion, m.cells * m.genes, T(0));
@@ -136,7 +137,7 @@ void count_log_prob_backward(const CountModel<T>& m, const T* grad, int threads,
                                          : nullptr;
     T* logits = grad_dropout_logits ? grad_dropout_logits + at : nullptr;
     kernel.backward(row, grad[b], {mean, theta, logits}, w.positions.data());
-    if (m.library_size && mean) {
+    if (m.library_size && of_mean) {
       const T found = kernel.softmax_mean_backward(m.genes, row.mean, m.library_size[b], mean);
       if (grad_library_size) grad_library_size[b] = found;
     }

@@ -166,6 +166,20 @@ def test_threads_and_runs_give_the_same():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("logit", [2.0, 6.0, 10.0, 14.0, 17.0])
+def test_zeros_that_dropout_makes_nearly_sure(isa, logit):
+    """Log-probabilities near 0 keep their digits."""
+    random = np.random.default_rng(0)
+    mean, theta = random.uniform(0.1, 5, (8, 300)), random.uniform(0.1, 3, 300)
+    logits = np.full((8, 300), logit)
+    x, *single = (torch.tensor(a, dtype=torch.float32) for a in (0 * mean, mean, theta, logits))
+    mean, theta, logits = (p.double() for p in single)
+    zero = -theta * torch.log1p(mean / theta)
+    exact = torch.log1p((zero - logits).exp()) - torch.log1p((-logits).exp())
+    found = ops.zinb_log_prob(x, *single).double()
+    torch.testing.assert_close(found, exact.sum(-1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("change", [strided, shifted, expanded])
 def test_any_memory_layout(change):
     arguments = [change(x) if x.ndim == 2 else x for x in random_counts(5, 19)]
@@ -292,6 +306,9 @@ def test_softmax_mean_at_the_edges():
     assert found.isfinite().all()
     assert slope[0, 3] == 0 and (slope[2] == 0).all() and of_size[2] == 0
     assert slope.isfinite().all() and of_size.isfinite().all()
+    empty = torch.empty(4, 0)
+    *_, of_size = values_and_gradients(zinb, empty, empty, empty[0], empty, sizes)
+    assert (of_size == 0).all()
     for bad in (logits, sizes):
         bad[3] = torch.nan
         assert zinb(x, logits, theta, dropout, sizes).isnan().tolist() == [False] * 3 + [True]

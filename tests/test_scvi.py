@@ -1,9 +1,11 @@
 """scVI with a mixture prior, next to stock scVI."""
 
+import copy
 import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,7 +20,10 @@ from scipy.sparse import csr_matrix  # noqa: E402
 from vmm_fast.counts import SoftmaxMean  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
-from vmm_fast.scvi.training import EmpiricalBayes  # noqa: E402
+from vmm_fast.scvi.training import (  # noqa: E402
+    EmpiricalBayes,
+    EmpiricalBayesTrainingPlan,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -88,10 +93,10 @@ def test_the_normal_prior_is_stock_scvi(encode_covariates):
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("for_loss", [False, True])
 @pytest.mark.parametrize("use_observed_lib_size", [False, True])
 def test_the_fused_likelihood_is_scvi_s(
-    likelihood, dispersion, training, use_observed_lib_size, monkeypatch
+    likelihood, dispersion, for_loss, use_observed_lib_size, monkeypatch
 ):
     calls = []
 
@@ -114,14 +119,14 @@ def test_the_fused_likelihood_is_scvi_s(
             "use_observed_lib_size": use_observed_lib_size,
         }
         found = model(prior="normal", fused_likelihood=fused, **options)
-        found.module.train(training)
         scvi.settings.seed = 1
-        loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})[2].loss
+        with found.module.decoding_for_loss() if for_loss else nullcontext():
+            loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})[2].loss
         loss.backward()
         losses.append(loss.detach())
         slopes.append([p.grad for p in found.module.parameters() if p.grad is not None])
-    # In training the likelihood takes the softmax of the mean, too.
-    assert calls == ([] if likelihood == "normal" else [(likelihood, training)])
+    # In a training step the likelihood takes the softmax of the mean, too.
+    assert calls == ([] if likelihood == "normal" else [(likelihood, for_loss)])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for a, b in zip(*slopes, strict=True):
         # A bias before batch normalisation has a gradient of nothing but rounding errors.
@@ -137,18 +142,35 @@ def test_the_marginal_likelihood_of_several_samples_a_pass():
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-def test_what_is_decoded_for_no_loss_is_scvi_s():
-    """Also in training mode, after a step, and with size factors, which have no softmax."""
+def test_what_is_decoded_outside_of_a_step_is_scvi_s():
+    """Also in training mode, after a step, of several samples, and for another loss than ours."""
     found = model(prior="normal")
     tensors = batch_of(found)
-    found.module(tensors)
+    with found.module.decoding_for_loss():
+        found.module(tensors)
     scvi.settings.seed = 1
-    _, decoded = found.module(tensors, compute_loss=False)
+    _, decoded, _ = found.module(tensors)
     scvi.settings.seed = 1
     found.module.fused_likelihood = False
     _, expected, _ = found.module(tensors)
     for name in ("mu", "scale", "theta", "zi_logits"):
         assert torch.equal(getattr(decoded["px"], name), getattr(expected["px"], name))
+    found.module.fused_likelihood = True
+    with found.module.decoding_for_loss():
+        samples = found.module(tensors, inference_kwargs={"n_samples": 2})[1]["px"]
+    torch.testing.assert_close(samples.scale.sum(-1), torch.ones(samples.scale.shape[:-1]))
+
+    class WithAnotherLoss(module.VMMVAE):
+        def loss(self, tensors, inference_outputs, generative_outputs, kl_weight=1.0):
+            scale = generative_outputs["px"].scale.sum(-1)
+            torch.testing.assert_close(scale, torch.ones(len(scale)))
+            return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
+
+    found.module.__class__ = WithAnotherLoss
+    found.train(1, batch_size=64, **TRAIN)
+
+
+def test_size_factors_have_no_softmax():
     adata = cells()
     adata.obs["size"] = 1.0 + np.arange(adata.n_obs)
     VMMSCVI.setup_anndata(adata, batch_key="batch", size_factor_key="size")
@@ -157,8 +179,28 @@ def test_what_is_decoded_for_no_loss_is_scvi_s():
         sized = VMMSCVI(adata, prior="normal", n_latent=4, fused_likelihood=fused)
         sized.module.load_state_dict(losses[0][1] if losses else sized.module.state_dict())
         scvi.settings.seed = 1
-        losses.append((sized.module(batch_of(sized))[2].loss, sized.module.state_dict()))
+        with sized.module.decoding_for_loss():
+            loss = sized.module(batch_of(sized))[2].loss
+        losses.append((loss, sized.module.state_dict()))
     torch.testing.assert_close(losses[0][0], losses[1][0])
+
+
+def test_training_leaves_no_graph_behind(monkeypatch):
+    found = model()
+
+    def fail(*args):
+        raise RuntimeError("between the steps")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="between the steps"):
+        patch.setattr(EmpiricalBayes, "_update_prior", fail)
+        found.train(1, batch_size=64, **TRAIN, plan_kwargs={"prior_warmup": 0})
+    copy.deepcopy(found.module)
+
+
+def test_metrics_are_logged_without_a_trainer():
+    plan = EmpiricalBayesTrainingPlan(model().module)
+    with pytest.warns(UserWarning, match="trainer"):
+        plan.log("elbo_train", plan.elbo_train, on_step=False)
 
 
 def test_the_history_is_that_of_metrics_logged_in_every_step(monkeypatch):

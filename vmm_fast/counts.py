@@ -10,8 +10,8 @@ log-likelihood is the sum over genes of
 
 Forward and backward are one pass over the counts each, with nothing of size [B, G] stored between
 them; the backward gives the gradients of mu, theta and l together. A mean that is a library size
-times a softmax, as of scVI's decoder, may come as :class:`SoftmaxMean`: its logits stand for it
-then, and neither it nor its gradient is ever stored. Counts may be dense or sparse
+times a softmax, as of scVI's decoder, may come as :class:`SoftmaxMean`: on CPUs neither it nor its
+gradient is ever stored then. Counts may be dense or sparse
 (``torch.sparse_csr``); zeros and whole counts up to 8 cost no log-gamma. Means and inverse
 dispersions below 1e-15 are taken as that and have no gradient there. Counts need not be whole; a
 negative one, or a NaN anywhere, gives NaN.

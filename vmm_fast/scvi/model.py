@@ -129,7 +129,7 @@ class LatentPriorModel(BaseModelClass):
             with telling_of_lost_processes():
                 found = super().train(*args, **kwargs)
         finally:  # also where training was interrupted
-            self.module.warming_up = False
+            self.module.warming_up, self.module._latest = False, None
         module = self.module
         if not (module.prior is None or module.frozen or module.prior_learnt):
             warnings.warn(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -228,6 +229,10 @@ class LatentPrior(BaseModuleClass):
         """Give q's own sample; with latent_distribution="ln", z is a function of it."""
         return outputs["z"] if self.latent_distribution == "normal" else None
 
+    def decoding_for_loss(self) -> AbstractContextManager[None]:
+        """Within this, a training step, what is decoded need be of no use but for ``loss``."""
+        return nullcontext()
+
     def update_prior(self) -> None:
         """Take the empirical-Bayes step of the last batch, unless the prior is frozen."""
         assert self.prior is not None
@@ -275,7 +280,7 @@ class _Softmax(nn.Softmax):
     logits: Tensor | None = None
 
     def forward(self, logits: Tensor) -> Tensor:
-        if not self.left_out:
+        if not self.left_out or logits.ndim > 2:  # of several samples z of each cell
             return super().forward(logits)
         self.logits = logits
         return torch.ones_like(logits[..., :1])
@@ -311,11 +316,13 @@ class VMMVAE(LatentPrior, VAE):
         here = self.fused_likelihood and self.device.type in ("cpu", "cuda")
         return here and self.gene_likelihood in ("poisson", "nb", "zinb")
 
-    def forward(self, *args: Any, compute_loss: bool = True, **kwargs: Any) -> Any:
-        """As VAE's; what is decoded for a loss in training mode has no means of its own."""
-        self._softmax.left_out = compute_loss and self.training and self._fuses_likelihood
+    @contextmanager
+    def decoding_for_loss(self) -> Iterator[None]:
+        """Let the decoder leave the softmax of the mean to the likelihood, if ``loss`` has it."""
+        has_it = type(self).loss in (VMMVAE.loss, VMMSCANVAE.loss)
+        self._softmax.left_out = has_it and self._fuses_likelihood
         try:
-            return super().forward(*args, compute_loss=compute_loss, **kwargs)
+            yield
         finally:
             self._softmax.left_out, self._softmax.logits = False, None
 
@@ -336,7 +343,7 @@ class VMMVAE(LatentPrior, VAE):
             return generative_outputs
         px = generative_outputs[MODULE_KEYS.PX_KEY]
         mean = px.rate if self.gene_likelihood == "poisson" else px.mu
-        if mean.ndim > 2:  # of several samples z of each cell
+        if mean.ndim > 2:
             return generative_outputs
         if self._softmax.logits is not None:
             mean = SoftmaxMean(self._softmax.logits, mean[:, 0])

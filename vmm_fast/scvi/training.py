@@ -123,7 +123,7 @@ class EmpiricalBayes(LightningModule):
         They add up by themselves, and are asked at the epoch's end.
         """
         once = isinstance(value, Metric) and kwargs.get("on_step") is False
-        if once and self.trainer.training:
+        if once and self._trainer is not None and self._trainer.training:
             if name in self._logged:
                 return
             self._logged.add(name)
@@ -163,7 +163,8 @@ class EmpiricalBayes(LightningModule):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the plan's; where that takes the network's step itself, with the prior's after it."""
-        found = super().training_step(*args, **kwargs)
+        with self.module.decoding_for_loss():
+            found = super().training_step(*args, **kwargs)
         if not self.automatic_optimization:
             self._update_prior()
         return found
