@@ -63,10 +63,11 @@ REASONS: dict[str, str] = {
     "training step": "Matrix products of the encoder on the pseudo-inputs: J rows pass it forward "
     "and back beside the batch's in `kl`, and once more in `update`, which at J = 100 and B = 256 "
     "is a third of all products of the step with N(0, I). Next: fewer pseudo-inputs a step.",
-    "scVI training epoch": "About half of what the prior adds is that pseudo-cells are encoded "
-    "twice a step. Four runs gave .43 to .49 at 512 cells a step, the highest beside other work. "
-    "Next: one encoding for both steps (reuse_encoding), the softmax and scale of the mean within "
-    "the likelihood.",
+    "scVI training, 2 processes": "Pseudo-cells, Adam and the average of 4 MB of gradients cost a "
+    "process the same for half of the cells. Next: pseudo-cells shared out among the processes.",
+    "scVI training": "What the prior adds is mostly two encodings of the pseudo-cells a step, which "
+    "do not grow with the batch. Next: one encoding for both (reuse_encoding), after a run that "
+    "shows that clusters are as good.",
     "call overhead": "More than half of it is a torch.autograd.Function that does nothing; the "
     "rest is checks and allocations. Next: a C++ autograd function.",
 }

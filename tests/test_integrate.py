@@ -17,6 +17,7 @@ import torch
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import anndata  # noqa: E402
+import h5py  # noqa: E402
 from anndata import AnnData  # noqa: E402
 from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
@@ -798,6 +799,86 @@ def test_results_of_an_earlier_run(trained, tmp_path, capsys):
     capsys.readouterr()
     assert run(again, tmp_path / "out", "--layer", "counts", "--epochs", "1") == 0
     assert "clusters of an earlier run" in capsys.readouterr().out
+
+
+def test_assigning_over_clusters_of_an_earlier_run_is_noted(trained, tmp_path, capsys):
+    for number, memory in enumerate((1, 0)):
+        out = tmp_path / f"{number}.h5ad"
+        assert assigned(trained, trained / "cells.h5ad", out, "--memory", memory) == 0
+        assert capsys.readouterr().out.count(f"note: {integration.EARLIER}\n") == 1
+
+
+def test_a_full_disk_with_cells_in_memory(trained, tmp_path):
+    """In processes of their own: HDF5 would crash them."""
+    (tmp_path / "in").mkdir()
+    cells, out = written(tmp_path / "in", make_query(2_000)), tmp_path / "out"
+    out.mkdir()
+    script = (
+        "import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import integration; "
+        "write = integration.write_adata\n"
+        "def full(*arguments):\n"
+        "    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))\n"
+        "    write(*arguments)\n"
+        "integration.write_adata = full\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    assign = ["assign", trained, cells, "--out", out / "cells.h5ad"]
+    integrate = ["integrate", cells, "--out", out, "--epochs", "1", "--accelerator", "cpu"]
+    for options in (assign, integrate):
+        done = subprocess.run(
+            [*command, *map(str, options)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done
+        path = out / "cells.h5ad"
+        assert done.stderr == f"vmm-fast: {path}: cannot be written: File too large\n"
+        assert not [file for file in out.iterdir() if "cells.h5ad" in file.name]
+
+
+@pytest.mark.parametrize("by_genes", [False, True])
+def test_zarr_that_has_lost_a_chunk_is_refused(trained, tmp_path, capsys, by_genes):
+    adata = make_query(300)
+    if by_genes:
+        adata.X = csc_matrix(adata.X)
+    path, out = tmp_path / "cells.zarr", tmp_path / "out.h5ad"
+    adata.write_zarr(path)
+    chunks = [file for file in (path / "X" / "data").rglob("*") if file.is_file()]
+    max((file for file in chunks if file.suffix != ".json"), key=str).unlink()
+    for command in (lambda: assigned(trained, path, out), lambda: run(path, tmp_path / "out")):
+        assert "cells.zarr: X lacks chunks" in complaint(capsys, command())
+    assert not out.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [999, -3])
+def test_a_gene_beyond_the_others_is_refused_in_memory(trained, tmp_path, capsys, value):
+    path = written(tmp_path, make_query(300))
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][100] = value
+    for command in (
+        lambda: assigned(trained, path, tmp_path / "out.h5ad"),
+        lambda: run(path, tmp_path / "out"),
+    ):
+        assert f"{path}: X is damaged, has a gene beyond its 20" in complaint(capsys, command())
+
+
+def test_a_file_to_write_that_is_a_folder_or_in_none(trained, h5ad, tmp_path, capsys, monkeypatch):
+    def no_work(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(assignment, "find_model", no_work)
+    (tmp_path / "dir.h5ad").mkdir()
+    for options in ([], ["--overwrite"]):
+        error = complaint(capsys, assigned(trained, h5ad, tmp_path / "dir.h5ad", *options))
+        assert f"--out {tmp_path / 'dir.h5ad'}: must be a file, is a folder" in error
+
+    def refused(*arguments, **keywords):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refused)
+    error = complaint(capsys, assigned(trained, h5ad, tmp_path / "o.h5ad"))
+    assert f"--out {tmp_path / 'o.h5ad'}: must lie in a folder that can be written to" in error
+    assert "Read-only file system" in error
 
 
 def test_new_batches_are_encoded_as_of_all_known_ones(trained, tmp_path, capsys):

@@ -18,7 +18,7 @@ pytest.importorskip("scvi", reason="scvi-tools is not installed")
 import anndata
 import h5py
 import zarr
-from anndata import AnnData
+from anndata import AnnData, read_h5ad, settings
 from scipy.io import mmwrite
 from scipy.sparse import csc_matrix, csr_matrix
 
@@ -26,8 +26,9 @@ from vmm_fast import cli
 from vmm_fast.data import InputError
 from vmm_fast.scvi import preparing, store, writing
 from vmm_fast.scvi.preparing import prepare
+from vmm_fast.scvi.reading import counts_of, read_cells
 from vmm_fast.scvi.store import CannotStream, CellStore
-from vmm_fast.scvi.writing import write_results
+from vmm_fast.scvi.writing import write_adata, write_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -323,13 +324,13 @@ def bad_files(folder):
         "b.h5ad",
         lambda p: p.write_bytes(b"no" * 99),
         InputError,
-        "is damaged or no file of cells",
+        "is damaged or no .h5ad file",
     )
     yield "c.csv", lambda p: p.write_text("1,2"), InputError, "must be a .h5ad, .h5 or .loom file"
     yield "d", lambda p: p.mkdir(), InputError, "a folder without matrix.mtx.* and .h5ad files"
     cells = make_cells()
     whole = written(folder / "whole.h5ad", cells).read_bytes()
-    yield "e.h5ad", lambda p: p.write_bytes(whole[:-5000]), InputError, "is damaged or no file"
+    yield "e.h5ad", lambda p: p.write_bytes(whole[:-5000]), InputError, "is damaged or no .h5ad"
     by_genes = AnnData(csc_matrix(cells.X))
     yield "f.h5ad", lambda p: written(p, by_genes), CannotStream, r"\(CSC\).*vmm-fast prepare"
     old = lambda file: file["obs"].attrs.__delitem__("encoding-type")  # noqa: E731
@@ -338,11 +339,11 @@ def bad_files(folder):
     yield "h", mtx, CannotStream, "must be .h5ad, .zarr or a folder .*; vmm-fast prepare makes"
     yield "i.h5ad", lambda p: written(p, cells[:0].copy()), InputError, "has 0 cells and 20 genes"
     boolean = with_dense_bool(make_cells())
-    yield "j.h5ad", lambda p: written(p, boolean), InputError, "X must hold counts, holds bool"
+    yield "j.h5ad", lambda p: written(p, boolean), CannotStream, "X must hold counts, holds bool"
     yield (
         "k.h5ad",
         lambda p: written(p, AnnData(obs=cells.obs)),
-        InputError,
+        CannotStream,
         "X must hold counts, i",
     )
     named = make_cells()
@@ -352,6 +353,8 @@ def bad_files(folder):
     yield "m.h5ad", lambda p: edited(written(p), cut), InputError, r"must be 60 x 20, is \(60, 19\)"
     back = lambda file: file["X/indptr"].__setitem__(3, 10**6)  # noqa: E731
     yield "n.h5ad", lambda p: edited(written(p), back), InputError, "X is no valid CSR matrix"
+    bare = lambda file: file.__delitem__("obs")  # noqa: E731
+    yield "o.h5ad", lambda p: edited(written(p), bare), CannotStream, "in parts, it lacks obs"
 
 
 def test_bad_files(tmp_path):
@@ -434,6 +437,53 @@ def test_indices_beyond_the_genes(tmp_path):
         edited(path, lambda file, value=value: file["X/indices"].__setitem__(5, value))
         with CellStore(path) as found, pytest.raises(InputError, match="a gene beyond its 20"):
             found.read(0, 60)
+
+
+@pytest.mark.parametrize("by_genes", [False, True])
+@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
+def test_zarr_that_has_lost_a_chunk_is_not_read_into_memory(tmp_path, part, by_genes):
+    adata = make_cells(400)
+    adata.X = (csc_matrix if by_genes else csr_matrix)(adata.X)
+    path = written(tmp_path / "c.zarr", adata)
+    assert read_cells(str(path)).adata.shape == (400, 20)
+    array = zarr.open_group(path, mode="r")[f"X/{part}"]
+    (path / "X" / part / array.metadata.encode_chunk_key((array.nchunks - 1,))).unlink()
+    with pytest.raises(InputError, match=r"c.zarr: X lacks chunks"):
+        read_cells(str(path))
+
+
+def test_chunks_of_zeros_that_zarr_leaves_out_are_not_lost(tmp_path):
+    one_gene = AnnData(csr_matrix(np.arange(30)[:, None] % 3))
+    no_counts = AnnData(csr_matrix((30, 4), dtype=np.float32))
+    first_gene = AnnData(csr_matrix(np.eye(1, 4) * np.ones((30, 1))))
+    for number, adata in enumerate((one_gene, no_counts, first_gene)):
+        path = written(tmp_path / f"{number}.zarr", adata)
+        with CellStore(path) as found:
+            np.testing.assert_array_equal(found.read(0, 30).toarray(), adata.X.toarray())
+        assert (read_cells(str(path)).adata.X != adata.X).nnz == 0
+
+
+@pytest.mark.parametrize("kind, where", [(csr_matrix, "gene beyond its 20"), (csc_matrix, "cell")])
+def test_damaged_counts_in_memory(tmp_path, kind, where):
+    for name, at, value, message in (
+        ("indices", 100, 999, f"X is damaged, has a {where}"),
+        ("indices", 100, -3, f"X is damaged, has a {where}"),
+        ("indptr", 3, 0, "X is damaged, is no valid CS[RC] matrix"),
+    ):
+        adata = make_cells()
+        adata.X = kind(adata.X)
+        path = written(tmp_path / "c.h5ad", adata)
+        array = f"X/{name}"
+        edited(path, lambda file, a=array, at=at, value=value: file[a].__setitem__(at, value))
+        damaged = read_cells(str(path)).adata
+        with pytest.raises(InputError, match=message):
+            counts_of(damaged, None)
+        with pytest.raises(InputError, match=r"X must hold counts, .* is absent$"):
+            counts_of(AnnData(obs=damaged.obs, layers={"other": damaged.X}), None)
+    matrix = make_cells().X
+    matrix.indptr[-1] -= 1
+    with pytest.raises(InputError, match="X is damaged, is no valid CSR matrix"):
+        counts_of(AnnData(matrix), None)
 
 
 # --- prepare ---
@@ -653,6 +703,71 @@ def test_a_disk_that_fills_up(tmp_path, size, monkeypatch):
                 write()
             assert str(caught.value) == f"{folder / name}: cannot be written: File too large"
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [500, 5_000, 50_000, 90_000])
+def test_a_disk_that_fills_up_with_cells_in_memory(tmp_path, size):
+    with pytest.raises(InputError) as caught, files_of_at_most(size):
+        write_adata(tmp_path / "out.h5ad", make_cells(1_000, 100))
+    assert str(caught.value) == f"{tmp_path / 'out.h5ad'}: cannot be written: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_cells_in_memory_is_interrupted(tmp_path, monkeypatch):
+    write = writing._Disk.write
+
+    def interrupted(self, data):
+        os.kill(os.getpid(), signal.SIGINT)  # while HDF5 writes
+        return write(self, data)
+
+    monkeypatch.setattr(writing._Disk, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_adata(tmp_path / "out.h5ad", make_cells())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
+    adata = make_cells()
+    if bare:
+        adata = AnnData(obs=pd.DataFrame(index=adata.obs_names))
+    else:
+        adata.obs["text"] = ["a", "b", "c"] * 20
+        adata.obs["own"] = [f"text {i}" for i in range(60)]
+        adata.obs["truth"] = pd.array([True, None, False] * 20, dtype="boolean")
+        adata.obs["number"] = pd.array([1, None, 3] * 20, dtype="Int64")
+        adata.obs["ordered"] = pd.Categorical(["lo", "hi"] * 30, ["lo", "hi"], ordered=True)
+        adata.var["kind"] = ["x", "y"] * 10
+        adata.raw = adata.copy()
+        adata.layers["dense"] = adata.X.toarray()
+        adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(60, 3))
+        adata.obsm["frame"] = pd.DataFrame({"a": np.arange(60)}, index=adata.obs_names)
+        adata.varm["loadings"] = np.ones((20, 3))
+        adata.obsp["near"], adata.varp["joint"] = csr_matrix((60, 60)), csr_matrix((20, 20))
+        adata.uns = {"colors": np.array(["red", "blue"]), "deep": {"a": 1, "b": [1.5, 2]}, "t": "x"}
+    with settings.override(allow_write_nullable_strings=True):
+        adata.copy().write_h5ad(tmp_path / "theirs.h5ad", compression="gzip")
+    write_adata(tmp_path / "ours.h5ad", adata)
+    ours, theirs = (read_h5ad(tmp_path / f"{name}.h5ad") for name in ("ours", "theirs"))
+    assert (ours.X is None) == (ours.raw is None) == bare
+    for name in ("obs", "var"):
+        pd.testing.assert_frame_equal(getattr(ours, name), getattr(theirs, name))
+
+    def stored(name):
+        """Everything in the file: its attributes, how it is stored, and its values."""
+        found = {}
+
+        def take(key, item):
+            found[key] = [(name, str(value)) for name, value in sorted(item.attrs.items())]
+            if isinstance(item, h5py.Dataset):
+                found[key] += [item.shape, item.dtype, item.compression, np.asarray(item).tolist()]
+
+        with h5py.File(tmp_path / f"{name}.h5ad") as file:
+            file.visititems(take)
+            take("", file)
+        return found
+
+    assert stored("ours") == stored("theirs")
 
 
 # --- results ---

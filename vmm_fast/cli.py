@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -562,13 +563,14 @@ def _on_disk(
     `before` is what was chosen in the run that goes on, if one does; `options` are the store's.
     """
     from vmm_fast.scvi import CellStore, reading
+    from vmm_fast.scvi.store import CannotStream
 
     kind = reading.kind_of(Path(file))
     if before is False or kind not in (".h5ad", ".zarr", "shards"):
         return None, []
     try:
         store = CellStore(file, layer, **options)
-    except InputError:
+    except CannotStream:
         if kind == "shards":
             raise
         return None, []  # all is right, or what is wrong is told, where they are read into memory
@@ -707,14 +709,25 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
     out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
     if out.suffix != ".h5ad":
         raise InputError(f"--out {out}: must end in .h5ad")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"--out {out}: must lie in a folder that can be written to")
+    if out.exists() and not out.is_file():
+        raise InputError(
+            f"--out {out}: must be a file, is {'a folder' if out.is_dir() else 'none'}"
+        )
     if out.exists() and os.path.exists(file) and out.samefile(file):
         raise InputError(f"--out {out}: is the input, which is never written to")
     if Path(file).resolve() in out.resolve().parents:
         raise InputError(f"--out {out}: lies in the input, which is never written to")
     if out.exists() and not arguments.overwrite:
         raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
+    try:  # of a folder that may be written to, the disk may not
+        with tempfile.TemporaryFile(dir=out.resolve().parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: must lie in a folder that can be written to: {error.strerror or error}"
+        ) from None
     return out
 
 

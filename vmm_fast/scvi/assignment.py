@@ -20,6 +20,7 @@ from scvi import REGISTRY_KEYS
 from vmm_fast.data import InputError
 from vmm_fast.mixture import Assignment
 from vmm_fast.scvi.integration import (
+    EARLIER,
     OF_ALL_BATCHES,
     assign_in_parts,
     in_place_of,
@@ -153,17 +154,20 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     if isinstance(cells, CellStore):
         source, more = cells, notes_on_names(cells)
         more += kept_alone("obs and var", ["counts", *cells.others])
+        earlier = "vmm_cluster" in cells.dtypes or "obsm/X_vmm" in cells.others
         if key in cells.dtypes:
             batch = cells.column(key)
     else:
         if layer is None and saved.layer in cells.layers:
             layer = saved.layer
         source = MemoryCells(csr_matrix(counts_of(cells, layer), dtype=np.float32))
+        earlier = "vmm_cluster" in cells.obs or "X_vmm" in cells.obsm
         if key in cells.obs:
             batch = pd.Categorical(cells.obs[key])
     at, notes = _genes(cells.var_names, saved.genes)
     batches, of_batches = _batches(batch, cells.n_obs, saved)
-    return MatchedCells(_OfGenes(source, at), batches, [*notes, *of_batches, *more])
+    notes = [*notes, *of_batches, *([EARLIER] if earlier else []), *more]
+    return MatchedCells(_OfGenes(source, at), batches, notes)
 
 
 def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:

@@ -59,6 +59,7 @@ from vmm_fast.scvi.writing import (
     COLUMNS,
     ROWS,
     cluster_columns,
+    write_adata,
     write_results,
     write_table,
 )
@@ -700,4 +701,4 @@ def set_clusters(adata: AnnData, z: np.ndarray, assigned: Assignment) -> None:
 def write_cells(adata: AnnData, path: Path) -> None:
     """Write an .h5ad file whole or not at all."""
     with quiet():
-        write_atomically(path, lambda file: adata.write_h5ad(file.name, compression="gzip"))
+        write_adata(path, adata)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData, read_h5ad
 from anndata.io import read_loom, read_zarr
 from scipy.sparse import csr_matrix, issparse
@@ -27,6 +28,7 @@ __all__ = [
     "counts_of",
     "example",
     "kind_of",
+    "lacks_chunks",
     "listed",
     "no_column",
     "not_counts",
@@ -69,6 +71,8 @@ def read_cells(path: str) -> Cells:
             adata = _READERS[kind](file)
     except MemoryError:
         raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except ImportError as error:
         raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
     except Exception as error:  # every format has its own
@@ -127,6 +131,52 @@ def told(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
+def lacks_chunks(matrix: Any, width: int) -> bool:
+    """Whether a sparse matrix of zarr has lost chunks, which zarr takes for ones of zeros.
+
+    Zarr leaves chunks of zeros out, too. Of indices there are such ones where no row or column has
+    two values in a chunk, of ends in a matrix without values; of values none but stored zeros.
+
+    Parameters
+    ----------
+    matrix : zarr.Group
+    width : int
+        Of the matrix, along which indices go.
+    """
+    data, indices, indptr = (matrix[name] for name in ("data", "indices", "indptr"))
+    if not all(isinstance(part, zarr.Array) for part in (data, indices, indptr)):
+        return False
+
+    def lacks(part: Any) -> bool:
+        return part.nchunks_initialized < part.nchunks
+
+    if lacks(data) or (lacks(indptr) and data.shape[0] > 0):
+        return True
+    if width == 1 or not lacks(indices):
+        return False
+    # A value behind another of the same row or column has a higher index than 0, if sorted.
+    ends = indptr[:].astype(np.int64)
+    step = indices.chunks[0]
+    for at in range(0, indices.shape[0], step):
+        part = indices[at : at + step]
+        inside = np.unique(np.clip(ends, at, at + len(part)))
+        if not part.any() and len(inside) - 1 < len(part):
+            return True
+    return False
+
+
+def _read_zarr(folder: Path) -> AnnData:
+    group: Any = zarr.open_group(folder, mode="r")
+    for name in ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ()))):
+        matrix = group.get(name)
+        kind = None if matrix is None else matrix.attrs.get("encoding-type")
+        if kind not in ("csr_matrix", "csc_matrix"):
+            continue
+        if lacks_chunks(matrix, int(matrix.attrs["shape"][kind == "csr_matrix"])):
+            raise InputError(f"{name.replace('layers/', 'layer ')} lacks chunks")
+    return read_zarr(folder)
+
+
 def _read_10x_h5(file: Path) -> AnnData:
     from scanpy import read_10x_h5
 
@@ -150,7 +200,7 @@ def _read_loom(file: Path) -> AnnData:
 
 _READERS = {
     ".h5ad": read_h5ad,
-    ".zarr": read_zarr,
+    ".zarr": _read_zarr,
     ".h5": _read_10x_h5,
     ".mtx": _read_10x_mtx,
     ".loom": _read_loom,
@@ -195,13 +245,16 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
     Raises
     ------
     InputError
-        If there is none such, or it holds anything but counts; says where there are counts.
+        If there is none such, or it is damaged or holds anything but counts; says where there are
+        counts.
     """
     if layer is not None and layer not in adata.layers:
         raise InputError(f"--layer {layer}: must be one of the layers, {listed(adata.layers)}")
     matrix = adata.X if layer is None else adata.layers[layer]
     where = "X" if layer is None else f"layers[{layer!r}]"
-    fault = "is absent" if matrix is None else check_counts(matrix, adata)
+    if damage := _damage_of(matrix):
+        raise InputError(f"{where} is damaged, {damage}")
+    fault = "is absent" if matrix is None else _no_counts(matrix, adata)
     if fault is None:
         return matrix
     others = [name for name in adata.layers if check_counts(adata.layers[name], adata) is None]
@@ -216,7 +269,29 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
 
 
 def check_counts(matrix: Any, adata: AnnData) -> str | None:
-    """Say what is wrong with the first value that is no count, or None."""
+    """Say what is wrong with the matrix, or the first value that is no count, or None."""
+    return _damage_of(matrix) or _no_counts(matrix, adata)
+
+
+def _damage_of(matrix: Any) -> str | None:
+    """Say what would let sparse counts reach beyond their arrays, or None."""
+    if not issparse(matrix) or matrix.format not in ("csr", "csc"):
+        return None
+    major, minor = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+    indptr, indices = matrix.indptr, matrix.indices
+    if (
+        len(indptr) != major + 1
+        or (indptr[0], indptr[-1]) != (0, len(matrix.data))
+        or (indptr[1:] < indptr[:-1]).any()
+        or len(indices) != len(matrix.data)
+    ):
+        return f"is no valid {matrix.format.upper()} matrix"
+    if len(indices) and not (indices.min() >= 0 and indices.max() < minor):
+        return f"has a {'gene' if matrix.format == 'csr' else 'cell'} beyond its {minor}"
+    return None
+
+
+def _no_counts(matrix: Any, adata: AnnData) -> str | None:
     sparse = issparse(matrix)
     values = matrix.data if sparse else np.asarray(matrix)
     if values.dtype == bool or values.dtype.kind not in "iuf":

@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
-from vmm_fast.scvi.reading import kind_of, listed, no_column, not_counts, told
+from vmm_fast.scvi.reading import kind_of, lacks_chunks, listed, no_column, not_counts, told
 
 __all__ = ["CannotStream", "CellStore", "kept_alone", "others_of"]
 
@@ -179,8 +179,9 @@ class CellStore:
             except (MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:  # HDF5, zarr and each codec have their own
+                kind = ".zarr" if file.is_dir() else ".h5ad"
                 raise InputError(
-                    f"{file}: is damaged or no file of cells, and cannot be read: {told(error)}"
+                    f"{file}: is damaged or no {kind} file, and cannot be read: {told(error)}"
                 ) from None
 
     def _stamp(self, file: Path) -> tuple[tuple[int, int], ...]:
@@ -204,6 +205,12 @@ class CellStore:
                 raise InputError(
                     f"--layer {self.layer}: must be one of the layers, {listed(layers)}"
                 )
+            for name in ("obs", "var"):
+                if name not in group:
+                    raise CannotStream(
+                        f"cannot be read in parts, it lacks {name}; vmm-fast prepare makes a file "
+                        "that can"
+                    )
             try:
                 dtypes = frames.dtypes_of(group["obs"])
                 var = read_elem(group["var"])
@@ -216,14 +223,14 @@ class CellStore:
                     f"cannot be read in parts, {error}; vmm-fast prepare makes a file that can"
                 ) from None
             if encoding in ("", "null"):
-                raise InputError(f"{self._where} must hold counts, is absent")
+                raise CannotStream(f"{self._where} must hold counts, is absent")
             if encoding == "csc_matrix":
                 raise CannotStream(
                     f"{self._where} is stored by genes (CSC), cells cannot be read one by one; "
                     "vmm-fast prepare makes a file that has it by cells"
                 )
             if encoding not in ("csr_matrix", "array"):
-                raise InputError(f"{self._where} must be a matrix of counts, is a {encoding}")
+                raise CannotStream(f"{self._where} must be a matrix of counts, is a {encoding}")
             there = {name: group[name] for name in group}
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
             others = others_of(there.get, self._element)
@@ -245,13 +252,11 @@ class CellStore:
                     or indices.dtype.kind not in "iu"
                 ):
                     raise InputError(f"{self._where} is no valid CSR matrix")
-                # Zarr would take a chunk that has been lost for one of zeros.
-                for part in (data, indices, matrix["indptr"]):
-                    if isinstance(part, zarr.Array) and part.nchunks_initialized < part.nchunks:
-                        raise InputError(f"{self._where} lacks chunks")
+                if lacks_chunks(matrix, len(genes)):
+                    raise InputError(f"{self._where} lacks chunks")
             dtype = data.dtype if indptr is not None else matrix.dtype
             if dtype.kind not in "iuf":
-                raise InputError(f"{self._where} must hold counts, holds {dtype}")
+                raise CannotStream(f"{self._where} must hold counts, holds {dtype}")
             if not self._shards:
                 index = group["obs"].attrs["_index"]
                 self.var, self.index_name = var, None if index == "_index" else str(index)

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from anndata import settings
+from anndata import AnnData, settings
 from anndata.io import write_elem
 from scipy.sparse import csr_matrix
 
@@ -34,6 +34,7 @@ __all__ = [
     "COLUMNS",
     "H5adWriter",
     "cluster_columns",
+    "write_adata",
     "write_clustered",
     "write_h5ad",
     "write_results",
@@ -168,6 +169,40 @@ def write_h5ad(
     with _told(path):
         write_atomically(path, write)
         return path.stat().st_size
+
+
+def write_adata(path: Path, adata: AnnData) -> None:
+    """Write cells in memory to an .h5ad file, whole or not at all.
+
+    As ``AnnData.write_h5ad`` with gzip does, which makes strings categories in `adata` too; that
+    one crashes where the disk is full.
+
+    Raises
+    ------
+    InputError
+        If the disk fills up, or the file cannot be written.
+    """
+
+    def write(raw: Any) -> None:
+        disk = _Disk(raw, path)
+        with disk.keeping_interrupts(), h5py.File(disk, "w") as file:
+            _mark(file, "anndata", "0.1.0")
+            for name in ("X", "raw", "obs", "var"):
+                element = getattr(adata, name)
+                if element is not None:
+                    write_elem(file, name, element, dataset_kwargs={"compression": "gzip"})
+                    disk.check()
+            for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+                elements = dict(getattr(adata, name))
+                write_elem(file, name, elements, dataset_kwargs={"compression": "gzip"})
+                disk.check()
+        disk.check()
+
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with _told(path), settings.override(allow_write_nullable_strings=True):
+        write_atomically(path, write)
 
 
 class H5adWriter:
