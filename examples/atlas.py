@@ -12,7 +12,8 @@ model, for VMMSCVI.load.
 Where one fails the others end too, and torchrun names it ("Root Cause"). Where one hangs, on a disk
 that does not answer for instance, the others end after --timeout; torchrun then kills it, and gives
 "exitcode: -9" for it. The first writes a checkpoint every --checkpoint-seconds, beside the model.
-With --resume and as many processes the same command goes on from it, as if it had not been stopped.
+With --resume and as many processes the same command goes on from it, as if it had not been stopped;
+where none was written yet, it starts from the beginning.
 """
 
 import argparse
@@ -49,12 +50,16 @@ def main() -> None:
     checkpoint = Path(f"{Path(args.out)}.ckpt")
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} is of a run that was stopped: --resume it, or remove it")
+    resume = checkpoint.exists()
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     # As torchrun tells them; without it there is one process.
     rank, processes, on_this_machine = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
+
+    if args.resume and not resume and rank == 0:
+        print(f"{checkpoint} was not written yet: starts from the beginning", flush=True)
 
     with CellStore(args.cells) as store:
         some = store.sample(20_000, keys=[args.batch_key])  # pseudo-cells start from them
@@ -73,7 +78,7 @@ def main() -> None:
             check_val_every_n_epoch=1,
             enable_progress_bar=rank == 0,
             callbacks=[Checkpoints(checkpoint, seconds=args.checkpoint_seconds)],
-            ckpt_path=checkpoint if args.resume else None,
+            ckpt_path=checkpoint if resume else None,
         )
     if rank == 0:
         model.save(args.out, overwrite=True)

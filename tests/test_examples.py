@@ -45,14 +45,16 @@ def test_atlas_in_two_processes(tmp_path):
     checkpoint = tmp_path / "model.ckpt"
     often = ("--checkpoint-seconds", "0")
     # Its output, which nobody reads meanwhile, fits in a pipe until it is stopped.
-    stopped = atlas(tmp_path, "--epochs", "10000", *often)
+    # What was stopped before the first checkpoint is resumed from the beginning.
+    stopped = atlas(tmp_path, "--epochs", "10000", "--resume", *often)
     try:
-        while not checkpoint.exists():
-            assert stopped.poll() is None, stopped.communicate()[0]
+        while not checkpoint.exists() and stopped.poll() is None:
             time.sleep(0.05)
     finally:
         stopped.terminate()  # and torchrun its processes
-        stopped.communicate()
+        output, _ = stopped.communicate()
+    assert checkpoint.exists(), output
+    assert output.count("model.ckpt was not written yet: starts from the beginning") == 1
     epochs = ("--epochs", str(torch.load(checkpoint)["epoch"] + 2))
 
     run = atlas(tmp_path, *epochs)

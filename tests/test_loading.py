@@ -1,6 +1,7 @@
 """Mini-batches of cells: every cell once, in the order that seed and pass decide, also resumed."""
 
 import itertools
+import math
 import re
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
     CellDataModule,
     CellStore,
+    Checkpoints,
+    MemoryCells,
     checkpoints,
     integration,
     loading,
@@ -277,3 +280,141 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         integration.integrate(
             cells, chosen, checkpoint=tmp_path / "c.ckpt", checkpoint_steps=1, accelerator="cpu"
         )
+
+
+# --- checkpoints ---
+
+
+class Kept(Checkpoints):
+    """Remembers after which steps and batches it has written, and keeps a copy of each file."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.wrote = []
+
+    def _write(self, trainer):
+        super()._write(trainer)
+        self.wrote.append(trainer.global_step)
+        copy = self.path.with_suffix(f".{trainer.global_step}")
+        copy.write_bytes(self.path.read_bytes())
+
+
+def train(keep=None, epochs=3, *, number=150, n_hidden=8, batch_size=16, seed=0, **more):
+    """Nine steps an epoch, of which the last has seven cells."""
+    adata = make_cells(number)
+    counts = adata.X
+    VMMSCVI.setup_anndata(adata, batch_key="batch")
+    scvi.settings.seed = 0
+    model = VMMSCVI(adata, n_components=5, n_hidden=n_hidden)
+    batches = adata.obs["batch"].astype("category").cat.codes.to_numpy()
+    model.train(
+        epochs,
+        datamodule=CellDataModule(MemoryCells(counts), batches, batch_size=batch_size, seed=seed),
+        accelerator="cpu",
+        check_val_every_n_epoch=1,
+        enable_progress_bar=False,
+        logger=False,
+        plan_kwargs={"prior_warmup": 0},  # it is a share of all steps, of which some are added
+        callbacks=[keep] if keep else [],
+        **more,
+    )
+    return model
+
+
+def same_model(one, other):
+    torch.testing.assert_close(
+        one.module.state_dict(), other.module.state_dict(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+EARLY = {
+    "early_stopping": True,
+    "early_stopping_monitor": "elbo_validation",
+    "early_stopping_patience": 1,
+    "early_stopping_min_delta": 1e9,
+}
+ENDS = [({}, 27), (EARLY, 18), ({"max_steps": 13}, 13), ({"max_steps": 18}, 18)]
+
+
+@pytest.mark.parametrize(("how", "steps"), ENDS)
+@pytest.mark.parametrize("seconds", [0, math.inf])
+def test_the_end_is_written_however_training_ends(tmp_path, how, steps, seconds):
+    keep = Kept(tmp_path / "kept.ckpt", seconds=seconds)
+    whole = train(keep, **how)
+    assert whole.trainer.global_step == steps == keep.wrote[-1]
+    if seconds:
+        assert keep.wrote == [steps]
+    again = train(keep, **how, ckpt_path=keep.path)
+    assert again.trainer.global_step == steps
+    same_model(again, whole)
+    if steps == 13:  # amid an epoch: it can be made longer
+        same_model(train(keep, max_steps=20, ckpt_path=keep.path), train(max_steps=20))
+
+
+def test_more_time_lets_training_go_on(tmp_path, monkeypatch):
+    keep = Kept(tmp_path / "kept.ckpt", seconds=math.inf)
+    whole = train()
+    elapsed = checkpoints.Timer.time_elapsed
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoints.Timer,
+            "time_elapsed",
+            lambda self, stage="train": 9e9 if keep._step >= 12 else 0.0,
+        )
+        train(keep, max_time={"hours": 1})
+    assert checkpoints.Timer.time_elapsed is elapsed
+    assert keep.wrote[-1] < 27
+    same_model(train(keep, max_time={"days": 200_000}, ckpt_path=keep.path), whole)
+
+
+def test_what_was_loaded_is_not_kept_for_the_next_run(tmp_path):
+    keep = Checkpoints(tmp_path / "kept.ckpt", seconds=math.inf)
+    whole = train(keep)
+    train(keep, ckpt_path=keep.path)  # has ended: there is no first batch
+    assert keep._loaded is None
+    same_model(train(keep), whole)
+
+
+@pytest.mark.parametrize("options", [{"seconds": 0}, {"seconds": math.inf, "steps": 2}])
+def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options):
+    keep, accumulate = Kept(tmp_path / "kept.ckpt", **options), {"accumulate_grad_batches": 2}
+    whole = train(keep, 2, **accumulate)
+    every = options.get("steps", 1)
+    assert keep.wrote == [step for step in range(1, 11) if step % every == 0 or step == 10]
+    for step in (2, 4, 8):
+        path = keep.path.with_suffix(f".{step}")
+        other = Checkpoints(tmp_path / "other.ckpt")
+        same_model(train(other, 2, ckpt_path=path, **accumulate), whole)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"batch_size": 32}, "batch_size was 16, is given 32"),
+        ({"number": 160}, "number of cells was 150, is given 160"),
+        ({"seed": 3}, "seed of the cells was 0, is given 3"),
+        ({"n_hidden": 9}, r"shape of module\..+ was \(8.*\), is given \(9.*\)"),
+    ],
+)
+def test_another_run_does_not_go_on(tmp_path, other, message):
+    keep = Checkpoints(tmp_path / "kept.ckpt")
+    train(keep, 1)
+    with pytest.raises(InputError, match=rf"kept\.ckpt: must go on with the run .*: {message}"):
+        train(keep, 2, ckpt_path=keep.path, **other)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "kept.ckpt")
+    with pytest.raises(InputError, match=r"kept\.ckpt: is no checkpoint of training"):
+        keep = Checkpoints(tmp_path / "other.ckpt")
+        train(keep, 1, ckpt_path=tmp_path / "kept.ckpt")
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"steps": -3}, {"steps": 2.5}, {"seconds": math.nan}, {"seconds": -1}]
+)
+def test_when_to_write_is_checked(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, but is {value}"):
+        Checkpoints("kept.ckpt", **options)

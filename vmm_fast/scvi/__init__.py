@@ -1,7 +1,7 @@
 """Models of scvi-tools with a mixture prior; needs ``pip install "vmm-fast[scvi]"``."""
 
 from vmm_fast.scvi.checkpoints import Checkpoints
-from vmm_fast.scvi.loading import CellDataModule
+from vmm_fast.scvi.loading import CellDataModule, MemoryCells
 from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI, LatentPriorModel
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, LatentPrior
 from vmm_fast.scvi.store import CellStore
@@ -30,4 +30,5 @@ __all__ = [
     "EmpiricalBayesTrainingPlan",
     "LatentPrior",
     "LatentPriorModel",
+    "MemoryCells",
 ]

@@ -9,27 +9,41 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError
 from vmm_fast.inference.processes import number_of_processes
+from vmm_fast.priors.base import check_integer
+from vmm_fast.scvi.loading import CellDataModule
 
 __all__ = ["CheckpointFile", "Checkpoints"]
 
 STATES = "state of each process"
+RUN = "cells and settings"  # of the run that a checkpoint is of
+STOPPED = "stopped"  # whether it has ended before its last epoch
 STEPS_BETWEEN_LOOKS = 16  # at the clocks of several processes, which have to wait for each other
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Lightning's checkpoints, but written whole or not at all, on any file system."""
+    """Lightning's checkpoints, but written whole or not at all, on any file system.
+
+    Attributes
+    ----------
+    check : callable or None
+        Called with the path and the checkpoint that was read, before any of it is restored.
+    """
+
+    check: Callable[[Any, dict[str, Any]], None] | None = None
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`, in place of what is there.
@@ -50,18 +64,30 @@ class CheckpointFile(TorchCheckpointIO):
         Raises
         ------
         InputError
-            If it is not there, or damaged.
+            If it is not there, damaged or no checkpoint of training, or ``check`` refuses it.
         """
         if not os.path.isfile(path):
             raise InputError(f"{path}: must be a checkpoint to go on from, is no file")
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            checkpoint = super().load_checkpoint(path, *args, **kwargs)
         except Exception:  # pickle raises of all kinds
             raise InputError(f"{path}: is damaged and cannot be read") from None
+        needed = {"pytorch-lightning_version", "state_dict"}
+        if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys()):
+            raise InputError(f"{path}: is no checkpoint of training")
+        if self.check is not None:
+            self.check(path, checkpoint)
+        return checkpoint
 
 
 class Checkpoints(Callback):
     """Write a checkpoint amid an epoch or after it; with it training goes on where it was.
+
+    It is written right after an optimizer step or at the end of an epoch, and where training ends:
+    after its last epoch, or earlier, by ``max_steps``, ``max_time`` or early stopping. A run that
+    has ended and is resumed ends at once, with the same result. Two things are not as if never
+    stopped: early stopping has not yet seen the epoch after which a file was written by the clock,
+    and training that ``max_steps`` ended just after an epoch is not meant to be made longer.
 
     On a CPU with one thread a process it comes to the same bits as training that was never stopped.
     Cells must come from a :class:`vmm_fast.scvi.CellDataModule`, which finds its place in a pass::
@@ -79,54 +105,78 @@ class Checkpoints(Callback):
         File to write, whole or not at all, in place of the last one.
     seconds : float
         Write if the last one is as long ago: after an epoch, and amid it. Several processes, which
-        must write together, look every 16 steps. The end of the last epoch is always written.
+        must write together, look every 16 steps.
     steps : int, optional
         Write after every so many optimizer steps, besides.
 
     Raises
     ------
+    ValueError
+        If ``seconds`` is negative or no number, or ``steps`` no integer of at least 1.
     InputError
         While training, if `path` cannot be written; as training begins, if ``ckpt_path`` is not
-        there, damaged, of another number of processes, or was not written by this.
+        there, damaged, of another number of processes, cells, batch size or model, or was not
+        written by this.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, seconds: float = 30, steps: int | None = None
     ):
-        self.path, self.seconds, self.steps = Path(path), seconds, steps
+        if not seconds >= 0:
+            raise ValueError(f"seconds must be at least 0, but is {seconds!r}")
+        self.path, self.seconds = Path(path), seconds
+        self.steps = None if steps is None else check_integer("steps", steps)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget any run before."""
         self._loaded: dict[str, Any] | None = None
         self._written = time.monotonic()
+        self._step = 0  # before the current batch
+        self._kept: tuple[int, bool] | None = None  # step of the last file; whether it is the end
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let files be written whole or not at all, unless there is a plugin that writes them."""
+        self._begin()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFile()
+        if isinstance(trainer.strategy.checkpoint_io, CheckpointFile):
+            trainer.strategy.checkpoint_io.check = partial(_check, trainer, pl_module)
+        # A time limit is seen right after the batch. Not after others, too: the first process alone
+        # may have a bar, whose losses wait for the other processes.
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Timer))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget what was loaded, of a run that had ended."""
+        self._begin()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Forget what was loaded."""
+        self._begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count the seconds."""
         self._written = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to count the steps, where a checkpoint was."""
+        self._step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add what differs between processes; all of them must take part."""
         states: list[Any] = [_state(pl_module)] * number_of_processes()
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
-        checkpoint[STATES] = states
+        checkpoint[STATES], checkpoint[RUN] = states, _run(trainer)
+        # More time lets a run go on that has had no more.
+        checkpoint[STOPPED] = trainer.should_stop and not any(map(_is_over, trainer.callbacks))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep this process's part until the first batch."""
-        states, path = checkpoint.get(STATES), trainer.ckpt_path
-        if states is None:
-            raise InputError(
-                f"{path}: must be a checkpoint with the state of random numbers, has none: it was "
-                "not written by vmm_fast.scvi.Checkpoints"
-            )
-        if len(states) != trainer.world_size:
-            raise InputError(
-                f"{path}: must go on in as many processes as wrote it, {len(states)}, is given "
-                f"{trainer.world_size}"
-            )
-        self._loaded = states[trainer.global_rank]
+        # Again, for a plugin that is not ours.
+        _check(trainer, pl_module, trainer.ckpt_path, checkpoint)
+        self._loaded = checkpoint[STATES][trainer.global_rank]
+        trainer.should_stop = trainer.should_stop or checkpoint[STOPPED]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Restore what was loaded; not before, for what comes before the first batch draws, too."""
@@ -137,28 +187,96 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write amid an epoch."""
+        """Write amid an epoch, after a step: amid an accumulation the gradient would be lost."""
+        before, step = self._step, trainer.global_step
+        self._step = step
         # The last batch's comes after the losses of the cells held out.
-        if batch_idx + 1 < trainer.num_training_batches:
-            step = trainer.global_step
-            if (self.steps and step % self.steps == 0) or self._is_time(trainer, step):
-                self._write(trainer)
+        if step == before or batch_idx + 1 >= trainer.num_training_batches:
+            return
+        # An end amid an epoch must not be taken for that of the epoch: training may be made longer.
+        by_steps = self.steps is not None and step // self.steps > before // self.steps
+        looks = trainer.world_size == 1 or (
+            step // STEPS_BETWEEN_LOOKS > before // STEPS_BETWEEN_LOOKS
+        )
+        if by_steps or self._is_end(trainer) or (looks and self._is_time(trainer)):
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write after an epoch."""
-        if trainer.current_epoch + 1 == trainer.max_epochs or self._is_time(trainer):
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs or self._is_end(trainer)
+        if self._kept != (trainer.global_step, True) and (is_last or self._is_time(trainer)):
             self._write(trainer)
 
-    def _is_time(self, trainer: Any, step: int = 0) -> bool:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the end if that is not done; early stopping comes after all other callbacks."""
+        step, ended = self._kept or (None, False)
+        if step != trainer.global_step or (trainer.should_stop and not ended):
+            self._write(trainer)
+
+    def _is_end(self, trainer: Any) -> bool:
+        """Whether training is to stop here, before its last epoch."""
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        return stops or trainer.global_step == trainer.max_steps
+
+    def _is_time(self, trainer: Any) -> bool:
         """Whether it is by the clock of any process: all write or none."""
-        if trainer.world_size > 1 and step % STEPS_BETWEEN_LOOKS:
-            return False
         is_time = time.monotonic() - self._written >= self.seconds
         return trainer.strategy.reduce_boolean_decision(is_time, all=False)
 
     def _write(self, trainer: Any) -> None:
         trainer.save_checkpoint(self.path)
         self._written = time.monotonic()
+        self._kept = trainer.global_step, self._is_end(trainer)
+
+
+def _is_over(callback: Callback) -> bool:
+    """Whether it is a timer without time left."""
+    left = callback.time_remaining() if isinstance(callback, Timer) else None
+    return left is not None and left <= 0
+
+
+def _run(trainer: Any) -> dict[str, int]:
+    """Cells and settings that a run has to go on with."""
+    cells = trainer.datamodule
+    if not isinstance(cells, CellDataModule):
+        return {}
+    return {
+        "number of cells": int(cells.n_obs),
+        "number of genes": int(cells.n_vars),
+        "number of cells held out": int(cells.n_val),
+        "batch_size": int(cells.batch_size),
+        "seed of the cells": int(cells.seed),
+    }
+
+
+def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise InputError unless the checkpoint is of this run."""
+    if not {STATES, RUN, STOPPED} <= checkpoint.keys():
+        raise InputError(
+            f"{path}: must be a checkpoint with the state of random numbers, has none: it was "
+            "not written by vmm_fast.scvi.Checkpoints"
+        )
+    processes, of_file, given = len(checkpoint[STATES]), checkpoint[RUN], _run(trainer)
+    if processes != trainer.world_size:
+        raise InputError(
+            f"{path}: must go on in as many processes as wrote it, {processes}, is given "
+            f"{trainer.world_size}"
+        )
+    _compare(path, of_file, given)
+    _compare(path, _shapes(checkpoint["state_dict"]), _shapes(plan.state_dict()))
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {f"shape of {name}": tuple(value.shape) for name, value in state.items()}
+
+
+def _compare(path: Any, of_file: dict[str, Any], given: dict[str, Any]) -> None:
+    for name in {**of_file, **given}:
+        was, now = of_file.get(name), given.get(name)
+        if was != now:
+            raise InputError(
+                f"{path}: must go on with the run that wrote it: {name} was {was}, is given {now}"
+            )
 
 
 def _losses(plan: Any) -> list[ElboMetric]:

@@ -252,6 +252,8 @@ class CellDataModule(LightningDataModule):
         Cells that are trained on, and held out.
     n_batch : int
         Batches, of which the model must have as many.
+    batch_size, seed : int
+        As given.
     """
 
     def __init__(
@@ -271,15 +273,12 @@ class CellDataModule(LightningDataModule):
             raise ValueError(
                 f"batches must be of all {cells.n_obs} cells, but there are {len(batches)}"
             )
+        self.batch_size, self.seed = check_integer("batch_size", batch_size), seed
         self._pass_over = partial(
-            CellBatches,
-            cells,
-            batches,
-            genes=genes,
-            batch_size=check_integer("batch_size", batch_size),
+            CellBatches, cells, batches, genes=genes, batch_size=self.batch_size
         )
         # So many at least that some can be held out and those of a batch are of many runs.
-        self._run, self._seed = max(1, min(cells.run, cells.n_obs // LEAST_RUNS)), seed
+        self._run = max(1, min(cells.run, cells.n_obs // LEAST_RUNS))
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
         self.n_batch = int(batches.max(initial=-1)) + 1
         starts = np.arange(0, cells.n_obs, self._run)
@@ -309,7 +308,7 @@ class CellDataModule(LightningDataModule):
 
     def train_dataloader(self) -> CellBatches:
         """Cells to train on, shuffled."""
-        return self._batches_of(self._trained, self._seed)
+        return self._batches_of(self._trained, self.seed)
 
     def val_dataloader(self) -> CellBatches | list[CellBatches]:
         """Cells held out, in order."""
