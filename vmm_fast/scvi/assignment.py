@@ -102,7 +102,9 @@ def find_model(path: str) -> SavedModel:
         obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
         with quiet():
             model = VMMSCVI.load(str(found[0]), in_place_of(counts, obs, genes, layer))
-    except Exception:
+    except MemoryError:
+        raise
+    except Exception:  # of what does not fit together in a file, scvi-tools raises all kinds
         raise damaged from None
     if model.module.prior is None:
         raise InputError(f"{path}: must be a model with clusters, is of N(0, I)")
