@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 # Before Triton is imported: its kernels run in its interpreter, which needs no GPU. A process that
 # test_gpu.py starts is told otherwise.
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from vmm_fast import _core
+
+# A shell lets what it starts in the background ignore Ctrl-C, which some tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)

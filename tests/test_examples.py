@@ -34,7 +34,7 @@ def atlas(folder, *options):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_atlas_in_two_processes(tmp_path):
+def test_atlas_in_two_processes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("scvi", reason="scvi-tools is not installed")
     import torch
     from test_several_processes import write_cells
@@ -57,9 +57,12 @@ def test_atlas_in_two_processes(tmp_path):
     assert output.count("model.ckpt was not written yet: starts from the beginning") == 1
     epochs = ("--epochs", str(torch.load(checkpoint)["epoch"] + 2))
 
-    run = atlas(tmp_path, *epochs)
-    assert "model.ckpt is of a run that was stopped: --resume it" in run.communicate()[0]
-    assert run.returncode and checkpoint.exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["atlas.py", "cells.h5ad", "--out", "model", *epochs])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "atlas.py"), run_name="__main__")
+    assert "model.ckpt is of a run that was stopped: --resume it" in capsys.readouterr().err
+    assert checkpoint.exists()
     run = atlas(tmp_path, *epochs, "--resume")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output

@@ -95,7 +95,7 @@ def test_float64_equals_reference(shape, transpose, programs, seed):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(70, 3, 33), (5, 2, 65), (3, 2, 128), (1, 1, 1), (200, 21, 2)])
+@pytest.mark.parametrize("shape", [(40, 3, 33), (5, 2, 65), (3, 2, 128), (1, 1, 1), (70, 18, 2)])
 def test_every_tile_size(forced, shape, transpose):
     mixture = random_mixture(*shape)
     assert_close(
@@ -220,12 +220,12 @@ def tensor_cores(monkeypatch):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 1e4), (1.0, 0.0), (1e3, 1e4)])
 def test_float32_error_budget(forced, tensor_cores, scale, offset, transpose):
-    z, centers, whitening, offsets = random_mixture(70, 20, 10, dtype=torch.float32, seed=3)
+    z, centers, whitening, offsets = random_mixture(50, 20, 10, dtype=torch.float32, seed=3)
     mixture = (z * scale + offset, centers * scale + offset, whitening / scale, offsets)
     assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
 
 
-@pytest.mark.parametrize("shape", [(40, 60, 2), (6, 7, 128), (70, 33, 30)])
+@pytest.mark.parametrize("shape", [(40, 60, 2), (16, 4, 128), (40, 33, 30)])
 def test_float32_error_budget_of_many_components(forced, tensor_cores, shape):
     mixture = random_mixture(*shape, dtype=torch.float32, spread=min(2.0, 20 / shape[2]))
     assert_within_budget(everything(ops, mixture, False), mixture, False)

@@ -578,7 +578,8 @@ def _on_disk(
     most = 1.0 if memory is None else memory
     if before or size > most:
         _give_back_freed_memory()
-        return store, [f"counts stay on disk: in memory they would take {size:.1f} GiB"]
+        takes = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
+        return store, [f"counts stay on disk: in memory they would take {takes}"]
     if kind == "shards":
         return store, ["counts stay on disk, in several files"]
     store.close()
@@ -754,7 +755,8 @@ def _assign(arguments: argparse.Namespace) -> None:
             found = assignment.assign(matched, model, progress=progress)
         found.write(cells, out)
     clusters, probability = len(found.assigned.labels.unique()), found.assigned.probability.median()
-    print(f"{clusters} clusters, median probability {probability:.3f}, in {out}")
+    some = "1 cluster" if clusters == 1 else f"{clusters} clusters"
+    print(f"{some}, median probability {probability:.3f}, in {out}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
