@@ -33,8 +33,10 @@ class Counts {
 
  private:
   void write(bool values) const {
-    for (int64_t i = m_.row_starts[b_]; i < m_.row_starts[b_ + 1]; i++)
-      scratch_[m_.gene_indices[i]] = values ? m_.counts[i] : T(0);
+    for (int64_t i = m_.row_starts[b_]; i < m_.row_starts[b_ + 1]; i++) {
+      T& count = scratch_[m_.gene_indices[i]];
+      count = values ? count + m_.counts[i] : T(0);  // of a gene that occurs again: the sum
+    }
   }
   const CountModel<T>& m_;
   const int64_t b_;

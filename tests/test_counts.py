@@ -326,6 +326,19 @@ def test_softmax_mean_has_the_gradients_that_are_asked_for():
         assert torch.equal(slope, everything[one])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gene_that_occurs_again_in_a_cell_of_sparse_counts(model):
+    """Counts as the sum, as torch takes it."""
+    genes, values = torch.tensor([0, 4, 4, 6, 4]), torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0])
+    rows = torch.tensor([0, 4, 5])
+    x = torch.sparse_csr_tensor(rows, genes, values.double(), (2, 9), check_invariants=False)
+    parameters = random_counts(2, 9)[1 : 1 + FEW[model]]
+    found = values_and_gradients(FUNCTIONS[model], x, *parameters)
+    expected = values_and_gradients(FUNCTIONS[model], x.to_dense(), *parameters)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     x, mean, theta, logits = random_counts(4, 11, dtype=dtype)
