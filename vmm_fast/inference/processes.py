@@ -57,11 +57,12 @@ def _all_reduce(tensors: list[Tensor]) -> None:
 
 def average_over_processes(tensors: Iterable[Tensor]) -> None:
     """Make ``tensors`` their means over the processes, in place."""
+    if number_of_processes() == 1:
+        return
     tensors = list(tensors)
     processes = sum_over_processes(tensors)
-    if processes > 1:
-        for tensor in tensors:
-            tensor.div_(processes)
+    for tensor in tensors:
+        tensor.div_(processes)
 
 
 @contextmanager

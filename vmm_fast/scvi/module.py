@@ -239,8 +239,13 @@ class LatentPrior(BaseModuleClass):
         q, self._latest = self._latest, None
         if q is None or self.frozen:
             return
-        # Batch normalisations have followed each process's own cells; components must be the same.
-        average_over_processes(x for x in self.z_encoder.buffers() if x.is_floating_point())
+        # Batch normalisations have followed each process's own cells; components must be the same,
+        # and models that are saved.
+        average_over_processes(
+            x
+            for name, x in self.named_buffers()
+            if x.is_floating_point() and not name.startswith("prior.")
+        )
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
 
