@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 
 # Before Triton is imported: its kernels run in its interpreter, which needs no GPU. A process that
@@ -77,6 +78,17 @@ def threads(count):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Python ignores SIGXFSZ, so that writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def shifted(x, items=1):

@@ -1,11 +1,14 @@
 """Files are written whole or not at all."""
 
+import fcntl
 import os
 import stat
 
 import pytest
+import torch
+from conftest import files_of_at_most
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import SECONDS_TO_LOCK, save_atomically, write_atomically
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -98,3 +101,40 @@ def test_errors_name_the_path(tmp_path):
     with pytest.raises(OSError, match="regular file"):
         write_atomically(fifo, calls.append)
     assert calls == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = tmp_path / "a.pt"
+    save_atomically(path, {"a": torch.zeros(3)})
+    with files_of_at_most(5_000), pytest.raises(OSError, match=r"File too large: .*a\.pt") as told:
+        save_atomically(path, {"a": torch.zeros(10_000)})
+    assert told.value.filename == str(path)
+    assert torch.equal(torch.load(path)["a"], torch.zeros(3))
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    names = [f".a.txt.{letter * 16}.tmp" for letter in "abc"]
+    killed, at_work, begun = (tmp_path / name for name in names)
+    others = [tmp_path / f".{name}.tmp" for name in ("a.txt", f"b.txt.{'a' * 16}", "a.txt.mine")]
+    for path in (killed, at_work, *others):
+        path.touch()
+        os.utime(path, (0, os.stat(path).st_mtime - 2 * SECONDS_TO_LOCK))
+    begun.touch()
+    with open(at_work, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_atomically(tmp_path / "a.txt", lambda file: file.write("new"), text=True)
+    left = {at_work, begun, *others, tmp_path / "a.txt"}
+    assert set(tmp_path.iterdir()) == left
+
+
+def test_a_file_is_locked_while_it_is_written(tmp_path):
+    def writer(file):
+        (half,) = tmp_path.iterdir()
+        os.utime(half, (0, 0))
+        write_atomically(tmp_path / "a.txt", lambda file: file.write("other"), text=True)
+        assert half.exists()
+        file.write("this")
+
+    write_atomically(tmp_path / "a.txt", writer, text=True)
+    assert (tmp_path / "a.txt").read_text() == "this"

@@ -2,19 +2,30 @@
 
 A run that is stopped while it writes must leave the old file or the new one, never half of one. The
 content goes to a temporary file in the same folder (so on the same file system), is forced to disk,
-and takes the final name by ``os.replace``, which POSIX makes atomic.
+and takes the final name by ``os.replace``, which POSIX makes atomic. It is locked meanwhile: what a
+killed process left is not, and the next one that writes the same file removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
+import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["write_atomically"]
+import torch
+
+__all__ = ["save_atomically", "write_atomically"]
+
+# A file younger than this may be about to be locked.
+SECONDS_TO_LOCK = 60
 
 
 def write_atomically(
@@ -41,12 +52,12 @@ def write_atomically(
     IsADirectoryError
         If `path` is a folder.
     OSError
-        If `path` is something other than a regular file, such as a device, or cannot be written.
+        If `path` is something other than a regular file, such as a device, or cannot be written;
+        its ``filename`` is `path`, unless it has one.
 
     Examples
     --------
     >>> write_atomically("report.txt", lambda file: file.write("done"), text=True)  # doctest: +SKIP
-    >>> write_atomically("model.pt", lambda file: torch.save(state, file))  # doctest: +SKIP
     """
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
@@ -60,6 +71,7 @@ def write_atomically(
 
     # Not tempfile.mkstemp: it makes files that only their owner can read. The name is cut so that
     # the temporary one stays within the 255 bytes that file systems allow.
+    _remove_left_behind(folder, name)
     temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
         with (
@@ -67,13 +79,44 @@ def write_atomically(
             if text
             else open(temporary, "x+b") as file
         ):
+            _lock(file)
             writer(file)
             file.flush()
             os.fsync(file.fileno())
         if replaces:
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
-    except BaseException:  # also KeyboardInterrupt: that is when files are cut in half
+    except BaseException as error:  # also KeyboardInterrupt: that is when files are cut in half
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)
         raise
+
+
+def save_atomically(path: str | os.PathLike[str], state: Any) -> None:
+    """Write what ``torch.load`` reads whole or not at all; raises as :func:`write_atomically`.
+
+    By way of memory: where a disk is full, torch's writer raises an error of its own in place of
+    the system's.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def _lock(file: Any) -> bool:
+    """Whether the open file is locked now; never where another process has, or on some disks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_left_behind(folder: str, name: str) -> None:
+    """Remove what killed processes have left of their writing of a file."""
+    for half in Path(folder).glob(f".{glob.escape(name[:40])}.{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(OSError), open(half, "rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > SECONDS_TO_LOCK and _lock(file):
+                half.unlink()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -165,4 +166,4 @@ class Folder:
         for name in self._names:
             for pattern in (f".{name}.*.tmp", f"{name}/.*.tmp"):
                 for half in self.path.glob(pattern):
-                    half.unlink()
+                    shutil.rmtree(half) if half.is_dir() else half.unlink()

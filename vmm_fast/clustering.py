@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import vmm_fast
-from vmm_fast._files import write_atomically
+from vmm_fast._files import save_atomically, write_atomically
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
@@ -223,7 +223,7 @@ class Clustering:
     def write_model(self, path: Path) -> None:
         """Write model.pt, which `Clusterer.from_state_dict` takes."""
         state = {**self.clusterer.state_dict(), "settings": asdict(self.settings)}
-        write_atomically(path, lambda file: torch.save(state, file))
+        save_atomically(path, state)
 
     def write_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
         """Write metrics.json."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import save_atomically
 from vmm_fast.models.vae import VAE
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)
@@ -139,7 +139,7 @@ def fit(
                 while run.epoch < epochs and (patience is None or run.stale < patience):
                     record = run.one_epoch(min_delta)
                     if path is not None:
-                        write_atomically(path, lambda file: torch.save(run.state(), file))
+                        save_atomically(path, run.state())
                     show(record)
                     if on_epoch_end is not None:
                         with _own_random_state(model):

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import save_atomically
 from vmm_fast.data import InputError
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.priors.base import check_integer
@@ -54,7 +54,7 @@ class CheckpointFile(TorchCheckpointIO):
             If it cannot be written.
         """
         try:
-            write_atomically(path, lambda file: torch.save(checkpoint, file))
+            save_atomically(path, checkpoint)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
