@@ -296,7 +296,7 @@ class BayesianMixturePrior(LearntPrior):
         encoder : callable
         max_iterations : int
         tolerance : float
-            Stop when the objective gains less than this, in nats per point.
+            Stop when the objective gains less than this, in nats per point, or falls.
 
         Returns
         -------
