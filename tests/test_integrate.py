@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import files_of_at_most
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -23,6 +24,7 @@ from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import _folder, cli  # noqa: E402
+from vmm_fast.mixture import Assignment  # noqa: E402
 from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
     CellStore,
@@ -399,7 +401,8 @@ def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
 
 def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
     assert run(h5ad, tmp_path / "a") == 0  # small
-    assert "on disk" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ", counts in memory\n" in printed and "on disk" not in printed
     assert run(h5ad, tmp_path / "b", "--memory", 1e-9) == 0
     assert "note: counts stay on disk" in capsys.readouterr().out
     error = complaint(capsys, run(h5ad, tmp_path / "c", "--memory", -1))
@@ -412,8 +415,11 @@ def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
     found = anndata.read_h5ad(tmp_path / "d" / "cells.h5ad")
     assert list(found.var) == [*adata.var, "vmm_gene"] and set(found.obsm) == {"X_vmm"}
     adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
-    assert run(written(tmp_path, adata), tmp_path / "c", "--memory", 0) == 0
+    path = written(tmp_path, adata)
+    assert run(path, tmp_path / "c", "--memory", 0) == 0
     assert anndata.read_h5ad(tmp_path / "c" / "cells.h5ad").X is not None
+    note = f"note: all counts are read into memory: {path}: X is stored by genes (CSC)"
+    assert note in capsys.readouterr().out
 
 
 def test_cells_on_disk_that_cannot_be_used(shards, tmp_path, capsys, monkeypatch):
@@ -450,6 +456,37 @@ def test_a_file_that_vanishes_while_training(h5ad, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(integration._Progress, "on_train_batch_end", vanish)
     error = complaint(capsys, run(h5ad, tmp_path / "out", "--memory", 0, "--batch-size", 8))
     assert f"{h5ad}: " in error and not (tmp_path / "out" / "cells.h5ad").exists()
+
+
+def test_the_report_of_cells_on_disk_has_the_numbers_of_all(h5ad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CellStore, "run", 5)
+    monkeypatch.setattr(integration, "SAMPLE", 10)
+    # Three runs of five cells are drawn: none of two clusters or more.
+    clusters = np.repeat([0, 1, 2, 4, 5], [5, 5, 10, 15, 25])
+    probability = np.linspace(0.2, 1, 60, dtype=np.float32)
+    found = Assignment(*map(torch.from_numpy, (clusters, probability, 1 - probability)))
+    monkeypatch.setattr(integration, "_number_by_size", lambda model, z: found)
+    options = ["--batch-key", "batch", "--labels-key", "type", "--components", 6, "--memory", 0]
+    assert run(h5ad, tmp_path / "out", *options) == 0
+    shown = capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "60 cells, 20 genes, 2 batches, 5 clusters used of 6" in page
+    assert "15 cells drawn from 60" in page
+
+    table = pd.read_csv(tmp_path / "out" / "clusters.csv")
+    groups = table.groupby("cluster")["probability"]
+    rows = re.findall(r"</i>(\d+)</th><td>(\d+)</td><td>([\d.]+) %</td><td>([\d.]+)</td>", page)
+    assert [int(row[0]) for row in rows] == [5, 4, 2, 0, 1]  # the largest first
+    for cluster, number, share, mean in rows:
+        of_one = groups.get_group(int(cluster))
+        assert int(number) == len(of_one)
+        assert (share, mean) == (f"{100 * len(of_one) / 60:.1f}", f"{of_one.mean():.2f}")
+    assert f"<td>60</td><td>100 %</td><td>{table['probability'].mean():.2f}</td>" in page
+    assert "of 60 labelled cells" in page
+    scores = anndata.read_h5ad(tmp_path / "out" / "cells.h5ad").uns["vmm"]["scores"]
+    for name, value in scores.items():
+        assert f'<th scope="row">{name.upper()}</th><td>{value:.3f}</td>' in page
+        assert re.search(f"{name.upper()}, by type +{value:.3f}", shown)
 
 
 # --- stopping and going on ---
@@ -834,6 +871,22 @@ def test_a_full_disk_with_cells_in_memory(trained, tmp_path):
         path = out / "cells.h5ad"
         assert done.stderr == f"vmm-fast: {path}: cannot be written: File too large\n"
         assert not [file for file in out.iterdir() if "cells.h5ad" in file.name]
+
+
+@pytest.mark.parametrize("most", [1_000, 20_000])
+def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeypatch, most):
+    write_model = integration.Integration.write_model
+
+    def full(self, folder):
+        with files_of_at_most(most):
+            write_model(self, folder)
+
+    monkeypatch.setattr(integration.Integration, "write_model", full)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    out = tmp_path / "out"
+    error = complaint(capsys, run(h5ad, out))
+    assert error.startswith(f"vmm-fast: {out / 'model' / 'model.pt'}: cannot be written: ")
+    assert not list((out / "model").iterdir())
 
 
 @pytest.mark.parametrize("by_genes", [False, True])

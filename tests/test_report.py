@@ -97,8 +97,8 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def page_of(tmp_path):
-    def write(adata, history=HISTORY):
-        write_report(tmp_path / "report.html", adata, history)
+    def write(adata, history=HISTORY, **options):
+        write_report(tmp_path / "report.html", adata, history, **options)
         return Page(tmp_path / "report.html")
 
     return write
@@ -309,6 +309,38 @@ def test_more_cells_than_a_picture_takes(page_of, quick, monkeypatch):
     page = page_of(cells(labels_key="type"))
     assert "50 random cells of 240" in page.text
     assert page.tables[0][1][1] == "240"
+
+
+def test_numbers_are_of_all_cells_where_some_were_drawn(page_of, quick):
+    adata = cells(batch_key="donor", labels_key="type")
+    whole, cluster = adata.obs, adata.obs["vmm_cluster"]
+    names = cluster.value_counts().index
+    # Of the largest cluster 3 cells, of the smallest none, and so of a batch.
+    whole["donor"] = whole["donor"].where(cluster != names[-1], "donor 3")
+    rows = np.flatnonzero(cluster.isin(names[1:-1]))
+    rows = np.concatenate([rows, np.flatnonzero(cluster == names[0])[:3]])
+    drawn = AnnData(adata.X[rows], var=adata.var, uns=adata.uns)
+    drawn.obsm["X_vmm"] = adata.obsm["X_vmm"][rows]
+    page, full = page_of(drawn, drawn_from=(whole, rows)), page_of(adata)
+
+    assert "240 cells, 30 genes, 4 batches, 4 clusters used of 50" in page.text
+    assert f"{len(rows)} cells drawn from 240." in page.text
+    assert f"against the others', among the {len(rows)} drawn." in page.text
+    assert [row[:-1] for row in page.tables[0]] == [row[:-1] for row in full.tables[0]]
+    markers = [row[-1].split(", ")[0] for row in page.tables[0][2:]]
+    few = "too few cells drawn"
+    assert markers == [few, *(f"gene{int(name) // 10}" for name in names[1:-1]), few]
+    assert page.tables[1] == full.tables[1] and page.tables[1][0][0] == "score"
+    one, other = ([a for a in p.of("span") if a.get("class") == "bar"] for p in (page, full))
+    assert one == other
+
+
+def test_all_drawn_cells_of_one_cluster(page_of, quick):
+    adata = cells()
+    rows = np.flatnonzero(adata.obs["vmm_cluster"] == "0")
+    page = page_of(adata[rows].copy(), drawn_from=(adata.obs, rows))
+    found = [row[-1] for row in page.tables[0][2:]]
+    assert found == ["none stands out", *["too few cells drawn"] * 3]
 
 
 def test_latents_of_one_and_two_dimensions_and_all_alike(page_of):

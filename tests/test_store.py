@@ -2,16 +2,16 @@
 
 import csv
 import os
-import resource
 import shutil
 import signal
 import threading
+import time
 import tracemalloc
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import files_of_at_most
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -24,7 +24,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast import cli
 from vmm_fast.data import InputError
-from vmm_fast.scvi import preparing, store, writing
+from vmm_fast.scvi import preparing, reading, store, writing
 from vmm_fast.scvi.preparing import prepare
 from vmm_fast.scvi.reading import counts_of, read_cells
 from vmm_fast.scvi.store import CannotStream, CellStore
@@ -382,6 +382,16 @@ def test_a_shard_with_other_genes(shards):
         CellStore(folder)
 
 
+def test_a_shard_without_a_column(shards):
+    folder, parts = shards
+    for number in (1, 2):
+        del parts[number].obs["flag"]
+        written(folder / f"{number}.h5ad", parts[number])
+    message = "--batch-key flag: must be a column of obs in every file, is none in 1.h5ad$"
+    with CellStore(folder) as found, pytest.raises(InputError, match=message):
+        found.column("flag", "--batch-key")
+
+
 def test_a_file_that_changes_or_vanishes(shards):
     folder, _ = shards
     path = folder / "1.h5ad"
@@ -407,6 +417,29 @@ def test_a_zarr_folder_that_changes_or_vanishes(tmp_path):
         shutil.rmtree(path)
         with pytest.raises(InputError, match=r"c.zarr: was removed since it was opened"):
             found.read(0, 1)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_dense_zarr_that_changes_or_has_lost_chunks(tmp_path, version):
+    adata = make_cells()
+    adata.X = adata.X.toarray()
+    with anndata.settings.override(zarr_write_format=version):
+        path = written(tmp_path / "c.zarr", adata, chunks=(20, 20))
+    chunk = path / "X" / zarr.open_group(path, mode="r")["X"].metadata.encode_chunk_key((1, 0))
+    with CellStore(path) as found:
+        check_reads(found, adata.X)
+        assert found.notes == []
+        time.sleep(0.01)  # the clock of files ticks every few milliseconds
+        replaced = chunk.with_name("new")
+        replaced.write_bytes(chunk.read_bytes())
+        replaced.rename(chunk)
+        with pytest.raises(InputError, match=r"c.zarr: has changed since it was opened"):
+            found.read(0, 1)
+    chunk.unlink()
+    note = "X lacks 1 of 3 chunks, which are taken for zeros"
+    with CellStore(path) as found:
+        assert found.notes == [note]
+    assert reading.read_cells(str(path)).notes == [note]
 
 
 def test_corrupt_chunks(tmp_path):
@@ -514,9 +547,9 @@ def test_prepare(tmp_path, suffix, layer, monkeypatch):
     assert (found.n_obs, found.n_vars, found.nbytes) == (60, 20, out.stat().st_size)
     same_cells(out, adata, layer)
     with h5py.File(out) as file:
-        for name in ("data", "indices"):
+        for name, dtype in (("data", np.uint16), ("indices", np.int16)):
             array = file["X"][name]
-            assert (array.dtype, array.compression, array.chunks) == (np.uint16, "lzf", (32,))
+            assert (array.dtype, array.compression, array.chunks) == (dtype, "lzf", (32,))
             assert array.shuffle and array.fletcher32
     with CellStore(out) as again:
         check_reads(again, (adata.X if layer is None else adata.layers[layer]).toarray())
@@ -672,17 +705,6 @@ def test_prepare_is_interrupted_between_parts(tmp_path, monkeypatch):
         prepare(path, tmp_path / "out.h5ad")
     assert [p.name for p in tmp_path.iterdir()] == ["c.h5ad"]
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-@contextmanager
-def files_of_at_most(size):
-    """Python ignores SIGXFSZ, so that writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [500, 5_000, 50_000, 70_000, 90_000])

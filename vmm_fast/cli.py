@@ -511,7 +511,7 @@ def _read_cells(
     given["on_disk"] = cells is not None
     if cells is None:
         read = reading.example() if file is None else reading.read_cells(file)
-        cells, notes = read.adata, read.notes
+        cells, notes = read.adata, notes + read.notes
     on_disk = None
     with _naming(file or EXAMPLE):
         settings = kind.suited_to(cells, **given)
@@ -530,6 +530,8 @@ def _read_cells(
         parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
     if training.n_vars < cells.n_vars:
         parts.append(f"trained on the {training.n_vars:,} genes that vary most")
+    if command == "integrate" and on_disk is None:
+        parts.append("counts in memory")
     print(", ".join(parts))
     for note in notes + more:
         print(f"note: {note}", flush=True)
@@ -566,20 +568,22 @@ def _on_disk(
     from vmm_fast.scvi.store import CannotStream
 
     kind = reading.kind_of(Path(file))
-    if before is False or kind not in (".h5ad", ".zarr", "shards"):
+    if before is False:
         return None, []
+    most = 1.0 if memory is None else memory
     try:
         store = CellStore(file, layer, **options)
-    except CannotStream:
+    except CannotStream as error:
         if kind == "shards":
             raise
-        return None, []  # all is right, or what is wrong is told, where they are read into memory
+        # All is right, or what is wrong is told, where they are read into memory.
+        large = reading.size_of(Path(file)) / 2**30 > most
+        return None, [f"all counts are read into memory: {error}"] if large else []
     size = store.nbytes / 2**30
-    most = 1.0 if memory is None else memory
     if before or size > most:
         _give_back_freed_memory()
         takes = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
-        return store, [f"counts stay on disk: in memory they would take {takes}"]
+        return store, [f"counts stay on disk: in memory they would take {takes}", *store.notes]
     if kind == "shards":
         return store, ["counts stay on disk, in several files"]
     store.close()
@@ -625,12 +629,12 @@ def _integrate(arguments: argparse.Namespace) -> None:
         if run.on_disk is None:
             record = found.add_to(run.cells)
             found.write(run.cells, folder.path)
-            shown = run.cells
+            shown, drawn_from = run.cells, None
         else:
-            record, shown = found.write_on_disk(run.on_disk, folder.path)
+            record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
         if progress:
             print("drawing the report", file=sys.stderr, flush=True)
-        report.write_report(folder.path / "report.html", shown, found.history)
+        report.write_report(folder.path / "report.html", shown, found.history, drawn_from)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"; go on with: {run.again}") from None
     finally:
@@ -745,7 +749,7 @@ def _assign(arguments: argparse.Namespace) -> None:
             opened.enter_context(cells)
         else:
             read = reading.read_cells(file)
-            cells, notes = read.adata, read.notes
+            cells, notes = read.adata, notes + read.notes
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
             print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")

@@ -34,12 +34,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
 from vmm_fast.data import InputError, Terminated
-from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
+from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.mixture import Assignment, Components
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
@@ -639,8 +640,11 @@ class Integration:
             codes, _ = pd.factorize(labels)
             known = codes >= 0
             if known.any():
-                scores = clustering_scores_from_assignment(clusters[known], codes[known]).as_dict()
-                record["scores"] = {name: scores[name] for name in ("ari", "nmi")}
+                pair = codes[known], clusters[known]
+                record["scores"] = {
+                    "ari": float(adjusted_rand_score(*pair)),
+                    "nmi": float(normalized_mutual_info_score(*pair)),
+                }
         return record
 
     def add_to(self, adata: AnnData) -> dict[str, Any]:
@@ -654,13 +658,17 @@ class Integration:
 
     def write_model(self, folder: Path) -> None:
         """Write what VMMSCVI.load takes."""
-        with tempfile.TemporaryDirectory() as temporary, quiet():
-            self.model.save(temporary, overwrite=True)
-            (folder / "model").mkdir(exist_ok=True)
+        path = folder / "model" / "model.pt"
+        path.parent.mkdir(exist_ok=True)
+        # scvi-tools writes to a folder alone: to this one, for another's disk may have no room.
+        with tempfile.TemporaryDirectory(".tmp", ".", path.parent) as temporary, quiet():
+            try:
+                self.model.save(temporary, overwrite=True)
+            except RuntimeError as error:  # torch's own, where the system tells of a full disk
+                why = str(error).split("\n")[0]
+                raise InputError(f"{path}: cannot be written: {why}") from None
             with open(os.path.join(temporary, "model.pt"), "rb") as saved:
-                write_atomically(
-                    folder / "model" / "model.pt", lambda file: shutil.copyfileobj(saved, file)
-                )
+                write_atomically(path, lambda file: shutil.copyfileobj(saved, file))
 
     def write(self, adata: AnnData, folder: Path) -> None:
         """Write the model and, of the cells with what was added, all else."""
@@ -669,25 +677,28 @@ class Integration:
         write_table(folder / "clusters.csv", [(adata.obs_names, *columns)])
         write_cells(adata, folder / "cells.h5ad")
 
-    def write_on_disk(self, cells: OnDisk, folder: Path) -> tuple[dict[str, Any], AnnData]:
+    def write_on_disk(
+        self, cells: OnDisk, folder: Path
+    ) -> tuple[dict[str, Any], AnnData, tuple[pd.DataFrame, np.ndarray]]:
         """As :meth:`write`, of cells on disk: cells.h5ad has obs and var alone.
 
-        Gives what is in uns, and of the cells that are in memory what the report shows.
+        Gives what is in uns, and what the report shows: the cells that are in memory, and obs of
+        all with the rows of it that they are.
         """
-        store, key = cells.store, self.settings.labels_key
-        labels = None if key is None else store.column(key)
-        record = self.record(labels)
-        self.write_model(folder)
+        store, settings = cells.store, self.settings
         labels_of, probability, entropy = (tensor.numpy() for tensor in self.assigned)
+        obs = cluster_columns(labels_of, probability, entropy)
+        for key in (settings.batch_key, settings.labels_key):
+            if key is not None:
+                obs[key] = store.column(key)
+        record = self.record(None if settings.labels_key is None else obs[settings.labels_key])
+        self.write_model(folder)
         genes = self.model.adata.var_names
         write_results(store, folder, self.z, labels_of, probability, entropy, genes, record)
         shown = self.model.adata.copy()
-        if labels is not None:
-            shown.obs[key] = labels[cells.rows]
-        some = Assignment(*(values[cells.rows] for values in self.assigned))
-        set_clusters(shown, self.z[cells.rows], some)
+        shown.obsm["X_vmm"] = self.z[cells.rows]
         shown.uns["vmm"] = record
-        return record, shown
+        return record, shown, (obs, cells.rows)
 
 
 def set_clusters(adata: AnnData, z: np.ndarray, assigned: Assignment) -> None:

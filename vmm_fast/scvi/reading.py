@@ -85,6 +85,8 @@ def read_cells(path: str) -> Cells:
         adata.var_names_make_unique()
         names = "1 gene name that occurs" if number == 1 else f"{number:,} gene names that occur"
         notes.append(f"{names} again got a number: -1, -2, ...")
+    if kind == ".zarr":
+        notes += notes_on_chunks(zarr.open_group(file, mode="r").get("X"), "X")
     try:
         _check_shape(adata)
     except InputError as error:
@@ -126,6 +128,13 @@ def kind_of(file: Path) -> str:
     return kind
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def told(error: Exception) -> str:
     """A library's error in one line."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -163,6 +172,16 @@ def lacks_chunks(matrix: Any, width: int) -> bool:
         if not part.any() and len(inside) - 1 < len(part):
             return True
     return False
+
+
+def notes_on_chunks(matrix: Any, where: str) -> list[str]:
+    """Give a note on chunks of a dense array of zarr that are lost, or left out for their zeros."""
+    if not isinstance(matrix, zarr.Array):
+        return []
+    absent = matrix.nchunks - matrix.nchunks_initialized
+    if not absent:
+        return []
+    return [f"{where} lacks {absent:,} of {matrix.nchunks:,} chunks, which are taken for zeros"]
 
 
 def _read_zarr(folder: Path) -> AnnData:

@@ -27,10 +27,10 @@ from anndata import AnnData
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from scipy.sparse import csr_matrix
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from vmm_fast import plots
 from vmm_fast._files import write_atomically
-from vmm_fast.metrics import clustering_scores_from_assignment
 
 __all__ = ["write_report"]
 
@@ -45,7 +45,10 @@ MISSING = "#b5b5b5"
 
 
 def write_report(
-    path: str | os.PathLike[str], adata: AnnData, history: Mapping[str, Sequence[float]]
+    path: str | os.PathLike[str],
+    adata: AnnData,
+    history: Mapping[str, Sequence[float]],
+    drawn_from: tuple[pd.DataFrame, np.ndarray] | None = None,
 ) -> None:
     """Write a page with pictures, tables and settings of a trained model's clusters.
 
@@ -61,11 +64,15 @@ def write_report(
         and ``seed`` are used, all are shown. It is left as it is.
     history : mapping of str to sequence of float
         Names as in scvi-tools' ``model.history``, one value an epoch.
+    drawn_from : tuple of DataFrame and ndarray of int, optional
+        Where adata's cells were drawn from more: obs of all, which is used in place of adata's,
+        and the rows of it that adata's cells are. The embedding and marker genes are of the drawn
+        cells, all numbers else of all.
 
     Raises
     ------
     KeyError
-        If adata lacks any of these.
+        If adata, or obs of all cells, lacks any of these.
     ValueError
         If ``obsm["X_vmm"]`` is not finite, or there is no cell.
     """
@@ -74,13 +81,13 @@ def write_report(
         raise ValueError(
             f'adata.obsm["X_vmm"] must hold finite values of at least one cell, has shape {z.shape}'
         )
-    settings = adata.uns["vmm"]
+    obs, rows = (adata.obs, np.arange(len(z))) if drawn_from is None else drawn_from
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             # Of cells without counts, and of clusters and genes with nothing to compare.
             warnings.simplefilter("ignore")
-            page = _page(adata, z, settings, history)
+            page = _page(adata, z, obs, rows, history)
     finally:
         torch.set_num_threads(threads)  # scanpy's compiled code sets OpenMP's number to its own
     # Characters that UTF-8 lacks (lone surrogates) must not cost the page.
@@ -112,8 +119,8 @@ class _Groups:
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
 
 
-def _groups(adata: AnnData, key: str, title: str) -> _Groups:
-    column = adata.obs[key].astype("category").cat.remove_unused_categories()
+def _groups(obs: pd.DataFrame, key: str, title: str) -> _Groups:
+    column = obs[key].astype("category").cat.remove_unused_categories()
     names = [f"{c:g}" if isinstance(c, float) else str(c) for c in column.cat.categories]
     return _Groups(title, names, column.cat.codes.to_numpy(dtype=int))
 
@@ -131,40 +138,44 @@ def _by_size(groups: _Groups, most: int | None = None) -> _Groups:
 
 
 def _page(
-    adata: AnnData, z: np.ndarray, settings: Mapping[str, Any], history: Mapping[str, Any]
+    adata: AnnData,
+    z: np.ndarray,
+    obs: pd.DataFrame,
+    rows: np.ndarray,
+    history: Mapping[str, Any],
 ) -> str:
+    settings = adata.uns["vmm"]
     rng = np.random.default_rng(int(settings.get("seed", 0)))
-    clusters = _by_size(_groups(adata, "vmm_cluster", "cluster"))
+    clusters = _by_size(_groups(obs, "vmm_cluster", "cluster"))
     batches = labels = None
     if settings.get("batch_key"):
-        batches = _groups(adata, settings["batch_key"], "batch")
+        batches = _groups(obs, settings["batch_key"], "batch")
     if settings.get("labels_key"):
-        labels = _groups(adata, settings["labels_key"], "label")
+        labels = _groups(obs, settings["labels_key"], "label")
     scores = "" if labels is None else _scores(clusters, labels, str(settings["labels_key"]))
     if batches is not None and len(batches.names) > SHOWN:
         batches = _by_size(batches, SHOWN)
     if labels is not None and len(labels.names) > SHOWN:
         labels = _by_size(labels, SHOWN)
 
-    probability = adata.obs["vmm_cluster_probability"].to_numpy(dtype=float)
-    entropy = adata.obs["vmm_cluster_entropy"].to_numpy(dtype=float)
-    markers = _Markers(adata, clusters, settings.get("layer"), rng)
+    probability = obs["vmm_cluster_probability"].to_numpy(dtype=float)
+    entropy = obs["vmm_cluster_entropy"].to_numpy(dtype=float)
+    markers = _Markers(adata, clusters, rows, settings.get("layer"), rng)
     used = f"{_count(int(settings.get('clusters_used', len(clusters.names))), 'cluster')} used"
     if settings.get("components"):
         used += f" of {int(settings['components']):,}"
-    cells = _count(adata.n_obs, "cell")
-    if settings.get("cells", adata.n_obs) > adata.n_obs:
-        cells += f" drawn from {settings['cells']:,}"
     summary = ", ".join(
         [
-            cells,
+            _count(len(obs), "cell"),
             _count(adata.n_vars, "gene"),
             _count(1 if batches is None else len(batches.names), "batch", "batches"),
             used,
         ]
     )
     sections = [
-        _section("Embedding", _embedding(z, clusters, batches, labels, entropy, settings, rng)),
+        _section(
+            "Embedding", _embedding(z, rows, clusters, batches, labels, entropy, settings, rng)
+        ),
         _section("Clusters", _cluster_table(clusters, batches, labels, probability, markers)),
         _section("Marker genes", markers.dot_plot()),
     ]
@@ -222,6 +233,7 @@ def _picture(content: bytes, alt: str) -> str:
 
 def _embedding(
     z: np.ndarray,
+    rows: np.ndarray,
     clusters: _Groups,
     batches: _Groups | None,
     labels: _Groups | None,
@@ -234,9 +246,12 @@ def _embedding(
         cells = np.sort(rng.choice(len(z), EMBEDDED, replace=False))
     plane, name = _plane(z[cells], int(settings.get("seed", 0)))
     note = f"{name} of the {z.shape[1]} latent dimensions."
+    if len(z) < len(entropy):
+        note += f" {_count(len(z), 'cell')} drawn from {len(entropy):,}."
     if len(cells) < len(z):
         note += f" {len(cells):,} random cells of {len(z):,}."
 
+    cells = rows[cells]  # among all, as in the groups
     order = rng.permutation(len(cells))  # so that no group covers the others
     panels = [_group_panel(plane, clusters, cells, order, written=clusters.names)]
     if batches is not None:
@@ -366,9 +381,10 @@ def _cluster_table(
         ]
         row += [column[c] for column in columns]
         rows.append([*row, markers.named(c)])
+    among = f", among the {markers.drawn:,} drawn" if markers.drawn < total else ""
     note = (
         "<p>Largest first. Probability: mean over the cluster's cells of that of their cluster. "
-        f"Marker genes: of at most {TESTED} random cells a cluster, against the others'.</p>"
+        f"Marker genes: of at most {TESTED} random cells a cluster, against the others'{among}.</p>"
     )
     key = "" if batches is None or len(batches.names) > LISTED else _key(batches)
     return f'{note}{key}<div class="clusters">{_table(heads, rows)}</div>'
@@ -443,25 +459,29 @@ class _Markers:
     """Genes that each cluster has more of than the others, by scanpy's t-test."""
 
     def __init__(
-        self, adata: AnnData, clusters: _Groups, layer: str | None, rng: np.random.Generator
+        self,
+        adata: AnnData,
+        clusters: _Groups,
+        rows: np.ndarray,
+        layer: str | None,
+        rng: np.random.Generator,
     ):
-        self.clusters = clusters
+        self.clusters, self.sizes, self.drawn = clusters, clusters.sizes, len(rows)
         self.genes = [str(name) for name in adata.var_names]
-        drawn = []
-        for c in range(len(clusters.names)):
-            members = np.flatnonzero(clusters.codes == c)
-            drawn.append(rng.choice(members, min(TESTED, len(members)), replace=False))
-        cells = np.sort(np.concatenate(drawn))
+        codes = clusters.codes[rows]  # adata may be without cells of some
+        members = [np.flatnonzero(codes == c) for c in range(len(clusters.names))]
+        chosen = [rng.choice(of_one, min(TESTED, len(of_one)), replace=False) for of_one in members]
+        cells = np.sort(np.concatenate(chosen))
         counts = adata.layers[layer] if layer else adata.X
-        self.codes = clusters.codes[cells]
+        self.codes = codes[cells]
         # Row numbers stand for names, which may be there twice.
         data = AnnData(csr_matrix(counts[cells], dtype=np.float32))
         sc.pp.normalize_total(data, target_sum=1e4)
         sc.pp.log1p(data)
         self.expression = data.X
-        self.tested = np.flatnonzero(clusters.sizes >= FEW)
+        self.tested = np.flatnonzero([len(of_one) >= FEW for of_one in members])
         self.found: dict[int, list[int]] = {}
-        if len(clusters.names) > 1 and len(self.tested):
+        if len(np.unique(self.codes)) > 1 and len(self.tested):
             data.obs["cluster"] = pd.Categorical(self.codes.astype(str))
             sc.tl.rank_genes_groups(
                 data,
@@ -479,7 +499,8 @@ class _Markers:
     def named(self, cluster: int) -> str:
         """HTML for the table."""
         if cluster not in self.tested:
-            return '<span class="muted">too few cells</span>'
+            few = "too few cells" if self.sizes[cluster] < FEW else "too few cells drawn"
+            return f'<span class="muted">{few}</span>'
         genes = self.found.get(cluster)
         if not genes:
             return '<span class="muted">none stands out</span>'
@@ -616,10 +637,12 @@ def _scores(clusters: _Groups, labels: _Groups, key: str) -> str:
     labelled = labels.codes >= 0
     if labelled.sum() < 2:
         return ""
-    scores = clustering_scores_from_assignment(clusters.codes[labelled], labels.codes[labelled])
+    # These two alone: all of vmm_fast.metrics take 12 s for a million cells.
+    pair = labels.codes[labelled], clusters.codes[labelled]
+    ari, nmi = adjusted_rand_score(*pair), normalized_mutual_info_score(*pair)
     rows = [
-        ["ARI", f"{scores.ari:.3f}", "adjusted Rand index: 1 is agreement, 0 is chance"],
-        ["NMI", f"{scores.nmi:.3f}", "normalised mutual information: 1 is agreement"],
+        ["ARI", f"{ari:.3f}", "adjusted Rand index: 1 is agreement, 0 is chance"],
+        ["NMI", f"{nmi:.3f}", "normalised mutual information: 1 is agreement"],
     ]
     note = (
         f"The clusters against {escape(key)} of {_count(int(labelled.sum()), 'labelled cell')}. "

@@ -25,7 +25,15 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
-from vmm_fast.scvi.reading import kind_of, lacks_chunks, listed, no_column, not_counts, told
+from vmm_fast.scvi.reading import (
+    kind_of,
+    lacks_chunks,
+    listed,
+    no_column,
+    not_counts,
+    notes_on_chunks,
+    told,
+)
 
 __all__ = ["CannotStream", "CellStore", "kept_alone", "others_of"]
 
@@ -68,6 +76,8 @@ class CellStore:
         stored dense, at most.
     others : list of str
         What there is besides these counts, obs and var, as ``"obsm/X_pca"``.
+    notes : list of str
+        On what is read otherwise than it may seem.
 
     Raises
     ------
@@ -106,6 +116,7 @@ class CellStore:
         self._open: OrderedDict[Path, _Open] = OrderedDict()
         self._shards: list[_Shard] = []
         self.others: list[str] = []
+        self.notes: list[str] = []
         try:
             for file in self.files:
                 if kind == "shards":
@@ -127,6 +138,12 @@ class CellStore:
             key: frames.common_dtype([shard.dtypes[key] for shard in self._shards])
             for key in self._shards[0].dtypes
             if all(key in those for those in names)
+        }
+        # Of a column that other files have: the first that lacks it.
+        self._lacks = {
+            key: file
+            for file, those in reversed(list(zip(self.files, names, strict=True)))
+            for key in set().union(*names) - those
         }
 
     def __enter__(self) -> CellStore:
@@ -190,6 +207,7 @@ class CellStore:
         if file.is_dir():  # of zarr: chunks are new files in the folders of arrays
             arrays = [file / self._element / name for name in ("", "data", "indices")]
             places += [array / name for array in arrays for name in ("", "c", "zarr.json")]
+            places += sorted((file / self._element / "c").glob("*"))  # by rows, of a dense array
         found = [place.stat() for place in places if place == file or place.exists()]
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
 
@@ -254,6 +272,7 @@ class CellStore:
                     raise InputError(f"{self._where} is no valid CSR matrix")
                 if lacks_chunks(matrix, len(genes)):
                     raise InputError(f"{self._where} lacks chunks")
+            self.notes += notes_on_chunks(matrix, self._where)
             dtype = data.dtype if indptr is not None else matrix.dtype
             if dtype.kind not in "iuf":
                 raise CannotStream(f"{self._where} must hold counts, holds {dtype}")
@@ -435,6 +454,11 @@ class CellStore:
         pandas.Categorical
             [n_obs]; in memory, a few bytes a cell.
         """
+        if key in self._lacks:
+            raise InputError(
+                f"{option} {key}: must be a column of obs in every file, is none in "
+                f"{self._lacks[key].name}"
+            )
         if key not in self.dtypes:
             raise no_column(option, key, self.dtypes)
         parts = []

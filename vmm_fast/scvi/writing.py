@@ -1,8 +1,8 @@
 """Cells written as .h5ad in one pass, part by part, for when they do not fit in memory.
 
 The layout is anndata's (https://anndata.readthedocs.io/en/latest/fileformat-prose.html). Counts are
-stored as small as they are: uint16 where they fit, in chunks that hold about a hundred cells, with
-LZF, which is read faster than gzip.
+stored as small as they are: in 16 bits where they fit, in chunks that hold about a hundred cells,
+with LZF, which is read faster than gzip.
 """
 
 from __future__ import annotations
@@ -259,7 +259,8 @@ class H5adWriter:
         if counts is not None:
             self._matrix = _mark(file.create_group("X"), "csr_matrix", "0.1.0")
             self._matrix.attrs["shape"] = np.array([n_obs, len(var)])
-            genes = np.uint16 if len(var) <= 1 << 16 else np.int32
+            # SciPy warns of unsigned ones.
+            genes = np.int16 if len(var) <= 1 << 15 else np.int32
             for name, dtype in (("data", counts), ("indices", genes)):
                 self._matrix.create_dataset(
                     name, (0,), dtype, maxshape=(None,), chunks=(CHUNK,), **FILTERS
