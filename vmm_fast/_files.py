@@ -69,9 +69,9 @@ def write_atomically(
     if replaces and not os.path.isfile(target):
         raise OSError(f"path must be a regular file, got {os.fspath(path)!r}")
 
+    _remove_left_behind(folder, name)
     # Not tempfile.mkstemp: it makes files that only their owner can read. The name is cut so that
     # the temporary one stays within the 255 bytes that file systems allow.
-    _remove_left_behind(folder, name)
     temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
         with (

@@ -139,11 +139,12 @@ class CellStore:
             for key in self._shards[0].dtypes
             if all(key in those for those in names)
         }
+        every = set().union(*names)
         # Of a column that other files have: the first that lacks it.
         self._lacks = {
             key: file
             for file, those in reversed(list(zip(self.files, names, strict=True)))
-            for key in set().union(*names) - those
+            for key in every - those
         }
 
     def __enter__(self) -> CellStore:
