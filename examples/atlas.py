@@ -50,6 +50,8 @@ def main() -> None:
     checkpoint = Path(f"{Path(args.out)}.ckpt")
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} is of a run that was stopped: --resume it, or remove it")
+    if Path(args.out).exists() and not checkpoint.exists():
+        parser.error(f"{args.out} exists: remove it, or choose another --out")
     resume = checkpoint.exists()
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     # As torchrun tells them; without it there is one process.
@@ -77,6 +79,7 @@ def main() -> None:
             strategy="auto" if processes == 1 else several,
             check_val_every_n_epoch=1,
             enable_progress_bar=rank == 0,
+            logger=False,
             callbacks=[Checkpoints(checkpoint, seconds=args.checkpoint_seconds)],
             ckpt_path=checkpoint if resume else None,
         )

@@ -59,14 +59,20 @@ def test_atlas_in_two_processes(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["atlas.py", "cells.h5ad", "--out", "model", *epochs])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(EXAMPLES / "atlas.py"), run_name="__main__")
-    assert "model.ckpt is of a run that was stopped: --resume it" in capsys.readouterr().err
+
+    def refused(message):
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(EXAMPLES / "atlas.py"), run_name="__main__")
+        assert message in capsys.readouterr().err
+
+    refused("model.ckpt is of a run that was stopped: --resume it")
     assert checkpoint.exists()
     run = atlas(tmp_path, *epochs, "--resume")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("model: trained with 2 processes") == 1 and not checkpoint.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model"}
+    refused("model exists: remove it")
     with CellStore(tmp_path / "cells.h5ad") as store:
         model = VMMSCVI.load(tmp_path / "model", store.sample(200, keys=["batch"]))
     assert len(model.get_clusters()) == 200
