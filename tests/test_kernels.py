@@ -79,7 +79,7 @@ def assert_gradients_close(mixture, transpose, **tolerance):
 shapes = st.tuples(st.integers(0, 80), st.integers(1, 9), st.integers(1, 17))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     shape=shapes,
     transpose=st.booleans(),
@@ -217,8 +217,9 @@ def tensor_cores(monkeypatch):
     assert counted
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize(("scale", "offset"), [(1e-3, 1e4), (1.0, 0.0), (1e3, 1e4)])
+@pytest.mark.parametrize(
+    ("scale", "offset", "transpose"), [(1e-3, 1e4, True), (1.0, 0.0, False), (1e3, 1e4, False)]
+)
 def test_float32_error_budget(forced, tensor_cores, scale, offset, transpose):
     z, centers, whitening, offsets = random_mixture(50, 20, 10, dtype=torch.float32, seed=3)
     mixture = (z * scale + offset, centers * scale + offset, whitening / scale, offsets)
