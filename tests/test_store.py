@@ -692,14 +692,20 @@ def test_prepare_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_prepare_is_interrupted_between_parts(tmp_path, monkeypatch):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Press Ctrl-C while HDF5 writes."""
     write = writing._Disk.write
 
     def interrupted(self, data):
-        os.kill(os.getpid(), signal.SIGINT)  # while HDF5 writes
+        os.kill(os.getpid(), signal.SIGINT)
         return write(self, data)
 
     monkeypatch.setattr(writing._Disk, "write", interrupted)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_prepare_is_interrupted_between_parts(tmp_path):
     path, handler = written(tmp_path / "c.h5ad"), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         prepare(path, tmp_path / "out.h5ad")
@@ -735,14 +741,8 @@ def test_a_disk_that_fills_up_with_cells_in_memory(tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_cells_in_memory_is_interrupted(tmp_path, monkeypatch):
-    write = writing._Disk.write
-
-    def interrupted(self, data):
-        os.kill(os.getpid(), signal.SIGINT)  # while HDF5 writes
-        return write(self, data)
-
-    monkeypatch.setattr(writing._Disk, "write", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_writing_cells_in_memory_is_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_adata(tmp_path / "out.h5ad", make_cells())
     assert list(tmp_path.iterdir()) == []
