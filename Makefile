@@ -1,5 +1,5 @@
-# `make demo` and `make test` do everything that a fresh machine with Python >= 3.10 and a C++
-# compiler needs: a virtual environment, the compiled package with its extras, then the command.
+# `make demo`, `make test` and `make test-slow` do everything that a fresh machine with Python >= 3.10
+# and a C++ compiler needs: a virtual environment, the compiled package with its extras, the command.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,27 @@ RUN := $(VENV)/bin
 # The install is editable: a change of Python code counts at once, a change of these installs again.
 SOURCES := $(wildcard csrc/*) CMakeLists.txt constraints.txt pyproject.toml
 
-.PHONY: demo sanitize test
+.PHONY: constraints demo sanitize test test-slow
 
 demo: $(VENV)/.installed
 	$(RUN)/vmm-fast demo --out demo-output
 
+# As many processes as cores, what failed last time first; `make test ARGS="--lf -k kl"` adds options.
+PYTEST := $(RUN)/python -m pytest -n logical --dist worksteal --failed-first
+
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# What a change needs less often: large shapes, long trainings, processes that are killed, all GPUs.
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow $(ARGS)
+
+# The versions that all extras resolve to, for each Python: after a change of those in pyproject.toml.
+# This torch and this scvi-tools are the ones that the figures in bench/results were measured with.
+constraints: $(VENV)/.installed
+	printf 'torch==2.13.0\nscvi-tools==1.4.2\n' | $(RUN)/uv pip compile --quiet --no-config --universal \
+		--python-version 3.10 --all-extras --constraint /dev/stdin --no-annotate \
+		--custom-compile-command 'make constraints' --output-file constraints.txt pyproject.toml
 
 # The kernel tests on a core that stops at a bad address or at undefined behaviour. It lies in an
 # environment of its own, so that nothing else imports it; packages are those of $(VENV). The
