@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 # By the padded dimension: d, y and a component's matrix stay in registers.
 TILES = {
-    torch.float32: {16: Tile(64, 4), 32: Tile(32, 4), 64: Tile(64, 8), 128: Tile(16, 8)},
+    torch.float32: {16: Tile(64, 4), 32: Tile(32, 4), 64: Tile(32, 8), 128: Tile(16, 8)},
     torch.float64: {16: Tile(32, 4), 32: Tile(32, 4), 64: Tile(16, 4), 128: Tile(32, 8)},
 }
 # Compute capabilities (major) with room for twice the points in float32 at 32 dimensions, so that a
