@@ -3,9 +3,9 @@
 import mpmath
 import pytest
 import torch
-from conftest import FORMS, expanded, random_gaussians, shifted, strided, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import FORMS, expanded, random_gaussians, shifted, strided, threads
 
 from vmm_fast import ops, reference
 from vmm_fast.backends import core, plain

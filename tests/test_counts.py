@@ -7,10 +7,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from conftest import expanded, shifted, strided, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support import expanded, shifted, strided, threads
 
 from vmm_fast import counts as ops
 from vmm_fast import reference

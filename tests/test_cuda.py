@@ -1,5 +1,7 @@
 """The CUDA kernels: what the compiler says of them anywhere, and what they compute on a GPU."""
 
+from subprocess import CompletedProcess
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ def gpu(kernels):
     return torch.device("cuda", 0)
 
 
+@pytest.mark.slow("compiles the CUDA sources for every target")
 def test_resources():
     """Nothing spills; a block fits into registers and the shared memory that every GPU has."""
     report = nvcc.resource_report()
@@ -32,6 +35,37 @@ def test_resources():
         assert row.spill_bytes == 0
         assert row.registers <= 65536 // 512
         assert 0 < row.shared_bytes <= 48 * 1024
+
+
+REPORT = """ptxas info    : Compiling entry function 'sums' for 'sm_80'
+ptxas info    : Function properties for sums
+    16 bytes stack frame, {spilled} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers{shared}
+"""
+
+
+def test_the_compilers_report_is_read(monkeypatch, tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "sums.cu").touch()
+    monkeypatch.setattr(nvcc, "__file__", str(tmp_path / "kernels" / "nvcc.py"))
+    monkeypatch.setattr(nvcc.shutil, "which", lambda name: "nvcc")
+    printed = REPORT.format(spilled=0, shared=", 128 bytes smem, 400 bytes cmem[0]")
+    printed += REPORT.replace("sm_80", "sm_90").format(spilled=8, shared="")
+    results = [CompletedProcess([], 0, "", printed), CompletedProcess([], 1, "", "sums.cu: wrong")]
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return results.pop(0)
+
+    monkeypatch.setattr(nvcc.subprocess, "run", run)
+    first, second = nvcc.resource_report()
+    assert first == nvcc.Resources("sums", "sm_80", 40, 4, 128)
+    assert second == nvcc.Resources("sums", "sm_90", 40, 12, 0)
+    for target in nvcc.TARGETS:
+        assert f"-gencode=arch=compute_{target},code=sm_{target}" in commands[0]
+    with pytest.raises(RuntimeError, match=r"nvcc .*\nsums.cu: wrong"):
+        nvcc.resource_report()
 
 
 def test_no_report_without_nvcc_or_sources(monkeypatch, tmp_path):

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import expanded, shifted, strided, threads
-from test_mixture import random_components
+from support import expanded, random_components, shifted, strided, threads
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.profiler import ProfilerActivity, profile
 

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from conftest import files_of_at_most
+from support import files_of_at_most
 
 from vmm_fast._files import SECONDS_TO_LOCK, save_atomically, write_atomically
 
@@ -35,21 +35,37 @@ def test_old_content_stands_until_the_new_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("old", [{}, {"a.txt": "old"}])
 def test_a_failing_writer_changes_nothing(tmp_path, error, old):
-    path = tmp_path / "a.txt"
-    if old is not None:
-        path.write_text(old)
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
 
     def writer(file):
         file.write("half")
         raise error("stopped")
 
     with pytest.raises(error, match="stopped"):
-        write_atomically(path, writer, text=True)
-    assert os.listdir(tmp_path) == ([] if old is None else ["a.txt"])
-    if old is not None:
-        assert path.read_text() == old
+        write_atomically(tmp_path / "a.txt", writer, text=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == old
+
+
+def test_content_is_on_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    path, done = tmp_path / "a.txt", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    def replaced(source, target):
+        assert os.path.dirname(source) == str(tmp_path) and not path.exists()
+        done.append(str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(path, lambda file: file.write("content"), text=True)
+    assert done == [7, str(path)]
 
 
 def test_a_failing_replace_leaves_no_temporary_file(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 import csv
 import errno
+import gzip
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import files_of_at_most
+from support import complaint, files_of_at_most, make_cells, written
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -23,7 +26,7 @@ from anndata import AnnData  # noqa: E402
 from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
-from vmm_fast import _folder, cli  # noqa: E402
+from vmm_fast import cli  # noqa: E402
 from vmm_fast.mixture import Assignment  # noqa: E402
 from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
@@ -39,36 +42,23 @@ from vmm_fast.scvi import (  # noqa: E402
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 FILES = {"run.json", "checkpoint.ckpt", *integration.RESULTS}
-UMAP = report._plane
+PLANE, WRITE_REPORT = report._plane, report.write_report
 COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_umap():
-    """Its first call compiles for ten seconds: one test takes it."""
+def no_report():
+    """It takes most of a small run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+        patch.setattr(report, "write_report", lambda path, *rest: path.touch())
         yield
 
 
-def make_cells(number=60, genes=20, batches=2, seed=0):
-    """Two types of cells in batches."""
-    random = np.random.default_rng(seed)
-    types, batch = random.integers(2, size=number), np.arange(number) % batches
-    rates = np.random.default_rng(5).gamma(1.0, 4.0, (2, genes)) + 0.1
-    counts = random.poisson(rates[types] * (1 + batch[:, None])).astype(np.float32)
-    adata = AnnData(csr_matrix(counts))
-    adata.obs_names = [f"cell {i}" for i in range(number)]
-    adata.var_names = [f"gene {i}" for i in range(genes)]
-    adata.obs["batch"] = [f"b{i}" for i in batch]
-    adata.obs["type"] = types.astype(str)
-    return adata
-
-
-def written(folder, adata=None, name="cells.h5ad"):
-    path = folder / name
-    (make_cells() if adata is None else adata).write_h5ad(path)
-    return path
+@pytest.fixture
+def with_report(monkeypatch):
+    """A report, but for UMAP, whose first call compiles for ten seconds."""
+    monkeypatch.setattr(report, "write_report", WRITE_REPORT)
+    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
 
 
 @pytest.fixture
@@ -81,12 +71,35 @@ def run(path, out, *options):
     return cli.main([*command, *map(str, options)])
 
 
-def complaint(capsys, code, expected_code=2):
-    """The one line on stderr; no traceback."""
-    error = capsys.readouterr().err
-    assert code == expected_code, error
-    assert error.startswith("vmm-fast: ") and error.count("\n") == 1, error
-    return error
+def resume(path, out, *options):
+    command = ["integrate", str(path), "--out", str(out), "--resume", "--accelerator", "cpu"]
+    return cli.main([*command, *map(str, options)])
+
+
+def assigned(model, cells, out, *options):
+    return cli.main(["assign", str(model), str(cells), "--out", str(out), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, no_report):
+    """The results of a run on three batches, of counts in a layer; beside them is their input."""
+    folder = tmp_path_factory.mktemp("trained")
+    adata = make_cells(batches=3)
+    adata.layers["counts"] = adata.X.copy()
+    path = written(folder, adata)
+    options = ["--batch-key", "batch", "--layer", "counts", "--genes", "18", "--epochs", "20"]
+    assert run(path, folder / "out", *options) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of the results, and their input."""
+    return shutil.copytree(trained, tmp_path / "finished"), trained.parent / "cells.h5ad"
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def state_of(out):
@@ -102,10 +115,21 @@ def same_results(one, other):
     torch.testing.assert_close(state_of(other), state_of(one), rtol=0, atol=0)
 
 
+def table(out):
+    """Names and clusters in clusters.csv."""
+    with open(out / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row["cell"] for row in rows], [row["cluster"] for row in rows]
+
+
+def stop(*arguments, **options):
+    raise KeyboardInterrupt
+
+
 # --- runs ---
 
 
-def test_integrate(h5ad, tmp_path, capsys):
+def test_integrate(h5ad, tmp_path, capsys, with_report):
     before, out = h5ad.read_bytes(), tmp_path / "out"
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--components", 8]
     assert run(h5ad, out, *options) == 0
@@ -140,10 +164,10 @@ def test_integrate(h5ad, tmp_path, capsys):
     assert (np.diff(np.bincount(clusters, minlength=8)) <= 0).all()  # numbered by size
     assert len(model.history["elbo_train"]) == 2
 
-    with open(out / "clusters.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["cell"] for row in rows] == list(source.obs_names)
-    assert [row["cluster"] for row in rows] == list(adata.obs["vmm_cluster"])
+    assert table(out) == (list(source.obs_names), list(adata.obs["vmm_cluster"]))
+    page = (out / "report.html").read_text()
+    assert "60 cells, 20 genes, 2 batches" in page
+    assert page.count("<img ") == 5  # cluster, batch, label, entropy, curves
 
 
 def test_labels_are_not_trained_on(h5ad, tmp_path):
@@ -152,15 +176,30 @@ def test_labels_are_not_trained_on(h5ad, tmp_path):
     assert torch.equal(*(torch.as_tensor(state_of(tmp_path / n)["prior.logits"]) for n in "ab"))
 
 
-def test_the_example(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("scanpy", reason="the example comes with scanpy")
+def test_the_example_needs_no_file(tmp_path, capsys, monkeypatch):
+    cells = make_cells()
+    cells.obs["bulk_labels"] = cells.obs["type"]
+    monkeypatch.setattr(reading, "example", lambda: reading.Cells(cells))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "_plane", UMAP)
     assert cli.main(["integrate", "--example", "--epochs", "1", "--accelerator", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    assert "700 cells x 765 genes" in shown and "ARI, by bulk_labels" in shown
-    adata = anndata.read_h5ad("pbmc68k-vmm/cells.h5ad")
+    assert "ARI, by bulk_labels" in capsys.readouterr().out
+    out = tmp_path / "pbmc68k-vmm"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert json.loads((out / "run.json").read_text())["input"] == "pbmc68k"
+
+
+def test_the_example_is_of_counts():
+    adata = reading.example().adata
+    assert adata.shape == (700, 765) and "bulk_labels" in adata.obs
     assert (adata.X.data == np.rint(adata.X.data)).all() and adata.X.max() == 259
+
+
+@pytest.mark.slow("UMAP compiles for ten seconds")
+def test_the_example(tmp_path, capsys, monkeypatch, with_report):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "_plane", PLANE)
+    assert cli.main(["integrate", "--example", "--epochs", "1", "--accelerator", "cpu"]) == 0
+    assert "700 cells x 765 genes" in capsys.readouterr().out
     page = (tmp_path / "pbmc68k-vmm" / "report.html").read_text()
     assert "UMAP of the 10 latent dimensions" in page
     assert "700 cells, 765 genes" in page and "clusters used of 35" in page
@@ -218,8 +257,6 @@ def test_kinds_of_files(tmp_path, kind):
 
 
 def write_10x(path, adata):
-    import h5py
-
     columns = csc_matrix(adata.X.T)
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
@@ -234,8 +271,6 @@ def write_10x(path, adata):
 
 
 def write_mtx(folder, adata, compressed):
-    import gzip
-
     folder.mkdir()
     mmwrite(folder / "matrix.mtx", adata.X.T.astype(int))
     features = [f"id{i}\t{name}" for i, name in enumerate(adata.var_names)]
@@ -322,37 +357,32 @@ def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
         options += ["--layer", "counts"]
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
-    assert run(path, tmp_path / "out", *options) == 0
+    out, again = tmp_path / "out", tmp_path / "again.h5ad"
+    assert run(path, out, *options) == 0
     shown = capsys.readouterr().out
     assert "60 cells x 20 genes, 3 batches, trained on the 15 genes" in shown
     assert "note: counts stay on disk" in shown
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES
 
-    found = anndata.read_h5ad(tmp_path / "out" / "cells.h5ad")
+    found = anndata.read_h5ad(out / "cells.h5ad")
     assert found.X is None and list(found.obs_names) == list(adata.obs_names)
     for key in ("batch", "type"):
         assert list(found.obs[key]) == list(adata.obs[key])
     record = found.uns["vmm"]
     assert record["cells"] == 60 and record["on_disk"] and set(record["scores"]) == {"ari", "nmi"}
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "30 cells drawn from 60" in page
 
     # The model is the one that the columns are of, and assign finds the same again.
     cells = adata[:, found.var_names[found.var["vmm_gene"]]].copy()
-    model = VMMSCVI.load(tmp_path / "out" / "model", cells, accelerator="cpu")
+    model = VMMSCVI.load(out / "model", cells, accelerator="cpu")
     z = model.get_latent_representation()
     np.testing.assert_allclose(found.obsm["X_vmm"], z, atol=1e-5)
     clusters = found.obs["vmm_cluster"].astype(int).to_numpy()
     np.testing.assert_array_equal(clusters, model.get_clusters())
     assert (np.diff(np.bincount(clusters, minlength=6)) <= 0).all()
     assert record["clusters_used"] == len(np.unique(clusters))
-    again = tmp_path / "again.h5ad"
-    assert assigned(tmp_path / "out", written(tmp_path, adata, "all.h5ad"), again) == 0
+    assert table(out) == (list(adata.obs_names), list(found.obs["vmm_cluster"]))
+    assert assigned(out, written(tmp_path, adata, "all.h5ad"), again) == 0
     assert list(anndata.read_h5ad(again).obs["vmm_cluster"]) == list(found.obs["vmm_cluster"])
-    with open(tmp_path / "out" / "clusters.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["cell"] for row in rows] == list(adata.obs_names)
-    assert [row["cluster"] for row in rows] == list(found.obs["vmm_cluster"])
 
 
 def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
@@ -374,28 +404,16 @@ def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
     assert run(path, tmp_path / "out", "--memory", 0, "--batch-key", "batch") == 0
 
 
-def test_names_that_cells_share_are_noted(tmp_path, capsys):
-    adata = make_cells()
-    adata.obs_names = ["same"] * 3 + list(adata.obs_names[3:])
-    assert run(written(tmp_path, adata), tmp_path / "out", "--memory", 0) == 0
-    assert "note: 2 cells have a name that another has, too" in capsys.readouterr().out
-
-
 def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = ["--batch-size", 16, "--memory", 0]
     assert run(h5ad, whole, *options) == 0
-
-    def stop(self, *args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(integration._Progress, "on_train_epoch_end", stop)
         error = complaint(capsys, run(h5ad, broken, *options, "--checkpoint-steps", 3), 130)
     assert f"go on with: vmm-fast integrate {h5ad} --out {broken} --resume" in error
     assert (broken / "checkpoint.ckpt").exists()
-    command = ["integrate", str(h5ad), "--out", str(broken), "--resume", "--accelerator", "cpu"]
-    assert cli.main(command) == 0
+    assert resume(h5ad, broken) == 0
     same_results(whole, broken)
 
 
@@ -405,19 +423,22 @@ def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
     assert ", counts in memory\n" in printed and "on disk" not in printed
     assert run(h5ad, tmp_path / "b", "--memory", 1e-9) == 0
     assert "note: counts stay on disk" in capsys.readouterr().out
-    error = complaint(capsys, run(h5ad, tmp_path / "c", "--memory", -1))
-    assert "--memory: must be a number from 0, is '-1'" in error
     adata = make_cells()
     adata.var["chromosome"] = "1"
     adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
-    assert run(written(tmp_path, adata), tmp_path / "d", "--memory", 0) == 0
-    assert "note: obs and var alone are kept, not counts, obsm/X_pca" in capsys.readouterr().out
-    found = anndata.read_h5ad(tmp_path / "d" / "cells.h5ad")
+    names = adata.obs_names
+    adata.obs_names = ["same"] * 3 + list(names[3:])
+    assert run(written(tmp_path, adata), tmp_path / "c", "--memory", 0) == 0
+    printed = capsys.readouterr().out
+    assert "note: obs and var alone are kept, not counts, obsm/X_pca" in printed
+    assert "note: 2 cells have a name that another has, too" in printed
+    found = anndata.read_h5ad(tmp_path / "c" / "cells.h5ad")
     assert list(found.var) == [*adata.var, "vmm_gene"] and set(found.obsm) == {"X_vmm"}
+    adata.obs_names = names
     adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
     path = written(tmp_path, adata)
-    assert run(path, tmp_path / "c", "--memory", 0) == 0
-    assert anndata.read_h5ad(tmp_path / "c" / "cells.h5ad").X is not None
+    assert run(path, tmp_path / "d", "--memory", 0) == 0
+    assert anndata.read_h5ad(tmp_path / "d" / "cells.h5ad").X is not None
     note = f"note: all counts are read into memory: {path}: X is stored by genes (CSC)"
     assert note in capsys.readouterr().out
 
@@ -458,7 +479,9 @@ def test_a_file_that_vanishes_while_training(h5ad, tmp_path, capsys, monkeypatch
     assert f"{h5ad}: " in error and not (tmp_path / "out" / "cells.h5ad").exists()
 
 
-def test_the_report_of_cells_on_disk_has_the_numbers_of_all(h5ad, tmp_path, capsys, monkeypatch):
+def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
+    h5ad, tmp_path, capsys, monkeypatch, with_report
+):
     monkeypatch.setattr(CellStore, "run", 5)
     monkeypatch.setattr(integration, "SAMPLE", 10)
     # Three runs of five cells are drawn: none of two clusters or more.
@@ -492,12 +515,9 @@ def test_the_report_of_cells_on_disk_has_the_numbers_of_all(h5ad, tmp_path, caps
 # --- stopping and going on ---
 
 
-@pytest.fixture
-def always_kept(monkeypatch):
+@pytest.mark.parametrize("on", [signal.SIGINT, signal.SIGTERM])
+def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, on):
     monkeypatch.setattr(integration, "CHECKPOINT_SECONDS", 0)
-
-
-def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, always_kept):
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
     assert run(h5ad, whole, *options) == 0
@@ -506,29 +526,35 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, alwa
     def stopped(self, *args):
         real(self, *args)
         if self.epoch == 3:  # the prior is being trained
-            raise KeyboardInterrupt
+            signal.raise_signal(on)
 
-    monkeypatch.setattr(integration._Progress, "on_train_epoch_end", stopped)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     capsys.readouterr()
-    error = complaint(capsys, run(h5ad, broken, *options), 130)
+    code, word = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}[on]
+    with monkeypatch.context() as patch:
+        patch.setattr(integration._Progress, "on_train_epoch_end", stopped)
+        error = complaint(capsys, run(h5ad, broken, *options), code)
     again = f"vmm-fast integrate {h5ad} --out '{broken}' --resume --accelerator cpu"
-    assert f"interrupted; go on with: {again}" in error
-    assert signal.getsignal(signal.SIGINT) is handler  # Lightning would ignore the next Ctrl-C
+    assert f"{word}; go on with: {again}" in error
+    # Lightning would ignore the next Ctrl-C.
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert {path.name for path in broken.iterdir()} == {"run.json", "checkpoint.ckpt"}
     (broken / f".cells.h5ad.{'0' * 16}.tmp").write_bytes(b"half")  # as a killed run leaves it
-    monkeypatch.setattr(integration._Progress, "on_train_epoch_end", real)
-    command = ["integrate", str(h5ad), "--out", str(broken), "--resume", "--accelerator", "cpu"]
-    assert cli.main(command) == 0
+    assert resume(h5ad, broken) == 0
     same_results(whole, broken)
     assert {path.name for path in broken.iterdir()} == FILES
 
-    # A finished run can be resumed too, with labels, and made longer.
-    assert cli.main([*command, "--labels-key", "type"]) == 0
-    same_results(whole, broken)
-    assert "scores" in anndata.read_h5ad(broken / "cells.h5ad").uns["vmm"]
-    assert cli.main([*command, "--epochs", "5"]) == 0
-    assert anndata.read_h5ad(broken / "cells.h5ad").uns["vmm"]["epochs"] == 5
+
+def test_a_finished_run_goes_on_with_labels_and_made_longer(finished):
+    out, source = finished
+    before = contents(out)
+    assert resume(source, out, "--labels-key", "type") == 0
+    found = anndata.read_h5ad(out / "cells.h5ad")
+    assert "scores" in found.uns["vmm"] and found.uns["vmm"]["epochs"] == 20
+    after = contents(out)
+    assert all(after[name] == before[name] for name in before if name.name == "clusters.csv")
+    assert resume(source, out, "--epochs", "21") == 0
+    assert anndata.read_h5ad(out / "cells.h5ad").uns["vmm"]["epochs"] == 21
 
 
 STOPPED = """
@@ -553,74 +579,68 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_process_goes_on(h5ad, tmp_path, stop):
+@pytest.mark.slow("starts a process that imports scvi-tools")
+@pytest.mark.parametrize("on", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_goes_on(h5ad, tmp_path, on):
     options = [h5ad, "--epochs", "8", "--accelerator", "cpu", "--out"]
     command = [sys.executable, "-c", STOPPED, "integrate", *options, "stopped"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     while not (tmp_path / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(stop)
+    process.send_signal(on)
     (tmp_path / "go on").touch()
     _, error = process.communicate(timeout=120)
-    if stop == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        code, word = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}[
-            stop
-        ]
-        assert process.returncode == code
+    codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+    assert process.returncode == codes[on]
+    if on != signal.SIGKILL:
+        word = "interrupted" if on == signal.SIGINT else "terminated"
         assert error.startswith(f"vmm-fast: {word}; go on with: ") and error.count("\n") == 1
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    resume = ["integrate", str(h5ad), "--out", str(stopped), "--resume", "--accelerator", "cpu"]
-    assert cli.main(resume) == 0
+    assert resume(h5ad, stopped) == 0
     assert run(h5ad, whole, "--epochs", 8) == 0
     same_results(whole, stopped)
 
 
-def test_resume_is_refused_for_another_run(h5ad, tmp_path, capsys):
-    out = tmp_path / "out"
-    error = complaint(capsys, run(h5ad, out, "--resume"))
-    assert "holds no run; leave --resume out" in error and not out.exists()
-    assert run(h5ad, out, "--batch-key", "batch") == 0
-    capsys.readouterr()
-    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    error = complaint(capsys, run(h5ad, out, "--resume", "--seed", 9))
-    assert "--seed must be 0 as in the run" in error
-    error = complaint(capsys, run(h5ad, out, "--resume", "--layer", "counts"))
-    assert "--layer must be absent as in the run" in error
-    other = written(tmp_path, make_cells(seed=1), "other.h5ad")
-    assert "another input" in complaint(capsys, run(other, out, "--resume"))
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
-    (out / "checkpoint.ckpt").write_bytes(before["checkpoint.ckpt"][:1000])
-    error = complaint(capsys, run(h5ad, out, "--resume"))
-    assert "checkpoint.ckpt: is damaged" in error
+def test_a_folder_that_may_not_be_used_stays_as_it_is(finished, tmp_path, capsys):
+    out, source = finished
+    before = contents(out)
+
+    def refused(message, *options, path=source, into=out):
+        assert message in complaint(capsys, run(path, into, *options, "--epochs", 20))
+        assert contents(out) == before
+
+    other, foreign = written(tmp_path, make_cells(seed=1), "other.h5ad"), tmp_path / "foreign"
+    (foreign / "model").mkdir(parents=True)
+    zarr = tmp_path / "cells.zarr"
+    make_cells().write_zarr(zarr)
+    refused("integrate --resume, or replace it by integrate --overwrite")
+    refused("--seed must be 0 as in the run", "--resume", "--seed", 9)
+    refused("--genes must be 18 as in the run", "--resume", "--genes", 17)
+    refused("another input", "--resume", path=other)
+    refused("cells.h5ad in it is the input", "--overwrite", path=out / "cells.h5ad")
+    refused("holds no run; leave --resume out", "--resume", into=tmp_path / "none")
+    refused("holds model, which is of no run", "--overwrite", into=foreign)
+    refused("folder that can be written to", into=other)
+    for folder in (zarr, zarr / "out"):
+        refused("lies in the input", path=zarr, into=folder)
+    assert not (tmp_path / "none").exists()
+    checkpoint = out / "checkpoint.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "checkpoint.ckpt: is damaged" in complaint(capsys, resume(source, out))
 
 
-def test_existing_results_stay_until_others_take_their_place(h5ad, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    assert run(h5ad, out) == 0
-    capsys.readouterr()
-    before = {name: (out / name).read_bytes() for name in ("cells.h5ad", "clusters.csv")}
-    error = complaint(capsys, run(h5ad, out))
-    assert "integrate --resume" in error and "integrate --overwrite" in error
-
-    def stop(self, *args):
-        raise KeyboardInterrupt
-
+def test_existing_results_stay_until_others_take_their_place(finished, capsys, monkeypatch):
+    out, source = finished
+    before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(integration._Progress, "on_train_epoch_end", stop)
-        complaint(capsys, run(h5ad, out, "--overwrite", "--seed", 3), 130)
-    assert {name: (out / name).read_bytes() for name in before} == before
-    assert run(h5ad, out, "--overwrite", "--seed", 3) == 0
+        complaint(capsys, run(source, out, "--overwrite", "--seed", 3), 130)
+    after = contents(out)
+    changed = {str(name) for name in before if after.get(name) != before[name]}
+    assert changed == {"run.json", "checkpoint.ckpt"}
+    assert run(source, out, "--overwrite", "--seed", 3) == 0
     assert anndata.read_h5ad(out / "cells.h5ad").uns["vmm"]["seed"] == 3
-
-    foreign = tmp_path / "foreign"
-    (foreign / "model").mkdir(parents=True)
-    capsys.readouterr()
-    error = complaint(capsys, run(h5ad, foreign, "--overwrite"))
-    assert "holds model, which is of no run" in error
 
 
 # --- what cannot be used ---
@@ -714,6 +734,7 @@ def test_bad_input(tmp_path, capsys):
         (["--batch-size", "1"], "--batch-size: must be a whole number from 2, is '1'"),
         (["--seed", 2**32], "--seed: must be a whole number from 0 to 4294967295"),
         (["--prior-learning-rate", "0"], "--prior-learning-rate: must be a number above 0"),
+        (["--memory", "-1"], "--memory: must be a number from 0, is '-1'"),
         (["--accelerator", "cuda"], "--accelerator: invalid choice"),
         (["--example"], "either FILE or --example"),
     ],
@@ -725,36 +746,8 @@ def test_bad_options(tmp_path, capsys, options, message):
     error = complaint(capsys, run(written(tmp_path, adata), tmp_path / "out", *options))
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
-
-
-def test_no_file(capsys):
-    assert "either FILE or --example" in complaint(capsys, cli.main(["integrate"]))
-
-
-def test_the_input_is_never_written_to(h5ad, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(h5ad, out) == 0
-    before = (out / "cells.h5ad").read_bytes()
-    capsys.readouterr()
-    error = complaint(capsys, run(out / "cells.h5ad", out, "--overwrite"))
-    assert "cells.h5ad in it is the input" in error
-    assert (out / "cells.h5ad").read_bytes() == before
-    make_cells().write_zarr(tmp_path / "cells.zarr")
-    for folder in (tmp_path / "cells.zarr", tmp_path / "cells.zarr" / "out"):
-        assert "lies in the input" in complaint(capsys, run(tmp_path / "cells.zarr", folder))
-
-
-def test_a_folder_that_cannot_be_written_to(h5ad, tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    error = complaint(capsys, run(h5ad, tmp_path / "file"))
-    assert "folder that can be written to" in error
-
-    def refused(path, writer, **keywords):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(_folder, "write_atomically", refused)
-    error = complaint(capsys, run(h5ad, tmp_path / "out"))
-    assert "folder that can be written to: Permission denied" in error
+    if options == ["--example"]:
+        assert "either FILE or --example" in complaint(capsys, cli.main(["integrate"]))
 
 
 @pytest.mark.parametrize(
@@ -782,32 +775,7 @@ def test_a_missing_extra_names_the_cure(h5ad, tmp_path, capsys, monkeypatch):
     assert "needs scanpy" in error and "pip install 'vmm-fast[cli,scvi]'" in error
 
 
-def test_help(capsys):
-    for command in ("integrate", "assign"):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
-        assert stop.value.code == 0
-        assert max(map(len, capsys.readouterr().out.splitlines())) <= 90
-
-
 # --- assign ---
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run on three batches, of counts in a layer."""
-    folder = tmp_path_factory.mktemp("trained")
-    torch.set_num_threads(1)
-    adata = make_cells(batches=3)
-    adata.layers["counts"] = adata.X.copy()
-    path = written(folder, adata)
-    options = ["--batch-key", "batch", "--layer", "counts", "--genes", "18", "--epochs", "20"]
-    assert run(path, folder / "out", *options) == 0
-    return folder / "out"
-
-
-def assigned(model, cells, out, *options):
-    return cli.main(["assign", str(model), str(cells), "--out", str(out), *map(str, options)])
 
 
 def test_the_training_cells_get_their_clusters_again(trained, tmp_path, capsys):
@@ -845,32 +813,33 @@ def test_assigning_over_clusters_of_an_earlier_run_is_noted(trained, tmp_path, c
         assert capsys.readouterr().out.count(f"note: {integration.EARLIER}\n") == 1
 
 
-def test_a_full_disk_with_cells_in_memory(trained, tmp_path):
-    """In processes of their own: HDF5 would crash them."""
-    (tmp_path / "in").mkdir()
-    cells, out = written(tmp_path / "in", make_query(2_000)), tmp_path / "out"
+FULL = """
+import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import integration
+write = integration.write_adata
+def full(*arguments):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))
+    write(*arguments)
+integration.write_adata = full
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow("processes of their own import scvi-tools: HDF5 would crash them")
+@pytest.mark.parametrize("command", ["assign", "integrate"])
+def test_a_full_disk_with_cells_in_memory(trained, tmp_path, command):
+    cells, out = written(tmp_path, make_query(2_000)), tmp_path / "out"
     out.mkdir()
-    script = (
-        "import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import integration; "
-        "write = integration.write_adata\n"
-        "def full(*arguments):\n"
-        "    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))\n"
-        "    write(*arguments)\n"
-        "integration.write_adata = full\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    assign = ["assign", trained, cells, "--out", out / "cells.h5ad"]
-    integrate = ["integrate", cells, "--out", out, "--epochs", "1", "--accelerator", "cpu"]
-    for options in (assign, integrate):
-        done = subprocess.run(
-            [*command, *map(str, options)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done
-        path = out / "cells.h5ad"
-        assert done.stderr == f"vmm-fast: {path}: cannot be written: File too large\n"
-        assert not [file for file in out.iterdir() if "cells.h5ad" in file.name]
+    path = out / "cells.h5ad"
+    options = {
+        "assign": [trained, cells, "--out", path],
+        "integrate": [cells, "--out", out, "--epochs", "1", "--accelerator", "cpu"],
+    }[command]
+    script = [sys.executable, "-W", "ignore", "-c", FULL, command, *map(str, options)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done
+    assert done.stderr == f"vmm-fast: {path}: cannot be written: File too large\n"
+    assert not [file for file in out.iterdir() if "cells.h5ad" in file.name]
 
 
 @pytest.mark.parametrize("most", [1_000, 20_000])
@@ -1194,7 +1163,7 @@ def test_assigning_that_fails_leaves_the_old_file(trained, tmp_path, capsys, mon
     (tmp_path / "out").mkdir()
     cells, out = written(tmp_path / "in", make_query(100)), tmp_path / "out" / "out.h5ad"
     out.write_text("mine")
-    inference, options = assignment.latent_means, ("--memory", 0, "--overwrite")
+    inference = assignment.latent_means
 
     def meanwhile(happens):
         def embed(*arguments, **keywords):
@@ -1203,7 +1172,8 @@ def test_assigning_that_fails_leaves_the_old_file(trained, tmp_path, capsys, mon
 
         monkeypatch.setattr(assignment, "latent_means", embed)
 
-    def fails(message, code=2):
+    def fails(message, code=2, memory=0):
+        options = ("--memory", memory, "--overwrite")
         error = complaint(capsys, assigned(trained, cells, out, *options), code)
         assert re.search(message, error), error
         assert out.read_text() == "mine" and list(out.parent.iterdir()) == [out]
@@ -1220,15 +1190,20 @@ def test_assigning_that_fails_leaves_the_old_file(trained, tmp_path, capsys, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        fails(f"^vmm-fast: {out}: cannot be written: No space left on device")
+        for memory in (0, 1):
+            message = f"^vmm-fast: {out}: cannot be written: No space left on device"
+            fails(message, memory=memory)
+        error = complaint(capsys, run(cells, tmp_path / "run"))
+        assert "cells.h5ad: cannot be written: No space left on device" in error
+        assert "cells.h5ad" not in os.listdir(tmp_path / "run")
     append = writing.H5adWriter.append
 
-    def stop(self, obs, *rest, **keywords):
+    def interrupted(self, obs, *rest, **keywords):
         append(self, obs, *rest, **keywords)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.H5adWriter, "append", stop)
+        patch.setattr(writing.H5adWriter, "append", interrupted)
         fails("interrupted", 130)
     meanwhile(lambda: signal.raise_signal(signal.SIGINT))
     fails("interrupted", 130)

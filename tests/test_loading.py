@@ -3,12 +3,13 @@
 import itertools
 import math
 import re
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import files_of_at_most
+from support import files_of_at_most
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -202,8 +203,22 @@ def prepared(on_disk, tmp_path):
     return cells, where, chosen
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(tmp_path, monkeypatch, on_disk):
+every_step = pytest.mark.slow("it trains 32 times")
+
+
+@pytest.mark.slow("trains once for every step")
+@pytest.mark.parametrize(
+    ("on_disk", "stops"),
+    [
+        (False, [1, 14]),
+        (True, [5, 22]),
+        pytest.param(False, range(2, 25, 3), marks=every_step),
+        pytest.param(True, range(3, 25, 3), marks=every_step),
+    ],
+)
+def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(
+    tmp_path, monkeypatch, on_disk, stops
+):
     monkeypatch.setattr(CellStore, "run", 8)
     monkeypatch.setattr(loading, "LEAST_RUNS", 10)
     cells, where, chosen = prepared(on_disk, tmp_path)
@@ -215,7 +230,7 @@ def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(tmp_path, monke
 
     whole = run()
     real = integration._Progress.on_train_batch_end
-    for stop in np.random.default_rng(int(on_disk)).choice(np.arange(1, 25), 5, replace=False):
+    for stop in stops:
 
         def stopped(self, trainer, *args, stop=stop):
             real(self, trainer, *args)
@@ -321,6 +336,12 @@ def train(keep=None, epochs=3, *, number=150, n_hidden=8, batch_size=16, seed=0,
     return model
 
 
+@cache
+def whole():
+    """A model that was trained without a stop."""
+    return train()
+
+
 def same_model(one, other):
     torch.testing.assert_close(
         one.module.state_dict(), other.module.state_dict(), rtol=0, atol=0, equal_nan=True
@@ -340,21 +361,19 @@ ENDS = [({}, 27), (EARLY, 18), ({"max_steps": 13}, 13), ({"max_steps": 18}, 18)]
 @pytest.mark.parametrize("seconds", [0, math.inf])
 def test_the_end_is_written_however_training_ends(tmp_path, how, steps, seconds):
     keep = Kept(tmp_path / "kept.ckpt", seconds=seconds)
-    whole = train(keep, **how)
-    assert whole.trainer.global_step == steps == keep.wrote[-1]
+    ended = train(keep, **how)
+    assert ended.trainer.global_step == steps == keep.wrote[-1]
     if seconds:
         assert keep.wrote == [steps]
     again = train(keep, **how, ckpt_path=keep.path)
     assert again.trainer.global_step == steps
-    same_model(again, whole)
-    if steps == 13:  # amid an epoch: it can be made longer
+    same_model(again, ended)
+    if (steps, seconds) == (13, 0):  # amid an epoch: it can be made longer
         same_model(train(keep, max_steps=20, ckpt_path=keep.path), train(max_steps=20))
 
 
 def test_more_time_lets_training_go_on(tmp_path, monkeypatch):
     keep = Kept(tmp_path / "kept.ckpt", seconds=math.inf)
-    whole = train()
-    elapsed = checkpoints.Timer.time_elapsed
     with monkeypatch.context() as patch:
         patch.setattr(
             checkpoints.Timer,
@@ -362,53 +381,89 @@ def test_more_time_lets_training_go_on(tmp_path, monkeypatch):
             lambda self, stage="train": 9e9 if keep._step >= 12 else 0.0,
         )
         train(keep, max_time={"hours": 1})
-    assert checkpoints.Timer.time_elapsed is elapsed
     assert keep.wrote[-1] < 27
-    same_model(train(keep, max_time={"days": 200_000}, ckpt_path=keep.path), whole)
+    same_model(train(keep, max_time={"days": 200_000}, ckpt_path=keep.path), whole())
 
 
 def test_what_was_loaded_is_not_kept_for_the_next_run(tmp_path):
     keep = Checkpoints(tmp_path / "kept.ckpt", seconds=math.inf)
-    whole = train(keep)
+    same_model(train(keep), whole())
     train(keep, ckpt_path=keep.path)  # has ended: there is no first batch
     assert keep._loaded is None
-    same_model(train(keep), whole)
+    same_model(train(keep), whole())
 
 
 @pytest.mark.parametrize("options", [{"seconds": 0}, {"seconds": math.inf, "steps": 2}])
 def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options):
     keep, accumulate = Kept(tmp_path / "kept.ckpt", **options), {"accumulate_grad_batches": 2}
-    whole = train(keep, 2, **accumulate)
+    ended = train(keep, 2, **accumulate)
     every = options.get("steps", 1)
     assert keep.wrote == [step for step in range(1, 11) if step % every == 0 or step == 10]
     for step in (2, 4, 8):
         path = keep.path.with_suffix(f".{step}")
         other = Checkpoints(tmp_path / "other.ckpt")
-        same_model(train(other, 2, ckpt_path=path, **accumulate), whole)
+        same_model(train(other, 2, ckpt_path=path, **accumulate), ended)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"batch_size": 32}, "batch_size was 16, is given 32"),
-        ({"number": 160}, "number of cells was 150, is given 160"),
-        ({"seed": 3}, "seed of the cells was 0, is given 3"),
-        ({"n_hidden": 9}, r"shape of module\..+ was \(8.*\), is given \(9.*\)"),
-    ],
-)
-def test_another_run_does_not_go_on(tmp_path, other, message):
-    keep = Checkpoints(tmp_path / "kept.ckpt")
-    train(keep, 1)
-    with pytest.raises(InputError, match=rf"kept\.ckpt: must go on with the run .*: {message}"):
-        train(keep, 2, ckpt_path=keep.path, **other)
+def test_what_training_cannot_go_on_from(tmp_path):
+    path = tmp_path / "kept.ckpt"
+    train(Checkpoints(path), 1)
+
+    def refused(message, **options):
+        with pytest.raises(InputError, match=rf"kept\.ckpt: {message}"):
+            train(Checkpoints(tmp_path / "other.ckpt"), 2, ckpt_path=path, **options)
+
+    for message, options in (
+        ("batch_size was 16, is given 32", {"batch_size": 32}),
+        ("number of cells was 150, is given 160", {"number": 160}),
+        ("seed of the cells was 0, is given 3", {"seed": 3}),
+        (r"shape of module\..+ was \(8.*\), is given \(9.*\)", {"n_hidden": 9}),
+    ):
+        refused(f"must go on with the run that wrote it: {message}", **options)
+    content = torch.load(path)
+    states = content.pop(checkpoints.STATES)
+    torch.save(content, path)
+    refused("must be a checkpoint with the state of random numbers, has none")
+    torch.save({**content, checkpoints.STATES: 2 * states}, path)
+    refused("must go on in as many processes as wrote it, 2, is given 1")
+    path.write_bytes(path.read_bytes()[:1000])
+    refused("is damaged")
+    for other in ([1, 2], {"state_dict": {}}):
+        torch.save(other, path)
+        refused("is no checkpoint of training")
+    path.unlink()
+    refused("must be a checkpoint to go on from, is no file")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "kept.ckpt")
-    with pytest.raises(InputError, match=r"kept\.ckpt: is no checkpoint of training"):
-        keep = Checkpoints(tmp_path / "other.ckpt")
-        train(keep, 1, ckpt_path=tmp_path / "kept.ckpt")
+def test_each_of_several_processes_goes_on_with_its_own_part(tmp_path):
+    keep, plan = Checkpoints(tmp_path / "kept.ckpt"), torch.nn.Linear(2, 2)
+    trainer = SimpleNamespace(world_size=3, datamodule=None, ckpt_path="kept.ckpt")
+    checkpoint = {checkpoints.STATES: list("abc"), checkpoints.RUN: {}, "state_dict": {}}
+    checkpoint |= {"state_dict": plan.state_dict(), checkpoints.STOPPED: False}
+    for trainer.global_rank, expected in enumerate("abc"):
+        trainer.should_stop = False
+        keep.on_load_checkpoint(trainer, plan, checkpoint)
+        assert keep._loaded == expected and not trainer.should_stop
+    keep.on_load_checkpoint(trainer, plan, {**checkpoint, checkpoints.STOPPED: True})
+    assert trainer.should_stop
+
+
+def test_several_processes_write_once_it_is_time_by_the_clock_of_any(tmp_path):
+    asked, written = [], []
+
+    def is_time_anywhere(decision, all):
+        assert not decision and not all
+        asked.append(trainer.global_step)
+        return trainer.global_step > 20
+
+    trainer = SimpleNamespace(world_size=2, num_training_batches=100, max_steps=-1)
+    trainer.should_stop, trainer.strategy = False, SimpleNamespace()
+    trainer.strategy.reduce_boolean_decision = is_time_anywhere
+    trainer.save_checkpoint = lambda path: written.append(trainer.global_step)
+    keep = Checkpoints(tmp_path / "kept.ckpt", seconds=math.inf)
+    for trainer.global_step in range(1, 50):
+        keep.on_train_batch_end(trainer, None, None, None, trainer.global_step - 1)
+    assert asked == [16, 32, 48] and written == [32, 48]
 
 
 @pytest.mark.parametrize(

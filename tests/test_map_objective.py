@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from test_mixture import random_components
+from support import random_components
 
 from vmm_fast import VMMPrior
 from vmm_fast.inference import map_objective

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate, stats
+from scipy import stats
 from torch.distributions import (
     Categorical,
     Independent,
@@ -17,8 +17,8 @@ from torch.distributions import (
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
+    kl_divergence,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmm_fast import metrics
 from vmm_fast.metrics import (
@@ -66,9 +66,13 @@ def entropy_nmi(x, y):
     return 1.0 if sum(h) == 0 else 2 * (sum(h) - joint) / sum(h)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
-def test_hand_made_case(kind):
-    scores = clustering_scores(kind(RESPONSIBILITIES), LABELS)
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float64])
+def test_hand_made_case(dtype):
+    """For arrays, and for tensors of any dtype with a gradient."""
+    given = RESPONSIBILITIES
+    if dtype:
+        given = torch.tensor(given).to(dtype).requires_grad_()
+    scores = clustering_scores(given, LABELS)
     assert scores.accuracy == pytest.approx(4 / 6)  # component 0 takes "b": right at 2, 3, 4, 5
     assert scores.accuracy_majority == pytest.approx(5 / 6)
     assert scores.components_used == 3
@@ -79,42 +83,29 @@ def test_hand_made_case(kind):
     assert scores.nmi_merged == pytest.approx(entropy_nmi([0, 0, 0, 1, 1, 0], LABELS))
     assert scores.ari_merged == pytest.approx(pair_counting_ari([0, 0, 0, 1, 1, 0], LABELS))
     assert scores.nmi_merged != pytest.approx(scores.nmi)
-    assert list(scores.as_dict()) == [
-        "accuracy",
-        "accuracy_majority",
-        "nmi",
-        "ari",
-        "ami",
-        "nmi_merged",
-        "ari_merged",
-        "components_used",
-        "components_active",
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes_and_gradients(dtype):
-    r = torch.tensor(RESPONSIBILITIES).to(dtype).requires_grad_()
-    assert clustering_scores(r, LABELS).accuracy == pytest.approx(4 / 6)
+    clustering = ["nmi", "ari", "ami", "nmi_merged", "ari_merged"]
+    names = ["accuracy", "accuracy_majority", *clustering, "components_used", "components_active"]
+    assert scores.as_dict() == {name: getattr(scores, name) for name in names}
 
 
 def test_ami_is_the_chance_corrected_mutual_information():
     """(MI - E[MI]) / (mean entropy - E[MI]), expected over all permutations of the labels."""
-    x, y = [0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1]
+    x, y = [0, 0, 1, 1, 2], [0, 0, 0, 1, 1]
+
+    def entropy(v):
+        return stats.entropy(np.unique(v, return_counts=True)[1])
 
     def information(a, b):
-        nmi = entropy_nmi(a, b)
-        return nmi * sum(stats.entropy(np.bincount(v)[np.bincount(v) > 0]) for v in (a, b)) / 2
+        return entropy_nmi(a, b) * (entropy(a) + entropy(b)) / 2
 
     expected = np.mean([information(x, p) for p in itertools.permutations(y)])
-    mean_entropy = information(x, x) / 2 + information(y, y) / 2
-    ami = (information(x, y) - expected) / (mean_entropy - expected)
+    mean_entropy = (entropy(x) + entropy(y)) / 2
     scores = clustering_scores_from_assignment(x, y)
-    assert scores.ami == pytest.approx(ami)
+    assert scores.ami == pytest.approx((information(x, y) - expected) / (mean_entropy - expected))
     assert scores.ami != pytest.approx(scores.ari, abs=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["x", "y", "z z", ""])), min_size=2).map(
         lambda rows: tuple(zip(*rows, strict=True))
@@ -229,9 +220,15 @@ def random_posteriors(n, dim, kind, dtype=torch.float64, seed=0):
     return lambda part: Independent(Normal(loc[part], scale[part]), 1)
 
 
-@pytest.mark.parametrize("kind", ["full", "normal", "independent"])
-@pytest.mark.parametrize("chunk", [8, 1024])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(
+    ("kind", "chunk", "dtype", "tolerance"),
+    [
+        ("full", 8, torch.float64, 1e-12),
+        ("full", 1024, torch.float32, 2e-5),
+        ("normal", 1024, torch.float64, 1e-12),
+        ("independent", 8, torch.float32, 2e-5),
+    ],
+)
 def test_the_aggregated_posterior_as_prior_has_no_marginal_kl(kind, chunk, dtype, tolerance):
     """Sample by sample, log q(z) must equal torch's own mixture density: checks every density."""
     n, dim = 37, 3
@@ -248,14 +245,11 @@ def test_the_aggregated_posterior_as_prior_has_no_marginal_kl(kind, chunk, dtype
     assert 0 < result.mutual_information < result.log_num_data == math.log(n)
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal"])
-def test_equal_standard_normal_posteriors(kind):
-    loc = torch.zeros(300, 4, dtype=torch.float64)
-    if kind == "full":
-        q = MultivariateNormal(loc, scale_tril=torch.eye(4, dtype=torch.float64))
-    else:
-        q = Normal(loc, torch.ones_like(loc))
-    standard = MultivariateNormal(loc[0], torch.eye(4, dtype=torch.float64))
+@pytest.mark.parametrize("full", [False, True])
+def test_equal_standard_normal_posteriors(full):
+    loc, eye = torch.zeros(300, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    q = MultivariateNormal(loc, scale_tril=eye) if full else Normal(loc, torch.ones_like(loc))
+    standard = MultivariateNormal(loc[0], eye)
     result = elbo_surgery([q], standard, num_samples=100, chunk=64)
     assert result[:3] == pytest.approx((0, 0, 0), abs=1e-12)
 
@@ -268,87 +262,33 @@ def test_separate_posteriors_reveal_the_point():
     assert result.log_num_data == math.log(n)
 
 
-def test_against_quadrature():
-    """Three kinds of posterior, each held by a third of the points."""
-    loc, scale = np.array([-1.0, 0.3, 2.0]), np.array([0.5, 1.0, 0.3])
-    copies = 700
-
-    def q(z):
-        return stats.norm.pdf(z, loc, scale).mean()
-
-    def moments(log_ratio):
-        """Mean and variance of a log ratio under a random posterior."""
-
-        def moment(m, s, power):
-            return integrate.quad(
-                lambda z: stats.norm.pdf(z, m, s) * log_ratio(z, m, s) ** power,
-                m - 12 * s,
-                m + 12 * s,
-                limit=200,
-            )[0]
-
-        first, second = (
-            np.mean([moment(m, s, power) for m, s in zip(loc, scale, strict=True)])
-            for power in (1, 2)
-        )
-        return first, second - first**2
-
-    information = moments(lambda z, m, s: stats.norm.logpdf(z, m, s) - math.log(q(z)))
-    marginal = moments(lambda z, m, s: math.log(q(z)) - stats.norm.logpdf(z, 0.5, 2))
-    # the identity holds for the exact values too: the oracle is sound
-    kl = np.log(2 / scale) + (scale**2 + (loc - 0.5) ** 2) / 8 - 0.5
-    assert information[0] + marginal[0] == pytest.approx(kl.mean(), abs=1e-6)
-
-    batches = [
-        Normal(torch.full((copies, 1), m), torch.full((copies, 1), s))
-        for m, s in zip(loc, scale, strict=True)
-    ]
-    prior = MultivariateNormal(torch.tensor([0.5]), torch.tensor([[4.0]]))
-    generator = torch.Generator().manual_seed(0)
-    result = elbo_surgery(batches, prior, generator=generator, chunk=500)
-    n = 3 * copies
-    for value, (mean, variance) in [
-        (result.mutual_information, information),
-        (result.marginal_kl, marginal),
-    ]:
-        assert abs(value - mean) < 4 * math.sqrt(variance / n)
+def test_average_kl_is_the_exact_one_of_both_parts():
+    n = 2000
+    q = random_posteriors(n, 2, "full")(slice(None))
+    prior = MultivariateNormal(torch.full((2,), 0.5).double(), 4 * torch.eye(2).double())
+    exact = kl_divergence(q, prior)
+    torch.manual_seed(0)
+    z = q.sample()
+    spread = (q.log_prob(z) - prior.log_prob(z)).std().item()
+    result = elbo_surgery([q], prior, chunk=500, generator=torch.Generator().manual_seed(0))
+    assert abs(result.average_kl - exact.mean().item()) < 4 * spread / math.sqrt(n)
     assert result.average_kl == result.mutual_information + result.marginal_kl
+    assert 0 < result.marginal_kl < result.average_kl
 
 
 def test_the_generator_repeats_the_result():
-    make = random_posteriors(40, 2, "full")
+    q = random_posteriors(40, 2, "full")(slice(None))
     prior = MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
-    results = [
-        elbo_surgery(
-            [make(slice(None))],
-            prior,
-            num_samples=20,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for seed in (3, 3, 4)
-    ]
-    assert results[0] == results[1] != results[2]
 
+    def result(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return elbo_surgery([q], prior, num_samples=20, generator=generator)
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-        self.calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.calls += 1
-                self.largest = max(self.largest, value.numel())
-        return result
+    assert result(3) == result(3) != result(4)
 
 
 def test_memory_is_linear_in_the_number_of_points(monkeypatch):
-    n, samples, dim, chunk = 6000, 3000, 2, 100
+    n, samples, dim, chunk = 1000, 700, 2, 50
     pairs = []
     operation = metrics.mixture_log_prob
 
@@ -360,58 +300,45 @@ def test_memory_is_linear_in_the_number_of_points(monkeypatch):
     monkeypatch.setattr(metrics, "mixture_log_prob", counted)
     make = random_posteriors(n, dim, "full", torch.float32)
     prior = MultivariateNormal(torch.zeros(dim), torch.eye(dim))
-    with LargestTensor() as record:
-        elbo_surgery([make(slice(None))], prior, num_samples=samples, chunk=chunk)
+    elbo_surgery([make(slice(None))], prior, num_samples=samples, chunk=chunk)
     assert sum(pairs) == n * samples  # every pair, each once
-    assert record.calls > 100
-    assert record.largest <= max(n * dim * dim, chunk * chunk * dim)
+
+
+ONE = Normal(torch.zeros(2, 1), 1.0)
+
+
+def total(z):
+    return z.sum(-1)
 
 
 @pytest.mark.parametrize(
     ("batches", "options", "error", "message"),
     [
         ([], {}, ValueError, "q_batches must hold at least one posterior"),
-        (
-            [Laplace(torch.zeros(2, 1), 1.0)],
-            {},
-            TypeError,
-            "q_batches: q must be a torch.distributions Normal",
-        ),
-        (Normal(torch.zeros(2, 1), 1.0), {}, TypeError, "wrap it in a list"),
+        ([Laplace(torch.zeros(2, 1), 1.0)], {}, TypeError, "q_batches: q must be a torch.distrib"),
+        (ONE, {}, TypeError, "wrap it in a list"),
         ([Normal(torch.zeros(2), 1.0)], {}, ValueError, r"q_batches: q must have a mean of shape"),
-        (
-            [Normal(torch.zeros(2, 1), 1.0), Normal(torch.zeros(2, 3), 1.0)],
-            {},
-            ValueError,
-            r"got \[2, 3\] after \[2, 1\]",
-        ),
-        (
-            [
-                Normal(torch.zeros(2, 1), 1.0),
-                MultivariateNormal(torch.zeros(2, 1), torch.eye(1)),
-            ],
-            {},
-            TypeError,
-            "got both",
-        ),
+        ([ONE, Normal(torch.zeros(2, 3), 1.0)], {}, ValueError, r"got \[2, 3\] after \[2, 1\]"),
+        ([ONE, MultivariateNormal(torch.zeros(2, 1), torch.eye(1))], {}, TypeError, "got both"),
         (
             [Normal(torch.full((2, 1), math.nan), 1.0, validate_args=False)],
             {},
             ValueError,
             "q_batches must have finite means",
         ),
-        ([Normal(torch.zeros(2, 1), 1.0)], {"num_samples": 0}, ValueError, "num_samples must be"),
-        ([Normal(torch.zeros(2, 1), 1.0)], {"chunk": 1.5}, ValueError, "chunk must be"),
+        ([ONE], {"num_samples": 0}, ValueError, "num_samples must be"),
+        ([ONE], {"chunk": 1.5}, ValueError, "chunk must be"),
+        (
+            [ONE],
+            {"prior": Normal(0.0, 1.0)},
+            ValueError,
+            r"prior must return shape \[2\], got \[2, 1\]",
+        ),
     ],
 )
 def test_errors_of_surgery(batches, options, error, message):
     with pytest.raises(error, match=message):
-        elbo_surgery(batches, lambda z: z.sum(-1), **options)
-
-
-def test_a_prior_of_the_wrong_shape_is_named():
-    with pytest.raises(ValueError, match=r"prior must return shape \[2\], got \[2, 1\]"):
-        elbo_surgery([Normal(torch.zeros(2, 1), 1.0)], Normal(0.0, 1.0))
+        elbo_surgery(batches, **{"prior": total, **options})
 
 
 # --- importance weighting: probabilistic PCA, whose log p(x) and posterior are exact ---
@@ -473,9 +400,12 @@ def bound(model, x, num_samples, chunk):
 def test_the_exact_posterior_gives_the_exact_likelihood():
     """All weights are equal then: no Monte Carlo error, whatever the number of samples."""
     model = PPCA().eval()
-    x = torch.randn(5, 4, dtype=torch.float64) * 3
+    far = torch.full((2, 4), 1e6, dtype=torch.float64)  # where exp would overflow
+    x = torch.cat([3 * torch.randn(5, 4, dtype=torch.float64), far])
     for num_samples, chunk in [(1, 64), (7, 3), (8, 4), (5, 1)]:
-        torch.testing.assert_close(bound(model, x, num_samples, chunk), model.exact(x))
+        found, exact = bound(model, x, num_samples, chunk), model.exact(x)
+        torch.testing.assert_close(found[:5], exact[:5])
+        torch.testing.assert_close(found[5:], exact[5:], rtol=1e-6, atol=0)
 
 
 def test_the_bound_rises_from_the_elbo_to_the_likelihood():
@@ -491,12 +421,6 @@ def test_the_bound_rises_from_the_elbo_to_the_likelihood():
     assert means == sorted(means)
     assert means[-1] < exact + 4 * errors[-1]
     assert means[-1] == pytest.approx(exact, abs=0.03)
-
-
-def test_far_tails_do_not_overflow():
-    model = PPCA().eval()
-    x = torch.full((2, 4), 1e6, dtype=torch.float64)
-    torch.testing.assert_close(bound(model, x, 3, 2), model.exact(x), rtol=1e-6, atol=0)
 
 
 def test_a_model_is_evaluated_in_pieces_and_gets_its_mode_back():
@@ -521,21 +445,24 @@ def test_normal_posterior_without_independent():
     torch.testing.assert_close(value, torch.full((3,), -math.log(2), dtype=torch.float64))
 
 
-def test_errors_of_importance_weighting():
-    q = Normal(torch.zeros(3, 2), 1.0)
+THREE = Normal(torch.zeros(3, 2), 1.0)
 
-    def right(z):
-        return z.sum(-1)
 
-    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got 0"):
-        importance_weighted_log_likelihood(right, q, right, 0)
-    with pytest.raises(ValueError, match="chunk must be"):
-        importance_weighted_log_likelihood(right, q, right, 1, 0)
-    with pytest.raises(ValueError, match="log_likelihood_fn must return shape"):
-        importance_weighted_log_likelihood(lambda z: z, q, right, 1)
-    with pytest.raises(ValueError, match="log_prior_fn must return shape"):
-        importance_weighted_log_likelihood(right, q, lambda z: z.sum(), 1)
-    with pytest.raises(ValueError, match=r"q must have batch shape \[B\]"):
-        importance_weighted_log_likelihood(right, Normal(torch.zeros(3), 1.0), right, 1)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((total, THREE, total, 0), "num_samples must be an integer of at least 1, got 0"),
+        ((total, THREE, total, 1, 0), "chunk must be"),
+        ((lambda z: z, THREE, total, 1), "log_likelihood_fn must return shape"),
+        ((total, THREE, lambda z: z.sum(), 1), "log_prior_fn must return shape"),
+        ((total, Normal(torch.zeros(3), 1.0), total, 1), r"q must have batch shape \[B\]"),
+    ],
+)
+def test_errors_of_importance_weighting(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        importance_weighted_log_likelihood(*arguments)
+
+
+def test_errors_of_importance_weighting_of_a_model():
     with pytest.raises(ValueError, match="batch_size must be"):
         importance_weighted_log_prob(PPCA(), torch.zeros(1, 4).double(), batch_size=0)

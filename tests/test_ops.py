@@ -1,6 +1,5 @@
-"""The compiled operations against the reference: values, gradients, precision, errors."""
+"""The operations on a mixture in every backend: values, gradients, hard inputs, memory, errors."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,43 +7,59 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import expanded, random_mixture, shifted, strided, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import (
+    all_outputs,
+    assert_all_close,
+    assert_equals_reference,
+    assert_within_budget,
+    composed_kl,
+    everything,
+    expanded,
+    gradients,
+    kl_with_gradients,
+    on,
+    random_mixture,
+    random_scale,
+    shifted,
+    strided,
+    threads,
+)
 
-from vmm_fast import ops, reference
+from vmm_fast import backends, ops, reference
+
+# numpy, which Triton's interpreter computes with, warns of an overflow; a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+transposes = pytest.mark.parametrize("transpose", [False, True])
+once_each = pytest.mark.parametrize("backend", ["core", "triton"], indirect=True)
+checked = pytest.mark.parametrize("backend", ["core", "plain"], indirect=True)
+large = pytest.mark.slow("large tiles, or many, in Triton's interpreter")
+
+# --- values and gradients ---
 
 
-def all_outputs(module, mixture, transpose=False, group=1):
-    """Every output of every operation but the label, by name."""
-    lse, expected = module.mixture_log_prob(*mixture, transpose)
-    n, s, m = module.mixture_statistics(*mixture, transpose)
-    _, probability, entropy = module.mixture_assign(*mixture, transpose, group)
-    return {
-        "lse": lse,
-        "expected": expected,
-        "N": n,
-        "s": s,
-        "M": m,
-        "log_joint": module.mixture_log_joint(*mixture, transpose, group),
-        "responsibilities": module.mixture_responsibilities(*mixture, transpose, group),
-        "probability": probability,
-        "entropy": entropy,
-    }
-
-
-def gradients(module, mixture, transpose=False):
-    inputs = [x.detach().requires_grad_() for x in mixture]  # as they lie in memory
-    lse, expected = module.mixture_log_prob(*inputs, transpose)
-    g = torch.linspace(-1, 2, len(lse), dtype=lse.dtype, device=lse.device)
-    return torch.autograd.grad((lse * g).sum() + (expected * g.flip(0)).sum(), inputs)
-
-
-def assert_close(actual, expected, **tolerance):
-    for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
-        )
+@pytest.mark.parametrize(
+    ("shape", "transpose", "group"),
+    [
+        ((0, 3, 2), False, 3),
+        ((1, 1, 1), True, 1),
+        ((40, 18, 2), True, 3),  # of tiles and of components more than one program takes
+        ((5, 6, 4), False, 6),
+        ((5, 4, 17), True, 2),
+        ((17, 2, 33), False, 1),  # dimensions in blocks
+        ((17, 2, 33), True, 2),
+        ((5, 2, 65), False, 2),
+        pytest.param((5, 2, 65), True, 1, marks=large),
+        pytest.param((3, 2, 128), False, 1, marks=large),
+        pytest.param((40, 2, 128), True, 2, marks=large),
+        pytest.param((300, 20, 5), False, 4, marks=large),
+        pytest.param((100, 20, 30), True, 1, marks=large),
+    ],
+)
+def test_values_and_gradients_equal_the_reference(backend, shape, transpose, group):
+    assert_equals_reference(on(backend, random_mixture(*shape)), transpose, group)
 
 
 shapes = st.tuples(st.integers(0, 140), st.integers(1, 9), st.integers(1, 17))
@@ -52,58 +67,36 @@ shapes = st.tuples(st.integers(0, 140), st.integers(1, 9), st.integers(1, 17))
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, transpose=st.booleans(), seed=st.integers(0, 10**6))
-def test_float64_equals_reference(shape, transpose, seed):
-    mixture = random_mixture(*shape, seed=seed)
-    tolerance = {"rtol": 1e-10, "atol": 1e-10}
-    assert_close(
-        all_outputs(ops, mixture, transpose),
-        all_outputs(reference, mixture, transpose),
-        **tolerance,
-    )
-    for actual, expected in zip(
-        gradients(ops, mixture, transpose), gradients(reference, mixture, transpose), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, **tolerance)
+def test_any_shape(shape, transpose, seed):
+    assert_equals_reference(random_mixture(*shape, seed=seed), transpose, tolerance=1e-10)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(300, 12, 10), (65, 6, 33), (1, 3, 1), (2, 1, 130)])
-def test_every_instruction_set(isa, shape, transpose):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+ACCURACY = {torch.float64: 1e-10, torch.float32: 2e-4}
+
+
+@transposes
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((300, 12, 10), 2), ((150, 12, 4), 12), ((65, 6, 33), 3), ((1, 3, 1), 1), ((2, 1, 130), 1)],
+)
+def test_every_instruction_set(isa, shape, group, transpose):
+    for dtype, tolerance in ACCURACY.items():
         mixture = random_mixture(*shape, dtype=dtype)
-        kwargs = {"rtol": tolerance, "atol": tolerance}
-        assert_close(
-            all_outputs(ops, mixture, transpose),
-            all_outputs(reference, mixture, transpose),
-            **kwargs,
-        )
-        for actual, expected in zip(
-            gradients(ops, mixture, transpose),
-            gradients(reference, mixture, transpose),
-            strict=True,
-        ):
-            torch.testing.assert_close(
-                actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max()
-            )
+        assert_equals_reference(mixture, transpose, group, tolerance)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("shape", [(2500, 20, 5), (1100, 40, 21), (2100, 3, 33)])
-@pytest.mark.parametrize("transpose", [False, True])
-def test_many_tiles(shape, count, transpose):
-    mixture = random_mixture(*shape)
-    with threads(count):
-        got, slopes = all_outputs(ops, mixture, transpose), gradients(ops, mixture, transpose)
-    assert_close(got, all_outputs(reference, mixture, transpose), rtol=1e-10, atol=1e-10)
-    expected = gradients(reference, mixture, transpose)
-    torch.testing.assert_close(slopes, expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("dtype", ACCURACY)
+def test_small_dimensions_each_of_which_has_code_of_its_own(isa, dtype):
+    for dim in range(1, 23):
+        mixture = random_mixture(21, 3, dim, dtype=dtype, spread=0.5)
+        assert_equals_reference(mixture, dim % 2 == 0, tolerance=ACCURACY[dtype])
 
 
-@pytest.mark.parametrize("transpose", [False, True])
+@transposes
 @pytest.mark.parametrize("shape", [(1500, 7, 10), (700, 9, 3), (400, 5, 33), (300, 4, 130)])
 def test_few_samples_with_a_weight(isa, shape, transpose):
     """Components whose samples are few and scattered, next to such whose samples come together."""
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+    for dtype, tolerance in ACCURACY.items():
         z, centers, whitening, offsets = random_mixture(*shape, dtype=dtype)
         centers = 200 * centers
         of = torch.arange(len(z)) % 3
@@ -112,118 +105,91 @@ def test_few_samples_with_a_weight(isa, shape, transpose):
         weighty = ops.mixture_responsibilities(*mixture, transpose) > 0
         assert weighty[: len(z) // 2].double().mean() < 0.4
         assert weighty[len(z) // 2 :, 3].all()
-        tolerances = {"rtol": tolerance, "atol": tolerance}
-        got, expected = (all_outputs(m, mixture, transpose) for m in (ops, reference))
-        assert_close(got, expected, **tolerances)
-        for actual, wanted in zip(
-            gradients(ops, mixture, transpose),
-            gradients(reference, mixture, transpose),
-            strict=True,
-        ):
-            torch.testing.assert_close(
-                actual, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
-            )
+        assert_equals_reference(mixture, transpose, tolerance=tolerance)
 
 
-def composed_kl(z, centers, whitening, offsets, transpose, scale):
-    """The estimate from its parts."""
-    lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
-    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
-    entropy = torch.distributions.Normal(torch.zeros_like(diagonal), diagonal).entropy().sum(-1)
-    return -entropy - lse
+@transposes
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", [(2500, 20, 5), (1100, 40, 21), (2100, 3, 33)])
+def test_many_tiles_on_one_thread_and_on_two(shape, count, transpose):
+    with threads(count):
+        assert_equals_reference(random_mixture(*shape), transpose)
 
 
-def random_scale(size, dim, full, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(5)
-    scale = torch.rand(size, dim, generator=generator, dtype=dtype) + 0.1
-    if not full:
-        return scale
-    below = torch.randn(size, dim, dim, generator=generator, dtype=dtype).tril(-1)
-    return below + torch.diag_embed(scale)
+@pytest.mark.parametrize(
+    ("shape", "full", "transpose"),
+    [
+        ((0, 2, 2), False, False),
+        ((1, 1, 1), True, True),
+        ((70, 5, 18), False, True),
+        ((70, 5, 3), True, False),
+        ((7, 2, 33), True, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kl_equals_its_parts(backend, shape, full, transpose, dtype):
+    inputs = (*random_mixture(*shape, spread=0.5), random_scale(shape[0], shape[2], full))
+    inputs = on(backend, inputs, dtype)
+    found = kl_with_gradients(ops.mixture_kl, inputs, transpose)
+    assert all(x.dtype == dtype for x in found.values())
+    true = kl_with_gradients(composed_kl, [x.double() for x in inputs], transpose)
+    found = {name: x.double() for name, x in found.items()}
+    assert_all_close(found, true, 1e-9 if dtype == torch.float64 else 1e-4)
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(7, 4, 3), (300, 5, 18), (0, 2, 2), (1, 1, 1)])
-def test_kl_equals_its_parts(shape, transpose, full):
-    mixture, scale = random_mixture(*shape), random_scale(shape[0], shape[2], full)
-    outputs = []
-    for kl in (ops.mixture_kl, composed_kl):
-        inputs = [x.detach().clone().requires_grad_() for x in (*mixture, scale)]
-        value = kl(*inputs[:4], transpose, inputs[4])
-        weights = torch.linspace(-1, 2, len(value), dtype=value.dtype)
-        outputs.append((value, *torch.autograd.grad(value @ weights, inputs)))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+def test_upstream_gradients_that_are_expanded_or_missing(backend):
+    """The gradient of a sum has strides of zero, that of the other output does not exist."""
+    *mixture, scale = on(backend, (*random_mixture(30, 5, 4), random_scale(30, 4, False)))
+    inputs = [x.requires_grad_() for x in (*mixture, scale)]
+    for output in (0, 1):
+        values = [module.mixture_log_prob(*mixture)[output] for module in (ops, reference)]
+        found = (torch.autograd.grad(x.sum(), mixture) for x in values)
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    values = [kl(*mixture, False, scale) for kl in (ops.mixture_kl, composed_kl)]
+    found = (torch.autograd.grad(x.sum(), inputs) for x in values)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
-def test_kl_where_the_determinant_of_a_scale_overflows_and_underflows():
-    mixture = random_mixture(2, 3, 100, dtype=torch.float32)
-    scale = torch.tensor([[1e-37], [1e37]]).expand(2, 100)
-    expected = composed_kl(*(x.double() for x in mixture), False, scale.double())
-    torch.testing.assert_close(ops.mixture_kl(*mixture, False, scale), expected.float())
+def test_gradcheck():
+    mixture = [x.requires_grad_() for x in random_mixture(5, 3, 2)]
+    mixture[2] = mixture[2].detach().tril().requires_grad_()
+    for name in ("log_prob", "log_joint", "responsibilities"):
+        function = getattr(ops, f"mixture_{name}")
+        for transpose in (False, True):
+            assert torch.autograd.gradcheck(lambda *x, f=function, t=transpose: f(*x, t), mixture)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("full", [False, True])
-def test_kl_refuses_a_scale_that_is_not_positive(bad, full):
-    mixture, scale = random_mixture(4, 3, 2), random_scale(4, 2, full)
-    scale[(2, 1, 1) if full else (2, 1)] = bad
-    with pytest.raises(ValueError, match="q must be finite with a positive scale, but row 2 is"):
-        ops.mixture_kl(*mixture, False, scale)
+def test_grouped_results_have_gradients(backend):
+    mixture = [x.requires_grad_() for x in on(backend, random_mixture(5, 6, 2))]
+    for name in ("mixture_log_joint", "mixture_responsibilities"):
+        values = [getattr(module, name)(*mixture, True, 3) for module in (ops, reference)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x.square().sum(), mixture) for x in values)
+        )
 
 
-@pytest.mark.parametrize("group", [2, 3, 12])
-def test_groups(isa, group):
-    mixture = random_mixture(150, 12, 4)
-    assert_close(
-        all_outputs(ops, mixture, group=group),
-        all_outputs(reference, mixture, group=group),
-        rtol=1e-10,
-        atol=1e-10,
-    )
-    label, _, _ = ops.mixture_assign(*mixture, False, group)
-    torch.testing.assert_close(label, reference.mixture_assign(*mixture, False, group)[0])
+def test_second_derivative_is_refused(backend):
+    mixture = [x.requires_grad_() for x in on(backend, random_mixture(5, 3, 2))]
+    scale = torch.ones_like(mixture[0]).detach()
+    for value in (ops.mixture_log_prob(*mixture)[0], ops.mixture_kl(*mixture, False, scale)):
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(value.sum(), mixture, create_graph=True)
 
 
-def to_double(mixture):
-    return tuple(x.double() for x in mixture)
+# --- float32 ---
 
 
-def everything(module, mixture, transpose):
-    """Every output of every operation and every gradient, by name."""
-    names = ("grad_z", "grad_centers", "grad_whitening", "grad_offsets")
-    slopes = zip(names, gradients(module, mixture, transpose), strict=True)
-    return all_outputs(module, mixture, transpose) | dict(slopes)
-
-
-def assert_within_budget(ours, mixture, transpose):
-    """As :func:`assert_no_worse` says, of what :func:`everything` gives."""
-    truth = everything(reference, to_double(mixture), transpose)
-    assert_no_worse(ours, everything(reference, mixture, transpose), truth)
-
-
-def assert_no_worse(ours, eager, truth):
-    """Against float64 on the same numbers we err no more than eager float32 does, plus rounding.
-
-    Eager's own largest error is a draw, which depends on the machine's matrix products: of few
-    numbers it may be several times smaller than usual.
-    """
-    for name, true in truth.items():
-        rounding = torch.finfo(ours[name].dtype).eps
-        budget = 1.5 * (eager[name] - true).abs().max() + 16 * rounding * true.abs().max()
-        assert (ours[name] - true).abs().max() <= budget, name
-
-
-@pytest.mark.parametrize("transpose", [False, True])
+@transposes
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_float32_error_budget(isa, scale, offset, transpose):
     z, centers, whitening, offsets = random_mixture(200, 20, 10, dtype=torch.float32, seed=3)
     mixture = (z * scale + offset, centers * scale + offset, whitening / scale, offsets)
-    assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
+    assert_within_budget(mixture, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
+@transposes
 def test_float32_error_budget_of_unlike_components(isa, transpose):
     """Centers 1e4 apart, standard deviations from 1e-3 to 1e3, some points far out."""
     z, centers, whitening, offsets = random_mixture(240, 12, 10, dtype=torch.float32, seed=3)
@@ -235,44 +201,74 @@ def test_float32_error_budget_of_unlike_components(isa, transpose):
     z = centers[of] + deviation[of, None] * z
     z[::8] = centers[0] + 1e-3 * 500 * torch.nn.functional.normalize(z[::8])  # out in a tail
     mixture = (z, centers, whitening, offsets)
-    lowest = reference.mixture_log_joint(*to_double(mixture), transpose).amax(1).min()
+    lowest = reference.mixture_log_joint(*(x.double() for x in mixture), transpose).amax(1).min()
     assert lowest < -1e3
-    assert_within_budget(everything(ops, mixture, transpose), mixture, transpose)
+    assert_within_budget(mixture, transpose)
 
 
-def test_far_off_samples_of_a_narrow_component():
-    """Products of A with itself overflow where neither A nor the gradient does."""
-    mixture = (torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1, 1), 1e20), torch.zeros(1))
-    for gradient in gradients(ops, mixture):
-        assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(3, 100_000, 2), (29, 7, 128), (130, 33, 129), (300, 40, 17)])
+@transposes
+@pytest.mark.parametrize("shape", [(3, 50_000, 2), (29, 7, 128), (130, 33, 129), (300, 40, 17)])
 def test_many_components_and_dimensions(shape, transpose):
     """At one thread and at two: the same bits on every run, and errors within the budget."""
     # Near enough for soft assignments: else the largest error is that of one lone tie.
     mixture = random_mixture(*shape, dtype=torch.float32, spread=min(2.0, 20 / shape[2]))
     for count in (1, 2):
         with threads(count):
-            first, second = (everything(ops, mixture, transpose) for _ in range(2))
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
-        assert_within_budget(first, mixture, transpose)
+            assert_same_bits(mixture, transpose)
+            assert_within_budget(mixture, transpose)
     label = ops.mixture_assign(*mixture, transpose)[0]
-    assert torch.equal(label, reference.mixture_assign(*to_double(mixture), transpose)[0])
+    double = (x.double() for x in mixture)
+    assert torch.equal(label, reference.mixture_assign(*double, transpose)[0])
 
 
-@pytest.mark.parametrize("size", [3, 980])  # l is kept between the passes, and is not
-def test_statistics_of_more_threads_than_memory_for_copies(size):
-    """Where a copy of the sums for every thread would be too large, components are shared out."""
-    mixture = random_mixture(size, 270, 128, spread=0.2)
-    with threads(16):
-        first, second = (ops.mixture_statistics(*mixture) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    expected = reference.mixture_statistics(*mixture)
-    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
+@once_each
+def test_sums_keep_terms_that_are_below_their_rounding(backend):
+    """Two hundred components of a weight of 2e-8; 3,000 points with a responsibility of 1.5e-8."""
+    offsets = torch.full((201,), 2e-8).log()
+    offsets[0] = 0
+    mixture = (torch.zeros(1, 1), torch.zeros(201, 1), torch.ones(201, 1, 1), offsets)
+    lse, _ = ops.mixture_log_prob(*on(backend, mixture))
+    assert lse.item() == pytest.approx(4e-6, abs=1e-6)
+    z = torch.full((3072, 1), 6.0)
+    z[:64] = 0
+    mixture = (z, torch.tensor([[6.0], [0.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    found, _, _ = ops.mixture_statistics(*on(backend, mixture))
+    true, _, _ = reference.mixture_statistics(*(x.double() for x in mixture))
+    assert true[1] - 64 > 4e-5 and abs(found[1].item() - true[1]) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_computed_in_float32(backend, dtype):
+    """In the same bits; only gradients are rounded to the input's dtype."""
+    mixture = on(backend, random_mixture(20, 6, 3), dtype)
+    single = tuple(x.float() for x in mixture)
+    found, same = everything(ops, mixture), everything(ops, single)
+    assert_all_close(same, everything(reference, single), 1e-4)
+    for name, value in same.items():
+        wanted = dtype if name.startswith("grad") else value.dtype
+        assert found[name].dtype == wanted and torch.equal(found[name], value.to(wanted)), name
+    scale = on(backend, [random_scale(20, 3, False)], dtype)[0]
+    found = ops.mixture_kl(*mixture, False, scale)
+    assert torch.equal(found, ops.mixture_kl(*single, False, scale.float()))
+    mixed = ops.mixture_log_prob(single[0], *mixture[1:])  # of both dtypes
+    assert torch.equal(mixed[0], same["lse"])
+
+
+# --- hard inputs ---
+
+
+def test_far_tails(backend):
+    """Log-densities down to -1e6: finite, relative accuracy of the dtype, exact assignment."""
+    z, *mixture = on(backend, random_mixture(50, 8, 5, dtype=torch.float32))
+    mixture = (z * 500, *mixture)
+    found = all_outputs(ops, mixture)
+    true = all_outputs(reference, [x.double() for x in mixture])
+    assert true["lse"].min() < -1e6
+    for name in ("lse", "expected"):
+        torch.testing.assert_close(found[name].double(), true[name], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["label"], true["label"])
+    one = torch.ones_like(found["lse"])
+    torch.testing.assert_close(found["responsibilities"].sum(-1), one, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("radius", [1e2, 1e3, 1e4])
@@ -292,78 +288,175 @@ def test_far_tails_stay_normalised(isa, radius):
     torch.testing.assert_close(grad_offsets.sum(), total, rtol=1e-3, atol=1e-3)
 
 
-def test_far_off_component_gives_no_nan():
-    """A component whose whitened distance overflows has a weight of exactly 0."""
-    centers = torch.tensor([[0.0], [3e38]])
-    mixture = (torch.tensor([[0.0]]), centers, torch.full((2, 1, 1), 2.0), torch.zeros(2))
+@pytest.mark.parametrize("backend", ["core", "triton", "triton-split"], indirect=True)
+@pytest.mark.parametrize(
+    ("points", "centers", "factor"),
+    [
+        ([0.0], [0.0, 3e38], 2.0),
+        ([0.0, 0.0, 0.0, 3e38] * 20, [0.0, 3e38], 2.0),
+        ([0.0], [0.0], 1e20),
+    ],
+    ids=["far off", "far apart", "narrow"],
+)
+def test_what_overflows_in_float32_gives_no_nan(backend, points, centers, factor):
+    """A whitened distance, whose component has a weight of 0; products of A with itself."""
+    count = len(centers)
+    mixture = (torch.tensor(points)[:, None], torch.tensor(centers)[:, None])
+    mixture = on(backend, (*mixture, torch.full((count, 1, 1), factor), torch.zeros(count)))
     assert all(g.isfinite().all() for g in gradients(ops, mixture))
+    assert all(x.isfinite().all() for x in ops.mixture_statistics(*mixture))
+    assert (ops.mixture_log_prob(*mixture)[0] == 0).all()
 
 
-def test_far_tails():
-    """Log-densities down to -1e6: finite, relative accuracy of the dtype, exact assignment."""
-    z, centers, whitening, offsets = random_mixture(50, 8, 5, dtype=torch.float32)
-    z = z * 500
-    lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets)
-    true, true_expected = reference.mixture_log_prob(*to_double((z, centers, whitening, offsets)))
-    assert true.min() < -1e6
-    torch.testing.assert_close(lse.double(), true, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(expected.double(), true_expected, rtol=1e-5, atol=1e-5)
+def test_kl_where_the_determinant_of_a_scale_overflows_and_underflows(backend):
+    scale = torch.tensor([[1e-37], [1e37]]).expand(2, 100)
+    *mixture, scale = on(backend, (*random_mixture(2, 3, 100, dtype=torch.float32), scale))
+    expected = composed_kl(*(x.double() for x in mixture), False, scale.double())
+    torch.testing.assert_close(ops.mixture_kl(*mixture, False, scale), expected.float())
 
 
-def test_pruned_components():
+def test_pruned_components(backend):
     """Offsets of -inf: as if the component were not there, with gradients of zero."""
-    mixture = random_mixture(90, 7, 4)
-    kept = torch.tensor([0, 2, 3, 6])
-    pruned = mixture[3].clone()
-    pruned[[1, 4, 5]] = -torch.inf
-    whole = (*mixture[:3], pruned)
+    mixture = on(backend, random_mixture(20, 7, 4))
+    kept, pruned = [0, 2, 3, 6], [1, 4, 5]
+    mixture[3][pruned] = -torch.inf
     small = (mixture[0], *(x[kept] for x in mixture[1:]))
-    lse, expected = ops.mixture_log_prob(*whole)
-    torch.testing.assert_close((lse, expected), reference.mixture_log_prob(*small))
-    assert_close(all_outputs(ops, whole), all_outputs(reference, whole), rtol=1e-10, atol=1e-10)
-    grads = gradients(ops, whole)
-    for g, other in zip(grads[1:], gradients(reference, small)[1:], strict=True):
+    found = all_outputs(ops, mixture)
+    assert_all_close(found, all_outputs(reference, mixture), 1e-10)
+    torch.testing.assert_close(found["lse"], reference.mixture_log_prob(*small)[0])
+    z, *others = gradients(ops, mixture)
+    true_z, *true = gradients(reference, small)
+    torch.testing.assert_close(z, true_z)
+    for g, other in zip(others, true, strict=True):
         torch.testing.assert_close(g[kept], other)
-        assert (g[[1, 4, 5]] == 0).all()
+        assert (g[pruned] == 0).all()
 
 
-def test_duplicate_components_share_the_weight():
-    z, centers, whitening, offsets = random_mixture(30, 1, 3)
-    q = ops.mixture_responsibilities(
-        z, centers.expand(4, 3), whitening.expand(4, 3, 3), offsets.expand(4)
+def test_equal_components_share_the_weight_and_the_first_is_assigned(backend):
+    z, *components = on(backend, random_mixture(40, 3, 3))
+    components = [x.repeat(4, *[1] * (x.ndim - 1)) for x in components]
+    components[2][:3] = -torch.inf  # the first of the four
+    q = ops.mixture_responsibilities(z, *components).unflatten(1, (4, 3))
+    assert (q[:, 0] == 0).all()
+    torch.testing.assert_close(q[:, 1:], q[:, 1:2].expand(-1, 3, -1))
+    label, probability, _ = ops.mixture_assign(z, *components)
+    assert torch.equal(label, 3 + q[:, 1].argmax(-1)) and len(label.unique()) > 1
+    torch.testing.assert_close(probability, q[:, 1].amax(-1))
+
+
+@pytest.mark.parametrize("layout", [strided, expanded])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_inputs_lie_anywhere_in_memory(backend, layout, transpose):
+    """With gaps or with strides of zero: the values alone count."""
+    scale = random_scale(20, 3, full=not transpose)
+    inputs = [layout(x) for x in on(backend, (*random_mixture(20, 6, 3), scale))]
+    assert not any(x.is_contiguous() for x in inputs)
+    dense = [x.contiguous() for x in inputs]
+    found, true = (
+        everything(module, given[:4], transpose) | kl_with_gradients(kl, given, transpose)
+        for module, given, kl in ((ops, inputs, ops.mixture_kl), (reference, dense, composed_kl))
     )
-    torch.testing.assert_close(q, torch.full_like(q, 0.25))
+    assert_all_close(found, true, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", [shifted, strided, expanded])
-def test_inputs_lie_anywhere_in_memory(isa, layout, dtype):
-    """Misaligned, with gaps, or with strides of zero: the values alone count."""
-    mixture = random_mixture(40, 6, 4, dtype=dtype)
-    scale = random_scale(40, 4, full=True, dtype=dtype)
-    laid_out = [layout(x) for x in (*mixture, scale)]
-    assert all(x.data_ptr() % 64 if layout is shifted else not x.is_contiguous() for x in laid_out)
-    plain = [x.contiguous().clone() for x in laid_out]
+def test_inputs_may_be_misaligned(isa, dtype):
+    inputs = (*random_mixture(40, 6, 4, dtype=dtype), random_scale(40, 4, True, dtype))
+    moved = [shifted(x) for x in inputs]
+    assert all(x.data_ptr() % 64 for x in moved)
     for transpose in (False, True):
-        torch.testing.assert_close(
-            everything(ops, laid_out[:4], transpose), everything(ops, plain[:4], transpose)
+        found, true = (
+            everything(ops, given[:4], transpose)
+            | kl_with_gradients(ops.mixture_kl, given, transpose)
+            for given in (moved, [x.contiguous().clone() for x in inputs])
         )
-        values = [
-            (kl := ops.mixture_kl(*x[:4], transpose, x[4]), *torch.autograd.grad(kl.sum(), x))
-            for x in ([x.detach().requires_grad_() for x in given] for given in (laid_out, plain))
-        ]
-        torch.testing.assert_close(*values)
+        assert_all_close(found, true, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("output", [0, 1])
-def test_upstream_gradients_that_are_expanded_or_missing(output):
-    """The gradient of a sum has strides of zero, that of the other output does not exist."""
-    inputs = [x.requires_grad_() for x in random_mixture(30, 5, 4)]
-    actual, expected = (
-        torch.autograd.grad(module.mixture_log_prob(*inputs)[output].sum(), inputs)
-        for module in (ops, reference)
-    )
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+@transposes
+def test_upper_triangle_is_not_read(backend, transpose):
+    z, centers, whitening, offsets = on(backend, random_mixture(20, 3, 4))
+    dirty = whitening + torch.full_like(whitening, torch.nan).triu(1)
+    found, same = (everything(ops, (z, centers, w, offsets), transpose) for w in (dirty, whitening))
+    for name in same:
+        assert torch.equal(found[name], same[name]), name
+
+
+# --- the same bits, and memory ---
+
+
+def assert_same_bits(mixture, transpose=False):
+    first, second = (everything(ops, mixture, transpose) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_same_bits_on_every_run(backend):
+    assert_same_bits(on(backend, random_mixture(70, 4, 5, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("shape", [(3000, 40, 10), (3, 3000, 6)])
+def test_the_number_of_threads_changes_rounding_alone(shape):
+    """Also where threads share out the components instead of the samples (the second shape)."""
+    mixture = random_mixture(*shape)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
+            assert_same_bits(tuple(x.float() for x in mixture))
+            found.append(everything(ops, mixture))
+    for other in found[1:]:
+        assert_all_close(other, found[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [  # l is kept between the passes, and is not
+        3,
+        pytest.param(980, marks=pytest.mark.slow("980 points in 270 components of 128 dimensions")),
+    ],
+)
+def test_statistics_of_more_threads_than_memory_for_copies(size):
+    """Where a copy of the sums for every thread would be too large, components are shared out."""
+    mixture = random_mixture(size, 270, 128, spread=0.2)
+    with threads(16):
+        first, second = (ops.mixture_statistics(*mixture) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    expected = reference.mixture_statistics(*mixture)
+    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
+
+
+def rise_of_memory(function):
+    """MiB by which the process's memory rises at most during a call."""
+
+    def memory(kind):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError as error:
+        pytest.skip(f"cannot measure the peak of memory: {error}")
+    before = memory("VmRSS")
+    function()
+    return memory("VmHWM") - before
+
+
+def test_nothing_of_size_b_times_j_is_stored():
+    points, components = 12_000, 4_000
+    mixture = (torch.randn(points, 2), torch.randn(components, 2))
+    mixture = (*mixture, torch.eye(2).repeat(components, 1, 1), torch.zeros(components))
+
+    def compute():
+        lse, expected = ops.mixture_log_prob(*[x.requires_grad_() for x in mixture])
+        (lse + expected).sum().backward()
+        ops.mixture_statistics(*mixture)
+        ops.mixture_assign(*mixture)
+
+    matrix = points * components * 4 / 2**20  # 183 MiB
+    assert rise_of_memory(lambda: torch.ones(points, components)) > 0.9 * matrix
+    with threads(2):
+        assert rise_of_memory(compute) < 0.3 * matrix
 
 
 @pytest.mark.parametrize("function", [ops.mixture_responsibilities, ops.mixture_log_joint])
@@ -375,200 +468,39 @@ def test_results_too_large_for_memory_are_refused(function):
         function(z, centers, centers[..., None], offsets)
 
 
-def test_upper_triangle_is_not_read():
-    z, centers, whitening, offsets = random_mixture(20, 3, 4)
-    dirty = whitening + torch.full_like(whitening, torch.nan).triu(1).nan_to_num(nan=1e9)
-    torch.testing.assert_close(
-        ops.mixture_log_prob(z, centers, dirty, offsets),
-        ops.mixture_log_prob(z, centers, whitening, offsets),
-    )
+# --- torch ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype):
-    mixture = random_mixture(30, 5, 4, dtype=dtype)
-    lse, _ = ops.mixture_log_prob(*mixture)
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse, reference.mixture_log_prob(*(x.float() for x in mixture))[0])
-
-
-def test_gradcheck():
-    mixture = [x.requires_grad_() for x in random_mixture(5, 3, 2)]
-    mixture[2] = mixture[2].detach().tril().requires_grad_()
-    for transpose in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda *x, t=transpose: ops.mixture_log_prob(*x, t), mixture
-        )
-        for function in (ops.mixture_log_joint, ops.mixture_responsibilities):
-            assert torch.autograd.gradcheck(lambda *x, f=function, t=transpose: f(*x, t), mixture)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype):
-    mixture = random_mixture(20, 4, 3, dtype=dtype)
+@once_each
+def test_opcheck(backend):
+    mixture = on(backend, random_mixture(20, 4, 3))
     with_grad = tuple(x.clone().requires_grad_() for x in mixture)
     op = torch.ops.vmm_fast
-    torch.library.opcheck(op.mixture_log_prob, (*mixture, False))
-    torch.library.opcheck(op.mixture_log_prob, (*with_grad, True))
     *_, softmax = op.mixture_log_prob(*mixture, False)
-    upstream = torch.ones(20, dtype=dtype)
-    torch.library.opcheck(
-        op.mixture_log_prob_backward, (upstream, upstream, *mixture, softmax, False)
-    )
+    upstream = torch.ones_like(mixture[0][:, 0])
+    torch.library.opcheck(op.mixture_log_prob, (*with_grad, True))
+    backward = (upstream, upstream, *mixture, softmax, False)
+    torch.library.opcheck(op.mixture_log_prob_backward, backward)
     torch.library.opcheck(op.mixture_statistics, (*mixture, True))
-    torch.library.opcheck(op.mixture_log_joint, (*mixture, False, 2))
-    torch.library.opcheck(op.mixture_responsibilities, (*mixture, False, 2))
-    torch.library.opcheck(op.mixture_assign, (*mixture, False, 2))
+    for grouped in (op.mixture_log_joint, op.mixture_responsibilities, op.mixture_assign):
+        torch.library.opcheck(grouped, (*mixture, False, 2))
 
 
-def test_compiles_without_graph_breaks():
-    def step(z, centers, whitening, offsets):
+@once_each
+def test_compiles_without_graph_breaks(backend):
+    def step(z, centers, whitening, offsets, scale):
         lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets, True)
-        q = ops.mixture_responsibilities(
-            z.detach(), centers.detach(), whitening.detach(), offsets.detach()
-        )
-        return lse.sum() + 2 * expected.sum() + q.sum()
+        kl = ops.mixture_kl(z, centers, whitening, offsets, True, scale)
+        detached = [x.detach() for x in (z, centers, whitening, offsets)]
+        q = ops.mixture_responsibilities(*detached)
+        return lse.sum() + 2 * expected.sum() + 3 * kl.sum() + q.square().sum()
 
-    mixture = [x.requires_grad_() for x in random_mixture(20, 4, 3)]
+    inputs = on(backend, (*random_mixture(20, 4, 3), random_scale(20, 3, True)))
+    inputs = [x.requires_grad_() for x in inputs]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(*mixture), mixture),
-        torch.autograd.grad(step(*mixture), mixture),
-    )
-
-
-@pytest.mark.parametrize("shape", [(3000, 40, 10), (3, 3000, 6)])
-@pytest.mark.parametrize("count", [1, 2])
-def test_same_bits_on_every_run(shape, count):
-    """Also where threads share out the components instead of the samples (the second shape)."""
-    mixture = random_mixture(*shape, dtype=torch.float32)
-    with threads(count):
-        first, second = (everything(ops, mixture, False) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-@pytest.mark.parametrize("shape", [(3000, 40, 10), (3, 3000, 6)])
-def test_thread_count_changes_rounding_alone(shape):
-    mixture = random_mixture(*shape)
-    with threads(1):
-        one = everything(ops, mixture, False)
-    with threads(3):
-        three = everything(ops, mixture, False)
-    assert_close(three, one, rtol=1e-12, atol=1e-12)
-
-
-def test_second_derivative_is_refused():
-    mixture = [x.requires_grad_() for x in random_mixture(5, 3, 2)]
-    lse, _ = ops.mixture_log_prob(*mixture)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(lse.sum(), mixture, create_graph=True)
-
-
-def test_nothing_of_size_b_times_j_is_stored():
-    """The largest allocation of forward and backward, from the process's own peak memory."""
-    code = """
-import resource, torch
-from vmm_fast import ops
-B, J, D = 40000, 4000, 2
-mixture = [torch.randn(B, D), torch.randn(J, D), torch.eye(D).repeat(J, 1, 1), torch.zeros(J)]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-lse, expected = ops.mixture_log_prob(*[x.requires_grad_() for x in mixture])
-(lse + expected).sum().backward()
-ops.mixture_statistics(*mixture)
-ops.mixture_assign(*mixture)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
-    assert float(out.stdout) < 100  # MiB; one [B, J] float32 matrix would be 610
-
-
-BAD = torch.tensor([1.0, torch.nan])
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "error", "message"),
-    [
-        (0, torch.zeros(3), ValueError, "z must have shape"),
-        (
-            0,
-            torch.zeros(3, 2, dtype=torch.int64),
-            TypeError,
-            "centers must have z's dtype|z must be",
-        ),
-        (0, [[0.0, 0.0]], TypeError, "z must be a torch.Tensor"),
-        (0, torch.full((3, 2), torch.nan), ValueError, "z must be finite, but row 0"),
-        (
-            0,
-            torch.tensor([[0.0, 0.0], [0.0, torch.inf]]),
-            ValueError,
-            "z must be finite, but row 1",
-        ),
-        (0, torch.full((3, 2), 1e30), ValueError, "z must be near enough"),
-        (1, torch.zeros(4, 3), ValueError, "centers must have shape"),
-        (1, torch.zeros(0, 2), ValueError, "centers must have shape"),
-        (1, torch.zeros(4, 2, dtype=torch.float64), TypeError, "centers must have z's dtype"),
-        (1, torch.full((4, 2), torch.inf), ValueError, "centers must be finite, but component 0"),
-        (2, torch.zeros(4, 2), ValueError, "whitening must have shape"),
-        (2, torch.full((4, 2, 2), torch.nan), ValueError, "whitening must be finite"),
-        (3, torch.zeros(3), ValueError, "offsets must have shape"),
-        (3, torch.full((4,), torch.nan), ValueError, "offsets must be finite or -inf"),
-        (3, torch.full((4,), torch.inf), ValueError, "offsets must be finite or -inf"),
-        (3, torch.full((4,), -torch.inf), ValueError, "offsets are all -inf"),
-        (3, torch.zeros(4, device="meta"), ValueError, "offsets must be on z's device"),
-    ],
-)
-def test_errors_name_the_argument(position, value, error, message):
-    mixture = list(random_mixture(3, 4, 2, dtype=torch.float32))
-    mixture[position] = value
-    functions = [
-        ops.mixture_log_prob,
-        ops.mixture_statistics,
-        ops.mixture_responsibilities,
-        ops.mixture_log_joint,
-        ops.mixture_assign,
-    ]
-    for function in functions:
-        with pytest.raises(error, match=message):
-            function(*mixture)
-
-
-@pytest.mark.parametrize(
-    ("scale", "error", "message"),
-    [
-        (torch.ones(3, 2, device="meta"), ValueError, "scale must be on z's device cpu"),
-        (torch.ones(3, 2, dtype=torch.int64), TypeError, "scale must be float64, float32"),
-        (torch.ones(3, 5), ValueError, r"scale must have shape \[B, D\] = \[3, 2\]"),
-    ],
-)
-def test_kl_names_the_scale(scale, error, message):
-    with pytest.raises(error, match=message):
-        ops.mixture_kl(*random_mixture(3, 4, 2), False, scale)
-
-
-def test_group_must_divide():
-    with pytest.raises(ValueError, match="pseudo_inputs_per_component must divide J = 4"):
-        ops.mixture_assign(*random_mixture(3, 4, 2), False, 3)
-
-
-def test_unknown_instruction_set(monkeypatch):
-    monkeypatch.setenv("VMM_FAST_ISA", "quantum")
-    known = "VMM_FAST_ISA is 'quantum'.* must be one of baseline, avx2, avx512"
-    with pytest.raises(ValueError, match=known):
-        ops.mixture_log_prob(*random_mixture(3, 4, 2))
-
-
-@pytest.mark.parametrize("kernels", ["mixture", "components", "empirical_bayes"])
-def test_kernels_are_of_no_one_processor(kernels):
-    """The source of the baseline is that of NEON, whose vectors are as wide."""
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    source = Path(__file__).parents[1] / "csrc" / f"{kernels}_kernels.cpp"
-    if compiler is None or not source.exists():
-        pytest.skip("needs aarch64-linux-gnu-g++ and the core's source")
-    options = "-std=c++17 -fsyntax-only -Wall -Wextra -Werror -Wno-psabi -DVMM_ISA=baseline"
-    subprocess.run([compiler, *options.split(), "-DVMM_VECTOR_BYTES=16", source], check=True)
+    values = compiled(*inputs), step(*inputs)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which Linux has")
@@ -586,3 +518,113 @@ print(sum(bool(re.search("lib(gomp|omp|iomp5?)\\\\b", path)) for path in mapped)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("kernels", ["mixture", "components", "empirical_bayes"])
+def test_kernels_are_of_no_one_processor(kernels):
+    """The source of the baseline is that of NEON, whose vectors are as wide."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    source = Path(__file__).parents[1] / "csrc" / f"{kernels}_kernels.cpp"
+    if compiler is None or not source.exists():
+        pytest.skip("needs aarch64-linux-gnu-g++ and the core's source")
+    options = "-std=c++17 -fsyntax-only -Wall -Wextra -Werror -Wno-psabi -DVMM_ISA=baseline"
+    subprocess.run([compiler, *options.split(), "-DVMM_VECTOR_BYTES=16", source], check=True)
+
+
+# --- errors ---
+
+UNGROUPED = [ops.mixture_log_prob, ops.mixture_statistics]
+GROUPED = [ops.mixture_responsibilities, ops.mixture_log_joint, ops.mixture_assign]
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "message"),
+    [
+        (0, torch.zeros(3), ValueError, "z must have shape"),
+        (0, torch.zeros(3, 0), ValueError, "z must have shape"),
+        (0, torch.zeros(3, 2).long(), TypeError, "z must be float64, float32"),
+        (0, [[0.0, 0.0]], TypeError, "z must be a torch.Tensor"),
+        (1, torch.zeros(4, 3), ValueError, "centers must have shape"),
+        (1, torch.zeros(0, 2), ValueError, "centers must have shape"),
+        (1, torch.zeros(4, 2).double(), TypeError, "centers must have z's dtype"),
+        (2, torch.zeros(4, 2), ValueError, "whitening must have shape"),
+        (3, torch.zeros(3), ValueError, "offsets must have shape"),
+        (3, torch.zeros(4, device="meta"), ValueError, "offsets must be on z's device"),
+    ],
+)
+def test_errors_name_the_argument(position, value, error, message):
+    mixture = list(random_mixture(3, 4, 2, dtype=torch.float32))
+    mixture[position] = value
+    for function in UNGROUPED + GROUPED:
+        with pytest.raises(error, match=message):
+            function(*mixture)
+    with pytest.raises(error, match=message):
+        ops.mixture_kl(*mixture, False, torch.ones(3, 2))
+
+
+@checked
+@pytest.mark.parametrize(
+    ("argument", "row", "bad", "message", "where"),
+    [
+        (0, 0, torch.nan, "z must be finite, but ", "row 0"),
+        (0, 2, torch.inf, "z must be finite, but ", "row 2"),
+        (1, 1, torch.inf, "centers must be finite, but ", "component 1"),
+        (2, 3, torch.nan, "whitening must be finite, but ", "component 3"),
+        (3, 2, torch.nan, "offsets must be finite or -inf, but ", "component 2"),
+        (3, 2, torch.inf, "offsets must be finite or -inf, but ", "component 2"),
+        (3, slice(None), -torch.inf, "offsets are all -inf", ""),
+    ],
+)
+def test_errors_name_the_bad_value(backend, argument, row, bad, message, where):
+    """And the core says where it is."""
+    mixture = random_mixture(3, 4, 2, dtype=torch.float32)
+    mixture[argument][row] = bad
+    message += where if backends.FORCED == "core" else ""
+    for function in UNGROUPED + GROUPED:
+        with pytest.raises(ValueError, match=message):
+            function(*mixture)
+
+
+def test_z_too_far_off_is_an_error():
+    z, *components = random_mixture(3, 4, 2, dtype=torch.float32)
+    for function in UNGROUPED + GROUPED:
+        with pytest.raises(ValueError, match="z must be near enough"):
+            function(torch.full_like(z, 1e30), *components)
+
+
+@checked
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("full", [False, True])
+def test_kl_refuses_a_scale_that_is_not_positive(backend, bad, full):
+    mixture, scale = random_mixture(4, 3, 2), random_scale(4, 2, full)
+    scale[(2, 1, 1) if full else (2, 1)] = bad
+    with pytest.raises(ValueError, match="q must be finite with a positive scale, but row 2 is"):
+        ops.mixture_kl(*mixture, False, scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (torch.ones(3, 2, device="meta"), ValueError, "scale must be on z's device cpu"),
+        (torch.ones(3, 2, dtype=torch.int64), TypeError, "scale must be float64, float32"),
+        (torch.ones(3, 5), ValueError, r"scale must have shape \[B, D\] = \[3, 2\]"),
+        (None, ValueError, r"scale must have shape .* but has NoneType"),
+    ],
+)
+def test_kl_names_the_scale(scale, error, message):
+    with pytest.raises(error, match=message):
+        ops.mixture_kl(*random_mixture(3, 4, 2), False, scale)
+
+
+@pytest.mark.parametrize("function", GROUPED)
+@pytest.mark.parametrize("group", [0, 3])
+def test_group_must_divide(function, group):
+    with pytest.raises(ValueError, match="pseudo_inputs_per_component must divide J = 4"):
+        function(*random_mixture(3, 4, 2), False, group)
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("VMM_FAST_ISA", "quantum")
+    known = "VMM_FAST_ISA is 'quantum'.* must be one of baseline, avx2, avx512"
+    with pytest.raises(ValueError, match=known):
+        ops.mixture_log_prob(*random_mixture(3, 4, 2))

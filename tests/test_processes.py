@@ -7,9 +7,23 @@ import torch.multiprocessing as multiprocessing
 from torch.distributions import Normal
 
 from vmm_fast import VMMPrior
-from vmm_fast.inference.processes import average_over_processes, sum_over_processes
+from vmm_fast.inference.processes import (
+    average_over_processes,
+    sum_over_processes,
+    telling_of_lost_processes,
+)
 
 D, COMPONENTS, POINTS = 2, 4, 60
+INFERENCES = ["gradient", "closed-form"]
+
+several_processes = pytest.mark.skipif(
+    not dist.is_available(), reason="this torch has no torch.distributed"
+)
+
+
+def points():
+    generator = torch.Generator().manual_seed(1)
+    return 2 * torch.randn(POINTS, D, generator=generator, dtype=torch.float64)
 
 
 def train(z, inference):
@@ -26,35 +40,6 @@ def train(z, inference):
         prior.update(z, encoder)
     prior.fit(z, encoder, max_iterations=2)
     return {name: p.detach() for name, p in prior.named_parameters()}
-
-
-def worker(rank, folder, inference):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    z = torch.load(f"{folder}/z.pt").chunk(2)[rank]
-    torch.save(train(z, inference), f"{folder}/{rank}.pt")
-    # gloo's threads abort a process whose peer has left before it.
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-several_processes = pytest.mark.skipif(
-    not dist.is_available(), reason="this torch has no torch.distributed"
-)
-
-
-@several_processes
-@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
-def test_two_processes(tmp_path, inference):
-    torch.manual_seed(1)
-    z = 2 * torch.randn(POINTS, D, dtype=torch.float64)
-    torch.save(z, tmp_path / "z.pt")
-    multiprocessing.spawn(worker, (str(tmp_path), inference), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = train(z, inference)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-        torch.testing.assert_close(value, alone[name], rtol=1e-10, atol=1e-10)
 
 
 def mixed(rank):
@@ -78,11 +63,12 @@ def mixed(rank):
     ]
 
 
-def summing_worker(rank, folder):
+def worker(rank, folder):
+    """Do in this process all that the tests look at."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    rounds = []
-    all_reduce = dist.all_reduce
+    found = {inference: train(points().chunk(2)[rank], inference) for inference in INFERENCES}
+    rounds, all_reduce = [], dist.all_reduce
 
     def counted(tensor):
         rounds.append(tensor.dtype)
@@ -91,34 +77,52 @@ def summing_worker(rank, folder):
     dist.all_reduce = counted
     sums, means = mixed(rank), [x for x in mixed(rank) if x.is_floating_point()]
     places = [x.data_ptr() for x in sums + means]
-    number = sum_over_processes(sums)
+    found |= {"number": sum_over_processes(sums), "sums": sums, "means": means}
     average_over_processes(x for x in means)
-    assert places == [x.data_ptr() for x in sums + means]
-    found = rounds.copy()
+    found["in place"] = places == [x.data_ptr() for x in sums + means]
+    found["rounds"] = rounds.copy()
     average_over_processes([])
     sum_over_processes([torch.empty(0)])
-    alone = torch.tensor([1.0, 2.0])  # a single one goes as it is
-    average_over_processes([alone])
-    torch.save((number, sums, means, found, alone), f"{folder}/{rank}.pt")
+    found["alone"] = torch.tensor([1.0 + rank, 2.0])  # a single one goes as it is
+    average_over_processes([found["alone"]])
+    torch.save(found, f"{folder}/{rank}.pt")
+    # gloo's threads abort a process whose peer has left before it.
     dist.barrier()
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What was found in each of two processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    # What takes seconds to import is imported once for both.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "vmm_fast"])
+    multiprocessing.start_processes(worker, (str(folder),), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 @several_processes
-def test_sums_and_means_are_in_place_and_in_one_round_a_dtype(tmp_path):
-    multiprocessing.spawn(summing_worker, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("inference", INFERENCES)
+def test_two_processes_take_the_steps_of_one(both, inference):
+    alone = train(points(), inference)
+    for name, value in alone.items():
+        first, second = (found[inference][name] for found in both)
+        assert torch.equal(first, second), name
+        torch.testing.assert_close(first, value, rtol=1e-10, atol=1e-10)
+
+
+@several_processes
+def test_sums_and_means_are_in_place_and_in_one_round_a_dtype(both):
     expected = [a + b for a, b in zip(mixed(0), mixed(1), strict=True)]
-    for rank in range(2):
-        number, sums, means, rounds, alone = torch.load(tmp_path / f"{rank}.pt")
-        assert number == 2
-        for found, value in zip(sums, expected, strict=True):
-            assert found.dtype == value.dtype and torch.equal(found, value)
-        floating = [x for x in expected if x.is_floating_point()]
-        for found, value in zip(means, floating, strict=True):
-            assert found.dtype == value.dtype and torch.equal(found, value / 2)
+    halves = [x / 2 for x in expected if x.is_floating_point()]
+    for found in both:
+        assert found["number"] == 2 and found["in place"]
+        for given, values in ((found["sums"], expected), (found["means"], halves)):
+            for tensor, value in zip(given, values, strict=True):
+                assert tensor.dtype == value.dtype and torch.equal(tensor, value)
         dtypes = [torch.float32, torch.float64]
-        assert rounds == [*dtypes, torch.int64, torch.int32, *dtypes]
-        assert alone.tolist() == [1, 2]
+        assert found["rounds"] == [*dtypes, torch.int64, torch.int32, *dtypes]
+        assert found["alone"].tolist() == [1.5, 2]
 
 
 def test_without_a_process_group_nothing_happens():
@@ -126,3 +130,37 @@ def test_without_a_process_group_nothing_happens():
     assert sum_over_processes([z]) == 1
     average_over_processes([z])
     assert z.tolist() == [1, 1]
+
+
+VAIN = "has waited in vain for"
+LOST = "has lost its connection to another of the 2 processes"
+TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation"
+GAVE_UP = "Application timeout caused pair closure"
+CLOSED = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+
+
+@several_processes
+@pytest.mark.parametrize(
+    ("error", "processes", "told"),
+    [
+        (RuntimeError(TIMED_OUT), 2, f"{VAIN} process 0, which hangs"),
+        (RuntimeError(GAVE_UP), 2, f"{VAIN} process 0, which hangs"),
+        (RuntimeError(TIMED_OUT), 3, f"{VAIN} another of the 3, which hangs"),
+        (RuntimeError(CLOSED), 2, LOST),
+        (dist.DistError("closed"), 2, LOST),
+        (RuntimeError(CLOSED), 1, None),
+        (RuntimeError("of the model"), 2, None),
+        (ValueError("gloo"), 2, None),
+    ],
+    ids=lambda value: str(value)[-20:],
+)
+def test_an_error_of_the_connection_tells_what_has_happened(monkeypatch, error, processes, told):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: processes)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with pytest.raises(Exception) as caught, telling_of_lost_processes():
+        raise error
+    if told is None:
+        assert caught.value is error
+    else:
+        assert caught.match(f"^process 1 {told}") and caught.value.__cause__ is error

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from conftest import FORMS, random_gaussians, random_mixture
+from support import FORMS, random_gaussians, random_mixture
 
 from vmm_fast import reference
 

@@ -89,24 +89,29 @@ def cells(number=240, clusters=4, n_genes=30, seed=0, **settings):
     return adata
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """No UMAP, which one test takes: its first call compiles for ten seconds."""
-    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+PLANE = report._plane
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_umap():
+    """Its first call compiles for ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+        yield
 
 
 @pytest.fixture
 def page_of(tmp_path):
-    def write(adata, history=HISTORY, **options):
-        write_report(tmp_path / "report.html", adata, history, **options)
+    def write(adata, history=None, **options):
+        write_report(tmp_path / "report.html", adata, history or {}, **options)
         return Page(tmp_path / "report.html")
 
     return write
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """A page with everything, UMAP too, and the cells it is of."""
+def full(tmp_path_factory, no_umap):
+    """A page with everything, and the cells it is of."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     adata = cells(batch_key="donor", labels_key="type", genes=["gene0"] * 30, rate={"network": 0.1})
     write_report(path, adata, HISTORY)
@@ -117,7 +122,7 @@ def test_it_says_what_the_cells_are(full):
     path, adata = full
     page = Page(path)
     assert "240 cells, 30 genes, 3 batches, 4 clusters used of 50" in page.text
-    assert "UMAP of the 5 latent dimensions" in page.text
+    assert "Plot of the 5 latent dimensions" in page.text
     table = page.tables[0]
     sizes = adata.obs["vmm_cluster"].value_counts()
     assert [row[0] for row in table[2:]] == sizes.index.tolist()
@@ -180,12 +185,12 @@ def test_the_cells_are_left_as_they_are(full):
     pd.testing.assert_frame_equal(adata.obs, fresh.obs)
 
 
-def test_two_runs_give_the_same_page(page_of, quick):
+def test_two_runs_give_the_same_page(page_of):
     adata = cells(batch_key="donor", labels_key="type")
-    assert page_of(adata).source == page_of(adata).source
+    assert page_of(adata, HISTORY).source == page_of(adata, HISTORY).source
 
 
-def test_names_are_escaped(page_of, quick):
+def test_names_are_escaped(page_of):
     adata = cells(batch_key="donor", labels_key="<i>type", path='a"><script>alert(4)</script>')
     bad = {"donor 0": "<script>alert(1)</script>", "donor 1": '"><img src=x onerror=alert(2)>'}
     adata.obs["donor"] = adata.obs["donor"].replace(bad)
@@ -202,38 +207,23 @@ def test_names_are_escaped(page_of, quick):
     assert page.tables[0][2][-1].startswith("<b onclick='0'>é")
 
 
-def labels_of(kind, number):
-    index = np.arange(number)
-    return {
-        "integer": index % 3,
-        "float": index % 3 + 0.5,
-        "continuous": index / number,
-        "boolean": index % 2 == 0,
-        "missing": np.where(index % 2, np.nan, index % 3),
-        "all missing": np.full(number, np.nan),
-        "mixed": pd.Series([1, "1", None] * (number // 3), dtype=object).to_numpy(),
-        "unused": pd.Categorical(["a"] * number, categories=["a", "b"]),
-        "many": [f"label {i % 60}" for i in index],
-    }[kind]
+LABELS = {  # of 240 cells, and how many there are
+    "integer": (np.arange(240) % 3, 3),
+    "float": (np.arange(240) % 3 + 0.5, 3),
+    "continuous": (np.arange(240) / 240, 100),
+    "boolean": (np.arange(240) % 2 == 0, 2),
+    "missing": (np.where(np.arange(240) % 2, np.nan, np.arange(240) % 3), 3),
+    "all missing": (np.full(240, np.nan), 0),
+    "mixed": (pd.Series([1, "1", None] * 80, dtype=object).to_numpy(), 2),
+    "unused": (pd.Categorical(["a"] * 240, categories=["a", "b"]), 1),
+    "many": ([f"label {i % 60}" for i in range(240)], 60),
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "distinct"),
-    [
-        ("integer", 3),
-        ("float", 3),
-        ("continuous", 100),
-        ("boolean", 2),
-        ("missing", 3),
-        ("all missing", 0),
-        ("mixed", 2),
-        ("unused", 1),
-        ("many", 60),
-    ],
-)
-def test_labels_of_any_kind(page_of, quick, kind, distinct):
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_any_kind(page_of, kind):
     adata = cells(labels_key="label")
-    adata.obs["label"] = labels_of(kind, adata.n_obs)
+    adata.obs["label"], distinct = LABELS[kind]
     page = page_of(adata)
     pictures = [a["alt"] for a in page.of("img")]
     assert f"Embedding coloured by label, {distinct} colour" + "s" * (distinct != 1) in pictures
@@ -244,8 +234,8 @@ def test_labels_of_any_kind(page_of, quick, kind, distinct):
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 100])
-def test_one_to_a_hundred_clusters(page_of, quick, clusters):
-    adata = cells(number=1200, clusters=clusters, n_genes=110, batch_key="donor")
+def test_one_to_a_hundred_clusters(page_of, clusters):
+    adata = cells(number=12 * max(clusters, 5), clusters=clusters, n_genes=110, batch_key="donor")
     page = page_of(adata)
     assert len(page.tables[0]) == clusters + 2
     assert "Scores" not in page.text
@@ -262,7 +252,7 @@ def test_one_to_a_hundred_clusters(page_of, quick, clusters):
     "change",
     ["dense", "csc", "integers", "layer", "empty cells", "no counts", "one gene", "one batch"],
 )
-def test_counts_and_batches_of_any_kind(page_of, quick, change):
+def test_counts_and_batches_of_any_kind(page_of, change):
     adata = cells(batch_key="donor")
     batches = 3
     if change == "dense":
@@ -290,13 +280,15 @@ def test_counts_and_batches_of_any_kind(page_of, quick, change):
     assert ("Clusters in batches" in page.text) == (batches > 1)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 15])
-def test_few_cells(page_of, number):
+@pytest.mark.parametrize("number", [1, 2, 3, 14])
+def test_few_cells(page_of, number, monkeypatch):
+    monkeypatch.setattr(report, "_plane", PLANE)
     page = page_of(cells(number=number, clusters=2, batch_key="donor", labels_key="type"))
-    assert "too few cells" in page.text or number == 15
+    assert "Principal components of the 5 latent dimensions" in page.text
+    assert "too few cells" in page.text
 
 
-def test_clusters_of_few_cells_have_no_markers(page_of, quick):
+def test_clusters_of_few_cells_have_no_markers(page_of):
     adata = cells()
     adata.obs["vmm_cluster"] = pd.Categorical(["7"] * 9 + ["3"] * 231)
     rows = page_of(adata).tables[0][2:]
@@ -304,14 +296,14 @@ def test_clusters_of_few_cells_have_no_markers(page_of, quick):
     assert rows[1][-1] == "too few cells"
 
 
-def test_more_cells_than_a_picture_takes(page_of, quick, monkeypatch):
+def test_more_cells_than_a_picture_takes(page_of, monkeypatch):
     monkeypatch.setattr(report, "EMBEDDED", 50)
     page = page_of(cells(labels_key="type"))
     assert "50 random cells of 240" in page.text
     assert page.tables[0][1][1] == "240"
 
 
-def test_numbers_are_of_all_cells_where_some_were_drawn(page_of, quick):
+def test_numbers_are_of_all_cells_where_some_were_drawn(page_of):
     adata = cells(batch_key="donor", labels_key="type")
     whole, cluster = adata.obs, adata.obs["vmm_cluster"]
     names = cluster.value_counts().index
@@ -335,7 +327,7 @@ def test_numbers_are_of_all_cells_where_some_were_drawn(page_of, quick):
     assert one == other
 
 
-def test_all_drawn_cells_of_one_cluster(page_of, quick):
+def test_all_drawn_cells_of_one_cluster(page_of):
     adata = cells()
     rows = np.flatnonzero(adata.obs["vmm_cluster"] == "0")
     page = page_of(adata[rows].copy(), drawn_from=(adata.obs, rows))
@@ -343,19 +335,47 @@ def test_all_drawn_cells_of_one_cluster(page_of, quick):
     assert found == ["none stands out", *["too few cells drawn"] * 3]
 
 
-def test_latents_of_one_and_two_dimensions_and_all_alike(page_of):
-    adata = cells()
-    z = adata.obsm["X_vmm"]
-    for columns in (z[:, :1], z[:, :2]):
-        adata.obsm["X_vmm"] = columns
-        assert f"Plot of the {columns.shape[1]} latent dimensions" in page_of(adata).text
-    adata.obsm["X_vmm"] = np.zeros_like(z)
-    page_of(adata)
+def test_where_cells_lie_in_the_plane(monkeypatch):
+    given = []
+
+    def umap(data, **options):
+        given.append(options)
+        data.obsm["X_umap"] = data.X[:, :2] + 1
+
+    monkeypatch.setattr(report.sc.pp, "neighbors", lambda data, **options: given.append(options))
+    monkeypatch.setattr(report.sc.tl, "umap", umap)
+    z = np.random.default_rng(0).normal(size=(15, 5)).astype(np.float32)
+    plane, name = PLANE(z, 3)
+    assert name == "UMAP" and (plane == z[:, :2] + 1).all()
+    assert given == [{"use_rep": "X", "transformer": "sklearn", "random_state": 3}, given[1]]
+    assert given[1] == {"random_state": 3}
+    plane, name = PLANE(z[:14], 3)  # no neighbourhoods
+    left, scale, _ = np.linalg.svd(z[:14] - z[:14].mean(0), full_matrices=False)
+    assert name == "Principal components"
+    np.testing.assert_allclose(np.abs(plane), np.abs(left * scale)[:, :2], atol=1e-5)
+    for columns in (1, 2):  # no need
+        plane, name = PLANE(z[:, :columns], 3)
+        assert name == "Plot" and plane.shape == (15, 2)
+        np.testing.assert_allclose(plane[:, :columns], z[:, :columns], atol=1e-6)
+    assert len(given) == 2
+
+
+@pytest.mark.slow("UMAP compiles for ten seconds")
+def test_umap_keeps_clusters_apart_and_takes_cells_that_are_all_alike():
+    adata = cells(number=120, clusters=2)
+    plane, name = PLANE(adata.obsm["X_vmm"], 0)
+    assert name == "UMAP"
+    first = (adata.obs["vmm_cluster"] == "0").to_numpy()
+    centers = [plane[rows].mean(0) for rows in (first, ~first)]
+    spread = max(plane[rows].std() for rows in (first, ~first))
+    assert np.linalg.norm(centers[0] - centers[1]) > 2 * spread
+    assert (PLANE(adata.obsm["X_vmm"], 0)[0] == plane).all()
+    assert PLANE(np.zeros((40, 5), dtype=np.float32), 0)[0].shape == (40, 2)
 
 
 @pytest.mark.parametrize("history", [{}, {"elbo_train": [np.nan]}, {"kl_weight": [1.0]}])
-def test_without_curves(page_of, quick, history):
-    assert "No training curves were recorded" in page_of(cells(), history).text
+def test_without_curves(history):
+    assert "No training curves were recorded" in report._curves(history)
 
 
 def test_validation_of_every_second_epoch_stands_where_it_was(monkeypatch):
@@ -368,7 +388,7 @@ def test_validation_of_every_second_epoch_stands_where_it_was(monkeypatch):
     assert [row.get("validation_elbo") for row in rows] == [None, -85, None, -75]
 
 
-def test_what_is_missing_is_named(tmp_path, quick):
+def test_what_is_missing_is_named(tmp_path):
     adata = cells()
     adata.obsm["X_vmm"][3, 1] = np.nan
     with pytest.raises(ValueError, match="X_vmm"):
@@ -381,6 +401,7 @@ def test_what_is_missing_is_named(tmp_path, quick):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+@pytest.mark.slow("starts a browser")
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the path")
 def test_a_browser_shows_it(full, tmp_path):
     path, adata = full

@@ -1,4 +1,4 @@
-"""scVI with a mixture prior, next to stock scVI."""
+"""scVI with a mixture prior: likelihoods, pseudo-cells, and training with Lightning."""
 
 import copy
 import math
@@ -6,98 +6,69 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import COVARIATES, TRAIN, batch_of, prior_steps, scvi_model, separated_cells
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
-from anndata import AnnData  # noqa: E402
-from lightning.pytorch.callbacks import Callback  # noqa: E402
-from scipy.sparse import csr_matrix  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
+from scvi.train import SaveCheckpoint  # noqa: E402
+from torch.distributions import Normal  # noqa: E402
 
 from vmm_fast.counts import SoftmaxMean  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
-from vmm_fast.scvi.training import (  # noqa: E402
-    EmpiricalBayes,
-    EmpiricalBayesTrainingPlan,
-)
+from vmm_fast.scvi.training import EmpiricalBayes, EmpiricalBayesTrainingPlan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-TRAIN = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-}
+AT_ONCE = {"plan_kwargs": {"prior_warmup": 0.0}}
 
 
-@pytest.fixture(autouse=True)
-def logs(tmp_path):
-    scvi.settings.logging_dir = tmp_path
-
-
-def cells(number=240, genes=40, clusters=4, batches=2, seed=0):
-    """Counts of well-separated clusters, in batches that scale every gene by its own factor."""
-    random = np.random.default_rng(seed)
-    cluster, batch = random.integers(clusters, size=number), random.integers(batches, size=number)
-    rates = random.gamma(0.5, 4.0, (clusters, genes)) + 0.1
-    factors = random.lognormal(0, 0.3, (batches, genes))
-    depth = random.lognormal(0, 0.3, (number, 1))
-    counts = random.poisson(rates[cluster] * factors[batch] * depth).astype(np.float32)
-    adata = AnnData(csr_matrix(counts))
-    adata.obs["batch"] = [f"batch {b}" for b in batch]
-    adata.obs["cluster"] = cluster.astype(str)
-    adata.obs["donor"] = [f"donor {d}" for d in random.integers(3, size=number)]
-    adata.obs["age"] = random.normal(size=number)
-    return adata
+@pytest.fixture(autouse=True, scope="module")
+def logs(tmp_path_factory):
+    scvi.settings.logging_dir = tmp_path_factory.mktemp("logs")
 
 
 def model(adata=None, setup=None, seed=0, **options):
-    adata = cells() if adata is None else adata
-    VMMSCVI.setup_anndata(adata, **{"batch_key": "batch", **(setup or {})})
-    scvi.settings.seed = seed
-    options = {"n_components": 12, "n_hidden": 32, "n_latent": 4, **options}
-    return VMMSCVI(adata, **options)
+    return scvi_model(VMMSCVI, adata, setup, seed, **{"n_components": 12, **options})
 
 
-def trained(epochs=3, train=None, **options):
-    found = model(**options)
-    found.train(epochs, batch_size=64, **{**TRAIN, **(train or {})})
-    return found
+def train(model, epochs=1, **options):
+    model.train(epochs, **{**TRAIN, **options})
+    return model
 
 
-def batch_of(found):
-    loader = found._make_data_loader(found.adata, batch_size=50)
-    return next(iter(loader))
+@cache
+def learnt():
+    """A trained model, which all tests leave as it is."""
+    return train(model(), 3)
 
 
-@pytest.mark.parametrize("encode_covariates", [False, True])
-def test_the_normal_prior_is_stock_scvi(encode_covariates):
-    adata = cells()
-    options = {"encode_covariates": encode_covariates, "fused_likelihood": False}
-    ours = model(adata, prior="normal", **options)
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-    scvi.settings.seed = 0
-    stock = scvi.model.SCVI(adata, n_hidden=32, n_latent=4, encode_covariates=encode_covariates)
-    losses = []
-    for found in (ours, stock):
-        scvi.settings.seed = 1
-        _, _, loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})
-        losses.append(loss.loss)
-    assert losses[0] == losses[1]
+# --- likelihood ---
 
 
-@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
-@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
+def loss_of(model):
+    """Loss of the first cells, with the same random numbers for all models."""
+    scvi.settings.seed = 1
+    return model.module(batch_of(model), loss_kwargs={"kl_weight": 0.7})[2].loss
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "dispersion"),
+    [
+        *((name, each) for name in ("zinb", "nb") for each in ("gene", "gene-batch", "gene-cell")),
+        ("poisson", "gene"),
+        ("normal", "gene"),
+    ],
+)
+@pytest.mark.parametrize("library", ["observed", "latent", "size factor"])
 @pytest.mark.parametrize("for_loss", [False, True])
-@pytest.mark.parametrize("use_observed_lib_size", [False, True])
-def test_the_fused_likelihood_is_scvi_s(
-    likelihood, dispersion, for_loss, use_observed_lib_size, monkeypatch
-):
+def test_the_fused_likelihood_is_scvi_s(likelihood, dispersion, library, for_loss, monkeypatch):
     calls = []
 
     def counted(name):
@@ -111,35 +82,26 @@ def test_the_fused_likelihood_is_scvi_s(
 
     for name in ("zinb", "nb", "poisson"):
         counted(name)
+    adata = separated_cells()
+    adata.obs["size"] = 1.0 + np.arange(adata.n_obs)
+    setup = {"size_factor_key": "size"} if library == "size factor" else {}
+    options = {"gene_likelihood": likelihood, "dispersion": dispersion, "prior": "normal"}
+    options["use_observed_lib_size"] = library != "latent"
     losses, slopes = [], []
     for fused in (False, True):
-        options = {
-            "gene_likelihood": likelihood,
-            "dispersion": dispersion,
-            "use_observed_lib_size": use_observed_lib_size,
-        }
-        found = model(prior="normal", fused_likelihood=fused, **options)
-        scvi.settings.seed = 1
+        found = model(adata, setup, fused_likelihood=fused, **options)
         with found.module.decoding_for_loss() if for_loss else nullcontext():
-            loss = found.module(batch_of(found), loss_kwargs={"kl_weight": 0.7})[2].loss
+            loss = loss_of(found)
         loss.backward()
         losses.append(loss.detach())
         slopes.append([p.grad for p in found.module.parameters() if p.grad is not None])
-    # In a training step the likelihood takes the softmax of the mean, too.
-    assert calls == ([] if likelihood == "normal" else [(likelihood, for_loss)])
+    # In a training step the likelihood takes the softmax of the mean, too, where there is one.
+    softmax = for_loss and library != "size factor"
+    assert calls == ([] if likelihood == "normal" else [(likelihood, softmax)])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for a, b in zip(*slopes, strict=True):
         # A bias before batch normalisation has a gradient of nothing but rounding errors.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-5)
-
-
-def test_the_marginal_likelihood_of_several_samples_a_pass():
-    found = trained(prior="normal")
-    values = []
-    for found.module.fused_likelihood in (False, True):
-        scvi.settings.seed = 1
-        values.append(found.get_marginal_ll(n_mc_samples=6, n_mc_samples_per_pass=3))
-    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_what_is_decoded_outside_of_a_step_is_scvi_s():
@@ -148,14 +110,12 @@ def test_what_is_decoded_outside_of_a_step_is_scvi_s():
     tensors = batch_of(found)
     with found.module.decoding_for_loss():
         found.module(tensors)
-    scvi.settings.seed = 1
-    _, decoded, _ = found.module(tensors)
-    scvi.settings.seed = 1
-    found.module.fused_likelihood = False
-    _, expected, _ = found.module(tensors)
+    decoded = []
+    for found.module.fused_likelihood in (False, True):
+        scvi.settings.seed = 1
+        decoded.append(found.module(tensors)[1]["px"])
     for name in ("mu", "scale", "theta", "zi_logits"):
-        assert torch.equal(getattr(decoded["px"], name), getattr(expected["px"], name))
-    found.module.fused_likelihood = True
+        assert torch.equal(*(getattr(each, name) for each in decoded))
     with found.module.decoding_for_loss():
         samples = found.module(tensors, inference_kwargs={"n_samples": 2})[1]["px"]
     torch.testing.assert_close(samples.scale.sum(-1), torch.ones(samples.scale.shape[:-1]))
@@ -167,139 +127,138 @@ def test_what_is_decoded_outside_of_a_step_is_scvi_s():
             return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
 
     found.module.__class__ = WithAnotherLoss
-    found.train(1, batch_size=64, **TRAIN)
+    train(found)
 
 
-def test_size_factors_have_no_softmax():
-    adata = cells()
-    adata.obs["size"] = 1.0 + np.arange(adata.n_obs)
-    VMMSCVI.setup_anndata(adata, batch_key="batch", size_factor_key="size")
-    losses = []
-    for fused in (False, True):
-        sized = VMMSCVI(adata, prior="normal", n_latent=4, fused_likelihood=fused)
-        sized.module.load_state_dict(losses[0][1] if losses else sized.module.state_dict())
-        scvi.settings.seed = 1
-        with sized.module.decoding_for_loss():
-            loss = sized.module(batch_of(sized))[2].loss
-        losses.append((loss, sized.module.state_dict()))
-    torch.testing.assert_close(losses[0][0], losses[1][0])
-
-
-def test_training_leaves_no_graph_behind(monkeypatch):
-    found = model()
-
-    def fail(*args):
-        raise RuntimeError("between the steps")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="between the steps"):
-        patch.setattr(EmpiricalBayes, "_update_prior", fail)
-        found.train(1, batch_size=64, **TRAIN, plan_kwargs={"prior_warmup": 0})
-    copy.deepcopy(found.module)
-
-
-def test_metrics_are_logged_without_a_trainer():
-    plan = EmpiricalBayesTrainingPlan(model().module)
-    with pytest.warns(UserWarning, match="trainer"):
-        plan.log("elbo_train", plan.elbo_train, on_step=False)
-
-
-def test_the_history_is_that_of_metrics_logged_in_every_step(monkeypatch):
-    train = {"check_val_every_n_epoch": 1, "plan_kwargs": {"prior_warmup": 0}, "logger": None}
-    history = trained(train=train).history
-    monkeypatch.delattr(EmpiricalBayes, "log")
-    expected = trained(train=train).history
-    assert history.keys() == expected.keys() >= {"elbo_train", "elbo_validation", "kl_local_train"}
-    assert len(history["elbo_train"]) == len(history["elbo_validation"]) == 3
-    for name, values in expected.items():
-        np.testing.assert_array_equal(history[name], values, err_msg=name)
-
-
-def test_the_loss_is_scvi_s_with_the_prior_s_divergence():
-    found = trained()
-    found.module.eval()
-    tensors = batch_of(found)
+@pytest.mark.parametrize("prior", ["vmm", "normal"])
+@pytest.mark.parametrize("use_observed_lib_size", [False, True])
+def test_the_marginal_likelihood_is_a_mean_of_importance_weights(prior, use_observed_lib_size):
+    found = model(prior=prior, use_observed_lib_size=use_observed_lib_size).module.eval()
+    tensors, draws = batch_of(learnt()), 3
     scvi.settings.seed = 1
-    with torch.no_grad():
-        outputs, _, loss = found.module(tensors, loss_kwargs={"kl_weight": 0.5})
+    values = found.marginal_ll(tensors, draws)
+    scvi.settings.seed = 1
+    assert found.marginal_ll(tensors, draws, return_mean=True) == pytest.approx(values.mean())
+    scvi.settings.seed = 1
+    prior_log_prob = Normal(0, 1).log_prob if prior == "normal" else found.components().log_prob
+    terms = []
+    for _ in range(draws):
+        with torch.no_grad():
+            outputs, generated, _ = found(
+                tensors, get_inference_input_kwargs={"full_forward_pass": True}
+            )
         q, z = outputs["qz"], outputs["z"]
-        components = found.module.components()
-        kl = q.log_prob(z).sum(-1) - components.log_prob(z)
-        # -H(q) in place of log q(z): the same in expectation
-        kl += -q.entropy().sum(-1) - q.log_prob(z).sum(-1)
-        torch.testing.assert_close(loss.kl_local["kl_divergence_z"], kl, rtol=1e-4, atol=1e-4)
-        total = (loss.reconstruction_loss["reconstruction_loss"] + 0.5 * kl).mean()
-    torch.testing.assert_close(loss.loss, total, rtol=1e-5, atol=1e-4)
+        term = prior_log_prob(z).reshape(50, -1).sum(-1)
+        term -= Normal(q.loc, q.scale).log_prob(z).sum(-1)
+        term += generated["px"].log_prob(tensors["X"]).sum(-1)
+        if not use_observed_lib_size:
+            library = outputs["library"]
+            term += generated["pl"].log_prob(library).sum(-1)
+            term -= outputs["ql"].log_prob(library).sum(-1)
+        terms.append(term)
+    expected = torch.stack(terms).double().logsumexp(0) - math.log(draws)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("prior", ["vmm", "gmm", "vamp"])
-def test_clusters(prior):
-    found = trained(prior=prior)
-    probabilities = found.get_cluster_probabilities()
-    assert probabilities.shape == (240, 12)
-    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
-    labels = found.get_clusters()
-    np.testing.assert_array_equal(labels, probabilities.argmax(1))
-    entropy = -(probabilities * np.log(probabilities + 1e-30)).sum(1)
-    np.testing.assert_allclose(found.get_cluster_entropy(), entropy, atol=1e-4)
-    np.testing.assert_array_equal(found.get_clusters(indices=[3, 5]), labels[[3, 5]])
+def test_the_marginal_likelihood_of_several_samples_a_pass():
+    found = train(model(prior="normal"))
+    values = []
+    for found.module.fused_likelihood in (False, True):
+        scvi.settings.seed = 1
+        values.append(found.get_marginal_ll(n_mc_samples=6, n_mc_samples_per_pass=3))
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-def test_the_normal_prior_has_no_clusters():
-    with pytest.raises(ValueError, match="prior must be 'vmm', 'gmm' or 'vamp' for clusters"):
-        trained(prior="normal").get_clusters()
+@pytest.mark.parametrize("truncation", [False, True])
+def test_importance_weights_are_under_the_prior(truncation, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 5, 4, generator=generator)
+    normal = torch.rand(30, generator=generator, dtype=torch.float64).numpy()
+    with monkeypatch.context() as patch:
+        patch.setattr(scvi.model.SCVI, "get_importance_weights", lambda self, **options: normal)
+        weights = learnt().get_importance_weights(zs=z, truncation=truncation)
+        plain = model(prior="normal").get_importance_weights(zs=z)
+    assert plain is normal
+    z = z.reshape(-1, 4)
+    log_ratio = learnt().module.components().log_prob(z) - Normal(0, 1).log_prob(z).sum(-1)
+    expected = normal * log_ratio.double().exp().numpy()
+    if truncation:  # from below, as scvi-tools does: at the mean
+        expected = np.maximum(expected, expected.sum() / 30)
+    np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-4)
+    options = {"n_samples_overall": 30, "weights": "importance", "return_numpy": True}
+    options |= {"n_mc_samples": 2, "n_mc_samples_per_pass": 1}
+    means = learnt().get_normalized_expression(indices=np.arange(20), **options)
+    assert np.isfinite(means).all()
+
+
+# --- options ---
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"dispersion": "gene-batch"},
-        {"gene_likelihood": "nb"},
-        {"gene_likelihood": "poisson"},
-        {"use_observed_lib_size": False},
+        {"dispersion": "gene-batch", "gene_likelihood": "nb", "latent_distribution": "ln"},
+        {"gene_likelihood": "poisson", "use_observed_lib_size": False},
         {"batch_representation": "embedding"},
-        {"encode_covariates": False},
-        {"latent_distribution": "ln"},
-        {"n_layers": 2},
+        {"encode_covariates": False, "n_layers": 2},
         {"prior_kwargs": {"inference": "closed-form"}},
         {"prior_kwargs": {"pseudo_inputs_per_component": 2, "weights": "stick-breaking"}},
         {"prior_kwargs": {"reuse_encoding": True}},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_options_of_scvi(options):
-    covariates = {
-        "categorical_covariate_keys": ["donor"],
-        "continuous_covariate_keys": ["age"],
-        "labels_key": "cluster",
-    }
-    found = trained(1, setup=covariates, **options)
+def test_a_step_with_options_of_scvi(options):
+    found = model(setup=COVARIATES, **options)
+    found._start_pseudo_cells()
+    number = 12 * options.get("prior_kwargs", {}).get("pseudo_inputs_per_component", 1)
+    assert len(found.module.components().centers) == number
+    loss = found.module(batch_of(found))[2]
+    loss.loss.backward()
+    assert loss.loss.isfinite() and loss.kl_local["kl_divergence_z"].shape == (50,)
+    prior = found.module.prior
+    assert all(p.grad is not None for p in found.module.z_encoder.parameters())
+    assert all(p.grad is None for p in prior.parameters())
+    # Pseudo-cells move by their own step alone.
+    cells = prior.pseudo_inputs
+    before = [p.clone() for p in (cells.raw_counts, *cells.category_logits)]
+    found.module.update_prior()
+    after = (cells.raw_counts, *cells.category_logits)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert found.module.prior_learnt
+    found.is_trained = True
+    found.module.eval()
     assert np.isfinite(found.get_elbo())
-    assert np.isfinite(found.get_latent_representation()).all()
-    assert found.get_clusters().shape == (240,)
+    # Clusters are of q's mean, of which the latent of "ln" is the softmax.
+    means, _ = found.get_latent_representation(return_dist=True)
+    labels = found.module.components().assign(torch.from_numpy(means)).labels
+    np.testing.assert_array_equal(found.get_clusters(), labels)
+    for library_size in (1, "latent"):
+        expression = found.get_component_expression(n_samples=2, library_size=library_size)
+        assert expression.shape == (12, 40) and np.isfinite(expression).all(axis=None)
+    if found.module.use_observed_lib_size:
+        assert expression.sum(1).mean() > 10  # counts
     if options.get("latent_distribution") == "ln":
+        assert not np.allclose(means, found.get_latent_representation())
         with pytest.raises(NotImplementedError, match="latent_distribution='normal' alone"):
             found.get_marginal_ll(n_mc_samples=3)
-    else:
-        assert np.isfinite(found.get_marginal_ll(n_mc_samples=3))
 
 
-def test_pseudo_cells_start_as_cells_and_move():
-    found = model()
-    assert not found.module.prior.pseudo_inputs.started
-    found._start_pseudo_cells()
-    pseudo_cells = found.module.prior.pseudo_inputs
-    start = pseudo_cells()
-    counts = found.adata.X.toarray()
-    distance = np.abs(counts[:, None] - start.log_counts.expm1().detach().numpy()).max(-1)
-    nearest = distance.argmin(0)
-    assert distance.min(0).max() < 1e-3
-    batches = found.adata.obs["batch"].astype("category").cat.codes.to_numpy()
-    (membership,) = start.categories
-    np.testing.assert_array_equal(membership.argmax(1), batches[nearest])
-    assert membership.max() < 0.96
-    found.train(1, batch_size=64, **TRAIN)
-    for before, after in zip(start[:1], pseudo_cells()[:1], strict=True):
-        assert not torch.equal(before, after)
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match=r"prior must be one of .*, but is 'none'"):
+        model(prior="none")
+    with pytest.raises(ValueError, match="n_components must be an integer of at least 1"):
+        model(n_components=0)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"prior_warmup must be in \[0, 1\), but is"):
+            train(model(), plan_kwargs={"prior_warmup": share})
+    with pytest.raises(ValueError, match="prior_warmup must be 0 where training has no last step"):
+        train(model(), -1, max_time={"seconds": 1})
+    found = model(separated_cells(20), n_components=30)
+    with pytest.raises(ValueError, match=r"at most the number of cells, 20, .* but is 30"):
+        train(found)
+
+
+# --- pseudo-cells and new batches ---
 
 
 def test_pseudo_counts_of_large_cells_are_finite():
@@ -312,114 +271,32 @@ def test_pseudo_counts_of_large_cells_are_finite():
     assert pseudo_cells.raw_counts.grad.isfinite().all()
 
 
-def test_more_pseudo_cells_than_cells():
-    found = model(cells(20), n_components=30)
-    with pytest.raises(ValueError, match=r"at most the number of cells, 20, .* but is 30"):
-        found.train(1, **TRAIN)
-
-
-def test_the_network_s_optimizer_does_not_see_the_prior():
-    found = trained(1)
-    plan = found._training_plan_cls(found.module)
-    seen = {
-        id(p)
-        for group in plan.configure_optimizers()["optimizer"].param_groups
-        for p in group["params"]
-    }
-    prior = list(found.module.prior.parameters())
-    assert not seen.intersection(id(p) for p in prior)
-    assert all(p.requires_grad for p in prior)
-    assert len(seen) + len(prior) == len(list(found.module.parameters()))
-
-
-def test_adam_takes_its_step_in_one_pass():
-    found = model()
-    for options, fused in (
-        ({}, True),
-        ({"optimizer": "AdamW"}, True),
-        ({"optimizer": "Custom", "optimizer_creator": torch.optim.SGD}, None),
-        (
-            {
-                "optimizer": "Custom",
-                "optimizer_creator": lambda p: torch.optim.Adam(p, foreach=True),
-            },
-            None,
-        ),
-    ):
-        plan = found._training_plan_cls(found.module, **options)
-        optimizer = plan.configure_optimizers()["optimizer"]
-        assert optimizer.param_groups[0].get("fused") is fused
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-def test_pseudo_cells_move_by_their_own_step_alone(reuse):
-    found = model(prior_kwargs={"reuse_encoding": reuse})
-    found._start_pseudo_cells()
-    found.module(batch_of(found), loss_kwargs={"kl_weight": 1.0})[2].loss.backward()
-    cells = found.module.prior.pseudo_inputs
-    assert all(p.grad is None for p in cells.parameters())
-    assert all(p.grad is not None for p in found.module.z_encoder.parameters())
-    before = [p.clone() for p in (cells.raw_counts, *cells.category_logits)]
-    found.module.update_prior()
-    after = (cells.raw_counts, *cells.category_logits)
-    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_the_prior_moves_once_an_optimizer_step(monkeypatch):
-    found = model()
-    calls = []
-    update = found.module.update_prior
-    monkeypatch.setattr(found.module, "update_prior", lambda: (calls.append(1), update()))
-    found.train(2, batch_size=54, accumulate_grad_batches=2, train_size=0.9, **TRAIN)
-    assert len(calls) == 4  # 216 cells are 4 batches, 2 steps an epoch
-
-
-# --- files ---
-
-
-@pytest.mark.parametrize("prior", ["vmm", "gmm", "vamp", "normal"])
-def test_a_loaded_model_gives_the_same(tmp_path, prior):
-    found = trained(prior=prior)
-    found.save(tmp_path / "model", save_anndata=True)
-    loaded = VMMSCVI.load(tmp_path / "model", accelerator="cpu")
-    np.testing.assert_array_equal(
-        loaded.get_latent_representation(), found.get_latent_representation()
-    )
-    if prior != "normal":
-        np.testing.assert_array_equal(
-            loaded.get_cluster_probabilities(), found.get_cluster_probabilities()
-        )
-    loaded.train(1, batch_size=64, **TRAIN)
-
-
 SAME = {"atol": 1e-3, "rtol": 0}  # but for a share of e^-10 in the new batch
 
 
 def test_query_cells_of_a_new_batch_leave_the_clusters_alone(tmp_path):
-    adata = cells(400, batches=3)
+    adata = separated_cells(400, batches=3)
     query = adata[adata.obs["batch"] == "batch 2"].copy()
-    reference = adata[adata.obs["batch"] != "batch 2"].copy()
-    found = trained(20, adata=reference)
+    found = train(model(adata[adata.obs["batch"] != "batch 2"].copy()), 3)
     found.save(tmp_path / "model")
     mapped = VMMSCVI.load_query_data(query, str(tmp_path / "model"), accelerator="cpu")
     before = found.module.components()
     torch.testing.assert_close(mapped.module.components().centers, before.centers, **SAME)
-    mapped.train(5, batch_size=64, plan_kwargs={"weight_decay": 0.0}, **TRAIN)
+    train(mapped, 2, plan_kwargs={"weight_decay": 0.0})
     assert mapped.get_clusters().shape == (query.n_obs,)
-    after = mapped.module.components()
-    torch.testing.assert_close(after.centers, before.centers, **SAME)
+    torch.testing.assert_close(mapped.module.components().centers, before.centers, **SAME)
     for name in ("logits", "raw_precision"):
         assert torch.equal(getattr(mapped.module.prior, name), getattr(found.module.prior, name))
 
 
 @pytest.mark.parametrize("representation", ["one-hot", "embedding"])
 def test_new_batches_and_categories_leave_weights_with_their_own(representation):
-    adata = cells(400, batches=4)
+    adata = separated_cells(400, batches=4)
     adata.obs["donor"] = np.where(adata.obs["batch"] == "batch 3", "donor 3", adata.obs["donor"])
     new = adata.obs["batch"].isin(["batch 2", "batch 3"])
     reference, query = adata[~new].copy(), adata[new].copy()
     setup = {"categorical_covariate_keys": ["donor", "cluster"]}
-    found = trained(adata=reference, setup=setup, batch_representation=representation)
+    found = train(model(reference, setup, batch_representation=representation))
     mapped = VMMSCVI.load_query_data(query, found, accelerator="cpu")
     before, after = found.module.components(), mapped.module.components()
     torch.testing.assert_close(after.centers, before.centers, **SAME)
@@ -433,7 +310,7 @@ def test_new_batches_and_categories_leave_weights_with_their_own(representation)
 
 
 def test_minified_data():
-    found = trained()
+    found = train(model())
     latents = found.get_latent_representation()
     qzm, qzv = found.get_latent_representation(give_mean=False, return_dist=True)
     found.adata.obsm["X_latent_qzm"], found.adata.obsm["X_latent_qzv"] = qzm, qzv
@@ -443,64 +320,142 @@ def test_minified_data():
     np.testing.assert_array_equal(found.get_clusters(), labels)
 
 
+# --- optimizers ---
+
+
+def test_the_network_s_optimizer_does_not_see_the_prior():
+    found = model()
+    groups = found._training_plan_cls(found.module).configure_optimizers()["optimizer"].param_groups
+    seen = {id(p) for group in groups for p in group["params"]}
+    prior = list(found.module.prior.parameters())
+    assert not seen.intersection(id(p) for p in prior)
+    assert all(p.requires_grad for p in prior)
+    assert len(seen) + len(prior) == len(list(found.module.parameters()))
+
+
+def test_adam_takes_its_step_in_one_pass():
+    foreach = {"optimizer_creator": lambda p: torch.optim.Adam(p, foreach=True)}
+    for options, fused in (
+        ({}, True),
+        ({"optimizer": "AdamW"}, True),
+        ({"optimizer": "Custom", "optimizer_creator": torch.optim.SGD}, None),
+        ({"optimizer": "Custom", **foreach}, None),
+    ):
+        plan = EmpiricalBayesTrainingPlan(learnt().module, **options)
+        optimizer = plan.configure_optimizers()["optimizer"]
+        assert optimizer.param_groups[0].get("fused") is fused
+
+
+@pytest.mark.parametrize("prior", ["vmm", "normal"])
+def test_processes_share_the_running_statistics_before_the_prior_moves(prior, monkeypatch):
+    """All its other tensors come from sums over the processes."""
+    found, calls = model(prior=prior, prior_kwargs={"data_size": 240} if prior == "vmm" else {}), []
+    monkeypatch.setattr(module, "average_over_processes", lambda x: calls.append(list(x)))
+    train(found, batch_size=54, train_size=0.9, **AT_ONCE)
+    running = [x for name, x in found.module.named_buffers() if ".running_" in name]
+    assert len(running) >= 4
+    assert len(calls) == (4 if prior == "vmm" else 0)
+    for averaged in calls:
+        assert {id(x) for x in running} <= {id(x) for x in averaged}
+        assert not {id(x) for x in averaged} & {id(x) for x in found.module.prior.buffers()}
+        assert all(x.is_floating_point() for x in averaged)
+
+
 # --- Lightning ---
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    first = model()
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    at_once = {"batch_size": 64, "plan_kwargs": {"prior_warmup": 0.0}, **TRAIN}
-    first.train(2, callbacks=[keep], enable_checkpointing=True, **at_once)
-    steps = prior_steps(first)
-    second = model(seed=1)
-    second.train(5, ckpt_path=tmp_path / "last.ckpt", **at_once)
-    assert second.trainer.current_epoch == 5
-    assert prior_steps(second) == steps / 2 * 5
-
-
-def test_accumulated_gradients_go_on_from_a_checkpoint(tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    first, second = model(), model(seed=1)
-    keep = ModelCheckpoint(tmp_path, filename="last")
-    options = {"batch_size": 54, "accumulate_grad_batches": 2, **TRAIN}
-    options |= {"train_size": 0.9, "plan_kwargs": {"prior_warmup": 0.0}}
-    first.train(2, callbacks=[keep], enable_checkpointing=True, **options)
-    assert prior_steps(first) == 2 * 2  # 216 cells are 4 batches
-    second.train(3, ckpt_path=tmp_path / "last.ckpt", **options)
-    assert prior_steps(second) == 3 * 2
+def test_metrics_are_logged_once_an_epoch_and_as_if_in_every_step(monkeypatch):
+    plan = EmpiricalBayesTrainingPlan(model().module)
+    with pytest.warns(UserWarning, match="trainer"):
+        plan.log("elbo_train", plan.elbo_train, on_step=False)
+    options = {"check_val_every_n_epoch": 1, "logger": None, **AT_ONCE}
+    history = train(model(), 3, **options).history
+    monkeypatch.delattr(EmpiricalBayes, "log")
+    expected = train(model(), 3, **options).history
+    assert history.keys() == expected.keys() >= {"elbo_train", "elbo_validation", "kl_local_train"}
+    assert len(history["elbo_train"]) == len(history["elbo_validation"]) == 3
+    for name, values in expected.items():
+        np.testing.assert_array_equal(history[name], values, err_msg=name)
 
 
-def test_a_checkpoint_amid_an_epoch_has_the_step_of_network_and_prior(tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 1.0, "early_stopping": True, "check_val_every_n_epoch": 1},
+        {"plan_kwargs": {"n_epochs_kl_warmup": 2, "reduce_lr_on_plateau": True}, "logger": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_lightning(options):
+    found = train(model(), 2, **options)
+    assert np.isfinite(found.get_latent_representation()).all()
+    assert all(p.isfinite().all() for p in found.module.parameters())
 
-    states = {}
+
+def test_the_divergence_has_its_whole_weight_from_the_start():
+    weights = []
 
     class Watch(Callback):
-        def on_train_batch_start(self, trainer, plan, *rest):
-            state = plan.module.state_dict()
-            states[trainer.global_step] = {k: v.clone() for k, v in state.items()}
+        def on_train_batch_end(self, trainer, plan, *rest):
+            weights.append(float(plan.kl_weight))
 
+    train(model(), 2, callbacks=[Watch()])
+    assert set(weights) == {1.0}
+
+
+def test_training_leaves_no_graph_behind(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("between the steps")
+
+    monkeypatch.setattr(EmpiricalBayes, "_update_prior", fail)
     found = model()
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    found.train(
-        2,
-        batch_size=64,
-        callbacks=[keep, Watch()],
-        enable_checkpointing=True,
-        plan_kwargs={"prior_warmup": 0.0},
-        **TRAIN,
-    )
-    written = list(tmp_path.glob("*.ckpt"))
-    assert len(written) == 2 * found.trainer.num_training_batches
-    for path in written:
-        checkpoint = torch.load(path, weights_only=False)
-        if checkpoint["global_step"] in states:  # after the last step there is none
-            for name, value in states[checkpoint["global_step"]].items():
-                assert torch.equal(checkpoint["state_dict"][f"module.{name}"], value), name
-            assert checkpoint["prior_optimizer"]["state"][0]["step"] == checkpoint["global_step"]
+    with pytest.raises(RuntimeError, match="between the steps"):
+        train(found, **AT_ONCE)
+    copy.deepcopy(found.module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_prior_s_optimizer_goes_on_from_a_checkpoint(tmp_path, accumulate):
+    options = {"batch_size": 54, "accumulate_grad_batches": accumulate, "train_size": 0.9}
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    first = train(model(), 2, callbacks=[keep], enable_checkpointing=True, **options, **AT_ONCE)
+    per_epoch = 4 // accumulate  # 216 cells are 4 batches
+    assert prior_steps(first) == 2 * per_epoch
+    second = train(model(seed=1), 3, ckpt_path=tmp_path / "last.ckpt", **options, **AT_ONCE)
+    assert second.trainer.current_epoch == 3
+    assert prior_steps(second) == 3 * per_epoch
+
+
+# --- warm-up ---
+
+
+def test_in_the_warmup_the_loss_is_that_of_the_standard_normal():
+    found, plain = model(), model(prior="normal")
+    state = found.module.state_dict().items()
+    plain.module.load_state_dict({k: v for k, v in state if not k.startswith("prior")})
+    found.module.warming_up = True
+    assert torch.equal(loss_of(found), loss_of(plain))
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (5, 0.1), (2, 0.0), (1, 0.9)])
+def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
+    found = model()
+    found._start_pseudo_cells()
+    start, warm = {}, []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, plan, outputs, batch, batch_idx):
+            warm.append(plan.module.warming_up)
+            if plan.module.warming_up:
+                for name, value in plan.module.prior.named_parameters():
+                    assert torch.equal(start.setdefault(name, value.detach().clone()), value)
+
+    train(found, epochs, callbacks=[Watch()], plan_kwargs={"prior_warmup": share})
+    expected = int(share * len(warm))
+    assert warm == [True] * expected + [False] * (len(warm) - expected)
+    assert prior_steps(found) == len(warm) - expected
+    assert not found.module.warming_up
 
 
 def test_an_interrupted_warmup_leaves_the_prior_in_place():
@@ -511,85 +466,32 @@ def test_an_interrupted_warmup_leaves_the_prior_in_place():
 
     found = model()
     with pytest.raises(RuntimeError, match="stopped"):
-        found.train(4, batch_size=64, callbacks=[Stop()], **TRAIN)
+        train(found, 4, callbacks=[Stop()])
     assert not found.module.warming_up
 
 
-def test_importance_weights_are_under_the_prior():
-    found = trained(4)
-    calls = []
-    plain = scvi.model.SCVI.get_importance_weights
-
-    def keep(self, *arguments, **options):
-        calls.append((options["zs"], plain(self, *arguments, **options)))
-        return calls[-1][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in scvi.model.SCVI.__mro__:
-            if "get_importance_weights" in vars(kind) and kind.__module__.startswith("scvi."):
-                patch.setattr(kind, "get_importance_weights", keep)
-        ours = []
-        mixed = type(found).get_importance_weights
-        patch.setattr(
-            VMMSCVI,
-            "get_importance_weights",
-            lambda self, *a, **k: ours.append(mixed(self, *a, **k)) or ours[-1],
-        )
-        found.get_normalized_expression(
-            indices=np.arange(20),
-            n_samples_overall=30,
-            weights="importance",
-            return_numpy=True,
-            n_mc_samples=2,
-            n_mc_samples_per_pass=1,
-        )
-    (zs, normal), (weights,) = calls[0], ours
-    z = zs.reshape(-1, zs.shape[-1])
-    under_prior = found.module.components().log_prob(z)
-    under_normal = torch.distributions.Normal(0, 1).log_prob(z).sum(-1)
-    expected = normal * (under_prior - under_normal).double().exp().numpy()
-    np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-3, atol=1e-7)
-
-
-def prior_steps(found):
-    state = found.module.prior.get_extra_state()["state"]
-    return int(state[0]["step"]) if state else 0
-
-
-@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (1, 0.5), (5, 0.1), (2, 0.0), (1, 0.9)])
-def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
-    found = model()
-    start = {}
-    found._start_pseudo_cells()
-    losses = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, plan, outputs, batch, batch_idx):
-            losses.append(plan.module.warming_up)
-            if plan.module.warming_up:
-                for name, value in plan.module.prior.named_parameters():
-                    assert torch.equal(start.setdefault(name, value.detach().clone()), value)
-
-    plan = {"prior_warmup": share}
-    found.train(epochs, batch_size=64, callbacks=[Watch()], plan_kwargs=plan, **TRAIN)
-    expected = int(share * len(losses))
-    assert losses == [True] * expected + [False] * (len(losses) - expected)
-    assert prior_steps(found) == len(losses) - expected
-    assert not found.module.warming_up
+def test_a_prior_that_has_been_learnt_does_not_warm_up_again(tmp_path):
+    found = train(model(), 2)
+    steps, per_epoch = prior_steps(found), found.trainer.num_training_batches
+    assert steps < 2 * per_epoch
+    found.save(tmp_path / "model")
+    loaded = VMMSCVI.load(tmp_path / "model", found.adata, accelerator="cpu")
+    for again in (found, loaded):
+        train(again, 2)
+    assert prior_steps(found) == steps + 2 * per_epoch
+    assert prior_steps(loaded) == 2 * per_epoch  # of a new optimizer
 
 
 def test_early_stopping_waits_for_the_end_of_the_warmup():
     stop = {"early_stopping": True, "early_stopping_patience": 1, "check_val_every_n_epoch": 1}
     # No loss is ever so much better than the last one: it would stop in the second epoch.
     stop["early_stopping_min_delta"] = 1e6
-    found = trained(8, train=stop)
+    found = train(model(), 8, **stop)
     assert found.trainer.current_epoch == 4 + 2
     assert prior_steps(found) == 2 * found.trainer.num_training_batches
 
 
 def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
-    from scvi.train import SaveCheckpoint
-
     class Better(Callback):
         """Make every loss of the warm-up a better one than those after it."""
 
@@ -598,22 +500,17 @@ def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
             plan.log("steered_validation", loss)
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    rates = []
-    found = model()
+    rates, found = [], model()
     keep = SaveCheckpoint(str(tmp_path), monitor="steered_validation")
-    found.train(
+    plateau = {"reduce_lr_on_plateau": True, "lr_patience": 0, "lr_factor": 0.1}
+    train(
+        found,
         8,
-        batch_size=64,
         callbacks=[Better(), keep],
         enable_checkpointing=True,
         check_val_every_n_epoch=1,
-        plan_kwargs={
-            "reduce_lr_on_plateau": True,
-            "lr_patience": 0,
-            "lr_factor": 0.1,
-            "lr_scheduler_metric": "steered_validation",
-        },
-        **{**TRAIN, "logger": True},
+        plan_kwargs={**plateau, "lr_scheduler_metric": "steered_validation"},
+        logger=True,
     )
     assert keep.best_model_score == 4
     assert VMMSCVI.load(keep.best_model_path, found.adata, accelerator="cpu").module.prior_learnt
@@ -624,19 +521,14 @@ def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
 
 
 def test_the_best_checkpoint_is_there_where_none_follows_the_warmup(tmp_path):
-    from scvi.train import SaveCheckpoint
-
-    found = model()
     keep = SaveCheckpoint(str(tmp_path), monitor="elbo_validation", load_best_on_end=True)
     options = {"callbacks": [keep], "enable_checkpointing": True, "check_val_every_n_epoch": 4}
     with pytest.warns(UserWarning, match="the prior has not been trained"):
-        found.train(5, batch_size=64, plan_kwargs={"prior_warmup": 0.9}, **options, **TRAIN)
+        train(model(), 5, plan_kwargs={"prior_warmup": 0.9}, **options)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_checkpoint_at_the_end_of_the_warmup_brings_no_loss_with_it(tmp_path):
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-
     class Watch(Callback):
         def __init__(self):
             self.best = []
@@ -646,93 +538,40 @@ def test_a_checkpoint_at_the_end_of_the_warmup_brings_no_loss_with_it(tmp_path):
             self.best.append(float(stopping.best_score))
 
     seen = []
-    options = {"early_stopping": True, "check_val_every_n_epoch": 1, **TRAIN}
     for resumed in (None, tmp_path / "epoch=1.ckpt"):
         watch = Watch()
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
-        more = {"callbacks": [watch, keep], "enable_checkpointing": True}
-        found = model()
-        found.train(4, batch_size=64, ckpt_path=resumed, **more, **options)
+        options = {"callbacks": [watch, keep], "enable_checkpointing": True}
+        options |= {"early_stopping": True, "check_val_every_n_epoch": 1}
+        found = train(model(), 4, ckpt_path=resumed, **options)
         seen.append(watch.best[-found.trainer.num_training_batches * 2 :])
     assert seen[1][0] == math.inf
     assert math.isfinite(seen[1][-1])
     assert [math.isfinite(x) for x in seen[1]] == [math.isfinite(x) for x in seen[0]]
 
 
-def test_a_prior_that_has_not_been_trained_is_told():
-    with pytest.warns(UserWarning, match="the prior has not been trained"):
-        trained(10_000, train={"max_time": {"seconds": 1}})
-    with pytest.raises(ValueError, match="prior_warmup must be 0 where training has no last step"):
-        trained(-1, train={"max_time": {"seconds": 1}})
-
-
-def test_the_share_of_the_warmup_is_checked():
-    for share in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="prior_warmup must be in"):
-            trained(1, train={"plan_kwargs": {"prior_warmup": share}})
-
-
-def test_a_prior_that_has_been_learnt_does_not_warm_up_again(tmp_path):
-    found = trained(2)
-    steps = prior_steps(found)
-    found.save(tmp_path / "model")
-    loaded = VMMSCVI.load(tmp_path / "model", found.adata, accelerator="cpu")
-    for again in (found, loaded):
-        again.train(2, batch_size=64, **TRAIN)
-    per_epoch = found.trainer.num_training_batches
-    assert steps < 2 * per_epoch
-    # A loaded model's private optimizer is a new one.
-    assert prior_steps(loaded) == 2 * per_epoch
-
-
-def test_in_the_warmup_the_loss_is_that_of_the_standard_normal():
-    found, plain = model(), model(prior="normal")
-    plain.module.load_state_dict(
-        {k: v for k, v in found.module.state_dict().items() if not k.startswith("prior")}
-    )
-    found.module.warming_up = True
-    losses = []
-    for each in (found, plain):
-        tensors = next(iter(each._make_data_loader(each.adata, batch_size=64)))
-        torch.manual_seed(0)
-        losses.append(each.module(tensors)[2].loss)
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize(
-    "train",
-    [
-        {"precision": "bf16-mixed"},
-        {"gradient_clip_val": 1.0},
-        {"early_stopping": True, "check_val_every_n_epoch": 1},
-        {"plan_kwargs": {"n_epochs_kl_warmup": 2, "reduce_lr_on_plateau": True}, "logger": True},
-    ],
-    ids=lambda train: next(iter(train)),
-)
-def test_options_of_lightning(train):
-    found = trained(2, train=train)
-    assert np.isfinite(found.get_latent_representation()).all()
-    assert all(p.isfinite().all() for p in found.module.parameters())
-
+# --- processes ---
 
 TWO_PROCESSES = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_scvi import TRAIN, model
-found = model()
-found.train(2, batch_size=32, devices=2, strategy="ddp_find_unused_parameters_true", **TRAIN)
+from support import TRAIN, scvi_model
+from vmm_fast.scvi import VMMSCVI
+found = scvi_model(VMMSCVI, n_components=12)
+train = {**TRAIN, "batch_size": 32, "strategy": "ddp_find_unused_parameters_true"}
+found.train(2, devices=2, **train)
 rank = os.environ.get("LOCAL_RANK", "0")
 torch.save(found.module.state_dict(), f"{sys.argv[2]}/rank{rank}.pt")
 """
 
 
+@pytest.mark.slow("Lightning starts a second process")
 def test_two_processes_have_one_prior(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, script, os.path.dirname(__file__), tmp_path],
-        env=environment,
+        [sys.executable, script, Path(__file__).parent, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,27 +1,30 @@
-"""The mixture prior in other models of scvi-tools: each next to its stock model."""
+"""The mixture prior in scVI and other models of scvi-tools: each next to its stock model."""
+
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support import TRAIN, batch_of, prior_steps, scvi_model, separated_cells
+from torch.distributions import MultivariateNormal
+from torch.nn.functional import cross_entropy
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
-from test_scvi import TRAIN, batch_of, cells, prior_steps, trained  # noqa: E402
-
-from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMTOTALVI  # noqa: E402
+from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(autouse=True)
-def logs(tmp_path):
-    scvi.settings.logging_dir = tmp_path
+@pytest.fixture(autouse=True, scope="module")
+def logs(tmp_path_factory):
+    scvi.settings.logging_dir = tmp_path_factory.mktemp("logs")
 
 
 def some_labels(adata=None):
     """Cells of which every other one has its label."""
-    adata = cells() if adata is None else adata
+    adata = separated_cells() if adata is None else adata
     labels = adata.obs["cluster"].to_numpy(object, copy=True)
     labels[::2] = "Unknown"
     adata.obs["label"] = labels
@@ -29,13 +32,13 @@ def some_labels(adata=None):
 
 
 def open_regions():
-    adata = cells()
+    adata = separated_cells()
     adata.X = (adata.X > 3).astype(np.float32)
     return adata
 
 
 def with_proteins():
-    adata = cells()
+    adata = separated_cells()
     random = np.random.default_rng(1)
     rates = random.gamma(2.0, 10.0, (4, 6))
     adata.obsm["protein"] = random.poisson(rates[adata.obs["cluster"].astype(int)])
@@ -43,137 +46,199 @@ def with_proteins():
 
 
 LABELS = {"labels_key": "label", "unlabeled_category": "Unknown"}
+PROTEINS = {"protein_expression_obsm_key": "protein"}
 MODELS = {
+    "SCVI": (VMMSCVI, scvi.model.SCVI, separated_cells, {}),
     "SCANVI": (VMMSCANVI, scvi.model.SCANVI, some_labels, LABELS),
     "PEAKVI": (VMMPEAKVI, scvi.model.PEAKVI, open_regions, {}),
-    "TOTALVI": (
-        VMMTOTALVI,
-        scvi.model.TOTALVI,
-        with_proteins,
-        {"protein_expression_obsm_key": "protein"},
-    ),
+    "TOTALVI": (VMMTOTALVI, scvi.model.TOTALVI, with_proteins, PROTEINS),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def made(cls, adata, setup, **options):
-    cls.setup_anndata(adata, batch_key="batch", **setup)
-    scvi.settings.seed = 0
-    return cls(adata, n_latent=4, n_hidden=32, **options)
+def made(name, setup=None, **options):
+    ours, _, data, own = MODELS[name]
+    return scvi_model(ours, data(), {**own, **(setup or {})}, n_components=12, **options)
 
 
-def train_options(name):
-    """TOTALVI watches its learning rate, for which Lightning wants a logger."""
-    return {**TRAIN, "logger": name == "TOTALVI"}
+def train(model, epochs=1, **options):
+    # TOTALVI watches its learning rate, for which Lightning wants a logger.
+    logger = isinstance(model, VMMTOTALVI)
+    model.train(epochs, **{**TRAIN, "logger": logger, **options})
+    return model
 
 
-def made_and_trained(name, epochs=2, **options):
-    ours, _, data, setup = MODELS[name]
-    found = made(ours, data(), setup, n_components=12, **options)
-    found.train(epochs, batch_size=64, **train_options(name))
-    return found
+@cache
+def learnt(name, prior="vmm", epochs=2):
+    """A trained model, which all tests leave as it is."""
+    return train(made(name, prior=prior), epochs)
 
 
-@every_model
-def test_the_normal_prior_is_the_stock_model(name):
+# --- every model ---
+
+
+@pytest.mark.parametrize(
+    ("name", "encode_covariates"), [*((name, True) for name in MODELS), ("SCVI", False)]
+)
+def test_the_normal_prior_is_the_stock_model(name, encode_covariates):
     ours, stock, data, setup = MODELS[name]
     adata, losses = data(), []
-    own = {"prior": "normal"} | ({"fused_likelihood": False} if name == "SCANVI" else {})
-    for cls, options in ((ours, own), (stock, {"encode_covariates": True})):
-        found = made(cls, adata, setup, **options)
-        tensors = batch_of(found)
-        loss_kwargs = {"kl_weight": 0.7}
+    own = {"prior": "normal"}
+    if name in ("SCVI", "SCANVI"):
+        own["fused_likelihood"] = False
+    for kind, options in ((ours, own), (stock, {})):
+        model = scvi_model(kind, adata, setup, encode_covariates=encode_covariates, **options)
+        tensors, loss_kwargs = batch_of(model), {"kl_weight": 0.7}
         if name == "SCANVI":
             loss_kwargs |= {"labelled_tensors": tensors, "classification_ratio": 50}
-            tensors["labels"] = tensors["labels"].clamp(max=found.n_labels - 1)
+            tensors["labels"] = tensors["labels"].clamp(max=model.n_labels - 1)
         scvi.settings.seed = 1
-        losses.append(found.module(tensors, loss_kwargs=loss_kwargs)[2].loss)
+        losses.append(model.module(tensors, loss_kwargs=loss_kwargs)[2].loss)
     assert losses[0] == losses[1]
+
+
+def log_prior(components, z):
+    """log p(z) of the mixture, as torch.distributions has it."""
+    covariance = components.precision_cholesky
+    if covariance is not None:
+        covariance = torch.cholesky_inverse(covariance)
+    if components.scale is not None:
+        scale = components.scale
+        scale = scale if scale.ndim == 3 else torch.diag_embed(scale)
+        covariance = scale @ scale.mT + (0 if covariance is None else covariance)
+    each = MultivariateNormal(components.centers, covariance).log_prob(z[:, None])
+    return (each + components.log_weights).logsumexp(-1)
 
 
 @every_model
 def test_the_loss_is_a_bound_under_the_prior(name):
-    found = made_and_trained(name)
-    tensors = batch_of(found)
-    outputs, generated, loss = found.module(tensors, loss_kwargs={"kl_weight": 0.5})
-    q, z = outputs["qz"], outputs["z"]
-    kl = -q.entropy().sum(-1) - found.module.components().log_prob(z)
-    reconstruction = sum(loss.reconstruction_loss.values())
-    if name == "TOTALVI":
-        np.testing.assert_allclose(loss.kl_local["kl_div_z"].detach(), kl.detach(), atol=1e-3)
+    module, tensors = learnt(name).module, batch_of(learnt(name))
+    loss_kwargs = {"kl_weight": 0.5}
+    if name == "SCANVI":
+        tensors["labels"] = tensors["labels"].clamp(max=3)
+        loss_kwargs |= {"labelled_tensors": tensors, "classification_ratio": 50}
+    module.eval()
+    with torch.no_grad():
+        outputs, generated, loss = module(tensors, loss_kwargs=loss_kwargs)
+        q, z = outputs["qz"], outputs["z"]
+        # -H(q) in place of log q(z): the same in expectation
+        kl = -q.entropy().sum(-1) - log_prior(module.components(), z)
+    kls = loss.kl_local
+    found = kls["kl_div_z"] if name == "TOTALVI" else sum(kls.values())
+    torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-3)
+    if name == "TOTALVI":  # it weighs two divergences more
         return
-    np.testing.assert_allclose(
-        sum(loss.kl_local.values()).detach(), kl.detach(), rtol=1e-4, atol=1e-3
-    )
-    if name == "SCANVI":
+    reconstruction = sum(loss.reconstruction_loss.values())
+    if name != "PEAKVI":
         likelihood = -generated["px"].log_prob(tensors["X"]).sum(-1)
-        np.testing.assert_allclose(reconstruction.detach(), likelihood.detach(), rtol=1e-5)
+        torch.testing.assert_close(reconstruction, likelihood, rtol=1e-5, atol=1e-4)
     total = (reconstruction + 0.5 * kl).mean()
-    np.testing.assert_allclose(loss.loss.item(), total.item(), rtol=1e-5)
-
-
-@every_model
-@pytest.mark.parametrize("prior", ["vmm", "gmm"])
-def test_trains_clusters_and_loads(tmp_path, name, prior):
-    found = made_and_trained(name, prior=prior)
-    probabilities = found.get_cluster_probabilities()
-    assert probabilities.shape == (240, 12)
-    np.testing.assert_array_equal(found.get_clusters(), probabilities.argmax(1))
-    assert np.isfinite(found.get_elbo())
     if name == "SCANVI":
-        assert found.get_marginal_ll(n_mc_samples=3) > found.get_elbo() - 1
+        logits = module.classifier(q.loc)
+        total += 50 * cross_entropy(logits, tensors["labels"].flatten())
+    torch.testing.assert_close(loss.loss, total, rtol=1e-5, atol=1e-4)
+
+
+PRIORS = [(name, prior) for name in MODELS for prior in ("vmm", "gmm")] + [("SCVI", "vamp")]
+
+
+@pytest.mark.parametrize(("name", "prior"), PRIORS)
+def test_clusters_are_the_components_under_which_means_are_likely(name, prior):
+    model = learnt(name, prior)
+    probabilities = model.get_cluster_probabilities()
+    means = torch.from_numpy(model.get_latent_representation())
+    expected = model.module.components().responsibilities(means)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5, atol=1e-7)
+    assert probabilities.shape == (240, 12)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    labels = model.get_clusters()
+    np.testing.assert_array_equal(labels, probabilities.argmax(1))
+    entropy = -(probabilities * np.log(probabilities + 1e-30)).sum(1)
+    np.testing.assert_allclose(model.get_cluster_entropy(), entropy, atol=1e-4)
+    np.testing.assert_array_equal(model.get_clusters(indices=[3, 5]), labels[[3, 5]])
+    assert np.isfinite(model.get_elbo())
     if name == "TOTALVI":
         with pytest.raises(NotImplementedError, match="prior='normal' alone"):
-            found.get_marginal_ll()
-    found.save(tmp_path / "model", save_anndata=True)
-    loaded = type(found).load(tmp_path / "model", accelerator="cpu")
-    latents = found.get_latent_representation()
+            model.get_marginal_ll()
+    if name == "SCANVI":
+        assert model.get_marginal_ll(n_mc_samples=3) > model.get_elbo() - 1
+
+
+@pytest.mark.parametrize(("name", "prior"), [*PRIORS, ("SCVI", "normal")])
+def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
+    model = learnt(name, prior)
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = type(model).load(tmp_path / "model", accelerator="cpu")
+    latents = model.get_latent_representation()
     np.testing.assert_array_equal(loaded.get_latent_representation(), latents)
-    np.testing.assert_array_equal(loaded.get_cluster_probabilities(), probabilities)
+    if prior != "normal":
+        probabilities = model.get_cluster_probabilities()
+        np.testing.assert_array_equal(loaded.get_cluster_probabilities(), probabilities)
+        assert loaded.module.prior_learnt and prior_steps(loaded) == 0
+    else:
+        with pytest.raises(ValueError, match="prior must be 'vmm', 'gmm' or 'vamp' for clusters"):
+            model.get_clusters()
+    train(loaded)
 
 
 @every_model
 def test_the_prior_moves_once_a_batch_after_the_warmup(name):
-    ours, _, data, setup = MODELS[name]
-    found = made(ours, data(), setup, n_components=12)
     options = {"adversarial_classifier": True} if name == "TOTALVI" else {}
-    options |= {"batch_size": 54, "train_size": 0.9, **train_options(name)}
-    found.train(10, plan_kwargs={"prior_warmup": 0.1}, **options)
-    assert prior_steps(found) == 9 * 4  # 216 cells are 4 batches
+    options |= {"batch_size": 54, "train_size": 0.9, "plan_kwargs": {"prior_warmup": 0.25}}
+    # 216 cells are 4 batches
+    assert prior_steps(train(made(name), 4, **options)) == 3 * 4
 
 
 @every_model
 def test_pseudo_cells_start_as_cells(name):
-    ours, _, data, setup = MODELS[name]
-    found = made(ours, data(), setup, n_components=12)
-    found._start_pseudo_cells()
-    tensors = next(iter(found._make_data_loader(found.adata, batch_size=240)))
-    counts = found.module.features(tensors).numpy()
-    start = found.module.prior.pseudo_inputs().log_counts.expm1().detach().numpy()
-    assert np.abs(counts[:, None] - start).max(-1).min(0).max() < 1e-3
+    model = made(name)
+    assert not model.module.prior.pseudo_inputs.started
+    model._start_pseudo_cells()
+    assert model.module.prior.pseudo_inputs.started
+    tensors = batch_of(model, 240)
+    start = model.module.prior.pseudo_inputs()
+    counts = start.log_counts.expm1().detach()
+    distance = (model.module.features(tensors)[:, None] - counts).abs().amax(-1)
+    assert distance.amin(0).max() < 1e-3
+    batches = tensors["batch"].flatten()[distance.argmin(0)]
+    membership = start.categories[0].detach()
+    # 0.9 to its own of the two, and the rest spread over both
+    torch.testing.assert_close(membership, 0.05 + 0.9 * torch.eye(2)[batches])
 
 
-def test_pseudo_cells_are_encoded_as_cells_are():
-    """Soft memberships apart: the components' centers are the latents of the cells begun from."""
-    for name, (ours, _, data, setup) in MODELS.items():
-        found = made(ours, data(), setup, n_components=12, encode_covariates=False)
-        found._start_pseudo_cells()
-        found.module.eval()
-        found.is_trained = True
-        latents, _ = found.get_latent_representation(return_dist=True)
-        centers = found.module.components().centers.numpy()
-        distance = np.abs(latents[:, None] - centers).max(-1)
-        assert distance.min(0).max() < 1e-4, name
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in MODELS),
+        *((name, {"batch_representation": "embedding"}) for name in ("SCVI", "SCANVI")),
+        ("SCVI", {"encode_covariates": False}),
+        ("SCVI", {"log_variational": False}),
+    ],
+)
+def test_pseudo_cells_are_encoded_as_cells_are(name, options):
+    """Also by batch, donor and age: centers are the latents of the cells that they start from."""
+    covariates = {"continuous_covariate_keys": ["age"], "categorical_covariate_keys": ["donor"]}
+    model = made(name, covariates, **options)
+    model._start_pseudo_cells()
+    with torch.no_grad():
+        for logits in model.module.prior.pseudo_inputs.category_logits:
+            logits *= 1e3  # from a share of 0.9 to all
+    model.module.eval()
+    model.is_trained = True
+    latents, _ = model.get_latent_representation(return_dist=True)
+    centers = model.module.components().centers.numpy()
+    distance = np.abs(latents[:, None] - centers).max(-1)
+    assert distance.min(0).max() < 1e-4
 
 
 # --- labels ---
 
 
 def test_labels_of_some_cells_predict_the_others_and_guide_clusters():
-    found = made_and_trained("SCANVI", 20)
-    cluster = found.adata.obs["cluster"].to_numpy()
-    assert (found.predict()[::2] == cluster[::2]).mean() > 0.9
-    clusters = found.get_clusters()
+    model = learnt("SCANVI", epochs=20)
+    cluster = model.adata.obs["cluster"].to_numpy()
+    assert (model.predict()[::2] == cluster[::2]).mean() > 0.9
+    clusters = model.get_clusters()
     purity = sum(
         np.unique(cluster[clusters == c], return_counts=True)[1].max() for c in {*clusters}
     )
@@ -182,115 +247,91 @@ def test_labels_of_some_cells_predict_the_others_and_guide_clusters():
 
 @pytest.mark.parametrize("batch_representation", ["one-hot", "embedding"])
 def test_labels_after_integration(batch_representation):
-    adata = some_labels()
-    first = trained(2, adata=adata, batch_representation=batch_representation)
+    options = {"n_components": 12, "batch_representation": batch_representation}
+    first = train(scvi_model(VMMSCVI, some_labels(), **options), 2)
     second = VMMSCANVI.from_scvi_model(first, "Unknown", labels_key="label")
-    np.testing.assert_array_equal(
-        second.module.components().centers, first.module.components().centers
-    )
-    second.train(1, batch_size=64, **TRAIN)
+    centers = first.module.components().centers
+    np.testing.assert_array_equal(second.module.components().centers, centers)
+    train(second)
     assert set(second.predict()) <= {"0", "1", "2", "3"}
+    # The classifier sees the latents that users get.
+    means = torch.from_numpy(second.get_latent_representation())
+    logits = second.module.classifier(means).detach()
+    soft = second.predict(soft=True)
+    np.testing.assert_allclose(soft, logits.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_labels_after_stock_scvi():
-    adata = some_labels()
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-    stock = scvi.model.SCVI(adata, n_hidden=32, n_latent=4)
-    stock.train(1, batch_size=64, **TRAIN)
-    found = VMMSCANVI.from_scvi_model(stock, "Unknown", labels_key="label", n_components=12)
-    stock.module.eval(), found.module.eval()
-    found.is_trained = True
-    np.testing.assert_array_equal(
-        found.get_latent_representation(), stock.get_latent_representation(adata)
-    )
-    found.train(1, batch_size=64, **TRAIN)
-    assert found.get_clusters().max() < 12
+    stock = train(scvi_model(scvi.model.SCVI, some_labels()))
+    model = VMMSCANVI.from_scvi_model(stock, "Unknown", labels_key="label", n_components=12)
+    stock.module.eval(), model.module.eval()
+    model.is_trained = True
+    latents = stock.get_latent_representation(stock.adata)
+    np.testing.assert_array_equal(model.get_latent_representation(), latents)
+    train(model)
+    assert model.get_clusters().max() < 12
 
 
 def test_query_cells_of_a_new_batch_without_labels(tmp_path):
-    adata = some_labels(cells(300, batches=3))
+    adata = some_labels(separated_cells(300, batches=3))
     new = adata.obs["batch"] == "batch 2"
     query, reference = adata[new].copy(), adata[~new].copy()
-    found = made(VMMSCANVI, reference, LABELS, n_components=12)
-    found.train(2, batch_size=64, **TRAIN)
-    found.save(tmp_path / "model")
+    model = train(scvi_model(VMMSCANVI, reference, LABELS, n_components=12), 2)
+    model.save(tmp_path / "model")
     query.obs["label"] = "Unknown"
     mapped = VMMSCANVI.load_query_data(query, str(tmp_path / "model"), accelerator="cpu")
-    mapped.train(1, batch_size=64, plan_kwargs={"weight_decay": 0.0}, **TRAIN)
+    train(mapped, plan_kwargs={"weight_decay": 0.0})
     assert len(mapped.predict()) == len(mapped.get_clusters()) == query.n_obs
-    np.testing.assert_allclose(
-        mapped.module.components().centers, found.module.components().centers, atol=1e-3
-    )
+    centers = [each.module.components().centers for each in (mapped, model)]
+    torch.testing.assert_close(*centers, rtol=0, atol=1e-3)
 
 
 # --- expression of components ---
 
 
 def test_component_expression_is_that_of_its_cells():
-    found = trained(30)
-    clusters = found.get_clusters()
+    model = learnt("SCANVI", epochs=20)
+    clusters = model.get_clusters()
     largest = np.bincount(clusters).argmax()
-    mean = found.get_component_expression(pd.Index([largest, 3]), n_samples=50)
+    mean = model.get_component_expression(pd.Index([largest, 3]), n_samples=50)
     assert mean.shape == (2, 40)
     assert list(mean.index) == [largest, 3]
     np.testing.assert_allclose(mean.sum(1), 1, rtol=1e-4)
-    cells_of_it = found.get_normalized_expression(indices=np.flatnonzero(clusters == largest))
-    others = found.get_normalized_expression(indices=np.flatnonzero(clusters != largest))
-    found_there = np.corrcoef(mean.loc[largest], cells_of_it.mean(0))[0, 1]
-    assert found_there > 0.95
-    assert found_there > np.corrcoef(mean.loc[largest], others.mean(0))[0, 1]
+    inside, others = (
+        model.get_normalized_expression(indices=np.flatnonzero(chosen)).mean(0)
+        for chosen in (clusters == largest, clusters != largest)
+    )
+    found = np.corrcoef(mean.loc[largest], inside)[0, 1]
+    assert found > 0.95
+    assert found > np.corrcoef(mean.loc[largest], others)[0, 1]
 
 
 def test_samples_of_components():
-    found = trained(1)
-    genes = list(found.adata.var_names[[3, 1]])
-    options = {"gene_list": genes, "n_samples": 7, "components": [2, 0, 5]}
-    samples = found.get_component_expression(return_mean=False, batch_size=4, **options)
-    assert samples.shape == (7, 3, 2)
-    scvi.settings.seed = 1
-    mean = found.get_component_expression(**options)
-    scvi.settings.seed = 1
-    scaled = found.get_component_expression(library_size=1e4, **options)
-    np.testing.assert_allclose(scaled, 1e4 * mean, rtol=1e-5)
-    assert list(mean.columns) == [g for g in found.adata.var_names if g in genes]
-    decoded = []
-    for batch in ("batch 0", "batch 1", ["batch 0", "batch 1"]):
+    model = learnt("SCVI")
+    names = model.adata.var_names
+    chosen = {"n_samples": 7, "components": [2, 0, 5]}
+    genes = {"gene_list": list(names[[3, 1]])}
+
+    def expression(**options):
         scvi.settings.seed = 1
-        decoded.append(found.get_component_expression(transform_batch=batch, **options))
-    np.testing.assert_allclose((decoded[0] + decoded[1]) / 2, decoded[2], rtol=1e-5)
-    assert not np.allclose(decoded[0], decoded[1], rtol=1e-3)
+        return model.get_component_expression(**chosen, **options)
+
+    samples = expression(return_mean=False, batch_size=4, **genes)
+    assert samples.shape == (7, 3, 2)
+    mean = expression(**genes)
+    np.testing.assert_allclose(samples.mean(0), mean, rtol=1e-5)
+    assert list(mean.columns) == list(names[[1, 3]]) and list(mean.index) == chosen["components"]
+    np.testing.assert_allclose(expression()[names[[1, 3]]], mean, rtol=1e-5)
+    np.testing.assert_allclose(expression(library_size=1e4, **genes), 1e4 * mean, rtol=1e-5)
+    first, second, both = (
+        expression(transform_batch=batch, **genes)
+        for batch in ("batch 0", "batch 1", ["batch 0", "batch 1"])
+    )
+    np.testing.assert_allclose((first + second) / 2, both, rtol=1e-5)
+    assert not np.allclose(first, second, rtol=1e-3)
     with pytest.raises(ValueError, match="not a valid batch"):
-        found.get_component_expression(transform_batch="batch 7")
+        model.get_component_expression(transform_batch="batch 7")
     with pytest.raises(ValueError, match=r"component must be in 0 .. 11"):
-        found.get_component_expression([12])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dispersion": "gene-batch", "gene_likelihood": "nb", "latent_distribution": "ln"},
-        {"gene_likelihood": "poisson", "use_observed_lib_size": False},
-        {"batch_representation": "embedding"},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_the_decoder(options):
-    covariates = {
-        "categorical_covariate_keys": ["donor"],
-        "continuous_covariate_keys": ["age"],
-        "labels_key": "cluster",
-    }
-    found = trained(1, setup=covariates, **options)
-    for library_size in (1, "latent"):
-        mean = found.get_component_expression(n_samples=2, library_size=library_size)
-        assert mean.shape == (12, 40)
-        assert np.isfinite(mean).all(axis=None)
-    if found.module.use_observed_lib_size:
-        assert mean.sum(1).mean() > 10  # counts
-
-
-def test_softmax_latents_are_assigned_where_components_are():
-    found = trained(2, latent_distribution="ln")
-    means, _ = found.get_latent_representation(return_dist=True)
-    labels = found.module.components().assign(torch.from_numpy(means)).labels
-    np.testing.assert_array_equal(found.get_clusters(), labels)
+        model.get_component_expression([12])
+    with pytest.raises(ValueError, match=r"gene_list must hold genes of the model, .* \['no'\]"):
+        model.get_component_expression(gene_list=["no", names[0]])

@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import files_of_at_most
+from support import files_of_at_most
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -101,13 +101,15 @@ def check_reads(found, dense, seed=0):
 # --- counts ---
 
 
-@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i4", "i8", "f4", "f8"])
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_runs_of_every_dtype(tmp_path, suffix, dtype):
-    adata = AnnData(make_counts(40, 15).astype(dtype))
-    with CellStore(written(tmp_path / f"c{suffix}", adata)) as found:
-        check_reads(found, adata.X.toarray())
-        assert found.nbytes == 8 * (adata.X.nnz + 41)
+@pytest.mark.parametrize(
+    ("suffix", "dtypes"), [(".h5ad", ["u1", "u2", "u4", "i4", "i8", "f4", "f8"]), (".zarr", ["u2"])]
+)
+def test_runs_of_every_dtype(tmp_path, suffix, dtypes):
+    for dtype in dtypes:
+        adata = AnnData(make_counts(40, 15).astype(dtype))
+        with CellStore(written(tmp_path / f"{dtype}{suffix}", adata)) as found:
+            check_reads(found, adata.X.toarray())
+            assert found.nbytes == 8 * (adata.X.nnz + 41)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -125,13 +127,11 @@ def test_runs_of_random_files(tmp_path, seed):
         assert not dense or found.nbytes >= 8 * adata.X.nnz
 
 
-def test_dense_zarr_and_no_runs(tmp_path):
-    adata = AnnData(make_counts(30, 8).toarray())
-    with CellStore(written(tmp_path / "c.zarr", adata)) as found:
-        check_reads(found, adata.X)
-        assert found.read([3, 5], [3, 5]).shape == found.read([], []).shape == (0, 8)
-        for start, stop in ((-1, 3), (3, 2), (0, 31)):
-            with pytest.raises(ValueError, match="must lie within the 30 cells"):
+def test_no_runs_and_runs_beyond_the_cells(tmp_path):
+    with CellStore(written(tmp_path / "c.h5ad")) as found:
+        assert found.read([3, 5], [3, 5]).shape == found.read([], []).shape == (0, 20)
+        for start, stop in ((-1, 3), (3, 2), (0, 61)):
+            with pytest.raises(ValueError, match="must lie within the 60 cells"):
                 found.read(start, stop)
 
 
@@ -170,6 +170,8 @@ def test_the_layer_that_is_preferred(shards):
     written(folder / "1.h5ad", parts[1])
     with pytest.raises(InputError, match=r"1.h5ad: --layer twice: must be one of the layers"):
         CellStore(folder, preferred="twice")
+    with pytest.raises(InputError, match="--layer no: must be one of the layers, which are twice"):
+        CellStore(folder / "0.h5ad", "no")
 
 
 def test_two_threads_read(shards):
@@ -253,15 +255,15 @@ def test_categories_of_numbers_and_of_text_are_united(tmp_path):
 # --- faults ---
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 @pytest.mark.parametrize(
-    ("value", "fault"),
+    ("suffix", "value", "fault"),
     [
-        (0.5, "has 0.5"),
-        (-1, "has -1"),
-        (np.nan, "has nan"),
-        (np.inf, "has inf"),
-        (2.0**31, r"has 2.14748e\+09 \(beyond 2,147,483,647\)"),
+        (".zarr", 0.5, "has 0.5"),
+        (".h5ad", 0.5, "has 0.5"),
+        (".h5ad", -1, "has -1"),
+        (".h5ad", np.nan, "has nan"),
+        (".h5ad", np.inf, "has inf"),
+        (".h5ad", 2.0**31, r"has 2.14748e\+09 \(beyond 2,147,483,647\)"),
     ],
 )
 def test_values_that_are_no_counts(tmp_path, suffix, value, fault):
@@ -292,92 +294,83 @@ def test_counts_in_raw_are_pointed_to(tmp_path):
         found.read(0, 60)
 
 
-def corrupt(path):
-    """Overwrite most of the stored values."""
-    with h5py.File(path) as file:
-        chunk = file["X/data"].id.get_chunk_info(0)
-    with open(path, "r+b") as file:
-        file.seek(chunk.byte_offset + 8)
-        file.write(b"\xa5" * (chunk.size - 8))
-
-
-def edited(path, edit):
-    with h5py.File(path, "r+") as file:
+def edited(path, edit, adata=None):
+    """A file of cells in which something has been changed."""
+    with h5py.File(written(path, adata), "r+") as file:
         edit(file)
+    return path
 
 
-def genes_renamed(adata):
-    adata.var_names = [f"other {i}" if i < 7 else name for i, name in enumerate(adata.var_names)]
+def named(names, adata=None):
+    adata = make_cells() if adata is None else adata
+    adata.var_names = names
     return adata
 
 
-def with_dense_bool(adata):
-    adata.X = adata.X.toarray() > 0
+def with_counts(counts):
+    adata = make_cells()
+    adata.X = counts(adata.X)
     return adata
 
 
-def bad_files(folder):
-    """Each with what is said of it when it is opened."""
-    yield "nothing.h5ad", lambda p: None, InputError, "no such file or folder"
-    yield "a.h5ad", lambda p: p.write_bytes(b""), InputError, "is empty"
-    yield (
-        "b.h5ad",
-        lambda p: p.write_bytes(b"no" * 99),
-        InputError,
-        "is damaged or no .h5ad file",
-    )
-    yield "c.csv", lambda p: p.write_text("1,2"), InputError, "must be a .h5ad, .h5 or .loom file"
-    yield "d", lambda p: p.mkdir(), InputError, "a folder without matrix.mtx.* and .h5ad files"
-    cells = make_cells()
-    whole = written(folder / "whole.h5ad", cells).read_bytes()
-    yield "e.h5ad", lambda p: p.write_bytes(whole[:-5000]), InputError, "is damaged or no .h5ad"
-    by_genes = AnnData(csc_matrix(cells.X))
-    yield "f.h5ad", lambda p: written(p, by_genes), CannotStream, r"\(CSC\).*vmm-fast prepare"
-    old = lambda file: file["obs"].attrs.__delitem__("encoding-type")  # noqa: E731
-    yield "g.h5ad", lambda p: edited(written(p), old), CannotStream, "older than 0.8; vmm-fast prep"
-    mtx = lambda p: (p.mkdir(), mmwrite(p / "matrix.mtx", cells.X))  # noqa: E731
-    yield "h", mtx, CannotStream, "must be .h5ad, .zarr or a folder .*; vmm-fast prepare makes"
-    yield "i.h5ad", lambda p: written(p, cells[:0].copy()), InputError, "has 0 cells and 20 genes"
-    boolean = with_dense_bool(make_cells())
-    yield "j.h5ad", lambda p: written(p, boolean), CannotStream, "X must hold counts, holds bool"
-    yield (
-        "k.h5ad",
-        lambda p: written(p, AnnData(obs=cells.obs)),
-        CannotStream,
-        "X must hold counts, i",
-    )
-    named = make_cells()
-    named.var_names = ["same"] * 20
-    yield "l.h5ad", lambda p: written(p, named), InputError, "gene names must be unique, 19 occur"
-    cut = lambda file: file["X"].attrs.__setitem__("shape", [60, 19])  # noqa: E731
-    yield "m.h5ad", lambda p: edited(written(p), cut), InputError, r"must be 60 x 20, is \(60, 19\)"
-    back = lambda file: file["X/indptr"].__setitem__(3, 10**6)  # noqa: E731
-    yield "n.h5ad", lambda p: edited(written(p), back), InputError, "X is no valid CSR matrix"
-    bare = lambda file: file.__delitem__("obs")  # noqa: E731
-    yield "o.h5ad", lambda p: edited(written(p), bare), CannotStream, "in parts, it lacks obs"
+# How to make each, and what is said of it when it is opened.
+BAD_FILES = {
+    "nothing.h5ad": (lambda p: None, "no such file or folder"),
+    "empty.h5ad": (lambda p: p.write_bytes(b""), "is empty"),
+    "other.h5ad": (lambda p: p.write_bytes(b"no" * 99), "is damaged or no .h5ad file"),
+    "cells.csv": (lambda p: p.write_text("1,2"), "must be a .h5ad, .h5 or .loom file"),
+    "folder": (lambda p: p.mkdir(), "a folder without matrix.mtx.* and .h5ad files"),
+    "cut.h5ad": (lambda p: os.truncate(written(p), 50_000), "is damaged or no .h5ad"),
+    "none.h5ad": (lambda p: written(p, make_cells()[:0].copy()), "has 0 cells and 20 genes"),
+    "genes.h5ad": (lambda p: written(p, named(["same"] * 20)), "gene names must be uni.* 19 occur"),
+    "shape.h5ad": (
+        lambda p: edited(p, lambda file: file["X"].attrs.update(shape=[60, 19])),
+        r"must be 60 x 20, is \(60, 19\)",
+    ),
+    "ends.h5ad": (
+        lambda p: edited(p, lambda file: file["X/indptr"].__setitem__(3, 10**6)),
+        "X is no valid CSR matrix",
+    ),
+}
+NOT_IN_PARTS = {
+    "csc.h5ad": (lambda p: written(p, with_counts(csc_matrix)), r"\(CSC\).*vmm-fast prepare"),
+    "old.h5ad": (
+        lambda p: edited(p, lambda file: file["obs"].attrs.pop("encoding-type")),
+        "older than 0.8; vmm-fast prep",
+    ),
+    "10x": (
+        lambda p: (p.mkdir(), mmwrite(p / "matrix.mtx", make_cells().X)),
+        "must be .h5ad, .zarr or a folder .*; vmm-fast prepare makes",
+    ),
+    "bool.h5ad": (
+        lambda p: written(p, with_counts(lambda counts: counts.toarray() > 0)),
+        "X must hold counts, holds bool",
+    ),
+    "bare.h5ad": (lambda p: written(p, AnnData(obs=make_cells().obs)), "hold counts, is absent"),
+    "no obs.h5ad": (lambda p: edited(p, lambda file: file.pop("obs")), "in parts, it lacks obs"),
+}
 
 
-def test_bad_files(tmp_path):
-    for name, make, kind, message in bad_files(tmp_path):
-        make(tmp_path / name)
-        with pytest.raises(InputError, match=rf"^{tmp_path / name}: .*{message}") as caught:
-            CellStore(tmp_path / name)
-        assert type(caught.value) is kind, name
-    with pytest.raises(InputError, match="--layer no: must be one of the layers, which are twice"):
-        CellStore(tmp_path / "whole.h5ad", "no")
+@pytest.mark.parametrize("name", [*BAD_FILES, *NOT_IN_PARTS])
+def test_a_file_that_is_refused(tmp_path, name):
+    make, message = (BAD_FILES | NOT_IN_PARTS)[name]
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=rf"^{tmp_path / name}: .*{message}") as caught:
+        CellStore(tmp_path / name)
+    assert (type(caught.value) is CannotStream) == (name in NOT_IN_PARTS)
 
 
 def test_a_shard_with_other_genes(shards):
     folder, parts = shards
-    written(folder / "1.h5ad", genes_renamed(parts[1]))
+    names = [f"other {i}" if i < 7 else f"gene {i}" for i in range(20)]
+    written(folder / "1.h5ad", named(names, parts[1]))
     message = (
         "1.h5ad: must have the genes of 0.h5ad, lacks 7: gene 0, gene 1, gene 2, gene 3, gene 4, "
         r"...; has others, 7: other 0, .*, other 4, \.\.\.$"
     )
     with pytest.raises(InputError, match=message):
         CellStore(folder)
-    parts[1].var_names = ["gene 0", "gene 0", *parts[0].var_names[2:]]
-    written(folder / "1.h5ad", parts[1])
+    written(folder / "1.h5ad", named(["gene 0", "gene 0", *parts[0].var_names[2:]], parts[1]))
     with pytest.raises(InputError, match=r"lacks 1: gene 1; has twice 1: gene 0$"):
         CellStore(folder)
 
@@ -442,6 +435,21 @@ def test_dense_zarr_that_changes_or_has_lost_chunks(tmp_path, version):
     assert reading.read_cells(str(path)).notes == [note]
 
 
+def corrupt(path):
+    """Overwrite most of the stored values."""
+    with h5py.File(path) as file:
+        chunk = file["X/data"].id.get_chunk_info(0)
+    with open(path, "r+b") as file:
+        file.seek(chunk.byte_offset + 8)
+        file.write(b"\xa5" * (chunk.size - 8))
+
+
+def chunk_of(path, part, number):
+    """The file of a chunk of an array of zarr."""
+    array = zarr.open_group(path, mode="r")[part]
+    return path / part / array.metadata.encode_chunk_key((number % array.nchunks,))
+
+
 def test_corrupt_chunks(tmp_path):
     path = written(tmp_path / "c.h5ad", compression="gzip")
     corrupt(path)
@@ -450,39 +458,26 @@ def test_corrupt_chunks(tmp_path):
             found.read(0, 60)
         assert len(found.obs(0, 60)) == 60
     path = written(tmp_path / "c.zarr")
-    data = zarr.open_group(path, mode="r")["X/data"]
-    chunk = path / "X" / "data" / data.metadata.encode_chunk_key((0,))
+    chunk = chunk_of(path, "X/data", 0)
     chunk.write_bytes(chunk.read_bytes()[:20] + b"\xa5" * 20)
     with CellStore(path) as found, pytest.raises(InputError, match=r"c.zarr: is damaged"):
         found.read(0, 60)
-    chunk.unlink()
-    with pytest.raises(InputError, match=r"c.zarr: X lacks chunks"):
-        CellStore(path)
-    path = written(tmp_path / "d.zarr")
-    (path / "X" / "indices" / data.metadata.encode_chunk_key((0,))).unlink()
-    with pytest.raises(InputError, match=r"d.zarr: X lacks chunks"):
-        CellStore(path)
-
-
-def test_indices_beyond_the_genes(tmp_path):
-    for value in (20, -1):
-        path = written(tmp_path / "c.h5ad")
-        edited(path, lambda file, value=value: file["X/indices"].__setitem__(5, value))
-        with CellStore(path) as found, pytest.raises(InputError, match="a gene beyond its 20"):
-            found.read(0, 60)
 
 
 @pytest.mark.parametrize("by_genes", [False, True])
-@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
-def test_zarr_that_has_lost_a_chunk_is_not_read_into_memory(tmp_path, part, by_genes):
+def test_zarr_that_has_lost_a_chunk_is_not_read(tmp_path, by_genes):
     adata = make_cells(400)
     adata.X = (csc_matrix if by_genes else csr_matrix)(adata.X)
     path = written(tmp_path / "c.zarr", adata)
     assert read_cells(str(path)).adata.shape == (400, 20)
-    array = zarr.open_group(path, mode="r")[f"X/{part}"]
-    (path / "X" / part / array.metadata.encode_chunk_key((array.nchunks - 1,))).unlink()
-    with pytest.raises(InputError, match=r"c.zarr: X lacks chunks"):
-        read_cells(str(path))
+    for part in ("data", "indices", "indptr"):
+        chunk = chunk_of(path, f"X/{part}", -1)
+        content = chunk.read_bytes()
+        chunk.unlink()
+        for read in (read_cells,) if by_genes else (read_cells, CellStore):
+            with pytest.raises(InputError, match=r"c.zarr: X (lacks chunks|is no valid CSR)"):
+                read(str(path))
+        chunk.write_bytes(content)
 
 
 def test_chunks_of_zeros_that_zarr_leaves_out_are_not_lost(tmp_path):
@@ -496,19 +491,23 @@ def test_chunks_of_zeros_that_zarr_leaves_out_are_not_lost(tmp_path):
         assert (read_cells(str(path)).adata.X != adata.X).nnz == 0
 
 
+@pytest.mark.parametrize("value", [20, -1])
+def test_a_gene_beyond_the_last(tmp_path, value):
+    path = edited(tmp_path / "c.h5ad", lambda file: file["X/indices"].__setitem__(5, value))
+    with CellStore(path) as found, pytest.raises(InputError, match="a gene beyond its 20"):
+        found.read(0, 60)
+
+
 @pytest.mark.parametrize("kind, where", [(csr_matrix, "gene beyond its 20"), (csc_matrix, "cell")])
 def test_damaged_counts_in_memory(tmp_path, kind, where):
-    for name, at, value, message in (
-        ("indices", 100, 999, f"X is damaged, has a {where}"),
-        ("indices", 100, -3, f"X is damaged, has a {where}"),
-        ("indptr", 3, 0, "X is damaged, is no valid CS[RC] matrix"),
+    for array, at, value, message in (
+        ("X/indices", 100, 999, f"X is damaged, has a {where}"),
+        ("X/indices", 100, -3, f"X is damaged, has a {where}"),
+        ("X/indptr", 3, 0, "X is damaged, is no valid CS[RC] matrix"),
     ):
-        adata = make_cells()
-        adata.X = kind(adata.X)
-        path = written(tmp_path / "c.h5ad", adata)
-        array = f"X/{name}"
-        edited(path, lambda file, a=array, at=at, value=value: file[a].__setitem__(at, value))
-        damaged = read_cells(str(path)).adata
+        with h5py.File(written(tmp_path / "c.h5ad", with_counts(kind)), "r+") as file:
+            file[array][at] = value
+        damaged = read_cells(str(tmp_path / "c.h5ad")).adata
         with pytest.raises(InputError, match=message):
             counts_of(damaged, None)
         with pytest.raises(InputError, match=r"X must hold counts, .* is absent$"):
@@ -536,8 +535,9 @@ def same_cells(path, adata, layer=None):
             found.file.close()
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-@pytest.mark.parametrize("layer", [None, "twice"])
+@pytest.mark.parametrize(
+    ("suffix", "layer"), [(".h5ad", None), (".h5ad", "twice"), (".zarr", "twice")]
+)
 def test_prepare(tmp_path, suffix, layer, monkeypatch):
     monkeypatch.setattr(preparing, "ROWS", 13)
     monkeypatch.setattr(writing, "CHUNK", 32)
@@ -557,10 +557,7 @@ def test_prepare(tmp_path, suffix, layer, monkeypatch):
 
 def test_prepare_by_way_of_memory(tmp_path):
     adata = make_cells()
-    by_genes, path = adata.copy(), tmp_path / "csc.h5ad"
-    by_genes.X = csc_matrix(adata.X)
-    by_genes.layers.clear()
-    prepare(written(path, by_genes), tmp_path / "a.h5ad")
+    prepare(written(tmp_path / "csc.h5ad", with_counts(csc_matrix)), tmp_path / "a.h5ad")
     same_cells(tmp_path / "a.h5ad", adata)
     folder = tmp_path / "mtx"
     folder.mkdir()
@@ -610,9 +607,13 @@ def test_prepare_in_bounded_memory(tmp_path, monkeypatch):
 
 
 def test_prepare_command(tmp_path, capsys):
-    path, out = written(tmp_path / "c.h5ad"), tmp_path / "out.h5ad"
+    path, out, new = written(tmp_path / "c.h5ad"), tmp_path / "out.h5ad", tmp_path / "x.h5ad"
     before = path.read_bytes()
-    assert cli.main(["prepare", str(path), "--out", str(out), "--layer", "twice"]) == 0
+
+    def prepared(*arguments):
+        return cli.main(["prepare", *map(str, arguments)])
+
+    assert prepared(path, "--out", out, "--layer", "twice") == 0
     shown = capsys.readouterr()
     first, last = shown.out.splitlines()
     assert first == "note: counts, obs and var alone are kept, not X"
@@ -621,21 +622,18 @@ def test_prepare_command(tmp_path, capsys):
     assert path.read_bytes() == before
     made = out.read_bytes()
     for arguments, message in (
-        ([str(path), "--out", str(out)], "exists; choose another"),
-        ([str(path), "--out", str(path), "--overwrite"], "is the input, which is never written"),
-        ([str(path), "--out", str(tmp_path / "x.zarr")], "must end in .h5ad"),
-        (
-            [str(path), "--out", str(tmp_path / "x.h5ad"), "--layer", "no"],
-            "--layer no: must be one",
-        ),
-        ([str(tmp_path / "no"), "--out", str(tmp_path / "x.h5ad")], "no such file"),
-        ([str(tmp_path), "--out", str(tmp_path / "x.h5ad")], "lies in the input"),
+        ([path, "--out", out], "exists; choose another"),
+        ([path, "--out", path, "--overwrite"], "is the input, which is never written"),
+        ([path, "--out", tmp_path / "x.zarr"], "must end in .h5ad"),
+        ([path, "--out", new, "--layer", "no"], "--layer no: must be one"),
+        ([tmp_path / "no", "--out", new], "no such file"),
+        ([tmp_path, "--out", new], "lies in the input"),
     ):
-        assert cli.main(["prepare", *arguments]) == 2
+        assert prepared(*arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("vmm-fast: ") and message in error and error.count("\n") == 1
     assert out.read_bytes() == made and path.read_bytes() == before
-    assert cli.main(["prepare", str(path), "--out", str(out), "--overwrite"]) == 0
+    assert prepared(path, "--out", out, "--overwrite") == 0
     same_cells(out, make_cells())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5ad", "out.h5ad"]
 
@@ -685,9 +683,8 @@ def test_prepare_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"has 0.5 in cell"):
         prepare(path, out)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 100))
-    with pytest.raises(
-        InputError, match=r"the disk is too full, about 0.\d MB more are needed, 0.0"
-    ):
+    too_full = r"the disk is too full, about 0.\d MB more are needed, 0.0"
+    with pytest.raises(InputError, match=too_full):
         prepare(path, out)
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
@@ -704,48 +701,53 @@ def interrupted(monkeypatch):
     monkeypatch.setattr(writing._Disk, "write", interrupted)
 
 
+def prepare_cells(folder, adata):
+    prepare(written(folder.parent / "c.h5ad", adata), folder / "out.h5ad")
+
+
+def write_cells(folder, adata):
+    write_adata(folder / "out.h5ad", adata)
+
+
+def write_clusters(folder, adata):
+    with CellStore(written(folder.parent / "c.h5ad", adata)) as cells:
+        results = results_of(adata.n_obs)
+        write_results(cells, folder, *results, cells.var_names, {})
+
+
+WRITERS = {prepare_cells: "out.h5ad", write_cells: "out.h5ad", write_clusters: "cells.h5ad"}
+every_writer = pytest.mark.parametrize("write", WRITERS)
+
+
+@every_writer
 @pytest.mark.usefixtures("interrupted")
-def test_prepare_is_interrupted_between_parts(tmp_path):
-    path, handler = written(tmp_path / "c.h5ad"), signal.getsignal(signal.SIGINT)
+def test_writing_is_interrupted_between_parts(tmp_path, write):
+    folder, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
+    folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        prepare(path, tmp_path / "out.h5ad")
-    assert [p.name for p in tmp_path.iterdir()] == ["c.h5ad"]
+        write(folder, make_cells())
+    assert list(folder.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@every_writer
 @pytest.mark.parametrize("size", [500, 5_000, 50_000, 70_000, 90_000])
-def test_a_disk_that_fills_up(tmp_path, size, monkeypatch):
+def test_a_disk_that_fills_up(tmp_path, size, write, monkeypatch):
     monkeypatch.setattr(preparing, "ROWS", 100)
     monkeypatch.setattr(writing, "ROWS", 100)
-    path, folder = written(tmp_path / "c.h5ad", make_cells(1_000, 100)), tmp_path / "out"
+    folder, adata, real = tmp_path / "out", make_cells(1_000, 100), writing.write_atomically
     folder.mkdir()
-    with CellStore(path) as cells:
-        for name, write in (
-            ("out.h5ad", lambda: prepare(path, folder / "out.h5ad")),
-            (
-                "cells.h5ad",
-                lambda: write_results(cells, folder, *results_of(1_000), cells.var_names, {}),
-            ),
-        ):
-            with pytest.raises(InputError) as caught, files_of_at_most(size):
-                write()
-            assert str(caught.value) == f"{folder / name}: cannot be written: File too large"
+
+    def limited(*args, **kwargs):  # not the input
+        with files_of_at_most(size):
+            real(*args, **kwargs)
+
+    monkeypatch.setattr(writing, "write_atomically", limited)
+    with pytest.raises(InputError) as caught:
+        write(folder, adata)
+    message = "cannot be written: File too large"
+    assert str(caught.value) == f"{folder / WRITERS[write]}: {message}"
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("size", [500, 5_000, 50_000, 90_000])
-def test_a_disk_that_fills_up_with_cells_in_memory(tmp_path, size):
-    with pytest.raises(InputError) as caught, files_of_at_most(size):
-        write_adata(tmp_path / "out.h5ad", make_cells(1_000, 100))
-    assert str(caught.value) == f"{tmp_path / 'out.h5ad'}: cannot be written: File too large"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_writing_cells_in_memory_is_interrupted(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write_adata(tmp_path / "out.h5ad", make_cells())
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -2,17 +2,20 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
-import anndata
-from test_integrate import complaint, written
+import torch
+from support import complaint, make_cells, written
 
 from vmm_fast import cli
+from vmm_fast.mixture import Assignment
 from vmm_fast.scvi import sweep
+from vmm_fast.scvi.integration import Integration
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -40,6 +43,7 @@ def test_sweep(tmp_path, capsys):
         assert 1 <= int(row["clusters"]) <= 8
         assert all(np.isfinite(float(value)) for value in row.values())
         assert 0 <= float(row["batch_mixing"]) <= 1.5
+    assert len({row["held_out_elbo"] for row in rows}) == 4  # either knob does something
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
     assert h5ad.read_bytes() == before
     shown = capsys.readouterr().out
@@ -47,46 +51,62 @@ def test_sweep(tmp_path, capsys):
     assert shown.count("\n") >= 4 + 4
 
 
-def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
-    h5ad = written(tmp_path)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(h5ad, whole) == 0
-    integrate, calls = sweep.integrate, []
+@pytest.fixture
+def runs(monkeypatch):
+    """Settings of the runs, none of which trains; the third is stopped."""
+    done = []
 
-    def third_is_stopped(*arguments, **options):
-        calls.append(arguments[1])
-        if len(calls) == 3:
+    def found(cells, settings, **options):
+        done.append(settings)
+        if len(done) == 3:
             raise KeyboardInterrupt
-        return integrate(*arguments, **options)
+        random = np.random.default_rng(settings.batch_size)
+        labels, some = torch.arange(len(cells)) % 3, torch.rand(len(cells))
+        history = {"elbo_validation": [9.0, settings.prior_learning_rate]}
+        z = random.normal(size=(len(cells), 2))
+        return Integration(None, settings, history, 1.0, 6, z, Assignment(labels, some, some))
 
-    monkeypatch.setattr(sweep, "integrate", third_is_stopped)
-    capsys.readouterr()
+    monkeypatch.setattr(sweep, "integrate", found)
+    monkeypatch.setattr(sweep, "_plot", lambda rows, path: path.touch())
+    return done
+
+
+def test_sweep_goes_on(tmp_path, capsys, runs):
+    h5ad, stopped = written(tmp_path), tmp_path / "stopped"
     error = complaint(capsys, run(h5ad, stopped), 130)
     assert "go on with: vmm-fast sweep" in error
     assert "--resume" in error
-    assert table(stopped) == table(whole)[:2]
+    first = table(stopped)
+    assert len(first) == 2
     assert run(h5ad, stopped, "--resume") == 0
-    assert len(calls) == 3 + 2
-    assert table(stopped) == table(whole)
+    assert len(runs) == 3 + 2
+    rows = table(stopped)
+    assert rows[:2] == first
+    assert [row["held_out_elbo"] for row in rows] == ["-0.001", "-0.005", "-0.001", "-0.005"]
+    assert [(one.batch_size, one.prior_learning_rate) for one in runs[2:]] == [
+        (32, 0.001),
+        (32, 0.001),
+        (32, 0.005),
+    ]
     # A wider grid: what is there is taken, the rest is run.
     assert run(h5ad, stopped, "--resume", "--ratios", "1", "5", "10") == 0
-    assert len(calls) == 5 + 2
-    assert len(json.loads((stopped / sweep.FINISHED).read_text())) == 6
+    assert len(runs) == 5 + 2
+    kept = json.loads((stopped / sweep.FINISHED).read_text())
+    done = [asdict(one) for one in runs[:2] + runs[3:]]
+    assert [row["settings"] for row in kept] == done
     assert "holds another run" in complaint(capsys, run(h5ad, stopped))
     finished = stopped / sweep.FINISHED
     finished.write_bytes(finished.read_bytes()[:-9])
     assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
 
 
-def test_labels_that_are_all_missing(tmp_path):
-    h5ad = written(tmp_path)
-    adata = anndata.read_h5ad(h5ad)
+def test_labels_that_are_all_missing_and_a_knob_given_twice(tmp_path, runs):
+    adata = make_cells()
     adata.obs["none"] = np.nan
-    adata.write_h5ad(h5ad)
     options = ["--labels-key", "none", "--batch-sizes", "64", "64", "--ratios", "5", "5"]
-    assert run(h5ad, tmp_path / "out", *options) == 0
+    assert run(written(tmp_path, adata), tmp_path / "out", *options) == 0
     (row,) = table(tmp_path / "out")
-    assert "ari" not in row
+    assert "ari" not in row and len(runs) == 1
 
 
 def test_batch_mixing():

@@ -1,14 +1,16 @@
 """The training loop: exact resume, early stopping, random state, errors, and that it learns."""
 
-import builtins
+import contextlib
 import copy
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from vmm_fast.models import VAE, History, fit
+from vmm_fast.models import VAE, History, fit, training
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +35,31 @@ def make_model(seed=0, **arguments):
 
 
 def run(model, **arguments):
-    return fit(model, make_data(), make_data(M, 1), **{"epochs": 4, "batch_size": 16, **arguments})
+    settings = {"x_train": make_data(), "x_val": make_data(M, 1), "epochs": 4, "batch_size": 16}
+    return fit(model, **{**settings, **arguments})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model after 4 epochs, its history, and its checkpoints after 1, 2 and 4 of them."""
+    model, folder = make_model(), tmp_path_factory.mktemp("trained")
+
+    def keep(record):
+        (folder / f"{record['epoch']}.pt").write_bytes((folder / "run.pt").read_bytes())
+
+    return model, run(model, checkpoint=folder / "run.pt", on_epoch_end=keep), folder
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """Give a copy of a checkpoint of the trained model, after so many epochs."""
+
+    def copied(epochs):
+        path = tmp_path / "run.pt"
+        path.write_bytes((trained[2] / f"{epochs}.pt").read_bytes())
+        return path
+
+    return copied
 
 
 def assert_same_state(a, b):
@@ -87,49 +113,57 @@ def test_without_validation_and_mixture():
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(70, 16, 4), (64, 16, 4), (10, 16, 1)])
 def test_batches(n, batch_size, steps, monkeypatch):
+    """Each is encoded once: the empirical-Bayes step has the z of the variational step."""
     model = make_model()
-    sizes = []
+    batches, drawn, updated = [], [], []
     elbo = model.elbo
-    monkeypatch.setattr(model, "elbo", lambda x: sizes.append(x) or elbo(x))
+
+    def recorded(x):
+        terms = elbo(x)
+        batches.append(x)
+        drawn.append(terms.z)
+        return terms
+
+    monkeypatch.setattr(model, "elbo", recorded)
+    monkeypatch.setattr(model.prior, "update", lambda z, encoder: updated.append(z))
     fit(model, make_data(n), epochs=2, batch_size=batch_size)
-    assert [len(x) for x in sizes] == [min(n, batch_size)] * (2 * steps)
-    first = torch.cat(sizes[:steps])
+    assert [len(x) for x in batches] == [min(n, batch_size)] * (2 * steps)
+    assert all(torch.equal(z, other) for z, other in zip(drawn, updated, strict=True))
+    first = torch.cat(batches[:steps])
     assert len(first.unique(dim=0)) == len(first)  # no row twice in an epoch
-    assert not torch.equal(first, torch.cat(sizes[steps:]))
+    assert not torch.equal(first, torch.cat(batches[steps:]))
 
 
-def test_same_seed_same_bits_other_seed_other_batches():
-    models = [make_model() for _ in range(3)]
-    histories = [run(m, seed=s) for m, s in zip(models, (3, 3, 4), strict=True)]
-    assert_same_state(models[0].state_dict(), models[1].state_dict())
-    assert without_seconds(histories[0]) == without_seconds(histories[1])
-    assert histories[0][0]["train_elbo"] != histories[2][0]["train_elbo"]
+def test_same_seed_same_bits_other_seed_other_batches(trained):
+    model, history, _ = trained
+    again, other = make_model(), make_model()
+    assert without_seconds(run(again)) == without_seconds(history)
+    assert_same_state(again.state_dict(), model.state_dict())
+    assert run(other, epochs=1, seed=4)[0]["train_elbo"] != history[0]["train_elbo"]
 
 
-@pytest.mark.parametrize("scale", ["learnt", "maximum-likelihood"])
-def test_resume_is_exact(tmp_path, scale):
-    whole = make_model(scale=scale)
-    expected = run(whole, checkpoint=tmp_path / "whole.pt")
-    path = tmp_path / "half.pt"
-    run(make_model(scale=scale), epochs=2, checkpoint=path)
-    torch.manual_seed(99)  # whatever the caller does in between
-    resumed = make_model(seed=1, scale=scale)
-    history = run(resumed, checkpoint=path, resume=True)
-    assert without_seconds(history) == without_seconds(expected)
-    assert history.best_epoch == expected.best_epoch
-    assert_same_state(resumed.state_dict(), whole.state_dict())
-
-    # The files agree too, in all but the clock.
-    files = [torch.load(p, weights_only=True) for p in (tmp_path / "whole.pt", path)]
+def assert_same_file(a, b):
+    """In all but the clock."""
+    files = [torch.load(path, weights_only=True) for path in (a, b)]
     for file in files:
         file["history"] = without_seconds(file["history"])
     assert_same_state(*files)
 
 
+def test_resume_is_exact(trained, checkpoint):
+    model, expected, folder = trained
+    path = checkpoint(2)
+    torch.manual_seed(99)  # whatever the caller does in between
+    resumed = make_model(seed=1)
+    history = run(resumed, checkpoint=path, resume=True)
+    assert without_seconds(history) == without_seconds(expected)
+    assert history.best_epoch == expected.best_epoch
+    assert_same_state(resumed.state_dict(), model.state_dict())
+    assert_same_file(path, folder / "4.pt")
+
+
 @pytest.mark.parametrize("kill", [RuntimeError("killed"), KeyboardInterrupt()])
-def test_resume_after_a_kill_is_exact(tmp_path, kill):
-    whole = make_model()
-    expected = run(whole)
+def test_resume_after_a_kill_is_exact(trained, tmp_path, kill):
     path = tmp_path / "run.pt"
 
     def on_epoch_end(record):
@@ -140,10 +174,18 @@ def test_resume_after_a_kill_is_exact(tmp_path, kill):
     with pytest.raises(type(kill)):
         run(make_model(), checkpoint=path, on_epoch_end=on_epoch_end)
     resumed = make_model(seed=1)
-    history = run(resumed, checkpoint=path, resume=True)
-    assert without_seconds(history) == without_seconds(expected)
-    assert_same_state(resumed.state_dict(), whole.state_dict())
+    run(resumed, checkpoint=path, resume=True)
+    assert_same_state(resumed.state_dict(), trained[0].state_dict())
+    assert_same_file(path, trained[2] / "4.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary file stays
+
+
+def test_resume_is_exact_with_a_learnt_scale(tmp_path):
+    whole, resumed = make_model(scale="learnt"), make_model(seed=1, scale="learnt")
+    run(whole, epochs=2)
+    run(make_model(scale="learnt"), epochs=1, checkpoint=tmp_path / "run.pt")
+    run(resumed, epochs=2, checkpoint=tmp_path / "run.pt", resume=True)
+    assert_same_state(resumed.state_dict(), whole.state_dict())
 
 
 def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
@@ -164,20 +206,15 @@ def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
-def test_finished_run_resumes_to_more_epochs_only(tmp_path):
-    path = tmp_path / "run.pt"
-    model = make_model()
-    run(model, epochs=2, checkpoint=path)
-    again = make_model(seed=1)
-    assert len(run(again, epochs=2, checkpoint=path, resume=True)) == 2
-    assert_same_state(again.state_dict(), model.state_dict())
-    assert len(run(again, epochs=3, checkpoint=path, resume=True)) == 3
+def test_finished_run_resumes_to_more_epochs_only(trained, checkpoint):
+    path, again = checkpoint(4), make_model(seed=1)
+    assert len(run(again, checkpoint=path, resume=True)) == 4
+    assert_same_state(again.state_dict(), trained[0].state_dict())
+    assert len(run(again, epochs=5, checkpoint=path, resume=True)) == 5
 
 
 def fix_validation(monkeypatch, values):
     """Let the validation ELBO take given values; return the weights after each epoch."""
-    from vmm_fast.models import training
-
     weights = []
 
     def validate(self, x_val):
@@ -188,30 +225,23 @@ def fix_validation(monkeypatch, values):
     return weights
 
 
-def test_early_stopping_restores_the_best_weights(monkeypatch):
+def test_early_stopping_restores_the_best_weights_and_counts_on_after_resume(tmp_path, monkeypatch):
     weights = fix_validation(monkeypatch, [-9.0, -5.0, -6.0, -5.5, -1.0])
-    model = make_model()
-    history = run(model, epochs=5, patience=2)
-    assert len(history) == 4
-    assert history.best_epoch == 2
-    assert_same_state(model.state_dict(), weights[1])
+    path = tmp_path / "run.pt"
+    run(make_model(), epochs=3, checkpoint=path)
+    model, resumed = make_model(), make_model(seed=1)
+    histories = [run(model, epochs=5, patience=2)]
+    for _ in range(2):  # a run that stopped early is finished
+        histories.append(run(resumed, epochs=5, patience=2, checkpoint=path, resume=True))
+    assert [(len(history), history.best_epoch) for history in histories] == [(4, 2)] * 3
+    for state in (model.state_dict(), resumed.state_dict()):
+        assert_same_state(state, weights[1])
 
 
 def test_min_delta_asks_for_more(monkeypatch):
     fix_validation(monkeypatch, [-9.0, -8.9, -8.8, -1.0])
     assert len(run(make_model(), patience=2, min_delta=0.5)) == 3
     assert len(run(make_model(), patience=3, min_delta=0.5)) == 4
-
-
-def test_early_stopping_counts_on_after_resume(tmp_path, monkeypatch):
-    fix_validation(monkeypatch, [-9.0, -5.0, -6.0, -5.5, -1.0])
-    path = tmp_path / "run.pt"
-    run(make_model(), epochs=3, checkpoint=path)
-    model = make_model(seed=1)
-    for _ in range(2):  # a run that stopped early is finished
-        history = run(model, epochs=5, patience=2, checkpoint=path, resume=True)
-        assert len(history) == 4
-        assert history.best_epoch == 2
 
 
 def test_validation_repeats_its_noise(monkeypatch):
@@ -225,32 +255,37 @@ def test_validation_repeats_its_noise(monkeypatch):
     assert history[0]["train_elbo"] != history[1]["train_elbo"]
 
 
-def test_validation_does_not_disturb_training():
-    with_validation, without = make_model(), make_model()
-    a = run(with_validation)
-    b = fit(without, make_data(), epochs=4, batch_size=16)
+def test_validation_does_not_disturb_training(trained):
+    history = run(make_model(), x_val=None)
     for name in ("train_elbo", "scale"):
-        assert [record[name] for record in a] == [record[name] for record in b]
+        assert [record[name] for record in history] == [record[name] for record in trained[1]]
 
 
+def test_learning_rate_is_the_networks_alone():
+    """Adam's first step moves a parameter by its learning rate, where the gradient is not tiny."""
+    model = make_model()
+    before = copy.deepcopy(model)
+    run(model, x_train=make_data(16), x_val=None, epochs=1, learning_rate=0.02)
+    for name, tensor in model.named_parameters():
+        step = (tensor - before.get_parameter(name)).abs().max().item()
+        rate = model.prior.learning_rate if name.startswith("prior.") else 0.02
+        assert step == pytest.approx(rate, rel=0.01), name
+
+
+@pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("fail", [False, True])
-def test_caller_state_is_untouched(fail):
+def test_caller_state_is_untouched(fail, mode):
     def on_epoch_end(record):
         torch.manual_seed(1)
         model.eval()
         if fail:
             raise RuntimeError("stop")
 
-    for mode in (True, False):
-        model = make_model().train(mode)
-        before = torch.get_rng_state()
-        if fail:
-            with pytest.raises(RuntimeError, match="stop"):
-                run(model, epochs=2, on_epoch_end=on_epoch_end)
-        else:
-            run(model, epochs=2, on_epoch_end=on_epoch_end)
-        assert torch.equal(torch.get_rng_state(), before)
-        assert {module.training for module in model.modules()} == {mode}
+    model, before = make_model().train(mode), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="stop") if fail else contextlib.nullcontext():
+        run(model, epochs=2, on_epoch_end=on_epoch_end)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {module.training for module in model.modules()} == {mode}
 
 
 def test_transform_of_bytes_and_float64_model():
@@ -282,26 +317,6 @@ def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch)
     )
 
 
-def test_checkpoint_of_other_data(tmp_path):
-    """The same rows in another order are other data, for training and for validation."""
-    path = tmp_path / "run.pt"
-    run(make_model(), epochs=1, checkpoint=path)
-    for name, (x_train, x_val) in {
-        "x_train": (make_data().flip(0), make_data(M, 1)),
-        "x_val": (make_data(), make_data(M, 1).flip(0)),
-    }.items():
-        with pytest.raises(ValueError, match=f"of another run: checksum of {name}"):
-            fit(
-                make_model(),
-                x_train,
-                x_val,
-                epochs=2,
-                batch_size=16,
-                checkpoint=path,
-                resume=True,
-            )
-
-
 def test_what_does_not_fit_together_is_no_divergence():
     with pytest.raises(ValueError, match="prior must have latent_dim = 2 dimensions, has 3"):
         VAE(INPUTS, 2, VMMPrior(make_data(5), latent_dim=3))
@@ -318,6 +333,9 @@ def test_what_does_not_fit_together_is_no_divergence():
         ({"learning_rate": 0.1}, r"learning_rate: 0\.001 in the checkpoint, 0\.1 now"),
         ({"x_train": make_data(71)}, "length of x_train: 70 in the checkpoint, 71 now"),
         ({"x_val": None}, "length of x_val: 30 in the checkpoint, None now"),
+        # The same rows in another order are other data.
+        ({"x_train": make_data().flip(0)}, "checksum of x_train"),
+        ({"x_val": make_data(M, 1).flip(0)}, "checksum of x_val"),
         ({"model": {"posterior": "diagonal"}}, "posterior='full'.*posterior='diagonal'"),
         ({"model": {"hidden": (16, 9)}}, r"encoder\.2\.weight: .*\[8, 16\].*\[9, 16\]"),
         ({"model": {"prior": None}}, r"prior: VMMPrior\(.* in the checkpoint, StandardNormalPrior"),
@@ -327,42 +345,40 @@ def test_what_does_not_fit_together_is_no_divergence():
         ),
     ],
 )
-def test_checkpoint_of_other_settings(tmp_path, arguments, message):
-    path = tmp_path / "run.pt"
-    run(make_model(), epochs=1, checkpoint=path)
+def test_checkpoint_of_another_run(checkpoint, arguments, message):
     settings = {"hidden": (16, 8), "prior": VMMPrior(make_data(5), latent_dim=2)}
-    model = VAE(INPUTS, 2, **{**settings, **arguments.pop("model", {})})
+    model = VAE(INPUTS, 2, **{**settings, **arguments.get("model", {})})
     before = copy.deepcopy(model.state_dict())
-    data = {"x_train": make_data(), "x_val": make_data(M, 1)}
+    others = {name: value for name, value in arguments.items() if name != "model"}
     with pytest.raises(ValueError, match=f"of another run: .*{message}"):
-        fit(
-            model,
-            **{**data, "epochs": 2, "batch_size": 16, **arguments},
-            checkpoint=path,
-            resume=True,
-        )
+        run(model, epochs=2, checkpoint=checkpoint(1), resume=True, **others)
     assert_same_state(model.state_dict(), before)
 
 
-def test_checkpoint_errors(tmp_path):
-    path = tmp_path / "run.pt"
-    with pytest.raises(FileNotFoundError, match=r"resume=True, but checkpoint .*run\.pt"):
-        run(make_model(), checkpoint=path, resume=True)
-    with pytest.raises(ValueError, match="resume=True needs checkpoint"):
-        run(make_model(), resume=True)
-    with pytest.raises(FileNotFoundError, match="checkpoint's folder"):
-        run(make_model(), checkpoint=tmp_path / "absent" / "run.pt")
-    with pytest.raises(ValueError, match="checkpoint must be a file"):
-        run(make_model(), checkpoint=tmp_path)
-    run(make_model(), epochs=1, checkpoint=path)
+@pytest.mark.parametrize(
+    ("place", "resume", "error", "message"),
+    [
+        ("run.pt", True, FileNotFoundError, r"resume=True, but checkpoint .*run\.pt"),
+        (None, True, ValueError, "resume=True needs checkpoint"),
+        ("absent/run.pt", False, FileNotFoundError, "checkpoint's folder"),
+        (".", False, ValueError, "checkpoint must be a file"),
+    ],
+)
+def test_errors_of_the_checkpoint_s_place(tmp_path, place, resume, error, message):
+    path = place and tmp_path / place
+    with pytest.raises(error, match=message):
+        run(make_model(), checkpoint=path, resume=resume)
+
+
+def test_damaged_checkpoint(checkpoint):
+    path = checkpoint(1)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+    other = io.BytesIO()
+    torch.save({"something": 1}, other)
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint", other.getvalue()):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(truncated, or not"):
             run(make_model(), checkpoint=path, resume=True)
-    torch.save({"something": 1}, path)
-    with pytest.raises(ValueError, match="cannot be read"):
-        run(make_model(), checkpoint=path, resume=True)
 
 
 def with_nan(x):
@@ -392,11 +408,10 @@ def with_nan(x):
     ],
 )
 def test_argument_errors(arguments, error, message):
-    settings = {"x_train": make_data(), "x_val": make_data(M), "epochs": 1, **arguments}
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=message):
-        fit(model, **settings)
+        run(model, **arguments)
     assert_same_state(model.state_dict(), before)
 
 
@@ -420,14 +435,7 @@ def test_progress_fits_a_terminal(capsys, monkeypatch):
 
 
 def test_progress_without_tqdm(monkeypatch):
-    real = builtins.__import__
-
-    def without_tqdm(name, *arguments):
-        if name == "tqdm":
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"pip install vmm-fast\[cli\]"):
         run(make_model(), progress=True)
 

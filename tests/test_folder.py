@@ -1,0 +1,215 @@
+"""The folder of a run's results: other files and the input are safe, a run goes on as it was."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import pytest
+
+from vmm_fast import _folder
+from vmm_fast._folder import Folder, digest
+from vmm_fast.data import InputError
+
+
+@dataclass
+class Settings:
+    epochs: int
+    seed: int
+    layer: str | None
+
+
+STORED = {"epochs": 4, "seed": 0, "layer": None}
+RECORD = {"input": "sha256 1", "settings": STORED}
+OTHER = {"input": "sha256 2", "settings": STORED}
+
+
+def folder(path, **options):
+    results = ("table.csv", "model")
+    fixed = {"command": "integrate", "checkpoint": "checkpoint.pt", "results": results}
+    return Folder(str(path), settings=Settings, **fixed, **options)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A finished run, and a file of somebody's own."""
+    path = tmp_path / "out"
+    folder(path).start(RECORD, overwrite=False)
+    (path / "model").mkdir()
+    for name in ("checkpoint.pt", "table.csv", "model/model.pt", "notes.txt"):
+        (path / name).write_text(name)
+    return path
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_new_folder_is_made_and_marked_as_the_run_s(tmp_path):
+    path = tmp_path / "deep" / "out"
+    new = folder(path)
+    assert new.input is None and not path.exists()
+    new.start(RECORD, overwrite=False)
+    assert json.loads((path / "run.json").read_text()) == {
+        "vmm_fast": version("vmm-fast"),
+        **RECORD,
+    }
+    assert folder(path).input == "sha256 1"
+    assert folder(path).checkpoint == path / "checkpoint.pt"
+    # A run that failed at its start left nothing else: another may take its place.
+    folder(path).start(OTHER, overwrite=False)
+    assert folder(path).input == "sha256 2"
+
+
+def test_another_run_stays_until_it_is_overwritten(out):
+    before = contents(out)
+    with pytest.raises(InputError) as told:
+        folder(out).start(OTHER, overwrite=False)
+    for text in (f"--out {out}: holds another run", "integrate --resume", "integrate --overwrite"):
+        assert text in str(told.value)
+    assert contents(out) == before
+    folder(out).start(OTHER, overwrite=True)
+    # Under the new record the old checkpoint would be taken for the new run's.
+    after = contents(out)
+    assert set(before) - set(after) == {"checkpoint.pt"}
+    assert folder(out).input == "sha256 2"
+    assert all(after[name] == before[name] for name in set(after) - {"run.json"})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        "",
+        json.dumps(RECORD)[:-5],
+        "[]",
+        json.dumps({"input": "sha256 1"}),
+        json.dumps({**RECORD, "input": 1}),
+        json.dumps({**RECORD, "settings": {"epochs": 4}}),
+        json.dumps({**RECORD, "settings": {**STORED, "more": 1}}),
+    ],
+)
+def test_files_of_no_run_are_left_alone(out, record):
+    if record is None:
+        (out / "run.json").unlink()
+    else:
+        (out / "run.json").write_text(record)
+    before = contents(out)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds checkpoint\.pt, which is of no run, as run"):
+            folder(out).start(OTHER, overwrite=overwrite)
+    assert contents(out) == before
+
+
+def test_links_and_folders_count_as_files_and_other_names_do_not(tmp_path):
+    for name in ("model", "table.csv"):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "notes.txt").write_text("mine")
+        folder(path).start(RECORD, overwrite=False)
+        (path / "run.json").unlink()
+        if name == "model":
+            (path / name).mkdir()
+        else:
+            (path / name).symlink_to("nowhere")
+        with pytest.raises(InputError, match=f"holds {name}, which is of no run"):
+            folder(path).start(RECORD, overwrite=True)
+
+
+def test_a_run_that_goes_on_keeps_its_files_but_no_halves(out):
+    before = contents(out)
+    (out / "model" / ".abc.tmp").mkdir()
+    for name in (".table.csv.1.tmp", ".run.json.2.tmp", "model/.abc.tmp/part", "model/.d.tmp"):
+        (out / name).write_text("half")  # as a killed run leaves it
+    for name in (".other.csv.1.tmp", "table.csv.tmp"):
+        before[name] = b"mine"
+        (out / name).write_text("mine")
+    folder(out).start(RECORD, overwrite=False, resume=True)
+    assert contents(out) == before and not (out / "model" / ".abc.tmp").exists()
+
+
+def test_settings_to_go_on_with(out):
+    run = folder(out, changeable=("layer",))
+    nothing = dict.fromkeys(STORED)
+    assert run.resumed("sha256 1", nothing) == STORED
+    given = {"epochs": 5, "seed": 0, "layer": "counts"}
+    assert run.resumed("sha256 1", given) == given
+    for source, changed, message in (
+        ("sha256 2", {}, f"--resume: the run in {out} was started on another input"),
+        ("sha256 1", {"seed": 9}, "--seed must be 0 as in the run that --resume goes on with, is"),
+        ("sha256 1", {"epochs": 3}, "--epochs must be at least 4 as in the run .* is 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run.resumed(source, {**nothing, **changed})
+    with pytest.raises(InputError, match=r"--layer must be absent as in the run .* is counts"):
+        folder(out).resumed("sha256 1", given)
+    with pytest.raises(InputError, match="none holds no run; leave --resume out to start one"):
+        folder(out / "none").resumed("sha256 1", nothing)
+
+
+def test_an_option_of_two_words_is_named_as_on_the_command_line(tmp_path):
+    @dataclass
+    class Two:
+        batch_size: int
+
+    def made():
+        options = {"command": "cluster", "checkpoint": "c", "results": ()}
+        return Folder(str(tmp_path), settings=Two, **options)
+
+    made().start({"input": "", "settings": {"batch_size": 2}}, overwrite=False)
+    with pytest.raises(InputError, match="--batch-size must be 2"):
+        made().resumed("", {"batch_size": 3})
+
+
+def test_the_input_is_no_result(out, tmp_path):
+    outside = tmp_path / "cells.csv"
+    outside.write_text("1")
+    folder(out).must_not_hold(outside)
+    folder(out).must_not_hold(tmp_path / "absent")
+    folder(out).must_not_hold(out / "notes.txt")
+    (tmp_path / "link").symlink_to(out / "table.csv")
+    for file in (out / "table.csv", tmp_path / "link"):
+        with pytest.raises(InputError, match=r"table\.csv in it is the input, which is never"):
+            folder(out).must_not_hold(file)
+    for path in (tmp_path, tmp_path / "below" / "deep"):
+        with pytest.raises(InputError, match="lies in the input, which is never written to"):
+            folder(path).must_not_hold(tmp_path)
+    folder(tmp_path).must_not_hold(tmp_path / "out")  # a folder of cells beside the results
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError) as told:
+            folder(path).start(RECORD, overwrite=True)
+        assert f"--out {path}: must be a folder that can be written to: " in str(told.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def refused(path, writer, **keywords):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(_folder, "write_atomically", refused)
+    with pytest.raises(InputError, match="folder that can be written to: Permission denied"):
+        folder(tmp_path / "out").start(RECORD, overwrite=False)
+
+
+def test_digests_are_of_names_and_contents(tmp_path):
+    content = os.urandom((1 << 20) + 5)  # more than is read together
+    (tmp_path / "file").write_bytes(content)
+    assert digest(tmp_path / "file") == f"sha256 {hashlib.sha256(content).hexdigest()}"
+    cells = tmp_path / "cells"
+    (cells / "below").mkdir(parents=True)
+    for name in ("b", "a", "below/c"):
+        (cells / name).write_text(name)
+    first = digest(cells)
+    os.utime(cells / "a", (0, 0))
+    assert digest(str(cells)) == first
+    seen = {first}
+    (cells / "a").write_text("b")
+    seen.add(digest(cells))
+    (cells / "below" / "c").rename(cells / "c")
+    seen.add(digest(cells))
+    (cells / "c").unlink()
+    seen.add(digest(cells))
+    assert len(seen) == 4
