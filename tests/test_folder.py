@@ -16,11 +16,11 @@ from vmm_fast.data import InputError
 @dataclass
 class Settings:
     epochs: int
-    seed: int
+    batch_size: int
     layer: str | None
 
 
-STORED = {"epochs": 4, "seed": 0, "layer": None}
+STORED = {"epochs": 4, "batch_size": 2, "layer": None}
 RECORD = {"input": "sha256 1", "settings": STORED}
 OTHER = {"input": "sha256 2", "settings": STORED}
 
@@ -133,11 +133,15 @@ def test_settings_to_go_on_with(out):
     run = folder(out, changeable=("layer",))
     nothing = dict.fromkeys(STORED)
     assert run.resumed("sha256 1", nothing) == STORED
-    given = {"epochs": 5, "seed": 0, "layer": "counts"}
+    given = {"epochs": 5, "batch_size": 2, "layer": "counts"}
     assert run.resumed("sha256 1", given) == given
     for source, changed, message in (
         ("sha256 2", {}, f"--resume: the run in {out} was started on another input"),
-        ("sha256 1", {"seed": 9}, "--seed must be 0 as in the run that --resume goes on with, is"),
+        (
+            "sha256 1",
+            {"batch_size": 9},
+            "--batch-size must be 2 as in the run that --resume goes on with, is 9",
+        ),
         ("sha256 1", {"epochs": 3}, "--epochs must be at least 4 as in the run .* is 3"),
     ):
         with pytest.raises(InputError, match=message):
@@ -146,20 +150,6 @@ def test_settings_to_go_on_with(out):
         folder(out).resumed("sha256 1", given)
     with pytest.raises(InputError, match="none holds no run; leave --resume out to start one"):
         folder(out / "none").resumed("sha256 1", nothing)
-
-
-def test_an_option_of_two_words_is_named_as_on_the_command_line(tmp_path):
-    @dataclass
-    class Two:
-        batch_size: int
-
-    def made():
-        options = {"command": "cluster", "checkpoint": "c", "results": ()}
-        return Folder(str(tmp_path), settings=Two, **options)
-
-    made().start({"input": "", "settings": {"batch_size": 2}}, overwrite=False)
-    with pytest.raises(InputError, match="--batch-size must be 2"):
-        made().resumed("", {"batch_size": 3})
 
 
 def test_the_input_is_no_result(out, tmp_path):

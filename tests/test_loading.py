@@ -206,7 +206,6 @@ def prepared(on_disk, tmp_path):
 every_step = pytest.mark.slow("it trains 32 times")
 
 
-@pytest.mark.slow("trains once for every step")
 @pytest.mark.parametrize(
     ("on_disk", "stops"),
     [

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -222,8 +223,7 @@ def test_vector_samples_are_heat_strips(tmp_path, rng, figures):
     assert ax.get_yticklabels()[2].get_text() == "1  (0 %)"
 
 
-@pytest.mark.parametrize("count", [1, 7, 100, 400])
-@pytest.mark.parametrize("with_shares", [True, False])
+@pytest.mark.parametrize("count, with_shares", [(1, False), (7, True), (100, False), (400, True)])
 def test_weights_are_sorted_bars(tmp_path, rng, figures, count, with_shares):
     weights = rng.dirichlet(np.ones(count))
     shares = rng.dirichlet(np.ones(count)) if with_shares else None
@@ -303,51 +303,37 @@ def test_neither_pyplot_nor_scikit_learn_is_imported(tmp_path):
     assert done.stdout.strip() == "['matplotlib']"
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda p: plot_latent(np.eye(3), [0, 1], path=p),
-            "clusters must have as many entries as z",
-        ),
-        (lambda p: plot_latent(np.eye(3), [0, 1, 2], [0], path=p), "labels must have as many"),
-        (lambda p: plot_latent(np.ones(3), [0, 1, 2], path=p), "z must have 2 dimensions"),
-        (lambda p: plot_latent(np.eye(3), [0.0, 1, 2], path=p), "clusters must be integers"),
-        (lambda p: plot_latent(np.eye(1) * math.nan, [0], path=p), "z must be finite"),
-        (
-            lambda p: plot_latent(np.zeros((0, 2)), np.zeros(0, int), path=p),
-            "z must hold at least one point",
-        ),
-        (lambda p: plot_latent(np.eye(3), [0, 1, 2], path=p, projection="x"), "projection must be"),
-        (lambda p: plot_component_samples(np.zeros((2, 2)), [1, 1], p), "samples must have 3 or 4"),
-        (lambda p: plot_component_samples(np.zeros((2, 0, 3)), [1, 1], p), "must not be empty"),
-        (
-            lambda p: plot_component_samples(np.zeros((2, 1, 3)), [1], p),
-            "weights must have as many",
-        ),
-        (
-            lambda p: plot_component_samples(np.zeros((1, 1, 2, 8, 8)), [1], p),
-            "1 or 3 channels, got 2",
-        ),
-        (
-            lambda p: plot_component_samples(np.full((1, 1, 3), math.nan), [1], p),
-            "samples must be finite",
-        ),
-        (
-            lambda p: plot_component_samples(np.zeros((2, 1, 3)), [1, 1], p, components=[1]),
-            "components must have as many",
-        ),
-        (lambda p: plot_component_weights([0.5, -0.5], None, p), "weights must be finite and not"),
-        (lambda p: plot_component_weights([1.0], [math.nan], p), "shares must be finite and not"),
-        (lambda p: plot_component_weights([], None, p), "weights must hold at least one"),
-        (lambda p: plot_component_weights([1.0], [1.0, 0.0], p), "shares must have as many"),
-        (lambda p: plot_training_curves([], p), "history must hold a finite value"),
-        (lambda p: plot_training_curves([{"epoch": 1}], p), "history must hold a finite value"),
-    ],
-)
-def test_errors_write_nothing(tmp_path, call, message):
+ERRORS = [
+    (plot_latent, [np.eye(3), [0, 1]], "clusters must have as many entries as z"),
+    (plot_latent, [np.eye(3), [0, 1, 2], [0]], "labels must have as many"),
+    (plot_latent, [np.ones(3), [0, 1, 2]], "z must have 2 dimensions"),
+    (plot_latent, [np.eye(3), [0.0, 1, 2]], "clusters must be integers"),
+    (plot_latent, [np.eye(1) * math.nan, [0]], "z must be finite"),
+    (plot_latent, [np.zeros((0, 2)), np.zeros(0, int)], "z must hold at least one point"),
+    (partial(plot_latent, projection="x"), [np.eye(3), [0, 1, 2]], "projection must be"),
+    (plot_component_samples, [np.zeros((2, 2)), [1, 1]], "samples must have 3 or 4"),
+    (plot_component_samples, [np.zeros((2, 0, 3)), [1, 1]], "must not be empty"),
+    (plot_component_samples, [np.zeros((2, 1, 3)), [1]], "weights must have as many"),
+    (plot_component_samples, [np.zeros((1, 1, 2, 8, 8)), [1]], "1 or 3 channels, got 2"),
+    (plot_component_samples, [np.full((1, 1, 3), math.nan), [1]], "samples must be finite"),
+    (
+        partial(plot_component_samples, components=[1]),
+        [np.zeros((2, 1, 3)), [1, 1]],
+        "components must have as",
+    ),
+    (plot_component_weights, [[0.5, -0.5], None], "weights must be finite and not"),
+    (plot_component_weights, [[1.0], [math.nan]], "shares must be finite and not"),
+    (plot_component_weights, [[], None], "weights must hold at least one"),
+    (plot_component_weights, [[1.0], [1.0, 0.0]], "shares must have as many"),
+    (plot_training_curves, [[]], "history must hold a finite value"),
+    (plot_training_curves, [[{"epoch": 1}]], "history must hold a finite value"),
+]
+
+
+@pytest.mark.parametrize(("plot", "arguments", "message"), ERRORS)
+def test_errors_write_nothing(tmp_path, plot, arguments, message):
     with pytest.raises(ValueError, match=message):
-        call(tmp_path / "a.png")
+        plot(*arguments, path=tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
 
 

@@ -17,11 +17,13 @@ from support import COVARIATES, TRAIN, batch_of, prior_steps, scvi_model, separa
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
+from scvi.nn import FCLayers  # noqa: E402
 from scvi.train import SaveCheckpoint  # noqa: E402
 from torch.distributions import Normal  # noqa: E402
 
 from vmm_fast.counts import SoftmaxMean  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
+from vmm_fast.scvi.model import _order_category_weights  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
 from vmm_fast.scvi.training import EmpiricalBayes, EmpiricalBayesTrainingPlan  # noqa: E402
 
@@ -225,6 +227,7 @@ def test_a_step_with_options_of_scvi(options):
     after = (cells.raw_counts, *cells.category_logits)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert found.module.prior_learnt
+    assert found.module._latest is None  # the batch's graph is not kept
     found.is_trained = True
     found.module.eval()
     assert np.isfinite(found.get_elbo())
@@ -293,9 +296,10 @@ def test_query_cells_of_a_new_batch_leave_the_clusters_alone(tmp_path):
 def test_new_batches_and_categories_leave_weights_with_their_own(representation):
     adata = separated_cells(400, batches=4)
     adata.obs["donor"] = np.where(adata.obs["batch"] == "batch 3", "donor 3", adata.obs["donor"])
+    adata.obs["site"] = "the only one"
     new = adata.obs["batch"].isin(["batch 2", "batch 3"])
     reference, query = adata[~new].copy(), adata[new].copy()
-    setup = {"categorical_covariate_keys": ["donor", "cluster"]}
+    setup = {"categorical_covariate_keys": ["donor", "site", "cluster"]}
     found = train(model(reference, setup, batch_representation=representation))
     mapped = VMMSCVI.load_query_data(query, found, accelerator="cpu")
     before, after = found.module.components(), mapped.module.components()
@@ -307,6 +311,17 @@ def test_new_batches_and_categories_leave_weights_with_their_own(representation)
             scvi.settings.seed = 0
             given.append(getattr(each, give)(reference))
         np.testing.assert_allclose(*given, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_of_new_categories_are_put_behind_those_of_their_covariate():
+    layers = FCLayers(2, 3, n_cat_list=[4, 1, 4, 3])
+    (layer,) = layers.fc_layers
+    # scvi-tools has appended two to the first covariate's two, then one to the third's three.
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.arange(13.0).expand(3, 13))
+    _order_category_weights(layers, [2, 0, 3, 3], [4, 0, 4, 3])
+    expected = [0, 1, *(2, 3, 10, 11), *(4, 5, 6, 12), *(7, 8, 9)]
+    assert layer[0].weight[0].tolist() == expected
 
 
 def test_minified_data():

@@ -67,6 +67,18 @@ def make_cells(number=60, genes=20, seed=0):
     return adata
 
 
+def make_full_cells():
+    """Cells with something in every place that anndata has."""
+    adata = make_cells()
+    adata.raw = adata.copy()
+    adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(60, 3))
+    adata.obsm["frame"] = pd.DataFrame({"a": np.arange(60)}, index=adata.obs_names)
+    adata.varm["loadings"] = np.ones((20, 3))
+    adata.obsp["near"], adata.varp["joint"] = csr_matrix((60, 60)), csr_matrix((20, 20))
+    adata.uns = {"colors": np.array(["red", "blue"]), "deep": {"a": 1, "b": [1.5, 2]}, "t": "x"}
+    return adata
+
+
 def written(path, adata=None, **options):
     adata = make_cells() if adata is None else adata
     with anndata.settings.override(allow_write_nullable_strings=True):
@@ -170,8 +182,12 @@ def test_the_layer_that_is_preferred(shards):
     written(folder / "1.h5ad", parts[1])
     with pytest.raises(InputError, match=r"1.h5ad: --layer twice: must be one of the layers"):
         CellStore(folder, preferred="twice")
+    del parts[0].layers["twice"]
+    written(folder / "0.h5ad", parts[0])
+    with CellStore(folder, preferred="twice") as found:  # though the last file has it
+        assert found.layer is None
     with pytest.raises(InputError, match="--layer no: must be one of the layers, which are twice"):
-        CellStore(folder / "0.h5ad", "no")
+        CellStore(folder / "2.h5ad", "no")
 
 
 def test_two_threads_read(shards):
@@ -210,6 +226,7 @@ def test_obs_is_anndata_s(tmp_path, suffix):
             column = pd.Series(found.column(key))
             assert column.isna().tolist() == adata.obs[key].isna().tolist()
             assert column.dropna().tolist() == adata.obs[key].dropna().tolist()
+            assert set(column.cat.categories) == set(column.dropna())
         pd.testing.assert_frame_equal(found.var, adata.var)
         with pytest.raises(
             InputError, match=r"--batch-key b: must be a column of obs, which .* ba"
@@ -233,6 +250,7 @@ def test_obs_of_shards(shards):
         pieces = [found.obs(start, min(start + 10, 72)) for start in range(0, 72, 10)]
         pd.testing.assert_frame_equal(pd.concat(pieces), obs)
         batch = found.column("batch")
+        assert found.column("whole").categories.is_monotonic_increasing
     assert "number" not in obs
     assert list(batch.categories) == ["b0", "common", "b1", "b2"]
     joined = pd.concat([frame.drop(columns="number", errors="ignore") for frame in frames])
@@ -268,8 +286,8 @@ def test_categories_of_numbers_and_of_text_are_united(tmp_path):
 )
 def test_values_that_are_no_counts(tmp_path, suffix, value, fault):
     adata = make_cells()
-    at = 2 * adata.X.nnz // 3
-    cell = np.searchsorted(adata.X.indptr, at, side="right") - 1
+    cell = np.flatnonzero(np.diff(adata.X.indptr))[30]
+    at = adata.X.indptr[cell]
     gene = adata.var_names[adata.X.indices[at]]
     adata.X = adata.X.astype(np.float64)
     adata.X.data[at] = value
@@ -563,8 +581,11 @@ def test_prepare_by_way_of_memory(tmp_path):
     folder.mkdir()
     mmwrite(folder / "matrix.mtx", adata.X.T.astype(int))
     (folder / "barcodes.tsv").write_text("".join(f"{name}\n" for name in adata.obs_names))
-    (folder / "genes.tsv").write_text("".join(f"id\t{g}\n" for g in [*adata.var_names[1:], "x"]))
-    prepare(folder, tmp_path / "b.h5ad")
+    (folder / "genes.tsv").write_text(
+        "".join(f"id\t{g}\n" for g in [*adata.var_names[1:], "gene 1"])
+    )
+    (note,) = prepare(folder, tmp_path / "b.h5ad").notes
+    assert note == "1 gene name that occurs again got a number: -1, -2, ..."
     found = anndata.read_h5ad(tmp_path / "b.h5ad")
     np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
     assert list(found.obs_names) == list(adata.obs_names)
@@ -576,19 +597,30 @@ def test_prepare_joins_shards(shards, tmp_path):
     found = anndata.read_h5ad(tmp_path / "out.h5ad")
     expected = anndata.concat(parts)
     np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
-    assert found.X.has_sorted_indices
+    indices = np.split(found.X.indices, found.X.indptr[1:-1])
+    assert all((np.diff(genes) > 0).all() for genes in indices)
     assert list(found.obs_names) == list(expected.obs_names)
     for key in expected.obs:
         assert found.obs[key].astype(str).tolist() == expected.obs[key].astype(str).tolist()
 
 
-def test_prepare_counts_beyond_16_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("counts", "dtype"),
+    [
+        ([2**16 - 1], np.uint16),
+        ([2**16], np.int32),
+        ([2**24 + 1, 2**31 - 1], np.int32),  # no float32
+    ],
+)
+def test_prepare_takes_32_bits_where_16_are_too_few(tmp_path, counts, dtype, monkeypatch):
     monkeypatch.setattr(preparing, "ROWS", 13)
-    adata = make_cells()
+    adata, out = make_cells(), tmp_path / "out.h5ad"
     adata.X = adata.X.astype(np.float64)
-    adata.X.data[-3:] = [2**16, 2**24 + 1, 2**31 - 1]  # the last two are no float32
-    prepare(written(tmp_path / "c.h5ad", adata), tmp_path / "out.h5ad")
-    same_cells(tmp_path / "out.h5ad", adata)
+    adata.X.data[-len(counts) :] = counts
+    prepare(written(tmp_path / "c.h5ad", adata), out)
+    same_cells(out, adata)
+    with h5py.File(out) as file:
+        assert file["X/data"].dtype == dtype
 
 
 def test_prepare_in_bounded_memory(tmp_path, monkeypatch):
@@ -640,11 +672,8 @@ def test_prepare_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["h5ad", "zarr", "shards", "memory"])
 def test_prepare_names_what_it_leaves_out(tmp_path, kind):
-    bare, full = make_cells(), make_cells()
-    del bare.layers["twice"]
-    full.obsm["X_pca"], full.obsp["near"] = np.zeros((60, 2)), csr_matrix((60, 60))
-    full.varm["loadings"], full.varp["joint"] = np.zeros((20, 2)), csr_matrix((20, 20))
-    full.uns["colors"], full.raw = ["red"], full
+    bare, full = make_cells(), make_full_cells()
+    del bare.layers["twice"], full.obsm["frame"]
     path = tmp_path / {"zarr": "c.zarr", "shards": "c"}.get(kind, "c.h5ad")
     if kind == "shards":
         path.mkdir()
@@ -752,23 +781,11 @@ def test_a_disk_that_fills_up(tmp_path, size, write, monkeypatch):
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
-    adata = make_cells()
+    adata = make_full_cells()
+    adata.obs["stage"] = ["a", "b", "c"] * 20  # becomes a category
+    adata.layers["dense"] = adata.X.toarray()
     if bare:
         adata = AnnData(obs=pd.DataFrame(index=adata.obs_names))
-    else:
-        adata.obs["text"] = ["a", "b", "c"] * 20
-        adata.obs["own"] = [f"text {i}" for i in range(60)]
-        adata.obs["truth"] = pd.array([True, None, False] * 20, dtype="boolean")
-        adata.obs["number"] = pd.array([1, None, 3] * 20, dtype="Int64")
-        adata.obs["ordered"] = pd.Categorical(["lo", "hi"] * 30, ["lo", "hi"], ordered=True)
-        adata.var["kind"] = ["x", "y"] * 10
-        adata.raw = adata.copy()
-        adata.layers["dense"] = adata.X.toarray()
-        adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(60, 3))
-        adata.obsm["frame"] = pd.DataFrame({"a": np.arange(60)}, index=adata.obs_names)
-        adata.varm["loadings"] = np.ones((20, 3))
-        adata.obsp["near"], adata.varp["joint"] = csr_matrix((60, 60)), csr_matrix((20, 20))
-        adata.uns = {"colors": np.array(["red", "blue"]), "deep": {"a": 1, "b": [1.5, 2]}, "t": "x"}
     with settings.override(allow_write_nullable_strings=True):
         adata.copy().write_h5ad(tmp_path / "theirs.h5ad", compression="gzip")
     write_adata(tmp_path / "ours.h5ad", adata)
@@ -797,8 +814,8 @@ def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
 # --- results ---
 
 
-def results_of(number, seed=0):
-    random = np.random.default_rng(seed)
+def results_of(number):
+    random = np.random.default_rng(0)
     z = random.normal(size=(number, 7)).astype(np.float32)
     labels = random.choice([0, 2, 10], number)
     probability, entropy = random.random((2, number)).astype(np.float32)
