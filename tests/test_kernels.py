@@ -273,7 +273,19 @@ def test_the_interpreter_compiles_nothing_ahead_of_time(capsys):
 @pytest.mark.slow("compiles a hundred configurations in a process of its own")
 @pytest.mark.parametrize(
     ("target", "dim"),
-    [("sm_80", 10), ("sm_90", 10), ("sm_100", 10), ("gfx942", 10), ("sm_90", 50)],
+    [
+        ("sm_80", 10),
+        ("sm_90", 10),
+        pytest.param(
+            *("sm_100", 10),
+            marks=pytest.mark.xfail(
+                triton.__version__ == "3.7.1",
+                reason="components_backward_kernel spills 24 to 504 bytes with Triton 3.7.1",
+            ),
+        ),
+        ("gfx942", 10),
+        ("sm_90", 50),
+    ],
 )
 def test_kernels_compile_within_their_bounds(tmp_path, target, dim):
     """In float32 and one dimension; the command by itself does all, in longer."""
