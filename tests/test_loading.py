@@ -141,6 +141,10 @@ def test_orders(monkeypatch):
     assert (np.diff(rows) == 1).mean() < 0.2
     assert np.ravel(cells_in(batches_of(cells, batch_size=10))).tolist() == list(range(200))
     assert cells.reads[-4:] == [50] * 4
+    # Each window of a single long run has an order of its own.
+    rows = np.ravel(cells_in(batches_of(Cells(200, 200), batch_size=10, seed=1)))
+    assert sorted(rows[:50]) == list(range(50))
+    assert (rows[:50] != rows[50:100] - 50).any()
 
 
 def test_windows_of_cells_with_many_counts_are_smaller(monkeypatch):
@@ -177,6 +181,14 @@ def test_cells_held_out(held_out, monkeypatch):
     if held:
         assert len({row // 10 for row in held}) == 3  # whole runs
     assert list(itertools.chain(*cells_in(module.all_cells()))) == list(range(97))
+    shares = []
+    for module.trainer.global_rank in range(2):
+        module.trainer.world_size = 2
+        shares += itertools.chain(*cells_in(module.train_dataloader()))
+    assert len(shares) == len(set(shares)) and not set(shares) & set(held)
+    # Runs are shortened where there are less than five.
+    long = CellDataModule(Cells(97, 90), np.arange(97) % 7, held_out=held_out)
+    assert long.n_val <= 2 * (97 // 5)
 
 
 # --- training ---
@@ -400,8 +412,9 @@ def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options)
     assert keep.wrote == [step for step in range(1, 11) if step % every == 0 or step == 10]
     for step in (2, 4, 8):
         path = keep.path.with_suffix(f".{step}")
-        other = Checkpoints(tmp_path / "other.ckpt")
+        other = Kept(tmp_path / "other.ckpt", **options)
         same_model(train(other, 2, ckpt_path=path, **accumulate), ended)
+        assert other.wrote == [each for each in keep.wrote if each > step]
 
 
 def test_what_training_cannot_go_on_from(tmp_path):

@@ -231,6 +231,16 @@ def test_pseudo_cells_are_encoded_as_cells_are(name, options):
     assert distance.min(0).max() < 1e-4
 
 
+def test_pseudo_cells_of_totalvi_are_over_their_mean_by_modality():
+    """Also where a count is a little below 0, and so its share of a small mean below -1."""
+    module = learnt("TOTALVI").module
+    counts = torch.arange(46.0).expand(2, 46)
+    genes, proteins = counts[:, :40] / (1 + 19.5), counts[:, 40:] / (1 + 42.5)
+    expected = torch.cat([genes, proteins], -1).log1p()
+    torch.testing.assert_close(module.encoder_input(counts.log1p()), expected)
+    assert module.encoder_input(torch.full((2, 46), -1.0)).isfinite().all()
+
+
 # --- labels ---
 
 

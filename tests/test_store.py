@@ -155,7 +155,9 @@ def shards(tmp_path):
     parts = [make_cells(number, 20, seed) for seed, number in enumerate((30, 17, 25))]
     for seed, part in enumerate(parts):
         order = np.random.default_rng(1).permutation(20) if seed == 1 else slice(None)
-        written(folder / f"{seed}.h5ad", part[:, order].copy())
+        ordered = part[:, order].copy()
+        ordered.X.sort_indices()  # so that in the first file's order they are not
+        written(folder / f"{seed}.h5ad", ordered)
     return folder, parts
 
 
@@ -296,9 +298,20 @@ def test_values_that_are_no_counts(tmp_path, suffix, value, fault):
         found.read(0, cell)
         where = f" in cell 'cell 0-{cell}', gene '{gene}'; layer twice holds counts: --layer twice$"
         with pytest.raises(InputError, match=rf"^{path}: X must hold counts.*{fault}{where}"):
-            found.read([0, 3, cell], [3, 7, 60])
+            found.read([0, 3, cell - 1], [3, 7, 60])
     with CellStore(path, "twice") as found:
         check_reads(found, adata.layers["twice"].toarray())
+
+
+def test_a_value_in_a_shard_with_genes_in_another_order(shards):
+    folder, _ = shards
+    with h5py.File(folder / "1.h5ad", "r+") as file:
+        file["X/data"][0] = 0.5
+    first = anndata.read_h5ad(folder / "1.h5ad")
+    cell = first.obs_names[np.flatnonzero(np.diff(first.X.indptr))[0]]
+    where = rf"has 0.5 in cell '{cell}', gene '{first.var_names[first.X.indices[0]]}'"
+    with CellStore(folder) as found, pytest.raises(InputError, match=where):
+        found.read(0, 72)
 
 
 def test_counts_in_raw_are_pointed_to(tmp_path):
@@ -347,6 +360,10 @@ BAD_FILES = {
     ),
     "ends.h5ad": (
         lambda p: edited(p, lambda file: file["X/indptr"].__setitem__(3, 10**6)),
+        "X is no valid CSR matrix",
+    ),
+    "end.h5ad": (
+        lambda p: edited(p, lambda file: file["X/indptr"].__setitem__(60, 10**6)),
         "X is no valid CSR matrix",
     ),
 }
