@@ -5,6 +5,7 @@ import resource
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -111,6 +112,11 @@ def random_scale(size, dim, full, dtype=torch.float64):
         return scale
     below = torch.randn(size, dim, dim, generator=generator, dtype=dtype).tril(-1)
     return below + torch.diag_embed(scale)
+
+
+def on_backends(*names):
+    """Some of the backends of the fixture, where the others would compute the same."""
+    return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def on(device, tensors, dtype=None):

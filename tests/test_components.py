@@ -13,6 +13,7 @@ from support import (
     assert_no_worse,
     expanded,
     on,
+    on_backends,
     random_gaussians,
     shifted,
     strided,
@@ -27,11 +28,6 @@ KINDS = [(form, False) for form in FORMS] + [(form, True) for form in FORMS[1:3]
 EVERY = ["core", "plain", "triton"]
 kinds = pytest.mark.parametrize(("form", "expected"), KINDS)
 shapes = st.tuples(st.integers(1, 19), st.integers(1, 3), st.integers(1, 12))
-
-
-def on_backends(*names):
-    """Without a split, since few components are one launch whatever the number of programs."""
-    return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def results(module, inputs, centers, expected=False, wanted=range(3)):
@@ -190,13 +186,14 @@ def test_huge_and_tiny(precision_size, scale_size):
 
 @on_backends("core", "plain")
 def test_badly_conditioned_float32_becomes_float64(backend):
-    log_weights, factor, scale = random_gaussians(3, 3, 4, "precision+full", torch.float32)
-    assert ops.whitened_components(log_weights, factor, scale, 3)[0].dtype == torch.float32
-    factor[1, 0, 0] = 1e5
-    inputs = (log_weights, factor, scale)
-    found = results(ops, inputs, 3, True)
+    """The last of so many that two threads share them."""
+    inputs = wide_gaussians(300, 300, 10, "precision+full", torch.float32)
+    assert ops.whitened_components(*inputs, 300)[0].dtype == torch.float32
+    inputs[1][-1, 0, 0] = 1e5
+    with threads(2):
+        found = results(ops, inputs, 300, True)
     assert found["whitening"].dtype == found["offsets"].dtype == torch.float64
-    true = results(ops, [x.double() for x in inputs], 3, True)
+    true = results(ops, [x.double() for x in inputs], 300, True)
     for i in range(3):
         assert found[f"grad_{i}"].dtype == torch.float32
         torch.testing.assert_close(found[f"grad_{i}"], true[f"grad_{i}"].float())

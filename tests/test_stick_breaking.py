@@ -37,6 +37,11 @@ discounts = st.sampled_from([0.0, 0.3, 0.9])
 concentrations = st.floats(0.01, 100.0)
 
 
+weights_strategy = st.lists(
+    st.one_of(st.just(-math.inf), st.floats(-700, 700)), min_size=1, max_size=20
+).filter(lambda values: max(values) > -math.inf)
+
+
 def double(values):
     return torch.tensor(values, dtype=torch.float64)
 
@@ -76,6 +81,20 @@ def sum_expected_log_rest(posterior):
     return posterior.expected_log_weights[posterior.order[-1]].item()
 
 
+def assert_follows_scipy(got, counts, concentration, discount, tolerance=1e-10):
+    order, a, b, expected, mean = oracle(counts, concentration, discount)
+    np.testing.assert_array_equal(got.order, order)
+    np.testing.assert_allclose(got.a, a, rtol=1e-14)
+    np.testing.assert_allclose(got.b, b, rtol=max(1e-14, 0.01 * tolerance * (len(a) > 1000)))
+    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(got.mean_weights, mean, rtol=tolerance, atol=1e-15)
+    for weights in (got.mean_weights, got.map_weights):
+        assert abs(weights.sum().item() - 1) < max(1e-13, tolerance * (len(a) > 1000))
+        assert (weights >= 0).all()
+    # Jensen: exp E[log pi] <= E[pi]
+    assert (got.expected_log_weights.exp() <= got.mean_weights * (1 + 1e-9)).all()
+
+
 @settings(deadline=None)
 @given(counts_strategy, concentrations, discounts)
 @example([5.0], 1.0, 0.0)
@@ -83,54 +102,31 @@ def sum_expected_log_rest(posterior):
 @example([1e12, 1e12, 0.0, 1e-12], 0.5, 0.9)
 def test_posterior_against_scipy(counts, concentration, discount):
     got = stick_breaking_posterior(double(counts), concentration, discount)
-    order, a, b, expected, mean = oracle(counts, concentration, discount)
-    np.testing.assert_array_equal(got.order, order)
-    np.testing.assert_allclose(got.a, a, rtol=1e-14)
-    np.testing.assert_allclose(got.b, b, rtol=1e-14)
-    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-10, atol=1e-15)
-    assert abs(got.mean_weights.sum().item() - 1) < 1e-13
-    assert abs(got.map_weights.sum().item() - 1) < 1e-13
-    assert (got.map_weights >= 0).all()
-    # Jensen: exp E[log pi] <= E[pi]
-    assert (got.expected_log_weights.exp() <= got.mean_weights * (1 + 1e-12)).all()
+    assert_follows_scipy(got, counts, concentration, discount)
 
 
-@pytest.mark.parametrize("discount", [0.0, 0.3, 0.9])
+PAIRS = [(1e12, 1.0), (1e12, 0.0), (0.0, 0.0), (7.0, 1e-9), (9.5, 9.5), (10.0, 0.02)]
+
+
 @pytest.mark.parametrize(
-    "counts", [(1e12, 1.0), (1e12, 0.0), (0.0, 0.0), (7.0, 1e-9), (9.5, 9.5), (10.0, 0.02)]
+    ("counts", "concentration", "discount"),
+    [
+        *((counts, 1e-3, discount) for counts in PAIRS for discount in (0.0, 0.3, 0.9)),
+        ((0.0, 0.0), 1e-8, 0.0),  # a = 1, b = 1e-8
+        ((1e8, 0.0), 1e-8, 0.0),
+        ((0.0, 0.0), 1e8, 1 - 1e-8),  # a = 1e-8, b = 1e8
+        ((0.0, 0.0), 1e-8, 1 - 1e-8),  # b = 1
+        ((1e8, 1e8), 1.0, 0.0),
+        ((1e8, 1e8), 1e8, 0.5),
+    ],
 )
-def test_expectations_keep_their_relative_precision(counts, discount):
-    """Where psi(a) - psi(a + b) cancels: mpmath with 60 digits, relative error."""
-    concentration = 1e-3
+def test_expectations_keep_their_relative_precision(counts, concentration, discount):
+    """Where psi(a) - psi(a + b) cancels, and at the ends: mpmath with 60 digits."""
     got = stick_breaking_posterior(double(counts), concentration, discount)
     with mpmath.workdps(60):
         a, b = mpmath.mpf(got.a.item()), mpmath.mpf(got.b.item())
-        log_v = mpmath.digamma(a) - mpmath.digamma(a + b)
-        log_rest = mpmath.digamma(b) - mpmath.digamma(a + b)
-    assert got.expected_log_weights[0].item() == pytest.approx(float(log_v), rel=1e-13, abs=0)
-    assert got.expected_log_weights[1].item() == pytest.approx(float(log_rest), rel=1e-13, abs=0)
-
-
-@pytest.mark.parametrize(
-    ("count", "tail", "concentration", "discount"),
-    [
-        (0.0, 0.0, 1e-8, 0.0),  # a = 1, b = 1e-8
-        (1e8, 0.0, 1e-8, 0.0),
-        (0.0, 0.0, 1e8, 1 - 1e-8),  # a = 1e-8, b = 1e8
-        (0.0, 0.0, 1e-8, 1 - 1e-8),  # b = 1
-        (1e8, 1e8, 1.0, 0.0),
-        (1e8, 1e8, 1e8, 0.5),
-    ],
-)
-def test_digamma_differences_at_the_ends(count, tail, concentration, discount):
-    got = stick_breaking_posterior(double([count, tail]), concentration, discount)
-    with mpmath.workdps(60):
-        a, b = mpmath.mpf(got.a.item()), mpmath.mpf(got.b.item())
-        log_v = mpmath.digamma(a) - mpmath.digamma(a + b)
-        log_rest = mpmath.digamma(b) - mpmath.digamma(a + b)
-    assert got.expected_log_weights[0].item() == pytest.approx(float(log_v), rel=1e-13, abs=0)
-    assert got.expected_log_weights[1].item() == pytest.approx(float(log_rest), rel=1e-13, abs=0)
+        true = [float(mpmath.digamma(x) - mpmath.digamma(a + b)) for x in (a, b)]
+    assert got.expected_log_weights.tolist() == pytest.approx(true, rel=1e-13, abs=0)
 
 
 def test_small_counts_are_not_lost_behind_large_ones():
@@ -140,19 +136,18 @@ def test_small_counts_are_not_lost_behind_large_ones():
     assert got.b[-1].item() == 2.0
 
 
+def many_counts(size):
+    random = np.random.default_rng(3)
+    counts = random.gamma(0.05, 100.0, size)
+    counts[random.random(size) < 0.3] = 0.0
+    return counts
+
+
 @pytest.mark.parametrize("discount", [0.0, 0.5])
 def test_many_components(discount):
-    rng = np.random.default_rng(0)
-    counts = rng.gamma(0.05, 100.0, 100_000)
-    counts[rng.random(100_000) < 0.3] = 0.0
+    counts = many_counts(100_000)
     got = stick_breaking_posterior(torch.from_numpy(counts), 3.0, discount)
-    order, _, b, expected, mean = oracle(counts, 3.0, discount)
-    np.testing.assert_array_equal(got.order, order)
-    np.testing.assert_allclose(got.b, b, rtol=1e-12)
-    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-9, atol=1e-20)
-    assert abs(got.mean_weights.sum().item() - 1) < 1e-10
-    assert abs(got.map_weights.sum().item() - 1) < 1e-10
+    assert_follows_scipy(got, counts, 3.0, discount, tolerance=1e-9)
     assert_maximises_concentration(got, discount, 1.0, 1.0)
 
 
@@ -160,6 +155,7 @@ def test_many_components(discount):
 @given(counts_strategy, concentrations, discounts)
 @example([0.0, 0.0], 1.0, 0.0)
 @example([0.0, 0.0, 0.0], 0.5, 0.3)
+@example([1e12, 0.5, 1e-7], 0.5, 0.0)
 @example([1.0, 0.0, 0.0], 5.0, 0.0)
 def test_map_sticks_maximise_their_density(counts, concentration, discount):
     """Brute force: no v on a fine grid, ends included, has a higher density than the mode."""
@@ -167,17 +163,19 @@ def test_map_sticks_maximise_their_density(counts, concentration, discount):
     weights = got.map_weights[got.order].numpy()
     rest = np.cumsum(weights[::-1])[::-1]
     grid = np.concatenate([np.linspace(0, 1, 2001), np.logspace(-15, -3, 200)])
-    for w, r, a, b in zip(weights[:-1], rest[:-1], got.a.numpy(), got.b.numpy(), strict=True):
-        if r < 1e-3:  # too little of the stick left to recover v from the weights
+    for c, (a, b) in enumerate(zip(got.a.numpy(), got.b.numpy(), strict=True)):
+        if rest[c] < 1e-3:  # too little of the stick left to recover v from the weights
             break
-        v = min(w / r, 1.0)
+        v, one_minus_v = weights[c] / rest[c], rest[c + 1] / rest[c]
+        if b > 1:  # a mode nearer to 1 than any number is rounded to 1, where the density is 0
+            one_minus_v = max(one_minus_v, 2.0**-53)
         if a < 1 and b < 1:  # infinite at both ends: the one with more mass
             assert v == (1.0 if stats.beta.sf(0.5, a, b) >= 0.5 else 0.0)
             continue
         # a - 1 and b - 1 may differ from 0 by rounding alone; xlogy has 0 log 0 = 0
         with np.errstate(divide="ignore"):
             density = special.xlogy(a - 1, grid) + special.xlog1py(b - 1, -grid)
-            at_mode = special.xlogy(a - 1, v) + special.xlog1py(b - 1, -v)
+            at_mode = special.xlogy(a - 1, v) + special.xlogy(b - 1, one_minus_v)
         if density.max() == math.inf:
             assert at_mode == math.inf
         else:
@@ -326,12 +324,15 @@ def test_results_follow_the_counts():
     assert not stick_breaking_posterior(counts.requires_grad_(), 1.0).a.requires_grad
 
 
-def test_two_runs_give_the_same_bits():
-    counts = torch.from_numpy(np.random.default_rng(1).gamma(0.3, 50.0, 5000))
-    first, second = (stick_breaking_posterior(counts, 2.0, 0.25) for _ in range(2))
+def assert_same_bits(first, second):
     for one, other in zip(first[:-1], second[:-1], strict=True):
         assert torch.equal(one, other)
     assert first.concentration == second.concentration
+
+
+def test_two_runs_give_the_same_bits():
+    counts = torch.from_numpy(np.random.default_rng(1).gamma(0.3, 50.0, 5000))
+    assert_same_bits(*(stick_breaking_posterior(counts, 2.0, 0.25) for _ in range(2)))
 
 
 # The GPU's algorithm: one member after another does what a thread of the block would do
@@ -354,13 +355,6 @@ def emulated_gpu(monkeypatch):
     return emulate
 
 
-def many_counts(size):
-    rng = np.random.default_rng(3)
-    counts = rng.gamma(0.05, 100.0, size)
-    counts[rng.random(size) < 0.3] = 0.0
-    return counts
-
-
 TEAM_COUNTS = {
     "1": [5.0],
     "2": [1.0, 4.0],
@@ -379,7 +373,7 @@ def test_team_against_one_member(name, discount, emulated_gpu):
     counts = double(TEAM_COUNTS[name])
     expected = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
     # 512 is the size of the block; the others leave tiles and turns of every kind unfinished.
-    for members in (1, 2, 3, 7, 64, 512):
+    for members in (1, 2, 3, 7, 64, 512) if len(counts) < 10_000 else (7, 512):
         emulated_gpu(members)
         got = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
         assert torch.equal(got.order, expected.order)
@@ -387,10 +381,7 @@ def test_team_against_one_member(name, discount, emulated_gpu):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-300)
         # No member reads what another one writes in the same phase.
         emulated_gpu(members, falling=True)
-        falling = stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5))
-        for one, other in zip(got[:-1], falling[:-1], strict=True):
-            assert torch.equal(one, other)
-        assert got.concentration == falling.concentration
+        assert_same_bits(got, stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5)))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -398,12 +389,7 @@ def test_team_against_one_member(name, discount, emulated_gpu):
 def test_team_sorts_and_follows_scipy(emulated_gpu, counts, concentration, discount, members):
     emulated_gpu(members)
     got = stick_breaking_posterior(double(counts), concentration, discount)
-    order, a, b, expected, mean = oracle(counts, concentration, discount)
-    np.testing.assert_array_equal(got.order, order)
-    np.testing.assert_allclose(got.a, a, rtol=1e-14)
-    np.testing.assert_allclose(got.b, b, rtol=1e-14)
-    np.testing.assert_allclose(got.expected_log_weights, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(got.mean_weights, mean, rtol=1e-10, atol=1e-15)
+    assert_follows_scipy(got, counts, concentration, discount)
     assert_maximises_concentration(got, discount, 1.0, 1.0)
 
 
@@ -474,11 +460,7 @@ def test_sticks_survive_the_round_trip(sticks):
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.one_of(st.just(-math.inf), st.floats(-700, 700)), min_size=1, max_size=20).filter(
-        lambda values: max(values) > -math.inf
-    )
-)
+@given(weights_strategy)
 def test_log_weights_to_sticks(log_weights):
     got = log_weights_to_sticks(double(log_weights)).numpy()
     w = np.array(log_weights)
@@ -580,20 +562,18 @@ def test_wrong_counts(counts, error, match):
         stick_breaking_posterior(counts, 1.0)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-def test_wrong_concentration(value):
-    with pytest.raises(ValueError, match=rf"concentration is {value}; it must be finite and gr"):
-        stick_breaking_posterior(torch.ones(2), value)
-    with pytest.raises(ValueError, match=rf"concentration is {value}; it must be finite and gr"):
-        log_stick_breaking_prior(torch.ones(2), value)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
-def test_wrong_discount(value):
-    with pytest.raises(ValueError, match=rf"discount is {value}; it must lie in \[0, 1\)"):
-        stick_breaking_posterior(torch.ones(2), 1.0, value)
-    with pytest.raises(ValueError, match=rf"discount is {value}; it must lie in \[0, 1\)"):
-        log_stick_breaking_prior(torch.ones(2), 1.0, value)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(((x,), rf"concentration is {x}; it must be finite and gr") for x in (0.0, -1.0)),
+        *(((x,), rf"concentration is {x}; it must be finite and gr") for x in (math.nan, math.inf)),
+        *(((1.0, x), rf"discount is {x}; it must lie in \[0, 1\)") for x in (-0.1, 1.0, math.nan)),
+    ],
+)
+def test_wrong_concentration_and_discount(arguments, message):
+    for function in (stick_breaking_posterior, log_stick_breaking_prior):
+        with pytest.raises(ValueError, match=message):
+            function(torch.ones(2), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -604,19 +584,23 @@ def test_wrong_concentration_prior(prior, name):
         stick_breaking_posterior(torch.ones(2), 1.0, concentration_prior=prior)
 
 
-def test_wrong_sticks_and_log_weights():
-    with pytest.raises(ValueError, match=r"sticks has values from -0.5 to 0.5; .* in \[0, 1\]"):
-        sticks_to_log_weights(torch.tensor([0.5, -0.5]))
-    with pytest.raises(ValueError, match="sticks has values from nan"):
-        sticks_to_log_weights(torch.tensor([0.5, math.nan]))
-    with pytest.raises(ValueError, match=r"sticks has shape \(1, 2\); it must be one-dimensional"):
-        sticks_to_log_weights(torch.ones(1, 2))
-    with pytest.raises(ValueError, match="log_weights has the maximum -inf"):
-        log_weights_to_sticks(torch.tensor([-math.inf, -math.inf]))
-    with pytest.raises(ValueError, match="log_weights has the maximum nan"):
-        log_weights_to_sticks(torch.tensor([0.0, math.nan]))
-    with pytest.raises(ValueError, match=r"log_weights has shape \(0,\)"):
-        log_weights_to_sticks(torch.ones(0))
+@pytest.mark.parametrize(
+    ("function", "value", "message"),
+    [
+        (sticks_to_log_weights, [0.5, -0.5], r"sticks has values from -0.5 to 0.5; .* in \[0, 1\]"),
+        (sticks_to_log_weights, [0.5, math.nan], "sticks has values from nan"),
+        (sticks_to_log_weights, [[1.0, 1.0]], r"sticks has shape \(1, 2\); it must be one-dim"),
+        (log_weights_to_sticks, [-math.inf, -math.inf], "log_weights has the maximum -inf"),
+        (log_weights_to_sticks, [0.0, math.nan], "log_weights has the maximum nan"),
+        (log_weights_to_sticks, [], r"log_weights has shape \(0,\)"),
+    ],
+)
+def test_wrong_sticks_and_log_weights(function, value, message):
+    with pytest.raises(ValueError, match=message):
+        function(torch.tensor(value))
+
+
+def test_a_prior_of_wrong_log_weights():
     with pytest.raises(TypeError, match=r"log_weights has dtype torch\.int64"):
         log_stick_breaking_prior(torch.tensor([1, 2]), 1.0)
     with pytest.raises(ValueError, match="log_weights has shape"):
