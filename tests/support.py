@@ -302,7 +302,7 @@ def batch_of(model, size=50):
 
 
 def prior_steps(model):
-    """How many steps the optimizer of the model's prior has taken."""
+    """Return the number of steps that the optimizer of the model's prior has taken."""
     state = model.module.prior.get_extra_state()["state"]
     return int(state[0]["step"]) if state else 0
 

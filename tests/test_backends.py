@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 class OnGPU:
-    """As much of a CUDA tensor as the choice of a backend looks at."""
+    """A stand-in for a CUDA tensor, with what the choice of a backend looks at."""
 
     is_cpu, is_cuda, device, dtype = False, True, "cuda:0", torch.float64
 

@@ -559,7 +559,7 @@ def test_a_rare_type_is_kept_where_a_cluster_is_its_own():
 
 
 def test_two_processes_are_compared_by_medians(monkeypatch):
-    """Of epochs, wall and CPU seconds; a row's own seconds are of a step."""
+    """Epochs have wall and CPU seconds; a row's own seconds are those of a step."""
     epochs = {1: [[9.0, 6.0], [8.0, 8.0], [4.0, 4.0]], 2: [[4.0, 2.0], [5.0, 3.0], [5.0, 1.0]]}
     monkeypatch.setattr(processes, "seconds", lambda count, size, plan: epochs[count])
     one, two = processes.rows(processes.QUICK, 2)  # 64 cells, 16 a step

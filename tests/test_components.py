@@ -362,9 +362,10 @@ def test_opcheck(form, dtype):
     )
 
 
-def test_compiles_without_graph_breaks():
-    inputs = random_gaussians(2, 4, 3, "precision+diagonal")
-    z, centers = torch.randn(2, 4, 3, dtype=torch.float64)
+@on_backends(*EVERY)
+def test_compiles_without_graph_breaks(backend):
+    inputs = on(backend, random_gaussians(2, 4, 3, "precision+diagonal"))
+    z, centers = torch.randn(2, 4, 3, dtype=torch.float64, device=backend)
     given = [x.requires_grad_() for x in inputs]
 
     def step(log_weights, precision_cholesky, scale):

@@ -75,9 +75,7 @@ def assert_same_bits(runs):
 
 models = pytest.mark.parametrize("model", MODELS)
 in_core_and_kernels, in_kernels = on_backends("core", "triton"), on_backends("triton")
-# torch records nothing below an operation of its own, where plain torch wants to differentiate.
-no_gradient = pytest.mark.xfail(raises=RuntimeError, reason="plain torch has none of counts")
-everywhere = on_backends("core", pytest.param("plain", marks=no_gradient), "triton")
+everywhere = on_backends("core", "plain", "triton")
 
 
 @pytest.fixture
@@ -196,7 +194,7 @@ def test_sparse_counts_and_another_run_give_the_same_bits(small_programs, backen
 
 
 @models
-@on_backends("core", "triton")
+@in_core_and_kernels
 def test_a_gene_that_occurs_again_in_a_cell_of_sparse_counts(backend, model):
     """Counts as the sum, as torch takes it."""
     genes, values = torch.tensor([0, 4, 4, 6, 4]), torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0])
@@ -234,14 +232,14 @@ def test_zeros_that_dropout_makes_nearly_sure(isa, logit):
 
 
 @pytest.mark.parametrize("change", [strided, shifted, expanded])
-@on_backends("core", "triton")
+@everywhere
 def test_any_memory_layout(backend, change):
     arguments = [change(x).to(backend) if x.ndim == 2 else x for x in random_counts(5, 19)]
     assert_equals_reference("zinb", *on(backend, arguments))
 
 
 @models
-@in_core_and_kernels
+@everywhere
 def test_counts_that_are_not_whole(backend, model):
     x, *parameters = on(backend, random_counts(6, 40, depth=4.0))
     assert_equals_reference(model, x * 0.37, *parameters)
@@ -251,7 +249,7 @@ MODELS_AND_ARGUMENTS = [(model, which) for model in MODELS for which in range(FE
 
 
 def assert_nan_is_not_lost(device, model, which, kept=()):
-    """Where the parameter or the count is a NaN, its gradient is, but for ``kept`` rows."""
+    """A NaN as parameter or count gives a gradient of NaN, but for ``kept`` rows."""
     arguments = random_counts(4, 20, per_cell=True, dtype=torch.float32)[: 1 + FEW[model]]
     arguments[0][:3, 5] = torch.tensor([0, 3, 100])
     arguments[which][:3, 5] = torch.nan
@@ -286,7 +284,7 @@ def test_negative_counts_give_nan(backend, model):
     assert all(slope[..., 7].isnan().any() for slope in slopes)
 
 
-@in_core_and_kernels
+@everywhere
 def test_a_mean_of_zero_is_finite_and_has_no_gradient(backend):
     x, mean, theta, logits = random_counts(3, 20)
     mean[:, ::3], theta[::4] = 0, 0
@@ -299,7 +297,7 @@ def test_a_mean_of_zero_is_finite_and_has_no_gradient(backend):
         assert (by_mean[:, ::3] == 0).all() and (by_theta[::4] == 0).all()
 
 
-@on_backends("core", "plain", "triton")
+@everywhere
 def test_dtypes(backend):
     x, mean, theta, logits = on(backend, random_counts(4, 11))
     expected = ops.zinb_log_prob(x, mean, theta, logits)
@@ -370,7 +368,7 @@ def test_softmax_mean_in_float32_is_as_near_as_a_softmax_before(isa, model):
         assert ours <= 2 * theirs + 1e-6 * c.abs().max()
 
 
-@in_core_and_kernels
+@everywhere
 def test_softmax_mean_at_the_edges(backend):
     zinb = partial(of_softmax, "zinb")
     x, logits, *_, sizes = case = on(backend, softmax_case("zinb", 4, 20, torch.float32))
@@ -441,8 +439,9 @@ def test_opcheck():
     check(op.count_log_prob_backward, (upstream, *model, wanted))
 
 
-def test_compiles_without_graph_breaks():
-    arguments = random_counts(4, 11)
+@everywhere
+def test_compiles_without_graph_breaks(backend):
+    arguments = on(backend, random_counts(4, 11))
     compiled = torch.compile(ops.zinb_log_prob, fullgraph=True, backend="aot_eager")
     found, true = (values_and_gradients(f, *arguments) for f in (compiled, ops.zinb_log_prob))
     torch.testing.assert_close(found, true)

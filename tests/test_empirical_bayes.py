@@ -493,7 +493,7 @@ def test_pruned_components_stay_so_in_online_steps(device, objective):
 @pytest.mark.parametrize("map_prior", ["none", "learnt"])
 @in_core_and_kernels
 def test_online_steps_with_a_component_without_points(device, map_prior):
-    """Its center stays without a prior; so does its precision, where its scatter is singular."""
+    """The center stays without a prior; so does the precision, where the scatter is singular."""
     parameters = free_parameters(device, 3, centers=(1, 1e3))
     assert_online_steps(parameters, objective_of(map_prior), batches_of(device, 20, 20))
 
@@ -518,7 +518,7 @@ def test_a_scatter_without_a_spread_keeps_the_precision(device, dtype, spread):
 )
 @in_core_and_kernels
 def test_online_steps_with_fewer_points_than_components(device, map_prior, data_size, at_floor):
-    """Where none has the mass that the prior takes off, mass alone tells components apart."""
+    """Mass alone tells components apart, if none has the mass that the prior takes off."""
     parameters = free_parameters(device, 6, raw_alpha=((), 30.0))  # gamma = 1 / 30
     objective = objective_of(map_prior, data_size=data_size)
     mass, *_, logits, _ = assert_online_steps(parameters, objective, batches_of(device, 3))
@@ -640,7 +640,7 @@ def test_threads_change_rounding_alone(inference):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_adam_is_torchs(dtype):
-    """In the core, and beyond its dtypes."""
+    """The private Adam takes torch's steps, in the core and for dtypes beyond it."""
     torch.manual_seed(0)
     ours = [torch.randn(7, 5, dtype=dtype, requires_grad=True), torch.zeros((), dtype=dtype)]
     ours[1].requires_grad_()

@@ -486,7 +486,7 @@ def test_opcheck(backend):
         torch.library.opcheck(grouped, (*mixture, False, 2))
 
 
-@once_each
+@pytest.mark.parametrize("backend", ["core", "plain", "triton"], indirect=True)
 def test_compiles_without_graph_breaks(backend):
     def step(z, centers, whitening, offsets, scale):
         lse, expected = ops.mixture_log_prob(z, centers, whitening, offsets, True)

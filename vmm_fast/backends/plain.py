@@ -5,6 +5,7 @@ Of size [B, J], and each check waits for the device. z's that overflow are not l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,13 +50,30 @@ def log_prob(
 
 
 def _gradients(
-    function: Callable, inputs: Sequence[Tensor], upstream: Sequence[Tensor | None], *rest: Any
-) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        outputs = function(*inputs, *rest)
-        given = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None]
-        return torch.autograd.grad([y for y, _ in given], inputs, [g for _, g in given])
+    function: Callable,
+    inputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    wanted: Sequence[bool] | None = None,
+) -> list[Tensor | None]:
+    """Return the gradients of a function's outputs by its inputs, None for what is not wanted.
+
+    By :func:`torch.func.vjp`, which also records inside an operation of torch's dispatcher, as
+    which compiled code calls this; :mod:`torch.autograd` records nothing there.
+    """
+    asked = [x is not None and (not wanted or wanted[i]) for i, x in enumerate(inputs)]
+
+    def of_asked(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        return function(*(next(given) if ask else x for x, ask in zip(inputs, asked, strict=True)))
+
+    variables = (x.detach() for x, ask in zip(inputs, asked, strict=True) if x is not None and ask)
+    outputs, pull_back, *_ = torch.func.vjp(of_asked, *variables)
+    given = (
+        torch.zeros_like(y) if g is None else g.to(y.dtype)
+        for y, g in zip(outputs, upstream, strict=True)
+    )
+    found = iter(pull_back(tuple(given)))
+    return [next(found) if ask else None for ask in asked]
 
 
 def log_prob_backward(
@@ -67,10 +85,9 @@ def log_prob_backward(
     offsets: Tensor,
     softmax: Tensor,
     transpose: bool,
-) -> tuple[Tensor, ...]:
-    inputs = (z, centers, whitening, offsets)
-    upstream = (grad_lse, grad_expected)
-    return _gradients(reference.mixture_log_prob, inputs, upstream, transpose)
+) -> list[Tensor | None]:
+    function = functools.partial(reference.mixture_log_prob, transpose=transpose)
+    return _gradients(function, (z, centers, whitening, offsets), (grad_lse, grad_expected))
 
 
 def kl_from_lse(lse: Tensor, scale: Tensor) -> Tensor:
@@ -87,7 +104,7 @@ def _kl(
     offsets: Tensor,
     scale: Tensor,
     transpose: bool,
-) -> tuple[Tensor]:
+) -> tuple[Tensor, ...]:
     lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
     return (kl_from_lse(lse, scale),)
 
@@ -117,8 +134,9 @@ def kl_backward(
     scale: Tensor,
     softmax: Tensor,
     transpose: bool,
-) -> tuple[Tensor, ...]:
-    return _gradients(_kl, (z, centers, whitening, offsets, scale), (grad_kl,), transpose)
+) -> list[Tensor | None]:
+    function = functools.partial(_kl, transpose=transpose)
+    return _gradients(function, (z, centers, whitening, offsets, scale), (grad_kl,))
 
 
 statistics = _checked(reference.mixture_statistics)
@@ -171,24 +189,12 @@ def whitened_components_backward(
     expected: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    with torch.enable_grad():
-        pi, L, s = inputs = [
-            x if x is None else x.detach().double().requires_grad_(want)
-            for x, want in zip((log_weights, precision_cholesky, scale), wanted, strict=True)
-        ]
-        assert pi is not None
-        outputs = reference.whitened_components(pi, L, s, len(whitening), expected)
-        upstream = (grad_whitening.double(), grad_offsets.double())
-        given = [(y, g) for y, g in zip(outputs, upstream, strict=True) if y.requires_grad]
-        asked = [x for x in inputs if x is not None and x.requires_grad]
-        found = torch.autograd.grad(
-            [y for y, _ in given], asked, [g for _, g in given], materialize_grads=True
-        )
-        grads = iter(found)
-    return [
-        next(grads).to(whitening.dtype) if x is not None and x.requires_grad else None
-        for x in inputs
-    ]
+    inputs = [x if x is None else x.double() for x in (log_weights, precision_cholesky, scale)]
+    function = functools.partial(
+        reference.whitened_components, num_centers=len(whitening), expected=expected
+    )
+    found = _gradients(function, inputs, (grad_whitening, grad_offsets), wanted)
+    return [x if x is None else x.to(whitening.dtype) for x in found]
 
 
 def dense_counts(
@@ -230,14 +236,9 @@ def count_log_prob_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
+
+    def log_prob(mean: Tensor, *rest: Tensor | None) -> tuple[Tensor]:
+        return (reference.count_log_prob(dense, mean, *rest),)
+
     parameters = (mean, inverse_dispersion, dropout_logits, library_size)
-    with torch.enable_grad():
-        mu, *rest = inputs = [
-            x if x is None else x.detach().requires_grad_(want)
-            for x, want in zip(parameters, wanted, strict=True)
-        ]
-        assert mu is not None
-        log_prob = reference.count_log_prob(dense, mu, *rest)
-        asked = [x for x in inputs if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(log_prob, asked, grad))
-    return [next(found) if want else None for want in wanted]
+    return _gradients(log_prob, parameters, (grad,), wanted)
