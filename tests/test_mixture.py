@@ -231,16 +231,19 @@ def test_badly_conditioned_precision_in_float32():
 
 def test_graph_is_built_where_it_is_due():
     """A mixture first used without gradients still gives them later."""
-    centers = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
-    base = random_components(c=2)
-    components = Components(centers, base.log_weights, base.precision_cholesky, base.scale)
+    learnt = {k: v.requires_grad_() for k, v in random_components(c=2).state_dict().items()}
+    components = Components(**learnt)
     z = torch.randn(4, 3, dtype=torch.float64)
-    with torch.no_grad():
-        before = components.log_prob(z)
-    after = components.log_prob(z)
-    torch.testing.assert_close(before, after.detach())
-    assert torch.autograd.grad(after.sum(), centers)[0].abs().sum() > 0
-    assert not components.detach().log_prob(z).requires_grad
+    for method in ("log_prob", "log_joint"):
+        with torch.no_grad():
+            before = getattr(components, method)(z)
+        after, fresh = (getattr(c, method)(z) for c in (components, Components(**learnt)))
+        torch.testing.assert_close(before, after.detach())
+        found, true = (torch.autograd.grad(x.sum(), [*learnt.values()]) for x in (after, fresh))
+        for name, got, expected in zip(learnt, found, true, strict=True):
+            torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
+            assert got.any(), name
+        assert not getattr(components.detach(), method)(z).requires_grad
 
 
 def test_dtypes_of_points():
