@@ -23,6 +23,7 @@ from bench.records import DATA, PLACES, RESULTS, command, environment
 from vmm_fast._files import write_atomically
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, fit
+from vmm_fast.schedules import SCHEDULES
 
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        schedule=args.schedule,
         seed=args.seed,
         on_epoch_end=on_epoch_end,
         checkpoint=args.checkpoint,
@@ -187,6 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     parser.add_argument("--prior-learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--prior-weight",

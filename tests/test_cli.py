@@ -93,15 +93,19 @@ def check_results(out, source):
     assert [int(row["index"]) for row in rows] == list(range(len(values)))
     state = torch.load(out / "model.pt", weights_only=True)
     assert state["settings"] == metrics(out)["settings"]
-    z, labels, probability, entropy = Clusterer.from_state_dict(state).assign(values)
+    clusterer = Clusterer.from_state_dict(state)
+    z, labels, probability, entropy, components = clusterer.assign(values)
     assert [int(row["cluster"]) for row in rows] == labels.tolist()
+    assert [int(row["component"]) for row in rows] == components.tolist()
     for name, column in (("probability", probability), ("entropy", entropy)):
         written = [float(row[name]) for row in rows]
         np.testing.assert_allclose(written, column, atol=1e-6)
     assert (probability > 0).all() and (probability <= 1 + 1e-6).all() and (entropy >= -1e-5).all()
-    counts = labels.bincount(minlength=state["settings"]["components"])
-    assert (counts.diff() <= 0).all()  # numbered by size
-    assert metrics(out)["components_used"] == (counts > 0).sum()
+    for column, name in ((labels, "clusters"), (components, "components_used")):
+        counts = column.bincount(minlength=state["settings"]["components"])
+        assert (counts.diff() <= 0).all()  # numbered by size
+        assert metrics(out)[name] == (counts > 0).sum()
+    assert torch.equal(clusterer.tree.confusion.counts, counts)
     assert z.shape == (len(values), state["settings"]["latent_dim"])
     return state
 
@@ -196,7 +200,7 @@ def test_options(npy, tmp_path):
 
     first = result("first", given)
     state = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
-    assert state["settings"] == {"epochs": 2, **given}
+    assert {k: v for k, v in state["settings"].items() if v is not None} == {"epochs": 2, **given}
     assert state["components"]["centers"].shape == (4, 3)
     # The seed matters, and every option does something.
     for name in given:
@@ -210,6 +214,35 @@ def test_two_clusters_are_found(tmp_path):
     options = ["--epochs", 40, "--components", 10, "--latent-dim", 2]
     assert cluster(tmp_path / "x.npz", tmp_path / "out", *options) == 0
     assert metrics(tmp_path / "out")["scores"]["accuracy_majority"] > 0.95
+
+
+def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
+    x, labels = vectors(200, 8)
+    np.savez(tmp_path / "x.npz", X=x, labels=labels)
+    path, out = tmp_path / "x.npz", tmp_path / "out"
+    options = ["--epochs", 40, "--components", 10, "--latent-dim", 2]
+    assert cluster(path, out, *options, "--clusters", 1) == 0
+    before = metrics(out)
+    assert before["clusters"] == 1 and before["components_used"] > 1
+    resume = ["cluster", str(path), "--out", str(out), "--resume"]
+    capsys.readouterr()
+    assert cli.main([*resume, "--clusters", "11"]) == 0
+    found = len({row["cluster"] for row in table(out)})
+    assert 1 < found == metrics(out)["clusters"]
+    assert f"note: {found} clusters, not 11: no more components hold" in capsys.readouterr().out
+    assert metrics(out)["history"] == before["history"]
+    check_results(out, path)
+    kept = contents(out)
+    for more, message in (
+        (["--clusters", "0"], "must be a whole number from 1, is '0'"),
+        (["--resolution", "-1"], "must be a number from 0, is '-1'"),
+        (["--separation", "1"], "must be a number between 0 and 1, is '1'"),
+        (["--resolution", "1", "--clusters", "2"], "--clusters must be given without --resolution"),
+    ):
+        assert message in complaint(capsys, cli.main([*resume, *more]), 2)
+    assert contents(out) == kept
+    assert cli.main([*resume, "--resolution", "0"]) == 0
+    assert metrics(out)["clusters"] == 1 and metrics(out)["settings"]["clusters"] is None
 
 
 def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
@@ -242,12 +275,12 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
     for part in ("weights", "components", "scaling"):
         assert all(torch.equal(value, new[part][name]) for name, value in old[part].items())
 
-    # A finished run can be resumed too, and made longer.
-    first = metrics(broken)["history"]
-    assert cli.main([*resume, "--epochs", "5"]) == 0
-    result = metrics(broken)
-    assert result["epochs"] == 5 == result["settings"]["epochs"]
-    assert result["history"][:4] == first
+    # A finished run can be resumed too. It cannot be made longer: its learning rate fell by epochs.
+    kept = contents(broken)
+    assert "--epochs must be 4" in complaint(capsys, cli.main([*resume, "--epochs", "5"]), 2)
+    assert contents(broken) == kept
+    assert cli.main(resume) == 0
+    assert table(broken) == table(whole)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +324,7 @@ def test_a_folder_that_may_not_be_used_stays_as_it_is(again, tmp_path, capsys):
     refused(
         "--seed must be 0 as in the run that --resume goes on with, is 9", "--resume", "--seed=9"
     )
-    refused("--epochs must be at least 2", "--resume", "--epochs", 1)
+    refused("--epochs must be 2 as in the run", "--resume", "--epochs", 1)
     refused("another input", "--resume", path=other)
     refused("not allowed with", "--resume", "--overwrite")
     refused("clusters.csv in it is the input", "--overwrite", path=out / "clusters.csv")

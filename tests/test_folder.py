@@ -130,7 +130,7 @@ def test_a_run_that_goes_on_keeps_its_files_but_no_halves(out):
 
 
 def test_settings_to_go_on_with(out):
-    run = folder(out, changeable=("layer",))
+    run = folder(out, changeable=("epochs", "layer"))
     nothing = dict.fromkeys(STORED)
     assert run.resumed("sha256 1", nothing) == STORED
     given = {"epochs": 5, "batch_size": 2, "layer": "counts"}
@@ -146,8 +146,12 @@ def test_settings_to_go_on_with(out):
     ):
         with pytest.raises(InputError, match=message):
             run.resumed(source, {**nothing, **changed})
-    with pytest.raises(InputError, match=r"--layer must be absent as in the run .* is counts"):
-        folder(out).resumed("sha256 1", given)
+    for name, message in (
+        ("layer", "--layer must be absent as in the run .* is counts"),
+        ("epochs", "--epochs must be 4 as in the run .* is 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            folder(out).resumed("sha256 1", {**nothing, name: given[name]})
     with pytest.raises(InputError, match="none holds no run; leave --resume out to start one"):
         folder(out / "none").resumed("sha256 1", nothing)
 

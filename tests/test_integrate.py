@@ -22,12 +22,12 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import anndata  # noqa: E402
 import h5py  # noqa: E402
+import scanpy  # noqa: E402
 from anndata import AnnData  # noqa: E402
 from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import cli  # noqa: E402
-from vmm_fast.mixture import Assignment  # noqa: E402
 from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
     CellStore,
@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one
 
 FILES = {"run.json", "checkpoint.ckpt", *integration.RESULTS}
 PLANE, WRITE_REPORT = report._plane, report.write_report
-COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy"]
+COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -141,7 +141,7 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     assert shown.err == ""
     assert "60 cells x 20 genes, 2 batches, trained on the 15 genes" in shown.out
     assert re.search(r"^ARI, by type +-?\d\.\d{3}$", shown.out, re.MULTILINE)
-    assert re.search(r"^clusters with any cell +\d of 8$", shown.out, re.MULTILINE)
+    assert re.search(r"^components with any cell +\d of 8$", shown.out, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == FILES
     assert h5ad.read_bytes() == before
 
@@ -168,10 +168,35 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     assert (np.diff(np.bincount(clusters, minlength=8)) <= 0).all()  # numbered by size
     assert len(model.history["elbo_train"]) == 2
 
+    np.testing.assert_array_equal(adata.obs["vmm_component"].astype(int), model.get_components())
     assert table(out) == (list(source.obs_names), list(adata.obs["vmm_cluster"]))
     page = (out / "report.html").read_text()
     assert "60 cells, 20 genes, 2 batches" in page
     assert page.count("<img ") == 5  # cluster, batch, label, entropy, curves
+
+
+def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(h5ad, out, "--epochs", 40, "--components", 8, "--resolution", 0) == 0
+    before, source = cells_of(out), anndata.read_h5ad(h5ad)
+    model = VMMSCVI.load(out / "model", source, accelerator="cpu")
+    finest = before.uns["vmm"]["components_used"]
+    capsys.readouterr()
+    assert run(h5ad, out, "--resume", "--epochs", 40, "--clusters", finest) == 0
+    found, expected = cells_of(out), model.get_clusters(n_clusters=finest)
+    count = expected.max() + 1
+    note = f"note: {count} clusters, not {finest}: no more components" in capsys.readouterr().out
+    assert note == (count < finest)
+    assert before.uns["vmm"]["clusters_used"] == 1 < count
+    np.testing.assert_array_equal(found.obs["vmm_cluster"].astype(int), expected)
+    np.testing.assert_array_equal(found.obsm["X_vmm"], before.obsm["X_vmm"])
+    assert list(found.obs["vmm_component"]) == list(before.obs["vmm_component"])
+    again = VMMSCVI.load(out / "model", source, accelerator="cpu")
+    np.testing.assert_array_equal(again.get_clusters(), expected)
+    tree = found.uns["dendrogram_vmm_cluster"]
+    assert tree["linkage"].shape == (count - 1, 4)
+    assert list(tree["categories_ordered"]) == [str(i) for i in tree["categories_idx_ordered"]]
+    scanpy.pl.dendrogram(found, "vmm_cluster", show=False)
 
 
 def test_labels_are_not_trained_on(h5ad, tmp_path):
@@ -491,8 +516,8 @@ def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
     # Three runs of five cells are drawn: none of two clusters or more.
     clusters = np.repeat([0, 1, 2, 4, 5], [5, 5, 10, 15, 25])
     probability = np.linspace(0.2, 1, 60, dtype=np.float32)
-    found = Assignment(*map(torch.from_numpy, (clusters, probability, 1 - probability)))
-    monkeypatch.setattr(integration, "_number_by_size", lambda model, z: found)
+    found = writing.cluster_columns(clusters, probability, 1 - probability, clusters)
+    monkeypatch.setattr(integration, "_find_clusters", lambda model, z, settings: found)
     options = ["--batch-key", "batch", "--labels-key", "type", "--components", 6, "--memory", 0]
     assert run(h5ad, tmp_path / "out", *options) == 0
     shown = capsys.readouterr().out

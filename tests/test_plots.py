@@ -17,7 +17,7 @@ from matplotlib.image import imread
 
 from vmm_fast import plots
 from vmm_fast.plots import (
-    plot_component_samples,
+    plot_cluster_samples,
     plot_component_weights,
     plot_latent,
     plot_training_curves,
@@ -163,11 +163,11 @@ def test_many_labels_are_written_in_the_picture(tmp_path, rng, figures):
 @pytest.mark.parametrize("channels", [None, 1, 3])
 def test_image_samples_are_rows_by_falling_weight(tmp_path, rng, figures, channels):
     values = rng.random((3, 4, 8, 6) if channels is None else (3, 4, channels, 8, 6))
-    plot_component_samples(
+    plot_cluster_samples(
         torch.tensor(values),
         torch.tensor([0.2, 0.5, 0.3]),
         tmp_path / "a.png",
-        components=[4, 8, 9],
+        clusters=[4, 8, 9],
     )
     (ax,) = figures[0].axes
     assert [t.get_text() for t in ax.get_yticklabels()] == [
@@ -196,7 +196,7 @@ def test_image_samples_are_rows_by_falling_weight(tmp_path, rng, figures, channe
 
 
 def test_a_hundred_components_are_folded_into_blocks(tmp_path, rng, figures):
-    plot_component_samples(rng.random((100, 5, 28, 28)), np.full(100, 0.01), tmp_path / "a.png")
+    plot_cluster_samples(rng.random((100, 5, 28, 28)), np.full(100, 0.01), tmp_path / "a.png")
     assert len(figures[0].axes) == 4
     labels = [t.get_text() for ax in figures[0].axes for t in ax.get_yticklabels()]
     assert labels == [f"{c}  (1.0 %)" for c in range(100)]
@@ -213,7 +213,7 @@ def test_values_outside_the_unit_range_are_scaled_but_small_overshoots_are_cut()
 
 def test_vector_samples_are_heat_strips(tmp_path, rng, figures):
     values = rng.normal(size=(3, 5, 20))
-    plot_component_samples(values, [0.1, 0.0, 0.9], tmp_path / "a.png")
+    plot_cluster_samples(values, [0.1, 0.0, 0.9], tmp_path / "a.png")
     check_picture(tmp_path / "a.png", 8, 2)
     ax = figures[0].axes[0]
     canvas = ax.images[0].get_array()
@@ -311,15 +311,15 @@ ERRORS = [
     (plot_latent, [np.eye(1) * math.nan, [0]], "z must be finite"),
     (plot_latent, [np.zeros((0, 2)), np.zeros(0, int)], "z must hold at least one point"),
     (partial(plot_latent, projection="x"), [np.eye(3), [0, 1, 2]], "projection must be"),
-    (plot_component_samples, [np.zeros((2, 2)), [1, 1]], "samples must have 3 or 4"),
-    (plot_component_samples, [np.zeros((2, 0, 3)), [1, 1]], "must not be empty"),
-    (plot_component_samples, [np.zeros((2, 1, 3)), [1]], "weights must have as many"),
-    (plot_component_samples, [np.zeros((1, 1, 2, 8, 8)), [1]], "1 or 3 channels, got 2"),
-    (plot_component_samples, [np.full((1, 1, 3), math.nan), [1]], "samples must be finite"),
+    (plot_cluster_samples, [np.zeros((2, 2)), [1, 1]], "samples must have 3 or 4"),
+    (plot_cluster_samples, [np.zeros((2, 0, 3)), [1, 1]], "must not be empty"),
+    (plot_cluster_samples, [np.zeros((2, 1, 3)), [1]], "weights must have as many"),
+    (plot_cluster_samples, [np.zeros((1, 1, 2, 8, 8)), [1]], "1 or 3 channels, got 2"),
+    (plot_cluster_samples, [np.full((1, 1, 3), math.nan), [1]], "samples must be finite"),
     (
-        partial(plot_component_samples, components=[1]),
+        partial(plot_cluster_samples, clusters=[1]),
         [np.zeros((2, 1, 3)), [1, 1]],
-        "components must have as",
+        "clusters must have as",
     ),
     (plot_component_weights, [[0.5, -0.5], None], "weights must be finite and not"),
     (plot_component_weights, [[1.0], [math.nan]], "shares must be finite and not"),

@@ -1,5 +1,6 @@
 """The mixture prior in scVI and other models of scvi-tools: each next to its stock model."""
 
+import math
 from functools import cache
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn.functional import cross_entropy
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+from vmm_fast import Components  # noqa: E402
+from vmm_fast.clusters import find_clusters  # noqa: E402
 from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -143,19 +146,27 @@ PRIORS = [(name, prior) for name in MODELS for prior in ("vmm", "gmm")] + [("SCV
 
 
 @pytest.mark.parametrize(("name", "prior"), PRIORS)
-def test_clusters_are_the_components_under_which_means_are_likely(name, prior):
+def test_clusters_are_groups_of_components(name, prior):
     model = learnt(name, prior)
-    probabilities = model.get_cluster_probabilities()
     means = torch.from_numpy(model.get_latent_representation())
-    expected = model.module.components().responsibilities(means)
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-5, atol=1e-7)
-    assert probabilities.shape == (240, 12)
-    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
-    labels = model.get_clusters()
-    np.testing.assert_array_equal(labels, probabilities.argmax(1))
-    entropy = -(probabilities * np.log(probabilities + 1e-30)).sum(1)
-    np.testing.assert_allclose(model.get_cluster_entropy(), entropy, atol=1e-4)
-    np.testing.assert_array_equal(model.get_clusters(indices=[3, 5]), labels[[3, 5]])
+    expected = find_clusters(model.module.components(), means)
+    shared = model.get_component_probabilities()
+    responsibilities = model.module.components().responsibilities(means)
+    np.testing.assert_allclose(shared, responsibilities, rtol=1e-5, atol=1e-7)
+    assert shared.shape == (240, 12)
+    np.testing.assert_array_equal(model.get_components(), shared.argmax(1))
+    most = {"n_clusters": len(model.get_cluster_tree().leaves)}
+    finest = find_clusters(expected.components, means, **most)
+    for cut, clusters in (({}, expected), (most, finest)):
+        probabilities = model.get_cluster_probabilities(**cut)
+        np.testing.assert_allclose(
+            probabilities, clusters.probabilities(means), rtol=1e-5, atol=1e-7
+        )
+        labels = model.get_clusters(**cut)
+        np.testing.assert_array_equal(labels, probabilities.argmax(1))
+        entropy = -(probabilities * np.log(probabilities + 1e-30)).sum(1)
+        np.testing.assert_allclose(model.get_cluster_entropy(**cut), entropy, atol=1e-4)
+        np.testing.assert_array_equal(model.get_clusters(indices=[3, 5], **cut), labels[[3, 5]])
     assert np.isfinite(model.get_elbo())
     if name == "TOTALVI":
         with pytest.raises(NotImplementedError, match="prior='normal' alone"):
@@ -172,13 +183,45 @@ def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
     latents = model.get_latent_representation()
     np.testing.assert_array_equal(loaded.get_latent_representation(), latents)
     if prior != "normal":
-        probabilities = model.get_cluster_probabilities()
-        np.testing.assert_array_equal(loaded.get_cluster_probabilities(), probabilities)
+        for cut in ({}, {"n_clusters": len(model.get_cluster_tree().leaves)}):
+            probabilities = model.get_cluster_probabilities(**cut)
+            np.testing.assert_array_equal(loaded.get_cluster_probabilities(**cut), probabilities)
         assert loaded.module.prior_learnt and prior_steps(loaded) == 0
     else:
         with pytest.raises(ValueError, match="prior must be 'vmm', 'gmm' or 'vamp' for clusters"):
             model.get_clusters()
     train(loaded)
+
+
+def test_a_model_that_was_saved_before_there_were_clusters(tmp_path):
+    model = learnt("SCVI")
+    model.save(tmp_path / "model", save_anndata=True)
+    path = tmp_path / "model" / "model.pt"
+    saved = torch.load(path, weights_only=False)
+    for name in model.module.no_clusters():
+        del saved["model_state_dict"][name]
+    torch.save(saved, path)
+    loaded = VMMSCVI.load(tmp_path / "model", accelerator="cpu")
+    np.testing.assert_array_equal(loaded.get_components(), model.get_components())
+    with pytest.raises(ValueError, match="call find_clusters\\(\\) with the cells"):
+        loaded.get_clusters()
+    loaded.find_clusters()
+    np.testing.assert_array_equal(loaded.get_clusters(), model.get_clusters())
+    finest = {"n_clusters": len(model.get_cluster_tree().leaves)}
+    loaded.find_clusters(**finest)
+    np.testing.assert_array_equal(loaded.get_clusters(), model.get_clusters(**finest))
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 216),
+        ({"prior_kwargs": {"data_size": 7}}, 7),
+        ({"prior_kwargs": {"data_size": None}}, None),
+    ],
+)
+def test_parameter_priors_weigh_as_for_all_cells_that_are_trained_on(options, size):
+    assert train(made("SCVI", **options)).module.prior.data_size == size
 
 
 @every_model
@@ -244,13 +287,13 @@ def test_pseudo_cells_of_totalvi_are_over_their_mean_by_modality():
 # --- labels ---
 
 
-def test_labels_of_some_cells_predict_the_others_and_guide_clusters():
+def test_labels_of_some_cells_predict_the_others_and_guide_components():
     model = learnt("SCANVI", epochs=20)
     cluster = model.adata.obs["cluster"].to_numpy()
     assert (model.predict()[::2] == cluster[::2]).mean() > 0.9
-    clusters = model.get_clusters()
+    components = model.get_components()
     purity = sum(
-        np.unique(cluster[clusters == c], return_counts=True)[1].max() for c in {*clusters}
+        np.unique(cluster[components == c], return_counts=True)[1].max() for c in {*components}
     )
     assert purity / len(cluster) > 0.9
 
@@ -301,19 +344,32 @@ def test_query_cells_of_a_new_batch_without_labels(tmp_path):
 
 def test_component_expression_is_that_of_its_cells():
     model = learnt("SCANVI", epochs=20)
-    clusters = model.get_clusters()
-    largest = np.bincount(clusters).argmax()
+    components = model.get_components()
+    largest = np.bincount(components).argmax()
     mean = model.get_component_expression(pd.Index([largest, 3]), n_samples=50)
     assert mean.shape == (2, 40)
     assert list(mean.index) == [largest, 3]
     np.testing.assert_allclose(mean.sum(1), 1, rtol=1e-4)
     inside, others = (
         model.get_normalized_expression(indices=np.flatnonzero(chosen)).mean(0)
-        for chosen in (clusters == largest, clusters != largest)
+        for chosen in (components == largest, components != largest)
     )
     found = np.corrcoef(mean.loc[largest], inside)[0, 1]
     assert found > 0.95
     assert found > np.corrcoef(mean.loc[largest], others)[0, 1]
+
+
+def test_a_component_s_samples_are_its_own(monkeypatch):
+    model = learnt("SCVI")
+    dim = model.module.n_latent
+    narrow = 1e4 * torch.eye(dim).expand(3, dim, dim)
+    mixture = Components(20 * torch.eye(dim)[:3], torch.full((3,), -math.log(3)), narrow)
+    monkeypatch.setattr(model.module, "components", lambda: mixture)
+    samples = model.get_component_expression(
+        [2, 0], n_samples=5, transform_batch="batch 0", return_mean=False
+    )
+    np.testing.assert_allclose(samples, samples[:1].repeat(5, 0), rtol=0.05)
+    assert not np.allclose(samples[0, 0], samples[0, 1], rtol=0.05)
 
 
 def test_samples_of_components():

@@ -1,6 +1,5 @@
 """Cells on disk: runs of them read as anndata and scipy read them whole, and every fault told."""
 
-import csv
 import os
 import shutil
 import signal
@@ -748,7 +747,7 @@ def interrupted(monkeypatch):
 
 
 def prepare_cells(folder, adata):
-    prepare(written(folder.parent / "c.h5ad", adata), folder / "out.h5ad")
+    prepare(written(folder.parent / f"{folder.name}-c.h5ad", adata), folder / "out.h5ad")
 
 
 def write_cells(folder, adata):
@@ -763,6 +762,17 @@ def write_clusters(folder, adata):
 
 WRITERS = {prepare_cells: "out.h5ad", write_cells: "out.h5ad", write_clusters: "cells.h5ad"}
 every_writer = pytest.mark.parametrize("write", WRITERS)
+
+
+@pytest.mark.parametrize("genes", [2**15, 2**15 + 1, 2**16 + 1])
+def test_genes_are_found_again_however_many_there_are(tmp_path, genes):
+    at = [0, 2**15 - 1, genes - 1]
+    adata = AnnData(csr_matrix(([1.0, 2, 3], ([0, 1, 2], at)), (3, genes), dtype=np.float32))
+    adata.var_names = [f"gene {i}" for i in range(genes)]
+    prepare_cells(tmp_path, adata)
+    with CellStore(tmp_path / "out.h5ad") as cells:
+        assert (cells.read(0, 3) != adata.X).nnz == 0
+    assert (anndata.read_h5ad(tmp_path / "out.h5ad").X != adata.X).nnz == 0
 
 
 @every_writer
@@ -836,7 +846,8 @@ def results_of(number):
     z = random.normal(size=(number, 7)).astype(np.float32)
     labels = random.choice([0, 2, 10], number)
     probability, entropy = random.random((2, number)).astype(np.float32)
-    return z, labels, probability, entropy
+    components = 2 * labels + random.choice(2, number)
+    return z, writing.cluster_columns(labels, probability, entropy, components)
 
 
 def test_results(shards, tmp_path, monkeypatch):
@@ -845,30 +856,25 @@ def test_results(shards, tmp_path, monkeypatch):
     for part, name in zip(parts, sorted(folder.iterdir()), strict=True):
         part.obs["vmm_cluster"] = "of an earlier run"
         written(name, part)
-    z, labels, probability, entropy = results_of(72)
+    z, clusters = results_of(72)
     on_disk = np.memmap(tmp_path / "z", np.float32, "w+", shape=z.shape)
     on_disk[:] = z
     with CellStore(folder) as cells:
         before = cells.obs(0, 72).drop(columns="vmm_cluster")
-        uns = {"genes": 4, "versions": {"torch": "2"}}
-        write_results(
-            cells, tmp_path, on_disk, labels, probability, entropy, cells.var_names[3:7], uns
-        )
+        uns = {"vmm": {"genes": 4, "versions": {"torch": "2"}}, "linkage": np.eye(2, 4)}
+        write_results(cells, tmp_path, on_disk, clusters, cells.var_names[3:7], uns)
     found = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    assert found.X is None and found.uns["vmm"] == uns
+    assert found.X is None and found.uns["vmm"] == uns["vmm"]
+    np.testing.assert_array_equal(found.uns["linkage"], uns["linkage"])
     np.testing.assert_array_equal(found.obsm["X_vmm"], z)
     assert list(found.obs["vmm_cluster"].cat.categories) == ["0", "2", "10"]
-    assert found.obs["vmm_cluster"].astype(int).tolist() == labels.tolist()
-    np.testing.assert_array_equal(found.obs["vmm_cluster_probability"], probability)
-    np.testing.assert_array_equal(found.obs["vmm_cluster_entropy"], entropy)
+    pd.testing.assert_frame_equal(found.obs[clusters.columns].reset_index(drop=True), clusters)
     pd.testing.assert_frame_equal(found.obs.drop(columns=list(writing.COLUMNS)), before)
     assert list(found.var_names[found.var["vmm_gene"]]) == [f"gene {i}" for i in range(3, 7)]
-    with open(tmp_path / "clusters.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["cell"] for row in rows] == list(found.obs_names)
-    assert [int(row["cluster"]) for row in rows] == labels.tolist()
-    np.testing.assert_allclose([float(r["probability"]) for r in rows], probability, atol=1e-6)
-    np.testing.assert_allclose([float(r["entropy"]) for r in rows], entropy, atol=1e-6)
+    rows = pd.read_csv(tmp_path / "clusters.csv")
+    assert list(rows["cell"]) == list(found.obs_names)
+    for name, column in zip(rows.columns[1:], clusters, strict=True):
+        np.testing.assert_allclose(rows[name], clusters[column].astype(float), atol=1e-6)
 
 
 def test_results_of_a_file_that_changes_leave_the_old_ones(tmp_path):

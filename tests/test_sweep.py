@@ -9,13 +9,12 @@ import pytest
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
-import torch
 from support import complaint, make_cells, written
 
 from vmm_fast import cli
-from vmm_fast.mixture import Assignment
 from vmm_fast.scvi import sweep
 from vmm_fast.scvi.integration import Integration
+from vmm_fast.scvi.writing import cluster_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -61,10 +60,11 @@ def runs(monkeypatch):
         if len(done) == 3:
             raise KeyboardInterrupt
         random = np.random.default_rng(settings.batch_size)
-        labels, some = torch.arange(len(cells)) % 3, torch.rand(len(cells))
+        labels, some = np.arange(len(cells)) % 3, random.random(len(cells))
+        clusters = cluster_columns(labels, some, some, labels)
         history = {"elbo_validation": [9.0, settings.prior_learning_rate]}
         z = random.normal(size=(len(cells), 2))
-        return Integration(None, settings, history, 1.0, 6, z, Assignment(labels, some, some))
+        return Integration(None, settings, history, 1.0, 6, z, clusters)
 
     monkeypatch.setattr(sweep, "integrate", found)
     monkeypatch.setattr(sweep, "_plot", lambda rows, path: path.touch())

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from vmm_fast.models import VAE, History, fit, training
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
+from vmm_fast.schedules import learning_rate_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,10 +27,10 @@ def make_data(n=N, seed=0):
     return 0.25 + 0.5 * side + 0.2 * torch.rand(n, INPUTS, generator=generator)
 
 
-def make_model(seed=0, **arguments):
+def make_model(seed=0, prior_joint=False, **arguments):
     generator = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    prior = VMMPrior(make_data(5), latent_dim=2)
+    prior = VMMPrior(make_data(5), latent_dim=2, joint=prior_joint)
     model = VAE(INPUTS, 2, prior=prior, hidden=(16, 8), **arguments)
     torch.random.set_rng_state(generator)
     return model
@@ -188,6 +190,47 @@ def test_resume_is_exact_with_a_learnt_scale(tmp_path):
     assert_same_state(resumed.state_dict(), whole.state_dict())
 
 
+def test_a_falling_learning_rate_goes_on_where_it_was(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def counted(self, *rest):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *rest)
+
+    def stop(record):
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    cosine = {"schedule": "cosine", "learning_rate": 0.01, "epochs": 3}
+    whole, path = make_model(prior_joint=True), tmp_path / "run.pt"
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    run(whole, **cosine)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(prior_joint=True), **cosine, checkpoint=path, on_epoch_end=stop)
+    resumed = make_model(seed=1, prior_joint=True)
+    run(resumed, **cosine, checkpoint=path, resume=True)
+    assert_same_state(resumed.state_dict(), whole.state_dict())
+    assert rates[:12] == rates[12:]
+    passed = [(step + 0.5) / 12 for step in range(12)]
+    expected = [
+        0.01 * (0.02 + 0.98 * (1 + math.cos(math.pi * (t - 0.04) / 0.96)) / 2) for t in passed[1:]
+    ]
+    assert rates[1:12] == pytest.approx(expected)
+    assert rates[0] == pytest.approx(0.01 * (0.02 + 0.98 * 1), rel=0.01)
+    with pytest.raises(ValueError, match="schedule: cosine, 3 epochs in the checkpoint, cosine, 4"):
+        run(resumed, **{**cosine, "epochs": 4}, checkpoint=path, resume=True)
+
+
+def test_schedules():
+    assert [learning_rate_share("constant", step, 9) for step in range(9)] == [1.0] * 9
+    shares = [learning_rate_share("cosine", step, 1000) for step in range(1000)]
+    assert shares[:40] == pytest.approx([(step + 0.5) / 40 for step in range(40)])
+    assert shares[519] == pytest.approx(0.51, abs=2e-3)  # half of the way down from the 40th on
+    assert shares[-1] == pytest.approx(0.02, abs=1e-5)
+    assert all(a > b for a, b in itertools.pairwise(shares[40:]))
+    assert learning_rate_share("cosine", 0, 1) < 1
+
+
 def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     save, calls = torch.save, []
@@ -330,6 +373,7 @@ def test_what_does_not_fit_together_is_no_divergence():
     [
         ({"batch_size": 8}, "batch_size: 16 in the checkpoint, 8 now"),
         ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
+        ({"schedule": "cosine"}, "schedule: constant in the checkpoint, cosine, 2 epochs now"),
         ({"learning_rate": 0.1}, r"learning_rate: 0\.001 in the checkpoint, 0\.1 now"),
         ({"x_train": make_data(71)}, "length of x_train: 70 in the checkpoint, 71 now"),
         ({"x_val": None}, "length of x_val: 30 in the checkpoint, None now"),
@@ -397,6 +441,7 @@ def with_nan(x):
         ({"patience": 2, "x_val": None}, ValueError, "patience .* needs x_val"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be positive"),
+        ({"schedule": "linear"}, ValueError, "schedule must be one of 'constant', 'cosine', but"),
         ({"min_delta": -1.0}, ValueError, "min_delta must be"),
         ({"x_train": make_data().numpy()}, TypeError, "x_train must be a tensor.*ndarray"),
         ({"x_train": make_data()[:0]}, ValueError, "x_train must have at least one row"),

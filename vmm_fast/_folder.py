@@ -47,13 +47,13 @@ class Folder:
     command : str
         That runs end up here by.
     settings : type
-        Dataclass of the run's settings; its ``epochs`` may be raised when a run goes on.
+        Dataclass of the run's settings.
     checkpoint : str
         Name of the file.
     results : sequence of str
         Names of files and folders.
     changeable : sequence of str
-        Settings that may change when a run goes on, besides.
+        Settings that may change when a run goes on; of ``epochs`` it may be raised.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Folder:
         stored = self.record["settings"]
         changed = {name: value for name, value in given.items() if value is not None}
         for name, value in changed.items():
-            if value != stored[name] and name not in ("epochs", *self.changeable):
+            if value != stored[name] and name not in self.changeable:
                 option = "--" + name.replace("_", "-")
                 was = "absent" if stored[name] is None else stored[name]
                 raise InputError(

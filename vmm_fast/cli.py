@@ -30,12 +30,13 @@ from vmm_fast.data import Data, InputError, Scaling, Terminated, make_data, read
 __all__ = ["main"]
 
 RESULTS = {
-    "clusters.csv": "cluster, its probability and the entropy (nats) of every row",
+    "clusters.csv": "cluster, its probability, entropy (nats) and component of every row",
     "metrics.json": "scores, settings and training history",
     "model.pt": "network, scaling and mixture: assigns new rows",
     "latent.png": "latent space (t-SNE), coloured by cluster and by any label",
-    "samples.png": "samples of each active component",
+    "samples.png": "samples of each cluster",
     "training.png": "training curves",
+    "tree.png": "tree of components, and its clusters",
     "weights.png": "weight of each component",
 }
 SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
@@ -56,6 +57,7 @@ no more clusters than you can name.
 
 """
 _Option = tuple[str, str, Callable[[str], Any], str]  # name, symbol, type, help
+CUT = ("resolution", "separation", "clusters")  # settings that change without training
 DEMO = "the demo's MNIST images"  # stands for the input file in run.json
 EXPLANATION = """\
 FILE is one of
@@ -171,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(
         cluster,
         ("--seed", "N", _whole(0), "of all randomness (default: 0)"),
-        ("--epochs", "N", _whole(1), "most passes over the rows (default: 20 or more)"),
+        ("--epochs", "N", _whole(1), "most passes over the rows (default: 40 or more)"),
         ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10, at most the columns)"),
-        ("--components", "C", _whole(1), "most clusters (default: rows / 20, in 10 to 100)"),
+        ("--components", "C", _whole(1), "Gaussians at most (default: rows / 20, 10 to 100)"),
         (
             "--batch-size",
             "B",
@@ -182,7 +184,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
         ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
     )
-    _add_existing(cluster)
+    _add_cut(cluster)
+    _add_existing(cluster, "where the tree is cut")
     cluster.set_defaults(run=_cluster)
 
     integrate = commands.add_parser(
@@ -196,11 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_cells_options(
         integrate,
         "-vmm",
+        "more --epochs, --labels-key and where the tree is cut",
         ("--batch-size", "B", _whole(2), "cells per step (default: 128)"),
         ("--prior-learning-rate", "R", _rate, "of the prior (default: 0.005)"),
         memory,
         ("--checkpoint-steps", "N", _whole(1), "steps between checkpoints, besides every 30 s"),
     )
+    _add_cut(integrate)
     integrate.set_defaults(run=_integrate)
 
     sweep = commands.add_parser(
@@ -212,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=SWEEP + CELLS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_cells_options(sweep, "-sweep")
+    _add_cells_options(sweep, "-sweep", "more --epochs, --batch-sizes and --ratios")
     sweep.add_argument(
         "--batch-sizes", nargs="+", metavar="B", type=_whole(2), help="default: 64 128 256"
     )
@@ -256,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_cells_options(parser: argparse.ArgumentParser, suffix: str, *more: _Option) -> None:
+def _add_cells_options(
+    parser: argparse.ArgumentParser, suffix: str, changeable: str, *more: _Option
+) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
     parser.add_argument(
         "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
@@ -268,7 +275,7 @@ def _add_cells_options(parser: argparse.ArgumentParser, suffix: str, *more: _Opt
         ("--layer", "NAME", str, "layer with the counts (default: X)"),
         ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
         ("--genes", "N", _whole(1), "train on so many variable genes (default: on all)"),
-        ("--components", "C", _whole(1), "most clusters (default: cells / 20, in 10 to 100)"),
+        ("--components", "C", _whole(1), "Gaussians at most (default: cells / 20, 10 to 100)"),
         ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10)"),
         ("--epochs", "N", _whole(1), EPOCHS_HELP),
         ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
@@ -281,16 +288,34 @@ def _add_cells_options(parser: argparse.ArgumentParser, suffix: str, *more: _Opt
         default="auto",
         help="where to train (default: %(default)s)",
     )
-    _add_existing(parser)
+    _add_existing(parser, changeable)
 
 
-def _add_existing(parser: argparse.ArgumentParser) -> None:
+def _add_cut(parser: argparse.ArgumentParser) -> None:
+    """Where the tree of components is cut; with --resume a finished run is cut elsewhere."""
+    _add_options(
+        parser,
+        ("--resolution", "R", _at_least_0, "of the clusters: more gives more (default: 2)"),
+        ("--separation", "P", _share, "confusion below which none merge (default: 0.02)"),
+        ("--clusters", "N", _whole(1), "so many clusters, instead of both"),
+    )
+
+
+def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Replace the cut of the run that goes on by the one that was asked for, if any was."""
+    cut = {name: getattr(arguments, name) for name in CUT}
+    if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
+        raise InputError("--clusters must be given without --resolution and --separation")
+    return given if set(cut.values()) == {None} else {**given, **cut}
+
+
+def _add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in DIR after its last checkpoint, with its settings; --epochs "
-        "can be raised",
+        help="go on with the run in DIR after its last checkpoint, with its settings"
+        f"; {changeable} can change",
     )
     existing.add_argument(
         "--overwrite",
@@ -339,6 +364,13 @@ def _at_least_0(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, is {text!r}")
+    return value
+
+
 def _require(*modules: str, extra: str = "cli") -> None:
     for name in modules:
         try:
@@ -350,7 +382,12 @@ def _require(*modules: str, extra: str = "cli") -> None:
 
 def _cluster_folder(path: str) -> Folder:
     return Folder(
-        path, command="cluster", settings=Settings, checkpoint="checkpoint.pt", results=RESULTS
+        path,
+        command="cluster",
+        settings=Settings,
+        checkpoint="checkpoint.pt",
+        results=RESULTS,
+        changeable=CUT,
     )
 
 
@@ -377,7 +414,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
         source = digest(arguments.file)
         if arguments.resume:
             given = folder.resumed(source, given)
-        settings = Settings.suited_to(data, **given)
+        settings = Settings.suited_to(data, **_with_cut(given, arguments))
         scaling = Scaling.of(data)
     except InputError as error:
         raise InputError(f"{arguments.file}: {error}") from None
@@ -425,7 +462,14 @@ def _run(
         clustering.write_pictures(folder.path)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with: {again}" if again else "") from None
+    _note_fewer(settings.clusters, metrics["clusters"], "rows")
     _print_results(metrics, folder.path)
+
+
+def _note_fewer(asked: int | None, found: int, what: str) -> None:
+    if asked is not None and found < asked:
+        some = "1 cluster" if found == 1 else f"{found} clusters"
+        print(f"note: {some}, not {asked}: no more components hold {what} of their own")
 
 
 def _print_results(metrics: dict[str, Any], folder: Path) -> None:
@@ -444,8 +488,8 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
     held_out = f"{metrics['rows_held_out']:,} rows held out"
     seconds, components = round(metrics["training_seconds"]), metrics["settings"]["components"]
     rows += [
-        ("clusters with over 0.2 % of the rows", str(metrics["components_active"])),
-        ("clusters with any row", f"{metrics['components_used']} of {components}"),
+        ("clusters", str(metrics["clusters"])),
+        ("components with any row", f"{metrics['components_used']} of {components}"),
         (f"ELBO, {held_out}", f"{metrics['validation_elbo']:.2f} nats"),
         (f"KL, {held_out}", f"{metrics['validation_kl']:.2f} nats"),
         ("epochs, best of them", f"{metrics['epochs']}, {metrics['best_epoch']}"),
@@ -506,6 +550,8 @@ def _read_cells(
     if arguments.resume:
         with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
+    if command == "integrate":
+        given = _with_cut(given, arguments)
     if file is not None and command == "integrate":
         cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
     given["on_disk"] = cells is not None
@@ -610,7 +656,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         "-vmm",
         "checkpoint.ckpt",
         results=integration.RESULTS,
-        changeable=("labels_key",),
+        changeable=("epochs", "labels_key", *CUT),
     )
     folder, settings = run.folder, run.settings
     progress = sys.stderr is not None and sys.stderr.isatty()
@@ -644,9 +690,11 @@ def _integrate(arguments: argparse.Namespace) -> None:
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()
     ]
+    _note_fewer(settings.clusters, record["clusters_used"], "cells")
     seconds = round(record["training_seconds"])
     rows += [
-        ("clusters with any cell", f"{record['clusters_used']} of {settings.components}"),
+        ("clusters", str(record["clusters_used"])),
+        ("components with any cell", f"{record['components_used']} of {settings.components}"),
         (
             f"ELBO, {record['held_out_cells']:,} cells held out",
             f"{record['held_out_elbo']:.2f} nats",
@@ -667,7 +715,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         "-sweep",
         sweep.FINISHED,
         results=sweep.RESULTS,
-        changeable=("batch_sizes", "ratios"),
+        changeable=("epochs", "batch_sizes", "ratios"),
     )
     folder, key = run.folder, run.settings.labels_key
     labels = None if key is None else run.cells.obs[key].to_numpy()
@@ -758,7 +806,8 @@ def _assign(arguments: argparse.Namespace) -> None:
             progress = sys.stderr is not None and sys.stderr.isatty()
             found = assignment.assign(matched, model, progress=progress)
         found.write(cells, out)
-    clusters, probability = len(found.assigned.labels.unique()), found.assigned.probability.median()
+    clusters = len(found.clusters["vmm_cluster"].cat.categories)
+    probability = found.clusters["vmm_cluster_probability"].median()
     some = "1 cluster" if clusters == 1 else f"{clusters} clusters"
     print(f"{some}, median probability {probability:.3f}, in {out}")
 

@@ -2,7 +2,8 @@
 
 A tenth of the rows is held out. The network ends with the weights of the epoch whose validation
 ELBO was best, and training stops when that has long not improved: true labels play no part.
-Clusters are the mixture's components, numbered by how many rows they hold, so 0 is the largest.
+Clusters are groups of the mixture's components (:mod:`vmm_fast.clusters`). Both are numbered by how
+many rows they hold, so 0 is the largest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import vmm_fast
 from vmm_fast._files import save_atomically, write_atomically
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
@@ -28,12 +30,13 @@ from vmm_fast.models import VAE, History, fit
 
 __all__ = ["Clusterer", "Clustering", "Settings", "train"]
 
+FORMAT = "clusterer 2"
 LEAST_ROWS = 10  # one is held out and nine are trained on
-PATIENCE_STEPS = 1000
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
+FEWEST_EPOCHS = 40
 TSNE_ROWS = 2000
-SAMPLES = 10  # of each component, in the picture
+SAMPLES = 10  # of each cluster, in the picture
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class Settings:
     batch_size: int
     learning_rate: float = 1e-3
     seed: int = 0
+    resolution: float | None = None
+    separation: float | None = None
+    clusters: int | None = None
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """Where the tree of components is cut, for :func:`vmm_fast.clusters.find_clusters`."""
+        return {
+            "resolution": self.resolution,
+            "separation": self.separation,
+            "n_clusters": self.clusters,
+        }
 
     @classmethod
     def suited_to(cls, data: Data, **given: Any) -> Settings:
@@ -71,7 +86,7 @@ class Settings:
             )
         suited: dict[str, Any] = {
             # Enough steps for few rows, enough passes for many.
-            "epochs": max(20, -(-2800 // max(1, training // batch_size))),
+            "epochs": max(FEWEST_EPOCHS, -(-2800 // max(1, training // batch_size))),
             "latent_dim": min(10, data.values[0].numel()),
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
@@ -89,30 +104,49 @@ def _hidden(rows: int) -> tuple[int, ...]:
 
 
 class Assigned(NamedTuple):
-    """Per row: latent mean [N, D], cluster [N], its probability, entropy of all (nats)."""
+    """Rows in latent space and their clusters.
+
+    Attributes
+    ----------
+    z : Tensor [N, D]
+        Latent means.
+    labels, probability, entropy : Tensor [N]
+        Cluster, its probability, and the entropy of all clusters' probabilities in nats.
+    components : Tensor [N]
+        Most probable component; not always one of the cluster's.
+    """
 
     z: Tensor
     labels: Tensor
     probability: Tensor
     entropy: Tensor
+    components: Tensor
 
 
 @dataclass(frozen=True)
 class Clusterer:
-    """All that is needed to assign new rows: scaling, network and mixture.
+    """All that is needed to assign new rows, and to cut the tree of components elsewhere.
 
     Attributes
     ----------
     network : VAE
         In evaluation mode; its own prior plays no part.
-    components : Components
-        The mixture, its components numbered by the rows they held in training.
+    clusters : Clusters
+        Of the mixture, both numbered by the rows that they held in training.
+    tree : ClusterTree
+        Of all rows of the training.
     scaling : Scaling
     """
 
     network: VAE
-    components: Components
+    clusters: Clusters
+    tree: ClusterTree
     scaling: Scaling
+
+    @property
+    def components(self) -> Components:
+        """The mixture."""
+        return self.clusters.components
 
     @torch.no_grad()
     def assign(self, values: Tensor) -> Assigned:
@@ -120,30 +154,30 @@ class Clusterer:
         parts = []
         for rows in values.split(CHUNK):
             z = self.network.encode(self.scaling.apply(rows)).mean
-            parts.append((z, *self.components.assign(z)))
+            parts.append((z, *self.clusters.assign(z), self.components.assign(z).labels))
         return Assigned(*map(torch.cat, zip(*parts, strict=True)))
 
     @torch.no_grad()
     def representatives(self, z: Tensor) -> Tensor:
-        """Index of each component's most probable row [C], given latent means [N, D]."""
-        best = torch.full((self.components.num_components,), -1.0)
+        """Index of each cluster's most probable row [G], given latent means [N, D]."""
+        best = torch.full((self.clusters.num_clusters,), -1.0)
         index = torch.zeros(len(best), dtype=torch.int64)
         for number, rows in enumerate(z.split(CHUNK)):
-            top, at = self.components.responsibilities(rows).max(0)
+            top, at = self.clusters.probabilities(rows).max(0)
             index = torch.where(top > best, at + number * CHUNK, index)
             best = torch.maximum(top, best)
         return index
 
     @torch.no_grad()
-    def samples(self, component: int, n: int) -> Tensor:
-        """Decode draws from one component [n, *shape], scaled as the network sees data."""
-        return self.network.decode(self.components.sample(n, component))
+    def samples(self, cluster: int, n: int) -> Tensor:
+        """Decode draws from one cluster [n, *shape], scaled as the network sees data."""
+        return self.network.decode(self.clusters.sample(n, cluster))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values alone: ``torch.load(path, weights_only=True)`` reads it."""
         layers = [layer for layer in self.network.encoder if isinstance(layer, torch.nn.Linear)]
         return {
-            "vmm_fast": "clusterer 1",
+            "vmm_fast": FORMAT,
             "network": {
                 "input_shape": list(self.network.input_shape),
                 "latent_dim": self.network.latent_dim,
@@ -151,15 +185,27 @@ class Clusterer:
             },
             "weights": self.network.state_dict(),
             "components": self.components.state_dict(),
+            "clusters": self.clusters.of_component,
+            "confusion": self.tree.confusion._asdict(),
             "scaling": self.scaling.state_dict(),
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
-        """Restore from what `state_dict` gave; further entries are ignored."""
+        """Restore from what `state_dict` gave; further entries are ignored.
+
+        Raises
+        ------
+        ValueError
+            If it is of another version, which may have no tree of components.
+        """
+        if state.get("vmm_fast") != FORMAT:
+            raise ValueError(f"state must be of {FORMAT!r}, but is of {state.get('vmm_fast')!r}")
         network = VAE(**state["network"])
         network.load_state_dict(state["weights"])
-        return cls(network.eval(), Components(**state["components"]), Scaling(**state["scaling"]))
+        clusters = Clusters(Components(**state["components"]), state["clusters"])
+        tree = ClusterTree(Confusion(**state["confusion"]))
+        return cls(network.eval(), clusters, tree, Scaling(**state["scaling"]))
 
 
 @dataclass(frozen=True)
@@ -173,10 +219,15 @@ class Clustering:
     assigned: Assigned
 
     @property
-    def shares(self) -> Tensor:
+    def component_shares(self) -> Tensor:
         """Share of the rows that each component holds [C]."""
-        count = self.assigned.labels.bincount(minlength=self.settings.components)
-        return count / len(self.assigned.labels)
+        count = self.assigned.components.bincount(minlength=self.settings.components)
+        return count / len(self.assigned.components)
+
+    @property
+    def cluster_shares(self) -> Tensor:
+        """Share of the rows that each cluster holds [G]."""
+        return self.assigned.labels.bincount() / len(self.assigned.labels)
 
     def metrics(self) -> dict[str, Any]:
         """Everything that is known of the run, for JSON; ``scores`` is None without true labels."""
@@ -202,21 +253,22 @@ class Clustering:
             "validation_elbo": record["validation_elbo"],
             "validation_log_likelihood": record["validation_log_likelihood"],
             "validation_kl": record["validation_kl"],
-            "components_used": int((self.shares > 0).sum()),
-            "components_active": int((self.shares > ACTIVE_SHARE).sum()),
+            "clusters": self.clusterer.clusters.num_clusters,
+            "clusters_active": int((self.cluster_shares > ACTIVE_SHARE).sum()),
+            "components_used": int((self.component_shares > 0).sum()),
             "scores": scores,
             "history": list(self.history),
         }
 
     def write_table(self, path: Path) -> None:
         """Write clusters.csv: a line per row, in the order of the input."""
-        _, labels, probability, entropy = (column.tolist() for column in self.assigned)
+        columns = [column.tolist() for column in self.assigned[1:]]
 
         def write(file: Any) -> None:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["index", "cluster", "probability", "entropy"])
-            for index, row in enumerate(zip(labels, probability, entropy, strict=True)):
-                table.writerow([index, row[0], f"{row[1]:.6f}", f"{row[2]:.6f}"])
+            table.writerow(["index", "cluster", "probability", "entropy", "component"])
+            for index, row in enumerate(zip(*columns, strict=True)):
+                table.writerow([index, row[0], f"{row[1]:.6f}", f"{row[2]:.6f}", row[3]])
 
         write_atomically(path, write, text=True)
 
@@ -231,7 +283,7 @@ class Clustering:
         write_atomically(path, lambda file: file.write(text), text=True)
 
     def write_pictures(self, folder: Path) -> None:
-        """Write latent.png, samples.png, training.png and weights.png."""
+        """Write latent.png, samples.png, training.png, tree.png and weights.png."""
         from vmm_fast import plots
 
         rows = np.random.default_rng(self.settings.seed).permutation(len(self.data.values))
@@ -244,7 +296,8 @@ class Clustering:
             projection="tsne",
             seed=self.settings.seed,
         )
-        active = (self.shares > ACTIVE_SHARE).nonzero()[:, 0]
+        shares = self.cluster_shares
+        active = (shares > ACTIVE_SHARE).nonzero()[:, 0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             samples = torch.stack([self.clusterer.samples(int(c), SAMPLES) for c in active])
@@ -253,12 +306,13 @@ class Clustering:
             pictures = samples.flatten(2)
         else:
             pictures = (pictures / 2 + 0.5).clamp(0, 1)
-        plots.plot_component_samples(
-            pictures, self.shares[active], folder / "samples.png", components=active
+        plots.plot_cluster_samples(
+            pictures, shares[active], folder / "samples.png", clusters=active
         )
         plots.plot_training_curves(self.history, folder / "training.png")
+        plots.plot_tree(self.clusterer.tree, self.clusterer.clusters, folder / "tree.png")
         weights = self.clusterer.components.component_weights
-        plots.plot_component_weights(weights, self.shares, folder / "weights.png")
+        plots.plot_component_weights(weights, self.component_shares, folder / "weights.png")
 
 
 def train(
@@ -290,14 +344,12 @@ def train(
         prior = vmm_fast.VMMPrior(
             scaling.apply(x_train[start]),
             settings.latent_dim,
+            inference="closed-form",
             data_size=len(x_train),
-            # In fewer steps the weights would not follow the shares, and no component would go.
-            learning_rate=1e-3 if len(data.values) >= MANY_ROWS else 4e-3,
         )
         hidden = _hidden(len(data.values))
         model = VAE(shape, settings.latent_dim, prior, hidden)
 
-    steps = max(1, len(x_train) // settings.batch_size)
     try:
         history = fit(
             model,
@@ -306,7 +358,8 @@ def train(
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
-            patience=max(5, PATIENCE_STEPS // steps),
+            schedule="cosine",
+            patience=max(5, settings.epochs // 4),
             seed=settings.seed,
             transform=scaling.apply,
             checkpoint=checkpoint,
@@ -323,9 +376,14 @@ def train(
     bare.load_state_dict(weights)
     with torch.no_grad():
         components = model.prior.components(model.encode).detach()
-    clusterer = Clusterer(bare.eval(), components, scaling)
-    labels = clusterer.assign(data.values).labels
-    clusterer = Clusterer(bare, _by_size(components, labels), scaling)
+    z = torch.cat([bare.eval().encode(scaling.apply(x)).mean for x in data.values.split(CHUNK)])
+    components = _by_size(components, components.assign(z).labels)
+    tree = ClusterTree(Confusion.of(components, z))
+    cut = settings.cut
+    if settings.clusters is not None:  # training is not to be lost for one that there is not
+        cut["n_clusters"] = min(settings.clusters, len(tree.leaves))
+    clusters = find_clusters(components, z, tree=tree, **cut)
+    clusterer = Clusterer(bare, clusters, tree, scaling)
     return Clustering(data, settings, clusterer, history, clusterer.assign(data.values))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a trained model: latent space, samples of components, weights, training curves.
+"""Pictures of a trained model: latent space, samples, the tree of components, training curves.
 
 Each function draws on a ``matplotlib.figure.Figure`` of its own, so that no display, no pyplot
 state and no backend setting is involved, and writes the file whole or not at all. The ending of
@@ -18,13 +18,15 @@ import numpy as np
 from torch import Tensor
 
 from vmm_fast._files import write_atomically
+from vmm_fast.clusters import Clusters, ClusterTree
 from vmm_fast.metrics import ACTIVE_SHARE
 
 __all__ = [
-    "plot_component_samples",
+    "plot_cluster_samples",
     "plot_component_weights",
     "plot_latent",
     "plot_training_curves",
+    "plot_tree",
 ]
 
 DPI = 150
@@ -34,6 +36,7 @@ PRIMARY = "#1f5fa8"
 SECONDARY = "#e0842b"
 INACTIVE = (0.80, 0.80, 0.80)  # points of components that are not active
 ROWS_PER_BLOCK = 25
+LEAST_CONFUSION = 1e-4  # less is drawn as this
 
 # Okabe & Ito's colour-blind-safe palette (yellow and black left out: unreadable on white, and
 # text), then Tol's "muted"; :func:`_colors` finds further ones.
@@ -62,7 +65,7 @@ def plot_latent(
     z : Tensor or array [N, D], floating dtype
         Latent points. D = 2 is drawn as it is, D = 1 over a random height, more is projected.
     clusters : Tensor, array or sequence [N] of integers
-        The component of each point.
+        The cluster of each point.
     labels : Tensor, array or sequence [N], optional
         True labels of any sortable kind; without them there is one panel.
     path : str or os.PathLike
@@ -131,26 +134,26 @@ def plot_latent(
     _save(figure, path)
 
 
-def plot_component_samples(
+def plot_cluster_samples(
     samples: Any,
     weights: Any,
     path: str | os.PathLike[str],
     *,
-    components: Sequence[int] | Any = None,
+    clusters: Sequence[int] | Any = None,
 ) -> None:
-    """Draw samples of each component: a row per component, by falling weight.
+    """Draw samples of each cluster: a row per cluster, by falling weight.
 
     Parameters
     ----------
     samples : Tensor or array
-        Images [C, S, H, W] or [C, S, channels, H, W] with 1 or 3 channels, or vectors [C, S, V],
+        Images [G, S, H, W] or [G, S, channels, H, W] with 1 or 3 channels, or vectors [G, S, V],
         which are drawn as heat strips: a line per sample, a column per feature.
-    weights : Tensor or array [C]
-        Prior weight of each component.
+    weights : Tensor or array [G]
+        Weight of each cluster, for instance its share of the points.
     path : str or os.PathLike
-        The picture to write; its size follows from the number of components and samples.
-    components : sequence [C] of integers, optional
-        The numbers to write; 0 to C - 1 if not given.
+        The picture to write; its size follows from the number of clusters and samples.
+    clusters : sequence [G] of integers, optional
+        The numbers to write; 0 to G - 1 if not given.
 
     Raises
     ------
@@ -166,11 +169,11 @@ def plot_component_samples(
         raise ValueError(f"samples must not be empty, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("samples must be finite, got NaN or infinity")
-    if components is None:
+    if clusters is None:
         numbers = np.arange(len(mass))
     else:
-        numbers = _array(components, "components", 1)
-        _check_length(numbers, "components", values, "samples")
+        numbers = _array(clusters, "clusters", 1)
+        _check_length(numbers, "clusters", values, "samples")
     if values.ndim == 5 and values.shape[2] not in (1, 3):
         raise ValueError(f"samples must have 1 or 3 channels, got {values.shape[2]}")
 
@@ -256,6 +259,79 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
     ax.set_ylabel("%")
     if share is not None:
         ax.legend(frameon=False, fontsize=8, loc="upper right", reverse=True)
+    _save(figure, path)
+
+
+def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str]) -> None:
+    """Draw the tree of components, and where it is cut into clusters.
+
+    Every leaf is a component that holds points; a branch joins two groups at their confusion, which
+    falls from 100 % at the leaves. Branches within a cluster have its colour.
+
+    Parameters
+    ----------
+    tree : ClusterTree
+    clusters : Clusters
+        A cut of it.
+    path : str or os.PathLike
+        The picture to write, 9 x 4.2 inches.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib or scipy is not installed.
+    """
+    try:
+        from scipy.cluster.hierarchy import dendrogram
+    except ImportError as error:
+        raise ImportError("plots need scipy: pip install vmm-fast[cli]") from error
+    figure = _figure(9, 4.2)
+    ax = figure.subplots()
+    _tidy(ax)
+    of_leaf = clusters.of_component.numpy()[tree.leaves]
+    colors = dict(enumerate(_colors(clusters.num_clusters)))
+    count = len(of_leaf)
+    if count > 1:
+        order = dendrogram(tree.linkage, no_plot=True, count_sort=True)["leaves"]
+    else:
+        order = [0]
+    at, low = {leaf: float(x) for x, leaf in enumerate(order)}, dict.fromkeys(order, 0.0)
+    inside = dict(enumerate(of_leaf.tolist()))  # the cluster of a group that is in one alone
+    for merge, (a, b, distance, _) in enumerate(tree.linkage):
+        a, b, group = int(a), int(b), count + merge
+        height = -math.log10(max(1 - distance, LEAST_CONFUSION))
+        cluster = inside.get(a) if inside.get(a) == inside.get(b) else None
+        color = "#8a8a8a" if cluster is None else colors[cluster]
+        xs, ys = (at[a], at[a], at[b], at[b]), (low[a], height, height, low[b])
+        ax.plot(xs, ys, color=color, linewidth=1.1, solid_joinstyle="miter", zorder=3)
+        at[group], low[group] = (at[a] + at[b]) / 2, height
+        if cluster is not None:
+            inside[group] = cluster
+    for leaf, x in zip(order, range(count), strict=True):
+        ax.scatter(x, 0, s=12, color=colors[of_leaf[leaf]], zorder=4, clip_on=False)
+    names = of_leaf[order]
+    starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
+    for start, stop in zip(starts, np.r_[starts[1:], count], strict=True):
+        ax.annotate(
+            str(names[start]),
+            ((start + stop - 1) / 2, 0),
+            xytext=(0, -6),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
+            color=colors[names[start]],
+            weight="bold",
+        )
+    least = round(-math.log10(LEAST_CONFUSION))
+    ax.set_yticks(range(least + 1), ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"][: least + 1])
+    ax.set_ylim(0, None)
+    ax.set_xlim(-1, count)
+    ax.set_xticks([])
+    ax.set_xlabel("components, under them their cluster", labelpad=14)
+    ax.set_ylabel("confusion")
+    some = "1 cluster" if clusters.num_clusters == 1 else f"{clusters.num_clusters} clusters"
+    ax.set_title(f"{count} components, {some}")
     _save(figure, path)
 
 

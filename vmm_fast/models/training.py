@@ -27,6 +27,8 @@ from torch import Tensor
 
 from vmm_fast._files import save_atomically
 from vmm_fast.models.vae import VAE
+from vmm_fast.priors.base import check_choice
+from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)
 CHECK_ROWS = 4096  # rows of data looked at together when they are checked
@@ -61,6 +63,7 @@ def fit(
     epochs: int,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     patience: int | None = None,
     min_delta: float = 0.0,
     seed: int = 0,
@@ -85,7 +88,10 @@ def fit(
         Epochs in all, those before a resumed checkpoint included.
     batch_size : int
     learning_rate : float
-        Of the network's Adam; the prior has its own.
+        Of the network's Adam, at its highest; the prior has its own.
+    schedule : {"constant", "cosine"}
+        How the network's learning rate changes over `epochs`; see :mod:`vmm_fast.schedules`.
+        With a cosine a checkpoint is resumed with the same number of epochs alone.
     patience : int, optional
         Stop after this many epochs in a row without an improvement of the validation ELBO.
     min_delta : float
@@ -127,11 +133,14 @@ def fit(
     an exception or Ctrl-C.
     """
     _check_arguments(epochs, batch_size, learning_rate, patience, min_delta, seed, x_val)
+    check_choice("schedule", schedule, SCHEDULES)
     path = _checkpoint_path(checkpoint, resume)
     was_training = model.training
     try:
         with _own_random_state(model):
-            run = _Run(model, x_train, x_val, batch_size, learning_rate, seed, transform)
+            run = _Run(
+                model, x_train, x_val, epochs, batch_size, learning_rate, schedule, seed, transform
+            )
             if resume:
                 assert path is not None
                 run.load(path)
@@ -159,8 +168,10 @@ class _Run:
         model: VAE,
         x_train: Tensor,
         x_val: Tensor | None,
+        epochs: int,
         batch_size: int,
         learning_rate: float,
+        schedule: str,
         seed: int,
         transform: Callable[[Tensor], Tensor] | None,
     ) -> None:
@@ -168,6 +179,7 @@ class _Run:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.model, self.transform = model, transform
         self.batch_size, self.seed = batch_size, seed
+        self.learning_rate, self.schedule, self.epochs = learning_rate, schedule, epochs
         self.x_train, self.x_val = x_train, x_val
         for name, x in (("x_train", x_train), ("x_val", x_val)):
             if x is not None:
@@ -191,6 +203,7 @@ class _Run:
         self.settings = {
             "batch_size": batch_size,
             "learning_rate": learning_rate,
+            "schedule": schedule if schedule == "constant" else f"{schedule}, {epochs} epochs",
             "seed": seed,
             "length of x_train": len(x_train),
             "checksum of x_train": _checksum(x_train),
@@ -266,6 +279,10 @@ class _Run:
         totals = [0.0] * 3
         for step in range(steps):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            share = learning_rate_share(
+                self.schedule, self.epoch * steps + step, self.epochs * steps
+            )
+            self.optimizer.param_groups[0]["lr"] = share * self.learning_rate
             with self.diverging(f"training step {step + 1}"):
                 terms = model.elbo(self.batch(self.x_train[rows]))
                 elbo = terms.elbo.mean()

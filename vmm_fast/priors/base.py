@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast.clusters import Clusters, find_clusters
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import (
@@ -96,13 +97,51 @@ class Prior(nn.Module):
         return self.components(encoder).log_joint(z)
 
     def responsibilities(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Softmax of :meth:`log_joint`: the cluster probabilities [B, C]."""
+        """Softmax of :meth:`log_joint`: the probability of each component [B, C]."""
         return self.components(encoder).responsibilities(z)
 
     @torch.no_grad()
     def assign(self, z: Tensor, encoder: Encoder | None = None) -> Assignment:
         """Most probable component, its probability and the entropy of all; each [B]."""
         return self.components(encoder).assign(z)
+
+    @torch.no_grad()
+    def clusters(
+        self,
+        z: Tensor | Iterable[Tensor],
+        encoder: Encoder | None = None,
+        *,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
+    ) -> Clusters:
+        """Group components into clusters: those whose points the mixture cannot tell apart.
+
+        Parameters
+        ----------
+        z : Tensor [N, D] or iterable of Tensor [B, D]
+            Points to find the clusters of, for instance the posterior means of the training data.
+        encoder : callable
+        resolution, separation, n_clusters : optional
+            Where the tree of components is cut; see :mod:`vmm_fast.clusters`.
+
+        Returns
+        -------
+        Clusters
+            It assigns any points, without ``encoder``; numbered by the points that they hold.
+
+        Raises
+        ------
+        ValueError
+            If there are no points, or as :meth:`vmm_fast.clusters.ClusterTree.cut` says.
+        """
+        return find_clusters(
+            self.components(encoder).detach(),
+            z,
+            resolution=resolution,
+            separation=separation,
+            n_clusters=n_clusters,
+        )
 
     @torch.no_grad()
     def sample(

@@ -18,11 +18,10 @@ from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
 from vmm_fast.data import InputError
-from vmm_fast.mixture import Assignment
 from vmm_fast.scvi.integration import (
     EARLIER,
     OF_ALL_BATCHES,
-    assign_in_parts,
+    assigned,
     in_place_of,
     latent_means,
     notes_on_names,
@@ -34,7 +33,7 @@ from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.reading import counts_of
 from vmm_fast.scvi.store import CellStore, kept_alone
-from vmm_fast.scvi.writing import cluster_columns, write_clustered
+from vmm_fast.scvi.writing import write_clustered
 
 __all__ = ["Found", "MatchedCells", "SavedModel", "assign", "find_model", "match"]
 
@@ -108,6 +107,11 @@ def find_model(path: str) -> SavedModel:
         raise damaged from None
     if model.module.prior is None:
         raise InputError(f"{path}: must be a model with clusters, is of N(0, I)")
+    if model.module.tree is None:
+        raise InputError(
+            f"{path}: must be a model with clusters, but was saved before models had them; load it "
+            "with its cells, call find_clusters() and save it again"
+        )
     return SavedModel(model, found[0], genes, layer, key, batches)
 
 
@@ -236,11 +240,14 @@ def _batches(
 
 @dataclass(frozen=True)
 class Found:
-    """The embedding z [cells, D] of cells, with clusters; and the model that it is of."""
+    """The embedding z [cells, D] of cells, with clusters; and the model that it is of.
+
+    Clusters are columns of obs, as :func:`vmm_fast.scvi.integration.assigned` gives them.
+    """
 
     saved: SavedModel
     z: np.ndarray
-    assigned: Assignment
+    clusters: pd.DataFrame
 
     def write(self, cells: AnnData | CellStore, path: Path) -> None:
         """Write the cells with embedding and clusters to an .h5ad file, whole or not at all.
@@ -254,10 +261,9 @@ class Found:
         """
         uns = {"vmm": {"model": str(self.saved.folder.resolve())}}
         if isinstance(cells, CellStore):
-            clusters = cluster_columns(*(tensor.numpy() for tensor in self.assigned))
-            write_clustered(cells, path, self.z, clusters, cells.var, uns)
+            write_clustered(cells, path, self.z, self.clusters, cells.var, uns)
         else:
-            set_clusters(cells, self.z, self.assigned)
+            set_clusters(cells, self.z, self.clusters)
             cells.uns.update(uns)
             write_cells(cells, path)
 
@@ -282,5 +288,4 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
     batches = CellBatches(cells.counts, cells.batches, *everything)
     with quiet():
         z = latent_means(saved.model, batches, progress=progress)
-        components = saved.model.module.components().to("cpu")
-        return Found(saved, z, assign_in_parts(components, z))
+        return Found(saved, z, assigned(saved.model.kept_clusters(), z))

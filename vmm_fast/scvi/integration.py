@@ -1,8 +1,9 @@
 """From counts to an integrated embedding with clusters: train, assign every cell, write.
 
 The model is trained on the genes that vary most, if asked to, and on nine tenths of the cells; the
-loss of the others shows whether it still gains. Labels colour and score alone. Clusters are the
-model's components, numbered by how many cells they hold, so "0" is the largest.
+loss of the others shows whether it still gains. Labels colour and score alone. Clusters are groups
+of the model's components (:mod:`vmm_fast.clusters`); both are numbered by how many cells they hold,
+so "0" is the largest.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
+from vmm_fast.clusters import Clusters, Confusion
 from vmm_fast.data import InputError, Terminated
 from vmm_fast.metrics import ACTIVE_SHARE
-from vmm_fast.mixture import Assignment, Components
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
     WINDOW,
@@ -71,7 +72,7 @@ __all__ = [
     "Integration",
     "OnDisk",
     "Settings",
-    "assign_in_parts",
+    "assigned",
     "in_place_of",
     "integrate",
     "latent_means",
@@ -85,7 +86,7 @@ __all__ = [
 
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
-    "clusters.csv": "cluster, its probability and the entropy of every cell",
+    "clusters.csv": "cluster, its probability, entropy and component of every cell",
     "model": "what VMMSCVI.load and vmm-fast assign take",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
@@ -114,6 +115,9 @@ class Settings:
     prior_learning_rate: float = PRIOR_LEARNING_RATE
     seed: int = 0
     on_disk: bool = False  # counts are read while training, in an order that depends on it
+    resolution: float | None = None
+    separation: float | None = None
+    clusters: int | None = None
 
     @classmethod
     def suited_to(cls, cells: AnnData | CellStore, **given: Any) -> Settings:
@@ -507,7 +511,7 @@ def integrate(
             }
             seconds = during.elapsed
             z = latent_means(model, loading.all_cells())
-            assigned = _number_by_size(model, z)
+            clusters = _find_clusters(model, z, settings)
     except SystemExit:
         # Lightning exits on Ctrl-C, and leaves it without effect; on SIGTERM with status 0.
         if during.stopped_by is None:
@@ -526,7 +530,7 @@ def integrate(
     finally:
         if during.bar is not None:
             during.bar.close()
-    return Integration(model, settings, during.history, seconds, loading.n_val, z, assigned)
+    return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters)
 
 
 def _loading(settings: Settings) -> dict[str, Any]:
@@ -583,24 +587,28 @@ def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
 
 
 @torch.no_grad()
-def _number_by_size(model: VMMSCVI, z: np.ndarray) -> Assignment:
-    """Renumber the model's components (K = 1) by the cells they hold; assign the cells."""
-    prior = model.module.prior
+def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.DataFrame:
+    """Renumber the model's components (K = 1) by the cells they hold, and group them."""
+    prior, means = model.module.prior, torch.from_numpy(z)
     components = model.module.components().to("cpu")
-    labels = assign_in_parts(components, z).labels
     by_weight = components.log_weights.argsort(descending=True, stable=True)
-    counts = labels.bincount(minlength=len(by_weight))[by_weight]
+    counts = Confusion.of(components, means).counts[by_weight]
     order = by_weight[counts.argsort(descending=True, stable=True)]
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
-    return assign_in_parts(model.module.components().to("cpu"), z)
+    cut: dict[str, Any] = {"resolution": settings.resolution, "separation": settings.separation}
+    if settings.clusters is not None:  # training is not to be lost for one that there is not
+        cut["n_clusters"] = min(settings.clusters, int((counts > 0).sum()))
+    return assigned(model.keep_clusters_of(means, **cut), z)
 
 
-def assign_in_parts(components: Components, z: np.ndarray) -> Assignment:
-    """As :meth:`Components.assign`, of so many points at once that memory is that of the result."""
-    parts = [components.assign(points) for points in torch.from_numpy(z).split(WINDOW)]
-    return Assignment(*(torch.cat(values) for values in zip(*parts, strict=True)))
+def assigned(clusters: Clusters, z: np.ndarray) -> pd.DataFrame:
+    """Cluster, its probability, the entropy, and the component of points, as columns of obs."""
+    means = torch.from_numpy(z)
+    components = [clusters.components.assign(points).labels for points in means.split(WINDOW)]
+    found = (*clusters.assign(means), torch.cat(components))
+    return cluster_columns(*(values.numpy() for values in found))
 
 
 # --- results ---
@@ -608,7 +616,10 @@ def assign_in_parts(components: Components, z: np.ndarray) -> Assignment:
 
 @dataclass(frozen=True)
 class Integration:
-    """A finished run: the model, its curves, and the embedding z [cells, D] with its clusters."""
+    """A finished run: the model, its curves, and the embedding z [cells, D] with its clusters.
+
+    Clusters are columns of obs, as :func:`assigned` gives them.
+    """
 
     model: VMMSCVI
     settings: Settings
@@ -616,19 +627,20 @@ class Integration:
     seconds: float
     held_out: int  # cells
     z: np.ndarray
-    assigned: Assignment
+    clusters: pd.DataFrame
 
     def record(self, labels: Any) -> dict[str, Any]:
         """Give what is in uns; `labels`, a Series or a Categorical of all cells, or None, score."""
         settings = {
             name: value for name, value in asdict(self.settings).items() if value is not None
         }
-        clusters = self.assigned.labels.numpy()
+        clusters, components = (self.clusters[name] for name in ("vmm_cluster", "vmm_component"))
         record: dict[str, Any] = {
             **settings,
             "cells": len(clusters),
             "genes": self.model.adata.n_vars,
-            "clusters_used": len(np.unique(clusters)),
+            "clusters_used": len(clusters.cat.categories),
+            "components_used": len(components.cat.categories),
             "training_seconds": self.seconds,
             "held_out_cells": self.held_out,
             "held_out_elbo": -self.history["elbo_validation"][-1],
@@ -640,7 +652,7 @@ class Integration:
             codes, _ = pd.factorize(labels)
             known = codes >= 0
             if known.any():
-                pair = codes[known], clusters[known]
+                pair = codes[known], clusters.cat.codes[known]
                 record["scores"] = {
                     "ari": float(adjusted_rand_score(*pair)),
                     "nmi": float(normalized_mutual_info_score(*pair)),
@@ -651,10 +663,17 @@ class Integration:
         """Add embedding, clusters and settings to the cells as read; give what is in uns."""
         key = self.settings.labels_key
         record = self.record(None if key is None else adata.obs[key])
-        set_clusters(adata, self.z, self.assigned)
+        set_clusters(adata, self.z, self.clusters)
         adata.var["vmm_gene"] = adata.var_names.isin(self.model.adata.var_names)
-        adata.uns["vmm"] = record
+        adata.uns.update(self.uns(record))
         return record
+
+    def uns(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Give what the cells have in uns: settings, and the tree of clusters as scanpy has it."""
+        dendrogram = self.model.get_cluster_tree().dendrogram(
+            self.model.kept_clusters().of_component
+        )
+        return {"vmm": record, "dendrogram_vmm_cluster": {"groupby": ["vmm_cluster"], **dendrogram}}
 
     def write_model(self, folder: Path) -> None:
         """Write what VMMSCVI.load takes."""
@@ -673,8 +692,7 @@ class Integration:
     def write(self, adata: AnnData, folder: Path) -> None:
         """Write the model and, of the cells with what was added, all else."""
         self.write_model(folder)
-        columns = (adata.obs[name] for name in COLUMNS)
-        write_table(folder / "clusters.csv", [(adata.obs_names, *columns)])
+        write_table(folder / "clusters.csv", [(adata.obs_names, self.clusters)])
         write_cells(adata, folder / "cells.h5ad")
 
     def write_on_disk(
@@ -686,25 +704,23 @@ class Integration:
         all with the rows of it that they are.
         """
         store, settings = cells.store, self.settings
-        labels_of, probability, entropy = (tensor.numpy() for tensor in self.assigned)
-        obs = cluster_columns(labels_of, probability, entropy)
+        obs = self.clusters.copy()
         for key in (settings.batch_key, settings.labels_key):
             if key is not None:
                 obs[key] = store.column(key)
         record = self.record(None if settings.labels_key is None else obs[settings.labels_key])
         self.write_model(folder)
         genes = self.model.adata.var_names
-        write_results(store, folder, self.z, labels_of, probability, entropy, genes, record)
+        write_results(store, folder, self.z, self.clusters, genes, self.uns(record))
         shown = self.model.adata.copy()
         shown.obsm["X_vmm"] = self.z[cells.rows]
         shown.uns["vmm"] = record
         return record, shown, (obs, cells.rows)
 
 
-def set_clusters(adata: AnnData, z: np.ndarray, assigned: Assignment) -> None:
+def set_clusters(adata: AnnData, z: np.ndarray, clusters: pd.DataFrame) -> None:
     """Add the embedding z [cells, D] and its clusters to the cells."""
     adata.obsm["X_vmm"] = z
-    clusters = cluster_columns(*(tensor.numpy() for tensor in assigned))
     for key, values in clusters.items():
         adata.obs[key] = values.array
 

@@ -19,10 +19,13 @@ from scvi.model.base import BaseModelClass
 from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
+from torch.special import entr
 
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
+from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
 from vmm_fast.scvi.training import (
@@ -66,10 +69,11 @@ class LatentPriorModel(BaseModelClass):
     prior : {"vmm", "gmm", "vamp", "normal"}
         VampPrior Mixture Model, Gaussian mixture with free centers, VampPrior, or N(0, I).
     n_components : int
-        C, more than there are clusters: those that are not needed go empty.
+        C, more than there are clusters, which take several each.
     prior_kwargs : dict, optional
         Of :class:`vmm_fast.VMMPrior`, :class:`vmm_fast.GaussianMixturePrior` or
-        :class:`vmm_fast.VampPrior`; see :class:`LatentPrior`.
+        :class:`vmm_fast.VampPrior`; see :class:`LatentPrior`. ``data_size`` is the number of cells
+        that are trained on unless given.
     encode_covariates : bool
         Whether the encoder sees batches and covariates: True as in the paper.
     **kwargs
@@ -125,6 +129,7 @@ class LatentPriorModel(BaseModelClass):
                 f"{self.summary_stats.n_batch}, but has {cells.n_batch}"
             )
         self._start_pseudo_cells()
+        self._set_data_size(cells, kwargs.get("train_size"))
         try:
             with telling_of_lost_processes():
                 found = super().train(*args, **kwargs)
@@ -138,7 +143,19 @@ class LatentPriorModel(BaseModelClass):
                 "(plan_kwargs={'prior_warmup': 0} leaves it out)",
                 stacklevel=2,
             )
+        if module.prior is not None and not module.frozen and self.adata is not None:
+            self.find_clusters()
         return found
+
+    def _set_data_size(self, cells: Any, train_size: float | None) -> None:
+        given = self.init_params_["non_kwargs"]["prior_kwargs"] or {}
+        if not isinstance(self.module.prior, BayesianMixturePrior) or "data_size" in given:
+            return
+        if isinstance(cells, CellDataModule):
+            self.module.prior.data_size = cells.n_train
+        elif self.adata is not None:
+            share = 0.9 if train_size is None else train_size
+            self.module.prior.data_size = max(1, round(share * self.adata.n_obs))
 
     def _start_pseudo_cells(self) -> None:
         if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
@@ -197,13 +214,77 @@ class LatentPriorModel(BaseModelClass):
     def _components(self) -> Components:
         return self.module.components().to("cpu")
 
+    def get_cluster_tree(self) -> ClusterTree:
+        """Return the tree of components that clusters are cut from.
+
+        Raises
+        ------
+        ValueError
+            For the prior N(0, I), and for a model that was saved before there were trees.
+        """
+        self.module.components()  # or says that there are none
+        tree = self.module.tree
+        if tree is None:
+            raise ValueError(
+                "clusters must have been found first: call find_clusters() with the cells that the "
+                "model was trained on"
+            )
+        return tree
+
+    def find_clusters(
+        self,
+        adata: AnnData | None = None,
+        *,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Group components into clusters by the cells that they share, and keep the clusters.
+
+        :meth:`train` ends with it. Components do not change.
+
+        Parameters
+        ----------
+        adata : AnnData, optional
+            The cells that the model was trained on, which is the default.
+        resolution, separation, n_clusters : optional
+            Where the tree of components is cut; see :mod:`vmm_fast.clusters`.
+        batch_size : int, optional
+        """
+        cut = {"resolution": resolution, "separation": separation, "n_clusters": n_clusters}
+        self.keep_clusters_of(self._latents(adata, None, batch_size), **cut)
+
+    def keep_clusters_of(self, means: Tensor, **cut: Any) -> Clusters:
+        """Do as :meth:`find_clusters`, with the cells' posterior means [cells, D]; return them."""
+        components = self._components()
+        tree = ClusterTree(Confusion.of(components, means))
+        clusters = find_clusters(components, means, tree=tree, **cut)
+        self.module.keep_clusters(tree, clusters)
+        return clusters
+
+    def kept_clusters(self) -> Clusters:
+        """Return the clusters of :meth:`find_clusters`; they assign any latent means."""
+        self.get_cluster_tree()  # or says that there are none
+        return Clusters(self._components(), self.module.cluster_of_component.cpu())
+
+    def _clusters(self, **cut: Any) -> Clusters:
+        if set(cut.values()) == {None}:
+            return self.kept_clusters()
+        means = self._latents(None, None, None)
+        return find_clusters(self._components(), means, tree=self.get_cluster_tree(), **cut)
+
     def get_cluster_probabilities(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        *,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
     ) -> np.ndarray:
-        """Responsibilities of the components for each cell's posterior mean.
+        """Return the probability of every cluster for each cell's posterior mean.
 
         Parameters
         ----------
@@ -212,33 +293,65 @@ class LatentPriorModel(BaseModelClass):
         indices : sequence of int, optional
             Of cells; all by default.
         batch_size : int, optional
+        resolution, separation, n_clusters : optional
+            Where the tree of components is cut; see :mod:`vmm_fast.clusters`. By default clusters
+            are those of :meth:`find_clusters`. Another cut encodes the model's own cells anew.
 
         Returns
         -------
-        ndarray [cells, C]
-            Rows sum to 1.
+        ndarray [cells, G]
+            Rows sum to 1. Clusters are numbered by the model's cells that they hold.
         """
-        return (
-            self._components().responsibilities(self._latents(adata, indices, batch_size)).numpy()
+        clusters = self._clusters(
+            resolution=resolution, separation=separation, n_clusters=n_clusters
         )
+        return clusters.probabilities(self._latents(adata, indices, batch_size)).numpy()
 
     def get_clusters(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        **cut: Any,
     ) -> np.ndarray:
-        """Most probable component of each cell, [cells]; see :meth:`get_cluster_probabilities`."""
-        return self._components().assign(self._latents(adata, indices, batch_size)).labels.numpy()
+        """Return each cell's most probable cluster [cells].
+
+        See :meth:`get_cluster_probabilities`.
+        """
+        return self.get_cluster_probabilities(adata, indices, batch_size, **cut).argmax(1)
 
     def get_cluster_entropy(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        **cut: Any,
     ) -> np.ndarray:
-        """Entropy of each cell's cluster probabilities, [cells] in nats."""
-        return self._components().assign(self._latents(adata, indices, batch_size)).entropy.numpy()
+        """Return the entropy of each cell's cluster probabilities, [cells] in nats."""
+        probabilities = self.get_cluster_probabilities(adata, indices, batch_size, **cut)
+        return entr(torch.from_numpy(probabilities)).sum(1).numpy()
+
+    def get_component_probabilities(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Return the responsibilities of the components for each cell's posterior mean [cells, C].
+
+        See :meth:`get_cluster_probabilities`, whose clusters are groups of components.
+        """
+        means = self._latents(adata, indices, batch_size)
+        return self._components().responsibilities(means).numpy()
+
+    def get_components(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Return each cell's most probable component [cells]."""
+        return self._components().assign(self._latents(adata, indices, batch_size)).labels.numpy()
 
 
 def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
@@ -309,7 +422,7 @@ class ComponentExpression(LatentPriorModel):
         Parameters
         ----------
         components : sequence of int, optional
-            Indices, as :meth:`get_clusters` gives them; all by default.
+            Indices, as :meth:`get_components` gives them; all by default.
         n_samples : int
             Of each component.
         transform_batch : str or sequence of str, optional

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
 from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion
 from vmm_fast.counts import SoftmaxMean, nb_log_prob, poisson_log_prob, zinb_log_prob
 from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
@@ -77,8 +78,10 @@ def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest:
     state.pop(f"{prefix}prior._extra_state", None)
 
 
-def _expect_no_private_state(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
+def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) -> None:
     state.setdefault(f"{prefix}prior._extra_state", {})
+    for name in module.no_clusters():  # of models that were saved before there were any
+        state.setdefault(prefix + name, getattr(module, name))
 
 
 class LatentPrior(BaseModuleClass):
@@ -113,10 +116,15 @@ class LatentPrior(BaseModuleClass):
         Whether N(0, I) stands in for the prior for now.
     prior_learnt : Tensor, a boolean scalar
         Whether training under the prior has begun.
+    confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
+        What components share and the clusters that they form, as :meth:`keep_clusters` was given.
     """
 
     prior: Prior | None
     prior_learnt: Tensor
+    confusion_sums: Tensor
+    confusion_counts: Tensor
+    cluster_of_component: Tensor
     warming_up = False
     # Of modules that do not have them:
     log_variational = False
@@ -157,6 +165,9 @@ class LatentPrior(BaseModuleClass):
             self.prior = make(cells, self.n_latent, **prior_kwargs)
         if self.prior is not None:
             self.register_buffer("prior_learnt", torch.tensor(False))
+            self.n_components = n_components
+            for name, value in self.no_clusters().items():
+                self.register_buffer(name, value)
             self.register_state_dict_post_hook(_leave_out_private_state)
             self.register_load_state_dict_pre_hook(_expect_no_private_state)
 
@@ -244,7 +255,7 @@ class LatentPrior(BaseModuleClass):
         average_over_processes(
             x
             for name, x in self.named_buffers()
-            if x.is_floating_point() and not name.startswith("prior.")
+            if x.is_floating_point() and not name.startswith(("prior.", "confusion"))
         )
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
@@ -263,6 +274,30 @@ class LatentPrior(BaseModuleClass):
         if self.prior is None:
             raise ValueError("prior must be 'vmm', 'gmm' or 'vamp' for clusters, but is 'normal'")
         return self.prior.components(self.encode_pseudo_cells).detach()
+
+    # --- clusters ---
+
+    def no_clusters(self) -> dict[str, Tensor]:
+        """Give the buffers as they are before clusters have been found."""
+        count = self.n_components
+        return {
+            "confusion_sums": torch.zeros(count, count, dtype=torch.float64),
+            "confusion_counts": torch.zeros(count, dtype=torch.int64),
+            "cluster_of_component": torch.zeros(count, dtype=torch.int64),
+        }
+
+    @property
+    def tree(self) -> ClusterTree | None:
+        """The tree of components, on the CPU; None before clusters have been found."""
+        if not self.confusion_counts.any():
+            return None
+        return ClusterTree(Confusion(self.confusion_sums.cpu(), self.confusion_counts.cpu()))
+
+    def keep_clusters(self, tree: ClusterTree, clusters: Clusters) -> None:
+        """Keep the tree and a cut of it with the model's weights."""
+        self.confusion_sums.copy_(tree.confusion.sums)
+        self.confusion_counts.copy_(tree.confusion.counts)
+        self.cluster_of_component.copy_(clusters.of_component)
 
 
 class _PerCell:

@@ -125,7 +125,8 @@ def _read_kept(path: Path) -> list[dict[str, Any]]:
 
 
 def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:
-    z, clusters, entropy = found.z, found.assigned.labels.numpy(), found.assigned.entropy.numpy()
+    z, clusters = found.z, found.clusters["vmm_cluster"].cat.codes.to_numpy()
+    entropy = found.clusters["vmm_cluster_entropy"]
     sizes = np.bincount(clusters)
     row: dict[str, Any] = {
         "clusters": int((sizes > ACTIVE * len(clusters)).sum()),

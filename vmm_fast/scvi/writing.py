@@ -41,7 +41,8 @@ __all__ = [
     "write_table",
 ]
 
-COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy")  # of obs
+# Of obs:
+COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component")
 CHUNK = 1 << 15  # values
 FILTERS = {"compression": "lzf", "shuffle": True, "fletcher32": True}
 ROWS = 1 << 14  # that are written together, at most
@@ -374,9 +375,7 @@ def write_results(
     store: CellStore,
     folder: Path,
     z: np.ndarray,
-    labels: np.ndarray,
-    probability: np.ndarray,
-    entropy: np.ndarray,
+    clusters: pd.DataFrame,
     genes: pd.Index,
     uns: Mapping[str, Any],
 ) -> None:
@@ -388,30 +387,24 @@ def write_results(
         Of which obs is taken.
     folder : Path
     z : array
-        float32 [n_obs, D]; it and the next three may be memory-mapped.
-    labels : array
-        int [n_obs].
-    probability, entropy : array
-        float32 [n_obs]; the latter in nats.
+        float32 [n_obs, D]; it may be memory-mapped.
+    clusters : pandas.DataFrame
+        Of :func:`cluster_columns`.
     genes : pandas.Index
         Names of the genes that were trained on.
     uns : dict
-        Goes to uns["vmm"].
+        Of the file.
 
     Raises
     ------
     InputError
         If the disk is too small or fills up, or a file of the store has changed.
     """
-    clusters = cluster_columns(labels, probability, entropy)
     var = store.var.assign(vmm_gene=store.var_names.isin(genes))
-    write_clustered(store, folder / "cells.h5ad", z, clusters, var, {"vmm": dict(uns)})
+    write_clustered(store, folder / "cells.h5ad", z, clusters, var, uns)
     write_table(
         folder / "clusters.csv",
-        (
-            (store.obs_names(part.start, part.stop), labels[part], probability[part], entropy[part])
-            for part in _parts(store)
-        ),
+        ((store.obs_names(part.start, part.stop), clusters[part]) for part in _parts(store)),
     )
 
 
@@ -420,12 +413,16 @@ def _parts(store: CellStore) -> list[slice]:
 
 
 def cluster_columns(
-    labels: np.ndarray, probability: np.ndarray, entropy: np.ndarray
+    labels: np.ndarray, probability: np.ndarray, entropy: np.ndarray, components: np.ndarray
 ) -> pd.DataFrame:
-    """Clusters as columns of obs; categories are in the order of their numbers."""
-    used, codes = np.unique(labels, return_inverse=True)
-    clusters = pd.Categorical.from_codes(codes, used.astype(str).astype(object))
-    return pd.DataFrame(dict(zip(COLUMNS, (clusters, probability, entropy), strict=True)))
+    """Clusters and components as columns of obs; categories are in the order of their numbers."""
+    values = (_categories(labels), probability, entropy, _categories(components))
+    return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
+
+
+def _categories(numbers: np.ndarray) -> pd.Categorical:
+    used, codes = np.unique(numbers, return_inverse=True)
+    return pd.Categorical.from_codes(codes, used.astype(str).astype(object))
 
 
 def write_clustered(
@@ -463,18 +460,19 @@ def write_clustered(
     )
 
 
-def write_table(path: Path, parts: Iterable[tuple[Any, Any, Any, Any]]) -> None:
+def write_table(path: Path, parts: Iterable[tuple[Any, pd.DataFrame]]) -> None:
     """Write clusters.csv: a line per cell, in the order of the input.
 
-    Each part has names, clusters, probabilities and entropies of some cells.
+    Each part has the names of some cells and their :func:`cluster_columns`.
     """
 
     def write(file: Any) -> None:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["cell", "cluster", "probability", "entropy"])
-        for part in parts:
-            for cell, cluster, probability, entropy in zip(*part, strict=True):
-                table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}"])
+        table.writerow(["cell", "cluster", "probability", "entropy", "component"])
+        for cells, clusters in parts:
+            columns = (clusters[name] for name in COLUMNS)
+            for cell, cluster, probability, entropy, component in zip(cells, *columns, strict=True):
+                table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}", component])
 
     with _told(path):
         write_atomically(path, write, text=True)

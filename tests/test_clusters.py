@@ -1,0 +1,299 @@
+"""Clusters are groups of components that share points, at any level of one tree."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.cluster.hierarchy import fcluster, is_valid_linkage
+from scipy.stats import binomtest
+from torch.distributions import Normal
+
+import vmm_fast
+from vmm_fast import Components
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
+
+# Two classes of two components each, whose centers are 2 apart, and one component by itself.
+CENTERS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 2.0], [0.0, 30.0]])
+CLASSES = [0, 0, 1, 1, 2]
+
+
+def mixture(centers=CENTERS, weights=None):
+    count, dim = centers.shape
+    weights = torch.ones(count) if weights is None else torch.tensor(weights)
+    return Components(
+        centers, (weights / weights.sum()).log(), torch.eye(dim).expand(count, -1, -1)
+    )
+
+
+def overlapping(count=12, points=600, seed=0):
+    """Components at random, and points of them."""
+    torch.manual_seed(seed)
+    components = mixture(3 * torch.randn(count, 2), (torch.rand(count) + 0.5).tolist())
+    return components, components.sample(points)
+
+
+class Shares:
+    """In place of a mixture: points are numbers of rows of its responsibilities."""
+
+    def __init__(self, rows):
+        self.rows = torch.tensor(rows)
+        self.num_components = self.rows.shape[1]
+        self.centers = self.rows
+
+    def responsibilities(self, z):
+        return self.rows[z[:, 0].long()]
+
+    @property
+    def points(self):
+        return torch.arange(len(self.rows))[:, None].float()
+
+
+def groups(of_component):
+    return {frozenset(np.flatnonzero(of_component == k)) for k in range(max(of_component) + 1)}
+
+
+def levels(confusion):
+    """By the definition: groups of components at every level, and the confusion that led there."""
+    sums = confusion.sums.numpy()
+    parts = [frozenset([c]) for c in range(len(sums))]
+
+    def shared(a, b):
+        return sums[np.ix_(sorted(a), sorted(b))].sum()
+
+    def mass(a):
+        return sums[sorted(a)].sum()
+
+    found = [(set(parts), 1.0)]
+    while len(parts) > 1:
+        rates = {
+            (a, b): shared(a, b) / min(mass(a), mass(b))
+            for a, b in itertools.combinations(parts, 2)
+        }
+        a, b = max(rates, key=rates.get)
+        parts = [part for part in parts if part not in (a, b)] + [a | b]
+        found.append((set(parts), min(found[-1][1], rates[a, b])))
+    return found
+
+
+def modularity(parts, sums, resolution):
+    weights = sums.numpy() * (1 - np.eye(len(sums)))
+    total, degree = weights.sum(), weights.sum(1)
+    return sum(
+        weights[np.ix_(sorted(part), sorted(part))].sum() / total
+        - resolution * (degree[sorted(part)].sum() / total) ** 2
+        for part in parts
+    )
+
+
+# --- sums over points ---
+
+
+def test_sums_are_of_all_points_whatever_their_batches():
+    components, z = overlapping()
+    shared = components.responsibilities(z).double()
+    whole = Confusion.of(components, z)
+    torch.testing.assert_close(whole.sums, torch.einsum("ia,ib->ab", shared, shared))
+    assert torch.equal(whole.counts, shared.argmax(1).bincount(minlength=12))
+    batches = Confusion.of(components, iter(z.split(64)))
+    halves = Confusion.of(components, z[:150]).plus(Confusion.of(components, z[150:]))
+    for other in (batches, halves, whole.over_processes()):
+        torch.testing.assert_close(other.sums, whole.sums)
+        assert torch.equal(other.counts, whole.counts)
+
+
+# --- the tree ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tree_merges_the_most_confused_pair(seed):
+    components, z = overlapping(seed=seed)
+    confusion = Confusion.of(components, z)
+    assert confusion.counts.all()
+    tree, expected = ClusterTree(confusion), levels(confusion)
+    np.testing.assert_allclose(tree.heights, [height for _, height in expected[1:]], rtol=1e-12)
+    for parts, _ in expected:
+        assert groups(tree.cut(n_clusters=len(parts)).numpy()) == parts
+    for resolution in (0, 0.5, 1, 2, 5):
+        best = max(
+            (p for p, _ in expected), key=lambda p: modularity(p, confusion.sums, resolution)
+        )
+        assert groups(tree.cut(resolution=resolution).numpy()) == best
+    for separation in (0.01, 0.05, 0.2, 0.9):
+        last = [parts for parts, height in expected if height > separation][-1]
+        assert groups(tree.cut(separation=separation).numpy()) == last
+        both = groups(tree.cut(separation=separation, resolution=5).numpy())
+        assert both == max(last, groups(tree.cut(resolution=5).numpy()), key=len)
+    assert torch.equal(tree.cut(), tree.cut(resolution=2, separation=0.02))
+
+
+def test_scipy_draws_and_cuts_the_tree():
+    components, z = overlapping()
+    tree = ClusterTree(Confusion.of(components, z))
+    assert is_valid_linkage(tree.linkage)
+    for separation in (0.05, 0.3):
+        theirs = fcluster(tree.linkage, 1 - separation - 1e-12, "distance") - 1
+        assert groups(theirs) == groups(tree.cut(separation=separation).numpy())
+    assert tree.linkage[-1, 3] == 12
+
+
+def test_scanpys_dendrogram_is_of_clusters():
+    components, z = overlapping()
+    tree = ClusterTree(Confusion.of(components, z))
+    for count in (12, 5, 1):
+        found = tree.cut(n_clusters=count)
+        drawn = tree.dendrogram(found)
+        assert sorted(drawn["categories_idx_ordered"]) == list(range(count))
+        assert drawn["correlation_matrix"].shape == (count, count)
+        for fewer in range(1, count):
+            merged = fcluster(drawn["linkage"], fewer, "maxclust")[found.numpy()] - 1
+            if len(set(tree.heights[-fewer:])) == fewer:  # scipy cuts no pairs of one height
+                assert groups(merged) == groups(tree.cut(n_clusters=fewer).numpy())
+
+
+def test_the_interval_is_wilsons():
+    row = [[1.0, 0.0]] * 60 + [
+        [0.2, 0.8]
+    ] * 50  # the second has 40 points and shares 8 with the first
+    tree = ClusterTree(Confusion.of(shares := Shares(row), shares.points))
+    assert tree.heights == pytest.approx([8 / 40])
+    for level in (0.5, 0.95):
+        theirs = binomtest(8, 40).proportion_ci(level, method="wilson")
+        (low,), (high,) = tree.interval(level)
+        assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    with pytest.raises(ValueError, match="level must be in"):
+        tree.interval(1)
+
+
+# --- clusters ---
+
+
+@pytest.mark.parametrize("cut", [{}, {"separation": 0.02}, {"n_clusters": 3}, {"resolution": 1}])
+def test_classes_of_several_components_are_clusters(cut):
+    components = mixture(weights=[1.0, 1.0, 2.0, 3.0, 0.5])
+    torch.manual_seed(0)
+    kind = torch.randint(5, (600,))
+    z = components.sample(600, kind)
+    found = find_clusters(components, z, **cut)
+    labels = found.assign(z).labels
+    for c, true in enumerate(CLASSES):
+        assert len(labels[kind == c].unique()) == 1 or len(groups(CLASSES)) < 3, true
+    assert groups(found.of_component.numpy()) == groups(np.array(CLASSES))
+    counts = labels.bincount()
+    assert (counts.diff() <= 0).all()
+
+
+def test_assignments_are_sums_over_components():
+    components, z = overlapping()
+    found = find_clusters(components, z, n_clusters=4)
+    shared = components.responsibilities(z)
+    expected = torch.stack([shared[:, found.of_component == g].sum(1) for g in range(4)], 1)
+    probabilities = found.probabilities(z)
+    torch.testing.assert_close(probabilities, expected)
+    labels, top, entropy = found.assign(z)
+    assert torch.equal(labels, expected.argmax(1))
+    torch.testing.assert_close(top, expected.max(1).values)
+    torch.testing.assert_close(entropy, -(expected * expected.log()).nan_to_num().sum(1))
+    assert found.num_clusters == 4 and (labels.bincount(minlength=4).diff() <= 0).all()
+
+
+def encode(x):
+    return Normal(x[:, :2], 0.3 + x[:, 2:].abs())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda u: vmm_fast.VMMPrior(u, 2),
+        lambda u: vmm_fast.VMMPrior(u, 2, pseudo_inputs_per_component=2),
+        lambda u: vmm_fast.VampPrior(u, 2),
+        lambda u: vmm_fast.GaussianMixturePrior(6, 2, centers=u[:, :2]),
+    ],
+)
+def test_every_prior_has_clusters(make):
+    torch.manual_seed(0)
+    u = torch.cat([3 * torch.randn(6, 2), torch.ones(6, 2)], 1)
+    prior = make(u)
+    z = prior.sample(300, encode)
+    found = prior.clusters(z, encode, n_clusters=2)
+    assert found.num_clusters == 2
+    assert not found.components.centers.requires_grad
+    assert torch.equal(found.assign(z).labels, found.probabilities(z).argmax(1))
+    batches = prior.clusters(z.split(100), encode, n_clusters=2)
+    assert torch.equal(batches.of_component, found.of_component)
+
+
+# --- at the edges ---
+
+
+def test_components_without_points_are_no_clusters():
+    components = mixture(
+        torch.cat([CENTERS, torch.tensor([[500.0, 0], [0.5, 0.1]])]), [1.0] * 5 + [0, 1e-9]
+    )
+    torch.manual_seed(0)
+    z = mixture().sample(200)
+    tree = ClusterTree(Confusion.of(components, z))
+    assert list(tree.leaves) == [0, 1, 2, 3, 4]
+    found = find_clusters(components, z, tree=tree, n_clusters=5)
+    assert found.num_clusters == 5
+    assert found.of_component[6] == found.of_component[0]  # shares its points
+    assert find_clusters(components, z, separation=0.02).num_clusters == 3
+
+
+def test_a_cluster_that_is_nowhere_the_most_probable_is_merged_on():
+    # Points of component 0 are its own, but two others have more of them as soon as these merge.
+    rows = [[0.4, 0.35, 0.25]] * 10 + [[0.0, 0.5, 0.4]] * 10 + [[0.0, 0.3, 0.6]] * 30
+    shares = Shares(rows)
+    tree = ClusterTree(Confusion.of(shares, shares.points))
+    assert groups(tree.cut(n_clusters=2).numpy()) == {frozenset([0]), frozenset([1, 2])}
+    assert find_clusters(shares, shares.points, tree=tree, n_clusters=2).num_clusters == 1
+    assert find_clusters(shares, shares.points, tree=tree, n_clusters=3).num_clusters == 3
+
+
+@pytest.mark.parametrize("cut", [{}, {"separation": 0.05}, {"n_clusters": 1}])
+def test_one_component_or_points_that_are_all_alike_are_one_cluster(cut):
+    alone = mixture(CENTERS[:1])
+    assert find_clusters(alone, torch.randn(10, 2), **cut).num_clusters == 1
+    found = find_clusters(mixture(), torch.zeros(10, 2), **cut)
+    assert found.num_clusters == 1
+    assert torch.equal(found.assign(torch.zeros(3, 2)).labels, torch.zeros(3, dtype=torch.int64))
+
+
+def test_components_that_share_nothing_stay_apart():
+    shares = Shares(np.eye(4, dtype="f4")[[0, 0, 1, 2, 2, 2, 3]].tolist())
+    assert find_clusters(shares, shares.points).num_clusters == 4
+    assert find_clusters(shares, shares.points, n_clusters=2).num_clusters == 2
+
+
+@pytest.mark.parametrize(
+    "cut, message",
+    [
+        ({"resolution": -0.1}, "resolution must be at least 0 and finite, but is -0.1"),
+        ({"resolution": float("nan")}, "resolution must be at least 0"),
+        ({"separation": 0.0}, r"separation must be in \(0, 1\), but is 0.0"),
+        ({"separation": 1}, r"separation must be in \(0, 1\), but is 1"),
+        ({"n_clusters": 0}, "n_clusters must be from 1 to 5, .* but is 0"),
+        ({"n_clusters": 6}, "n_clusters must be from 1 to 5, .* but is 6"),
+        ({"n_clusters": 2.5}, "n_clusters must be an integer, but is 2.5"),
+        ({"n_clusters": 2, "separation": 0.1}, "n_clusters must be given without resolution and"),
+    ],
+)
+def test_cuts_that_there_are_not(cut, message):
+    torch.manual_seed(0)
+    components = mixture()
+    with pytest.raises(ValueError, match=message):
+        find_clusters(components, components.sample(100), **cut)
+
+
+def test_bad_input():
+    components = mixture()
+    z = components.sample(50)
+    with pytest.raises(ValueError, match="at least one point"):
+        find_clusters(components, z[:0])
+    with pytest.raises(ValueError, match=r"points must be a tensor \[N, D\] or an iterable"):
+        find_clusters(components, [z[0]])
+    other = ClusterTree(Confusion.of(mixture(CENTERS[:3]), z))
+    with pytest.raises(ValueError, match="tree must be of these 5 components, but is of 3"):
+        find_clusters(components, z, tree=other)
+    with pytest.raises(ValueError, match="of_component must number the clusters of 5 components"):
+        Clusters(components, torch.tensor([0, 0, 2, 2, 0]))

@@ -1,0 +1,487 @@
+"""Clusters: groups of components whose points the mixture cannot tell apart.
+
+A component is a Gaussian; a class is not, and takes several. With the responsibilities r_i(c) of
+points i (the softmax of the expected log-joint, summed over a component's pseudo-inputs), all that
+follows is read off one matrix of sums over points,
+
+    S[a, b] = sum_i r_i(a) r_i(b),    N_a = sum_b S[a, b] = sum_i r_i(a)
+
+Sums over points add up over batches, files and processes; a group of components has the sums of
+its components. So the whole tree of merges needs no second look at the data.
+
+    confusion(a, b) = S[a, b] / min(N_a, N_b)
+
+is the probability that a point of the smaller group is taken for one of the larger group. (The
+point is drawn by its responsibilities, and so is what it is taken for.) The tree merges the most
+confused pair until one group is left. Heights of its branches are the least confusion so far, which
+never rises; a pair that has merged may be more confused with a third group than the two were.
+
+(Directly estimated misclassification probabilities: Hennig 2010, "Methods for merging Gaussian
+mixture components", Advances in Data Analysis and Classification 4. An entropy version: Baudry,
+Raftery, Celeux, Lo & Gottardo 2010, "Combining mixture components for clustering", Journal of
+Computational and Graphical Statistics 19. Modularity: Newman & Girvan 2004; its resolution:
+Reichardt & Bornholdt 2006.)
+
+The tree is cut by
+
+    resolution    the level with the largest modularity of S without its diagonal,
+                  sum_g [ S_gg / T - resolution (S_g. / T)^2 ]; T the sum of all. It does not depend
+                  on how crisp the mixture is, and is what users of Leiden know: more gives more
+                  clusters.
+    separation    no pair that is less confused than this is merged
+    n_clusters    merge until so many are left
+
+By default resolution and separation hold both: modularity alone takes two classes for one that have
+more to do with each other than with any third, however rarely they are confused.
+
+Limits: a cluster is a union of components, so it is never finer than these. Confusion is measured
+on the points given, with the mixture that was trained on them, and training decides how crisp that
+is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmm_fast.inference.processes import sum_over_processes
+from vmm_fast.mixture import Assignment, Components
+
+__all__ = [
+    "RESOLUTION",
+    "SEPARATION",
+    "ClusterTree",
+    "Clusters",
+    "Confusion",
+    "Interval",
+    "find_clusters",
+]
+
+RESOLUTION, SEPARATION = 2.0, 0.02
+CHUNK = 16_384  # points whose responsibilities are in memory together
+
+
+class Interval(NamedTuple):
+    """Lower and upper bounds of confusions [merges]."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Confusion(NamedTuple):
+    """Sums over points that say which components share theirs.
+
+    Attributes
+    ----------
+    sums : Tensor [C, C], float64
+        S[a, b] = sum_i r_i(a) r_i(b).
+    counts : Tensor [C], int64
+        Points whose most probable component this is.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, components: Components, points: Tensor | Iterable[Tensor]) -> Confusion:
+        """Sum over points in one pass, in memory of the size of the sums.
+
+        Parameters
+        ----------
+        components : Components
+        points : Tensor [N, D] or iterable of Tensor [B, D]
+
+        Returns
+        -------
+        Confusion
+            Of this process's points; see :meth:`over_processes`.
+        """
+        count, device = components.num_components, components.centers.device
+        sums = torch.zeros(count, count, dtype=torch.float64, device=device)
+        counts = torch.zeros(count, dtype=torch.int64, device=device)
+        for part in _parts(points):
+            shared = components.responsibilities(part).double()
+            sums += shared.mT @ shared
+            counts += shared.argmax(1).bincount(minlength=count)
+        return cls(sums, counts)
+
+    def plus(self, other: Confusion) -> Confusion:
+        """Return the sums over both sets of points."""
+        return Confusion(self.sums + other.sums, self.counts + other.counts)
+
+    def over_processes(self) -> Confusion:
+        """Return the sums over the points of all processes of ``torch.distributed``."""
+        summed = Confusion(self.sums.clone(), self.counts.clone())
+        sum_over_processes(summed)
+        return summed
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterTree:
+    """The order in which components merge into clusters, from the most confused pair to the least.
+
+    Components without a point of their own (no point's most probable one) join the component that
+    they share most with, before all others: no cluster is made of them alone.
+
+    Parameters
+    ----------
+    confusion : Confusion
+
+    Raises
+    ------
+    ValueError
+        If no component has a point.
+    """
+
+    confusion: Confusion
+
+    def __post_init__(self) -> None:
+        sums, counts = self.confusion
+        if sums.shape != (len(counts), len(counts)):
+            raise ValueError(
+                f"sums must have shape {[len(counts)] * 2}, but have {list(sums.shape)}"
+            )
+        if not (sums.isfinite().all() and (counts >= 0).all() and counts.any()):
+            raise ValueError("sums must be finite and of at least one point, but are not")
+
+    # --- the tree ---
+
+    @cached_property
+    def leaves(self) -> np.ndarray:
+        """Components that hold points, in their order: the leaves of the tree."""
+        return np.flatnonzero(self.confusion.counts.cpu().numpy())
+
+    @cached_property
+    def _leaf_of(self) -> np.ndarray:
+        """Number of the leaf that every component belongs to [C]."""
+        sums, leaves = self.confusion.sums.cpu().numpy(), self.leaves
+        shared = sums[:, leaves]
+        nearest = shared.argmax(1)
+        counts = self.confusion.counts.cpu().numpy()[leaves]
+        nearest[shared.max(1) <= 0] = counts.argmax()
+        nearest[leaves] = np.arange(len(leaves))
+        return nearest
+
+    @cached_property
+    def _merges(self) -> tuple[np.ndarray, ...]:
+        """Pairs of groups that merge, by their first leaves [M, 2], and what is said of each [M].
+
+        Confusion, points of the smaller group, gain of modularity's first and of its second term.
+        """
+        leaf_of, total = self._leaf_of, len(self.leaves)
+        member = np.zeros((len(leaf_of), total))
+        member[np.arange(len(leaf_of)), leaf_of] = 1
+        sums = member.T @ self.confusion.sums.cpu().numpy() @ member
+        mass = sums.sum(1)
+        # Modularity is of what leaves share with each other, not with themselves.
+        between = sums - np.diag(sums.diagonal())
+        degree = between.sum(1)
+        everything = degree.sum() or 1.0
+        pairs = np.zeros((total - 1, 2), dtype=int)
+        confusion, smaller, linked, expected = (np.zeros(total - 1) for _ in range(4))
+        rate = between / np.minimum(mass[:, None], mass)
+        np.fill_diagonal(rate, -1)
+        best, value = rate.argmax(1), rate.max(1)
+        for merge in range(total - 1):
+            a = int(value.argmax())
+            a, b = sorted((a, int(best[a])))
+            pairs[merge], confusion[merge] = (a, b), rate[a, b]
+            smaller[merge] = min(mass[a], mass[b])
+            linked[merge] = 2 * between[a, b] / everything
+            expected[merge] = 2 * degree[a] * degree[b] / everything**2
+            between[a] += between[b]
+            between[:, a] += between[:, b]
+            between[a, a] = 0
+            mass[a] += mass[b]
+            degree[a] += degree[b]
+            rate[b], rate[:, b], value[b] = -1, -1, -1
+            there = rate[a] >= 0
+            rate[a, there] = between[a, there] / np.minimum(mass[a], mass[there])
+            rate[there, a] = rate[a, there]
+            changed = np.flatnonzero((best == a) | (best == b) | (rate[a] >= value))
+            changed = np.union1d(changed[value[changed] >= 0], [a])
+            best[changed], value[changed] = rate[changed].argmax(1), rate[changed].max(1)
+        return pairs, np.minimum(confusion, 1.0), smaller, linked, expected
+
+    @property
+    def heights(self) -> np.ndarray:
+        """Confusion of each merge [M], at most that of the merge before."""
+        return np.minimum.accumulate(self._merges[1])
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return bounds of each merge's confusion, which say how sure it is that these are two.
+
+        Wilson's interval of a proportion, of as many draws as the smaller group has points. Shares
+        spread less than draws of 0 and 1 do, so that it is too wide if anything.
+
+        Parameters
+        ----------
+        level : float
+            In (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be in (0, 1), but is {level!r}")
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        _, p, n, *_ = self._merges
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        return Interval(np.maximum(middle - half, 0), np.minimum(middle + half, 1))
+
+    @property
+    def linkage(self) -> np.ndarray:
+        """The tree as :mod:`scipy.cluster.hierarchy` has it [M, 4]; distances are 1 - heights.
+
+        Leaf i is component ``leaves[i]``; the groups that merges make are numbered on from there.
+        """
+        total = len(self.leaves)
+        name, size = np.arange(total), np.ones(total)
+        rows = np.zeros((total - 1, 4))
+        for merge, ((a, b), height) in enumerate(zip(self._merges[0], self.heights, strict=True)):
+            size[a] += size[b]
+            rows[merge] = *sorted((name[a], name[b])), 1 - height, size[a]
+            name[a] = total + merge
+        return rows
+
+    def dendrogram(self, of_component: Tensor) -> dict[str, Any]:
+        """Return the tree of clusters as :func:`scanpy.tl.dendrogram` does, for its plots.
+
+        Parameters
+        ----------
+        of_component : Tensor [C], int64
+            Cluster of each component, from :meth:`cut`.
+
+        Raises
+        ------
+        ImportError
+            If scipy is not installed.
+        """
+        from scipy.cluster.hierarchy import dendrogram
+
+        clusters = of_component.numpy()[self.leaves]
+        total = int(clusters.max()) + 1
+        names = list(map(str, range(total)))
+        joined, size = list(range(total)), [1] * total  # by cluster or group: the group it is in
+        rows: list[tuple[float, ...]] = []
+        for (a, b), height in zip(self._merges[0], self.heights, strict=True):
+            one, other = sorted((joined[clusters[a]], joined[clusters[b]]))
+            if one != other:
+                size.append(size[one] + size[other])
+                rows.append((one, other, 1 - height, size[-1]))
+                joined = [len(size) - 1 if group in (one, other) else group for group in joined]
+        linkage = np.array(rows).reshape(-1, 4)
+        # A single cluster has no tree.
+        info = dendrogram(linkage, labels=names, no_plot=True) if rows else {"leaves": [0]}
+        order = info["leaves"]
+        return {
+            "linkage": linkage,
+            "categories_ordered": [names[i] for i in order],
+            "categories_idx_ordered": order,
+            "dendrogram_info": info,
+            "linkage_method": "confusion",
+            "correlation_matrix": self._similarity(of_component, total),
+        }
+
+    def _similarity(self, of_component: Tensor, total: int) -> np.ndarray:
+        """Confusion of every two clusters [G, G]."""
+        member = np.eye(total)[of_component.numpy()]
+        sums = member.T @ self.confusion.sums.cpu().numpy() @ member
+        mass = sums.sum(1)
+        found = np.minimum(sums / np.minimum(mass[:, None], mass), 1)
+        np.fill_diagonal(found, 1)
+        return found
+
+    # --- cuts ---
+
+    def cut(
+        self,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
+    ) -> Tensor:
+        """Return the cluster of every component [C], int64, at one level of the tree.
+
+        Clusters are numbered by the points that their components hold, the largest first.
+
+        Parameters
+        ----------
+        resolution : float, optional
+            At least 0.
+        separation : float, optional
+            In (0, 1). With ``resolution`` it is the finer of both cuts. Without all three they are
+            :data:`RESOLUTION` and :data:`SEPARATION`.
+        n_clusters : int, optional
+            Instead of both; at most the number of components that hold points.
+
+        Raises
+        ------
+        ValueError
+            If a value is outside its range, or ``n_clusters`` is not the only one.
+        """
+        merges = self._number_of_merges(resolution, separation, n_clusters)
+        group = np.arange(len(self.leaves))
+        for a, b in self._merges[0][:merges]:
+            group[group == b] = a
+        counts = self.confusion.counts.cpu().numpy()[self.leaves]
+        groups, inverse = np.unique(group, return_inverse=True)
+        held = np.bincount(inverse, counts, len(groups))
+        number = np.empty(len(groups), dtype=int)
+        number[np.argsort(-held, kind="stable")] = np.arange(len(groups))
+        return torch.from_numpy(number[inverse][self._leaf_of])
+
+    def _number_of_merges(
+        self, resolution: float | None, separation: float | None, n_clusters: int | None
+    ) -> int:
+        pairs, _, _, linked, expected = self._merges
+        if n_clusters is not None:
+            if resolution is not None or separation is not None:
+                raise ValueError("n_clusters must be given without resolution and separation")
+            most = len(self.leaves)
+            if isinstance(n_clusters, bool) or not isinstance(n_clusters, (int, np.integer)):
+                raise ValueError(f"n_clusters must be an integer, but is {n_clusters!r}")
+            if not 1 <= n_clusters <= most:
+                raise ValueError(
+                    f"n_clusters must be from 1 to {most}, the components that hold points, "
+                    f"but is {n_clusters}"
+                )
+            return len(pairs) + 1 - int(n_clusters)
+        if resolution is None and separation is None:
+            resolution, separation = RESOLUTION, SEPARATION
+        merges = len(pairs)
+        if separation is not None:
+            if not 0 < separation < 1:
+                raise ValueError(f"separation must be in (0, 1), but is {separation!r}")
+            merges = int((self.heights > separation).sum())
+        if resolution is not None:
+            if not 0 <= resolution < math.inf:
+                raise ValueError(f"resolution must be at least 0 and finite, but is {resolution!r}")
+            modularity = np.cumsum([0, *(linked - resolution * expected)])
+            merges = min(merges, int(modularity.argmax()))
+        return merges
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """A mixture whose components are grouped into clusters; it assigns any points to these.
+
+    Parameters
+    ----------
+    components : Components
+    of_component : Tensor [C], int64
+        Cluster of each component, from 0 without a gap.
+    """
+
+    components: Components
+    of_component: Tensor
+
+    def __post_init__(self) -> None:
+        count, of = self.components.num_components, self.of_component
+        if of.shape != (count,) or len(of.unique()) != int(of.max()) + 1 or of.min() < 0:
+            raise ValueError(
+                f"of_component must number the clusters of {count} components from 0 on, "
+                f"but is {of.tolist()}"
+            )
+
+    @property
+    def num_clusters(self) -> int:
+        """G."""
+        return int(self.of_component.max()) + 1
+
+    @torch.no_grad()
+    def probabilities(self, z: Tensor) -> Tensor:
+        """Return the probability of each cluster [B, G]: the sum of its components'."""
+        shared = self.components.responsibilities(z)
+        out = shared.new_zeros(len(shared), self.num_clusters)
+        return out.index_add_(1, self.of_component.to(shared.device), shared)
+
+    @torch.no_grad()
+    def assign(self, z: Tensor) -> Assignment:
+        """Return the most probable cluster of points, its probability, and the entropy of all."""
+        parts = []
+        for part in _parts(z):
+            probabilities = self.probabilities(part)
+            top, labels = probabilities.max(1)
+            entropy = torch.special.entr(probabilities).sum(1)
+            parts.append((labels, top, entropy))
+        return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def sample(self, n: int, cluster: int) -> Tensor:
+        """Draw points [n, D] from one cluster, of its components by their weights."""
+        if not 0 <= cluster < self.num_clusters:
+            raise ValueError(f"cluster must be in 0 .. {self.num_clusters - 1}, but is {cluster}")
+        weights = self.components.component_weights.detach()
+        own = weights * (self.of_component.to(weights.device) == cluster)
+        return self.components.sample(n, own.multinomial(max(n, 1), replacement=True)[:n])
+
+
+def find_clusters(
+    components: Components,
+    points: Tensor | Iterable[Tensor],
+    *,
+    tree: ClusterTree | None = None,
+    resolution: float | None = None,
+    separation: float | None = None,
+    n_clusters: int | None = None,
+) -> Clusters:
+    """Group a mixture's components into clusters by the points that they share.
+
+    Every cluster holds points: one that is nowhere the most probable is merged on.
+
+    Parameters
+    ----------
+    components : Components
+    points : Tensor [N, D] or iterable of Tensor [B, D]
+        For instance posterior means. An iterable is gone through again, so it must be repeatable.
+    tree : ClusterTree, optional
+        Of these components, made of the points unless given.
+    resolution, separation, n_clusters
+        Where to cut; see :meth:`ClusterTree.cut`.
+    """
+    if tree is None:
+        tree = ClusterTree(Confusion.of(components, points).over_processes())
+    elif len(tree.confusion.counts) != components.num_components:
+        raise ValueError(
+            f"tree must be of these {components.num_components} components, "
+            f"but is of {len(tree.confusion.counts)}"
+        )
+    of_component = tree.cut(resolution, separation, n_clusters)
+    while True:
+        found = Clusters(components, of_component)
+        held = torch.zeros(found.num_clusters, dtype=torch.int64)
+        for part in _parts(points):
+            held += found.assign(part).labels.cpu().bincount(minlength=len(held))
+        sum_over_processes([held])
+        if held.all() or len(held) == 1:
+            break
+        of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
+    number = torch.empty_like(held)
+    number[held.argsort(descending=True, stable=True)] = torch.arange(len(held))
+    return Clusters(components, number[of_component])
+
+
+def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
+    """Let a cluster join the one that it shares most with."""
+    member = torch.nn.functional.one_hot(of_component).double()
+    shared = (member.mT @ sums @ member)[empty]
+    shared[empty] = -1
+    joined = of_component.where(of_component != empty, shared.argmax())
+    return joined - (joined > empty).long()
+
+
+def _parts(points: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """Points in parts of at most :data:`CHUNK`; empty ones are left out."""
+    for batch in (points,) if isinstance(points, Tensor) else points:
+        if not isinstance(batch, Tensor) or batch.ndim != 2:
+            raise ValueError(
+                "points must be a tensor [N, D] or an iterable of such, "
+                f"but has {list(batch.shape) if isinstance(batch, Tensor) else type(batch)}"
+            )
+        yield from (part for part in batch.split(CHUNK) if len(part))
