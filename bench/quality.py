@@ -73,6 +73,28 @@ def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
     return clustering_scores(responsibilities, labels).as_dict()
 
 
+def score_clusters(model: VAE, x: Tensor, test: Tensor, labels: np.ndarray) -> dict[str, Any]:
+    """Scores on test images of the clusters that are found in the training images.
+
+    ``accuracy_one_to_one`` gives every cluster a class of its own, the best way (Hungarian).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    clusters = model.prior.clusters(posterior_means(model, x), model.encode)
+    probabilities = clusters.probabilities(posterior_means(model, test))
+    found = probabilities.argmax(1).numpy()
+    table = np.zeros((clusters.num_clusters, int(labels.max()) + 1))
+    np.add.at(table, (found, labels), 1)
+    one_to_one = table[linear_sum_assignment(-table)].sum() / len(labels)
+    scores = clustering_scores(probabilities, labels).as_dict()
+    names = ("accuracy", "accuracy_majority", "nmi", "ari")
+    return {
+        "clusters": clusters.num_clusters,
+        "accuracy_one_to_one": float(one_to_one),
+        **{name: scores[name] for name in names},
+    }
+
+
 def run(args: argparse.Namespace, path: Path) -> None:
     """Train one prior; its record is written to ``path`` after every epoch and at the end."""
     folder = Path(args.data)
@@ -130,6 +152,8 @@ def run(args: argparse.Namespace, path: Path) -> None:
     model.eval()
     parts = {"train": (x, train["labels"]), "test": (y, test["labels"])}
     final = {name: score(model, *part) for name, part in parts.items()}
+    if args.prior != "normal":
+        final["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
     write({"best_epoch": history.best_epoch, **final})
 
 
