@@ -85,7 +85,7 @@ def cells(number=240, clusters=4, n_genes=30, seed=0, **settings):
     adata.obs["vmm_cluster_entropy"] = np.linspace(0.7, 0, number)
     adata.obs["donor"] = [f"donor {d}" for d in random.integers(3, size=number)]
     adata.obs["type"] = [f"type {c // 2}" for c in cluster]
-    adata.uns["vmm"] = {"seed": 0, "components": 50, "layer": "", **settings}
+    adata.uns["vmm"] = {"seed": 0, "components": 50, "components_used": 9, "layer": "", **settings}
     return adata
 
 
@@ -121,7 +121,7 @@ def full(tmp_path_factory, no_umap):
 def test_it_says_what_the_cells_are(full):
     path, adata = full
     page = Page(path)
-    assert "240 cells, 30 genes, 3 batches, 4 clusters used of 50" in page.text
+    assert "240 cells, 30 genes, 3 batches, 4 clusters of 9 components" in page.text
     assert "Plot of the 5 latent dimensions" in page.text
     table = page.tables[0]
     sizes = adata.obs["vmm_cluster"].value_counts()
@@ -315,7 +315,7 @@ def test_numbers_are_of_all_cells_where_some_were_drawn(page_of):
     drawn.obsm["X_vmm"] = adata.obsm["X_vmm"][rows]
     page, full = page_of(drawn, drawn_from=(whole, rows)), page_of(adata)
 
-    assert "240 cells, 30 genes, 4 batches, 4 clusters used of 50" in page.text
+    assert "240 cells, 30 genes, 4 batches, 4 clusters of 9 components" in page.text
     assert f"{len(rows)} cells drawn from 240." in page.text
     assert f"against the others', among the {len(rows)} drawn." in page.text
     assert [row[:-1] for row in page.tables[0]] == [row[:-1] for row in full.tables[0]]

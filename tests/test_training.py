@@ -473,7 +473,7 @@ def test_progress_fits_a_terminal(capsys, monkeypatch):
     assert captured.out == ""
     last = captured.err.strip().split("\r")[-1].strip()
     assert len(last) <= 80
-    for text in ("epoch 4/4", "ELBO", "KL", "clusters", "rows/s", "ETA"):
+    for text in ("epoch 4/4", "ELBO", "KL", "component", "rows/s", "ETA"):
         assert text in last
     run(make_model(), epochs=1)
     assert capsys.readouterr().err == ""

@@ -486,7 +486,8 @@ def _progress_bar(
         of = "train" if record["validation_elbo"] is None else "validation"
         fields = [f"ELBO {record[f'{of}_elbo']:.1f}", f"KL {record[f'{of}_kl']:.1f}"]
         if record["components_active"] is not None:
-            fields.append(f"{record['components_active']} clusters")
+            active = record["components_active"]
+            fields.append("1 component" if active == 1 else f"{active} components")
         fields.append(f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s, ")
         bar.set_description_str(", ".join(fields), refresh=False)
         bar.update()

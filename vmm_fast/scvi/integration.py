@@ -403,7 +403,7 @@ class _Progress(Callback):
             parts.append("warm-up")
         else:
             used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-            parts.append(f"{used} clusters")
+            parts.append("1 component" if used == 1 else f"{used} components")
         parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
         self.bar.update(steps)

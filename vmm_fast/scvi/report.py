@@ -60,8 +60,8 @@ def write_report(
         All genes, with counts in ``layers[uns["vmm"]["layer"]]`` or, without a layer, in ``X``;
         ``obsm["X_vmm"]`` [cells, D], ``obs["vmm_cluster"]``, ``obs["vmm_cluster_probability"]``,
         ``obs["vmm_cluster_entropy"]`` (nats), and the settings in ``uns["vmm"]``: of these
-        ``batch_key``, ``labels_key``, ``layer`` (each may be absent or empty), ``components``
-        and ``seed`` are used, all are shown. It is left as it is.
+        ``batch_key``, ``labels_key``, ``layer`` (each may be absent or empty),
+        ``components_used`` and ``seed`` are used, all are shown. It is left as it is.
     history : mapping of str to sequence of float
         Names as in scvi-tools' ``model.history``, one value an epoch.
     drawn_from : tuple of DataFrame and ndarray of int, optional
@@ -161,9 +161,9 @@ def _page(
     probability = obs["vmm_cluster_probability"].to_numpy(dtype=float)
     entropy = obs["vmm_cluster_entropy"].to_numpy(dtype=float)
     markers = _Markers(adata, clusters, rows, settings.get("layer"), rng)
-    used = f"{_count(int(settings.get('clusters_used', len(clusters.names))), 'cluster')} used"
-    if settings.get("components"):
-        used += f" of {int(settings['components']):,}"
+    used = _count(int(settings.get("clusters_used", len(clusters.names))), "cluster")
+    if settings.get("components_used"):
+        used += f" of {_count(int(settings['components_used']), 'component')}"
     summary = ", ".join(
         [
             _count(len(obs), "cell"),
