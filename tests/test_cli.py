@@ -129,7 +129,7 @@ def test_demo(tmp_path, capsys, monkeypatch, pictures):
     shown = capsys.readouterr()
     assert shown.err == ""  # no bar where stderr is no terminal
     assert "100 images of 28 x 28 values, with 10 true labels" in shown.out
-    for title in ("accuracy, by most probable point", "accuracy, by majority", "NMI", "ARI", "KL"):
+    for title in ("accuracy, one cluster a label", "accuracy, by majority", "NMI", "ARI", "KL"):
         assert re.search(rf"^{title}.* \d+\.\d+", shown.out, re.MULTILINE), title
     assert {p.name for p in out.iterdir()} == FILES - {"checkpoint.pt"} and are_pictures(out)
     result = metrics(out)

@@ -75,6 +75,7 @@ def test_hand_made_case(dtype):
     scores = clustering_scores(given, LABELS)
     assert scores.accuracy == pytest.approx(4 / 6)  # component 0 takes "b": right at 2, 3, 4, 5
     assert scores.accuracy_majority == pytest.approx(5 / 6)
+    assert scores.accuracy_one_to_one == pytest.approx(4 / 6)  # component 3 has no label left
     assert scores.components_used == 3
     assert scores.components_active == 3
     assert scores.nmi == pytest.approx(entropy_nmi([0, 0, 0, 1, 1, 3], LABELS))
@@ -84,7 +85,8 @@ def test_hand_made_case(dtype):
     assert scores.ari_merged == pytest.approx(pair_counting_ari([0, 0, 0, 1, 1, 0], LABELS))
     assert scores.nmi_merged != pytest.approx(scores.nmi)
     clustering = ["nmi", "ari", "ami", "nmi_merged", "ari_merged"]
-    names = ["accuracy", "accuracy_majority", *clustering, "components_used", "components_active"]
+    accuracies = ["accuracy", "accuracy_majority", "accuracy_one_to_one"]
+    names = [*accuracies, *clustering, "components_used", "components_active"]
     assert scores.as_dict() == {name: getattr(scores, name) for name in names}
 
 
@@ -139,6 +141,19 @@ def test_both_entrances_agree_on_the_paper_rule():
         torch.tensor(r).argmax(1), torch.tensor(truth), torch.tensor(r).argmax(0)
     )
     assert whole.accuracy == streamed.accuracy == pytest.approx(hits / 200)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 4, 5])
+def test_one_to_one_is_the_best_of_all_pairings(clusters):
+    rng = np.random.default_rng(clusters)
+    found, truth = rng.integers(clusters, size=60), rng.integers(4, size=60)
+    given = [*range(4), *["none"] * clusters]  # which label each cluster takes
+    best = max(
+        sum(pairing[c] == t for c, t in zip(found, truth, strict=True))
+        for pairing in itertools.permutations(given, clusters)
+    )
+    scores = clustering_scores_from_assignment(found, truth)
+    assert scores.accuracy_one_to_one == pytest.approx(best / 60)
 
 
 def test_ordinary_extremes():

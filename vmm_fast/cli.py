@@ -477,12 +477,10 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
     scores = metrics["scores"]
     if scores is not None:
         for name, title in (
-            ("accuracy", "accuracy, by most probable point"),
+            ("accuracy_one_to_one", "accuracy, one cluster a label"),
             ("accuracy_majority", "accuracy, by majority"),
             ("nmi", "NMI"),
             ("ari", "ARI"),
-            ("nmi_merged", "NMI, clusters merged by label"),
-            ("ari_merged", "ARI, clusters merged by label"),
         ):
             rows.append((title, f"{scores[name]:.3f}"))
     held_out = f"{metrics['rows_held_out']:,} rows held out"

@@ -62,6 +62,9 @@ class ClusteringScores:
         are not given.
     accuracy_majority : float
         Each cluster takes the label most frequent among its points (the "purity").
+    accuracy_one_to_one : float
+        Each cluster takes a label of its own, the best way (Kuhn 1955, the Hungarian method);
+        clusters beyond the number of labels count as wrong. Many pure clusters do not raise it.
     nmi : float
         Normalised mutual information, arithmetic mean (scikit-learn).
     ari : float
@@ -80,6 +83,7 @@ class ClusteringScores:
 
     accuracy: float
     accuracy_majority: float
+    accuracy_one_to_one: float
     nmi: float
     ari: float
     ami: float
@@ -179,12 +183,17 @@ def clustering_scores_from_assignment(
         accuracy = float(np.mean(class_of[points][cluster_of] == class_of))
 
     scores = _sklearn_scores()
+    from scipy.optimize import linear_sum_assignment  # scikit-learn has brought it
+
     with warnings.catch_warnings():
         # scikit-learn suspects a regression target where most labels differ, as small data may.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater")
         return ClusteringScores(
             accuracy=accuracy,
             accuracy_majority=float(contingency.max(1).sum() / n),
+            accuracy_one_to_one=float(
+                contingency[linear_sum_assignment(contingency, maximize=True)].sum() / n
+            ),
             nmi=float(scores.normalized_mutual_info_score(class_of, cluster_of)),
             ari=float(scores.adjusted_rand_score(class_of, cluster_of)),
             ami=float(scores.adjusted_mutual_info_score(class_of, cluster_of)),

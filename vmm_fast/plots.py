@@ -311,11 +311,16 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
         ax.scatter(x, 0, s=12, color=colors[of_leaf[leaf]], zorder=4, clip_on=False)
     names = of_leaf[order]
     starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
+    last, lower = -math.inf, False
     for start, stop in zip(starts, np.r_[starts[1:], count], strict=True):
+        middle = (start + stop - 1) / 2
+        # Next to a number that it would touch it stands lower.
+        lower = not lower and middle - last < 0.025 * count
+        last = middle
         ax.annotate(
             str(names[start]),
-            ((start + stop - 1) / 2, 0),
-            xytext=(0, -6),
+            (middle, 0),
+            xytext=(0, -15 if lower else -6),
             textcoords="offset points",
             ha="center",
             va="top",
@@ -328,7 +333,7 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
     ax.set_ylim(0, None)
     ax.set_xlim(-1, count)
     ax.set_xticks([])
-    ax.set_xlabel("components, under them their cluster", labelpad=14)
+    ax.set_xlabel("components, under them their cluster", labelpad=24)
     ax.set_ylabel("confusion")
     some = "1 cluster" if clusters.num_clusters == 1 else f"{clusters.num_clusters} clusters"
     ax.set_title(f"{count} components, {some}")
