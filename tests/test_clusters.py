@@ -195,6 +195,11 @@ def test_assignments_are_sums_over_components():
     torch.testing.assert_close(top, expected.max(1).values)
     torch.testing.assert_close(entropy, -(expected * expected.log()).nan_to_num().sum(1))
     assert found.num_clusters == 4 and (labels.bincount(minlength=4).diff() <= 0).all()
+    assert [len(column) for column in found.assign(z[:0])] == [0, 0, 0]
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert torch.equal(
+            found.assign(z.to(dtype).float()).labels, found.assign(z.to(dtype)).labels
+        )
 
 
 def encode(x):
@@ -270,6 +275,8 @@ def test_components_that_share_nothing_stay_apart():
     [
         ({"resolution": -0.1}, "resolution must be at least 0 and finite, but is -0.1"),
         ({"resolution": float("nan")}, "resolution must be at least 0"),
+        ({"resolution": "2"}, "resolution must be at least 0 and finite, but is '2'"),
+        ({"separation": [0.1]}, r"separation must be in \(0, 1\), but is \[0.1\]"),
         ({"separation": 0.0}, r"separation must be in \(0, 1\), but is 0.0"),
         ({"separation": 1}, r"separation must be in \(0, 1\), but is 1"),
         ({"n_clusters": 0}, "n_clusters must be from 1 to 5, .* but is 0"),
@@ -290,8 +297,18 @@ def test_bad_input():
     z = components.sample(50)
     with pytest.raises(ValueError, match="at least one point"):
         find_clusters(components, z[:0])
-    with pytest.raises(ValueError, match=r"points must be a tensor \[N, D\] or an iterable"):
-        find_clusters(components, [z[0]])
+    for points, what in (([z[0]], r"\[2\]"), (z.numpy(), "ndarray"), ([z.tolist()], "list")):
+        with pytest.raises(ValueError, match=rf"points must be a tensor .* but one is {what}"):
+            find_clusters(components, points)
+    with pytest.raises(ValueError, match="points must be repeatable"):
+        find_clusters(components, iter([z]))
+    tree = ClusterTree(Confusion.of(components, z))
+    with pytest.raises(ValueError, match="points must hold at least one point"):
+        find_clusters(components, [], tree=tree)
+    broken = z.clone()
+    broken[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="z must be finite, but row 3"):
+        find_clusters(components, broken)
     other = ClusterTree(Confusion.of(mixture(CENTERS[:3]), z))
     with pytest.raises(ValueError, match="tree must be of these 5 components, but is of 3"):
         find_clusters(components, z, tree=other)

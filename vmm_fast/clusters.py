@@ -227,7 +227,7 @@ class ClusterTree:
         level : float
             In (0, 1).
         """
-        if not 0 < level < 1:
+        if not 0 < _as_float(level) < 1:
             raise ValueError(f"level must be in (0, 1), but is {level!r}")
         z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         _, p, n, *_ = self._merges
@@ -356,11 +356,11 @@ class ClusterTree:
             resolution, separation = RESOLUTION, SEPARATION
         merges = len(pairs)
         if separation is not None:
-            if not 0 < separation < 1:
+            if not 0 < _as_float(separation) < 1:
                 raise ValueError(f"separation must be in (0, 1), but is {separation!r}")
             merges = int((self.heights > separation).sum())
         if resolution is not None:
-            if not 0 <= resolution < math.inf:
+            if not 0 <= _as_float(resolution) < math.inf:
                 raise ValueError(f"resolution must be at least 0 and finite, but is {resolution!r}")
             modularity = np.cumsum([0, *(linked - resolution * expected)])
             merges = min(merges, int(modularity.argmax()))
@@ -405,7 +405,7 @@ class Clusters:
     def assign(self, z: Tensor) -> Assignment:
         """Return the most probable cluster of points, its probability, and the entropy of all."""
         parts = []
-        for part in _parts(z):
+        for part in z.split(CHUNK):
             probabilities = self.probabilities(part)
             top, labels = probabilities.max(1)
             entropy = torch.special.entr(probabilities).sum(1)
@@ -445,6 +445,10 @@ def find_clusters(
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
     """
+    if not isinstance(points, Tensor) and iter(points) is points:
+        raise ValueError(
+            "points must be repeatable, such as a list or a DataLoader, not an iterator"
+        )
     if tree is None:
         tree = ClusterTree(Confusion.of(components, points).over_processes())
     elif len(tree.confusion.counts) != components.num_components:
@@ -459,12 +463,19 @@ def find_clusters(
         for part in _parts(points):
             held += found.assign(part).labels.cpu().bincount(minlength=len(held))
         sum_over_processes([held])
+        if not held.any():
+            raise ValueError("points must hold at least one point, but are empty")
         if held.all() or len(held) == 1:
             break
         of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
     number = torch.empty_like(held)
     number[held.argsort(descending=True, stable=True)] = torch.arange(len(held))
     return Clusters(components, number[of_component])
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as it is, and NaN for anything else."""
+    return float(value) if isinstance(value, (int, float, np.number)) else math.nan
 
 
 def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
@@ -480,8 +491,8 @@ def _parts(points: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     """Points in parts of at most :data:`CHUNK`; empty ones are left out."""
     for batch in (points,) if isinstance(points, Tensor) else points:
         if not isinstance(batch, Tensor) or batch.ndim != 2:
+            what = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise ValueError(
-                "points must be a tensor [N, D] or an iterable of such, "
-                f"but has {list(batch.shape) if isinstance(batch, Tensor) else type(batch)}"
+                f"points must be a tensor [N, D] or an iterable of such, but one is {what}"
             )
         yield from (part for part in batch.split(CHUNK) if len(part))
