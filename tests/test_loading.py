@@ -293,7 +293,7 @@ def test_the_bar_tells_where_training_is(tmp_path, monkeypatch, capsys):
     shown = [line for line in lines if "cells/s" in line]
     pattern = r"epoch {}, {}\S+ cells/s, {}, \d\.\d GiB \|.*\| ETA \d\d:\d\d"
     assert re.match(pattern.format("1/3", "", "warm-up"), shown[0])
-    assert re.match(pattern.format("3/3", r"ELBO -\d+\.\d, ", r"[1-5] clusters"), shown[-1])
+    assert re.match(pattern.format("3/3", r"ELBO -\d+\.\d, ", r"[1-5] components?"), shown[-1])
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path):
