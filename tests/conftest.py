@@ -37,7 +37,7 @@ def quick_interpreter():
     It does so again at every call of a device function, around what it has wrapped before, so that
     a launch of many calls slows down without bound.
     """
-    import triton
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.runtime import interpreter
 
     language = (triton.language, triton.language.core)

@@ -576,7 +576,8 @@ def test_a_missing_extra_names_the_cure(npy, tmp_path, capsys, monkeypatch):
     assert "needs tqdm" in error and "pip install 'vmm-fast[cli]'" in error
 
 
-def test_help_and_version(capsys):
+def test_help_and_version(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for arguments in (["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

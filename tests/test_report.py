@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+pytest.importorskip("scvi", reason="scvi-tools is not installed")
 pytest.importorskip("scanpy", reason="the report needs scanpy")
 
 import pandas as pd
