@@ -236,6 +236,7 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     for more, message in (
         (["--clusters", "0"], "must be a whole number from 1, is '0'"),
         (["--resolution", "-1"], "must be a number from 0, is '-1'"),
+        (["--resolution", "inf"], "must be a finite number, is 'inf'"),
         (["--separation", "1"], "must be a number between 0 and 1, is '1'"),
         (["--resolution", "1", "--clusters", "2"], "--clusters must be given without --resolution"),
     ):

@@ -228,6 +228,23 @@ def test_every_prior_has_clusters(make):
     assert torch.equal(batches.of_component, found.of_component)
 
 
+def test_processes_are_waited_for_only_where_the_tree_is_made(monkeypatch):
+    components, z = overlapping()
+    tree, summed = ClusterTree(Confusion.of(components, z)), []
+
+    def of_two(tensors):  # the other process has as many points, all alike
+        for tensor in tensors:
+            tensor.mul_(2)
+            summed.append(tensor.shape)
+
+    monkeypatch.setattr("vmm_fast.clusters.sum_over_processes", of_two)
+    alone = find_clusters(components, z, tree=tree)
+    assert summed == []
+    together = find_clusters(components, z)
+    assert summed == [(12, 12), (12,), (together.num_clusters,)]
+    assert torch.equal(together.of_component, alone.of_component)
+
+
 # --- at the edges ---
 
 

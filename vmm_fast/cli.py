@@ -295,7 +295,7 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
     """Where the tree of components is cut; with --resume a finished run is cut elsewhere."""
     _add_options(
         parser,
-        ("--resolution", "R", _at_least_0, "of the clusters: more gives more (default: 2)"),
+        ("--resolution", "R", _resolution, "of the clusters: more gives more (default: 2)"),
         ("--separation", "P", _share, "confusion below which none merge (default: 0.02)"),
         ("--clusters", "N", _whole(1), "so many clusters, instead of both"),
     )
@@ -361,6 +361,13 @@ def _at_least_0(text: str) -> float:
     value = _number(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
+    return value
+
+
+def _resolution(text: str) -> float:
+    value = _at_least_0(text)
+    if math.isinf(value):  # told before training
+        raise argparse.ArgumentTypeError(f"must be a finite number, is {text!r}")
     return value
 
 

@@ -441,7 +441,8 @@ def find_clusters(
     points : Tensor [N, D] or iterable of Tensor [B, D]
         For instance posterior means. An iterable is gone through again, so it must be repeatable.
     tree : ClusterTree, optional
-        Of these components, made of the points unless given.
+        Of these components, which the points are all of. Unless given it is made of the points of
+        all processes of ``torch.distributed``, which must all call this.
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
     """
@@ -449,6 +450,7 @@ def find_clusters(
         raise ValueError(
             "points must be repeatable, such as a list or a DataLoader, not an iterator"
         )
+    everywhere = tree is None
     if tree is None:
         tree = ClusterTree(Confusion.of(components, points).over_processes())
     elif len(tree.confusion.counts) != components.num_components:
@@ -459,10 +461,13 @@ def find_clusters(
     of_component = tree.cut(resolution, separation, n_clusters)
     while True:
         found = Clusters(components, of_component)
-        held = torch.zeros(found.num_clusters, dtype=torch.int64)
+        device = components.centers.device  # which processes can sum over
+        held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
         for part in _parts(points):
-            held += found.assign(part).labels.cpu().bincount(minlength=len(held))
-        sum_over_processes([held])
+            held += found.assign(part).labels.bincount(minlength=len(held))
+        if everywhere:
+            sum_over_processes([held])
+        held = held.cpu()
         if not held.any():
             raise ValueError("points must hold at least one point, but are empty")
         if held.all() or len(held) == 1:

@@ -677,8 +677,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 # --- the page ---
 
 GUIDE = f"""<ul>
-<li>A cluster is a component of the model's prior that is the most probable one for some cells. Its
-number is the component's. Components without cells are not shown.</li>
+<li>A cluster is a group of components of the model's prior: those whose cells the model cannot tell
+apart. --resume with --resolution or --clusters cuts them elsewhere, without training.</li>
 <li>A batch that has clusters of its own can be biology that only this batch holds, or missed
 integration. Neither this page nor the model knows which: look at the marker genes, and at whether
 its cells should exist in other batches too. The reverse holds as well: batches mixed in every
