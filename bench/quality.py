@@ -57,7 +57,7 @@ def posterior_means(model: VAE, x: Tensor, chunk: int = 4096) -> Tensor:
 
 
 def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """Scores of the model's own clusters; for N(0, I), of k-means on the posterior means.
+    """Scores of the model's components; for N(0, I), of k-means on the posterior means.
 
     k-means with ten clusters knows the number of classes, and has no most probable point: its
     accuracy by that rule is None.

@@ -2,7 +2,7 @@
 
     python examples/own_vae.py [epochs]
 
-Trains on scikit-learn's 1,797 digits (8 x 8) and prints the ELBO and the clusters in use.
+Trains on scikit-learn's 1,797 digits (8 x 8) and prints the loss and the clusters.
 """
 
 import sys
@@ -62,11 +62,13 @@ def main(epochs: int) -> None:
             total += loss.item() * len(batch)
         if epoch % 10 == 9 or epoch == epochs - 1:
             with torch.no_grad():
-                clusters = prior.active_components(encoder(x).mean, encoder)
-            print(f"epoch {epoch + 1}: loss {total / len(x):.1f}, {len(clusters)} clusters in use")
+                clusters = prior.clusters(encoder(x).mean, encoder)
+            print(
+                f"epoch {epoch + 1}: loss {total / len(x):.1f}, clusters: {clusters.num_clusters}"
+            )
 
     with torch.no_grad():
-        labels, probability, _ = prior.assign(encoder(x[:5]).mean, encoder)
+        labels, probability, _ = clusters.assign(encoder(x[:5]).mean)
     print("first images: clusters", labels.tolist(), "with probability", probability.tolist())
 
 

@@ -229,7 +229,7 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     assert cli.main([*resume, "--clusters", "11"]) == 0
     found = len({row["cluster"] for row in table(out)})
     assert 1 < found == metrics(out)["clusters"]
-    assert f"note: {found} clusters, not 11: no more components hold" in capsys.readouterr().out
+    assert f"note: {found} clusters, not 11: others would be nowhere" in capsys.readouterr().out
     assert metrics(out)["history"] == before["history"]
     check_results(out, path)
     kept = contents(out)
@@ -242,8 +242,12 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     ):
         assert message in complaint(capsys, cli.main([*resume, *more]), 2)
     assert contents(out) == kept
-    assert cli.main([*resume, "--resolution", "0"]) == 0
-    assert metrics(out)["clusters"] == 1 and metrics(out)["settings"]["clusters"] is None
+    for option, value in (("resolution", 3.0), ("separation", 0.9)):
+        assert cli.main([*resume, f"--{option}", str(value)]) == 0
+        settings = metrics(out)["settings"]
+        assert settings[option] == value and settings["clusters"] is None
+    assert settings["resolution"] == 3  # the other stays
+    assert metrics(out)["clusters"] == found
 
 
 def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):

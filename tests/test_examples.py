@@ -28,7 +28,7 @@ def example(monkeypatch, capsys):
 
 def test_own_vae(example):
     pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
-    assert "clusters in use" in example("own_vae.py", "2")
+    assert ", clusters: " in example("own_vae.py", "2")
 
 
 @pytest.fixture

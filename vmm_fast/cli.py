@@ -292,7 +292,7 @@ def _add_cells_options(
 
 
 def _add_cut(parser: argparse.ArgumentParser) -> None:
-    """Where the tree of components is cut; with --resume a finished run is cut elsewhere."""
+    """Add the options that say where to cut the tree; with --resume they cut a finished run."""
     _add_options(
         parser,
         ("--resolution", "R", _resolution, "of the clusters: more gives more (default: 2)"),
@@ -306,7 +306,10 @@ def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     cut = {name: getattr(arguments, name) for name in CUT}
     if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
         raise InputError("--clusters must be given without --resolution and --separation")
-    return given if set(cut.values()) == {None} else {**given, **cut}
+    if cut["clusters"] is not None:
+        return {**given, **cut}
+    asked = {name: value for name, value in cut.items() if value is not None}
+    return {**given, **asked, "clusters": None} if asked else given
 
 
 def _add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
@@ -476,7 +479,7 @@ def _run(
 def _note_fewer(asked: int | None, found: int, what: str) -> None:
     if asked is not None and found < asked:
         some = "1 cluster" if found == 1 else f"{found} clusters"
-        print(f"note: {some}, not {asked}: no more components hold {what} of their own")
+        print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
 
 
 def _print_results(metrics: dict[str, Any], folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class Settings:
 
     @property
     def cut(self) -> dict[str, Any]:
-        """Where the tree of components is cut, for :func:`vmm_fast.clusters.find_clusters`."""
+        """Return where to cut the tree, as :func:`vmm_fast.clusters.find_clusters` takes it."""
         return {
             "resolution": self.resolution,
             "separation": self.separation,
@@ -382,7 +383,9 @@ def train(
     cut = settings.cut
     if settings.clusters is not None:  # training is not to be lost for one that there is not
         cut["n_clusters"] = min(settings.clusters, len(tree.leaves))
-    clusters = find_clusters(components, z, tree=tree, **cut)
+    with warnings.catch_warnings():  # the result says how many there are
+        warnings.filterwarnings("ignore", message="n_clusters is")
+        clusters = find_clusters(components, z, tree=tree, **cut)
     clusterer = Clusterer(bare, clusters, tree, scaling)
     return Clustering(data, settings, clusterer, history, clusterer.assign(data.values))
 

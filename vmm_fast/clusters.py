@@ -31,8 +31,9 @@ The tree is cut by
     separation    no pair that is less confused than this is merged
     n_clusters    merge until so many are left
 
-By default resolution and separation hold both: modularity alone takes two classes for one that have
-more to do with each other than with any third, however rarely they are confused.
+Resolution and separation hold both, each with a default: modularity alone takes two classes for one
+that have more to do with each other than with any third, however rarely they are confused. A
+resolution of 0 leaves the cut to the separation alone.
 
 Limits: a cluster is a union of components, so it is never finer than these. Confusion is measured
 on the points given, with the mixture that was trained on them, and training decides how crisp that
@@ -42,6 +43,7 @@ is.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -313,10 +315,9 @@ class ClusterTree:
         Parameters
         ----------
         resolution : float, optional
-            At least 0.
+            At least 0; :data:`RESOLUTION` unless given.
         separation : float, optional
-            In (0, 1). With ``resolution`` it is the finer of both cuts. Without all three they are
-            :data:`RESOLUTION` and :data:`SEPARATION`.
+            In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken.
         n_clusters : int, optional
             Instead of both; at most the number of components that hold points.
 
@@ -352,19 +353,17 @@ class ClusterTree:
                     f"but is {n_clusters}"
                 )
             return len(pairs) + 1 - int(n_clusters)
-        if resolution is None and separation is None:
-            resolution, separation = RESOLUTION, SEPARATION
-        merges = len(pairs)
-        if separation is not None:
-            if not 0 < _as_float(separation) < 1:
-                raise ValueError(f"separation must be in (0, 1), but is {separation!r}")
-            merges = int((self.heights > separation).sum())
-        if resolution is not None:
-            if not 0 <= _as_float(resolution) < math.inf:
-                raise ValueError(f"resolution must be at least 0 and finite, but is {resolution!r}")
-            modularity = np.cumsum([0, *(linked - resolution * expected)])
-            merges = min(merges, int(modularity.argmax()))
-        return merges
+        resolution = RESOLUTION if resolution is None else resolution
+        separation = SEPARATION if separation is None else separation
+        if not 0 <= _as_float(resolution) < math.inf:
+            raise ValueError(f"resolution must be at least 0 and finite, but is {resolution!r}")
+        if not 0 < _as_float(separation) < 1:
+            raise ValueError(f"separation must be in (0, 1), but is {separation!r}")
+        by_separation = int((self.heights > separation).sum())
+        if resolution == 0:
+            return by_separation
+        modularity = np.cumsum([0, *(linked - resolution * expected)])
+        return min(by_separation, int(modularity.argmax()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,18 +398,22 @@ class Clusters:
         """Return the probability of each cluster [B, G]: the sum of its components'."""
         shared = self.components.responsibilities(z)
         out = shared.new_zeros(len(shared), self.num_clusters)
-        return out.index_add_(1, self.of_component.to(shared.device), shared)
+        out.index_add_(1, self.of_component.to(shared.device), shared)
+        return out.clamp_(max=1)  # a sum may round to more
 
     @torch.no_grad()
     def assign(self, z: Tensor) -> Assignment:
         """Return the most probable cluster of points, its probability, and the entropy of all."""
-        parts = []
-        for part in z.split(CHUNK):
-            probabilities = self.probabilities(part)
-            top, labels = probabilities.max(1)
-            entropy = torch.special.entr(probabilities).sum(1)
-            parts.append((labels, top, entropy))
-        return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        rows, device = len(z), self.components.centers.device
+        labels = torch.empty(rows, dtype=torch.int64, device=device)
+        # Written in place: small results between large freed blocks would hold the memory of both.
+        top, entropy = (self.components.centers.new_empty(rows) for _ in range(2))
+        for start in range(0, rows, CHUNK):
+            here = slice(start, start + CHUNK)
+            probabilities = self.probabilities(z[here])
+            top[here], labels[here] = probabilities.max(1)
+            entropy[here] = torch.special.entr(probabilities).sum(1)
+        return Assignment(labels, top, entropy)
 
     @torch.no_grad()
     def sample(self, n: int, cluster: int) -> Tensor:
@@ -433,7 +436,8 @@ def find_clusters(
 ) -> Clusters:
     """Group a mixture's components into clusters by the points that they share.
 
-    Every cluster holds points: one that is nowhere the most probable is merged on.
+    Every cluster holds points: one that is nowhere the most probable is merged on. Where there are
+    not ``n_clusters`` that hold points, a warning says so and there are fewer.
 
     Parameters
     ----------
@@ -458,7 +462,37 @@ def find_clusters(
             f"tree must be of these {components.num_components} components, "
             f"but is of {len(tree.confusion.counts)}"
         )
-    of_component = tree.cut(resolution, separation, n_clusters)
+    if n_clusters is None:
+        of_component = tree.cut(resolution, separation)
+        return _that_hold_points(components, of_component, points, tree, everywhere)
+    tree.cut(resolution, separation, n_clusters)  # or says what is wrong
+    found: Clusters | None = None
+    # A finer cut has as many where some of its clusters are nowhere the most probable.
+    for level in range(n_clusters, len(tree.leaves) + 1):
+        of_component = tree.cut(n_clusters=level)
+        finer = _that_hold_points(components, of_component, points, tree, everywhere)
+        if found is None or finer.num_clusters <= n_clusters:
+            found = finer
+        if finer.num_clusters >= n_clusters:
+            break
+    assert found is not None
+    if found.num_clusters != n_clusters:
+        warnings.warn(
+            f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would be "
+            "nowhere the most probable",
+            stacklevel=2,
+        )
+    return found
+
+
+def _that_hold_points(
+    components: Components,
+    of_component: Tensor,
+    points: Tensor | Iterable[Tensor],
+    tree: ClusterTree,
+    everywhere: bool,
+) -> Clusters:
+    """Merge clusters that are nowhere the most probable; number the others by their points."""
     while True:
         found = Clusters(components, of_component)
         device = components.centers.device  # which processes can sum over

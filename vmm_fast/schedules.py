@@ -1,12 +1,12 @@
-"""How a learning rate changes over training.
+"""Schedules of the learning rate over training.
 
     constant    1
     cosine      t / 0.04                                         for t < 0.04
                 0.02 + 0.98 (1 + cos(pi (t - 0.04) / 0.96)) / 2  else
 
-times the learning rate, with t = step / steps the share of the training that has passed: a warm-up,
-then the cosine of Loshchilov & Hutter (2017), arXiv 1608.03983, without restarts. It depends on
-nothing but t, so that a resumed training goes on exactly.
+times the learning rate, with t = (step + 1/2) / steps the share of the training that has passed: a
+warm-up, then the cosine of Loshchilov & Hutter (2017), arXiv 1608.03983, without restarts. It
+depends on nothing but t, so that a resumed training goes on exactly.
 """
 
 from __future__ import annotations

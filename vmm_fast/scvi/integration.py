@@ -669,11 +669,12 @@ class Integration:
         return record
 
     def uns(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Give what the cells have in uns: settings, and the tree of clusters as scanpy has it."""
-        dendrogram = self.model.get_cluster_tree().dendrogram(
-            self.model.kept_clusters().of_component
-        )
-        return {"vmm": record, "dendrogram_vmm_cluster": {"groupby": ["vmm_cluster"], **dendrogram}}
+        """Return entries for the cells' uns: settings and, of several clusters, scanpy's tree."""
+        of_component = self.model.kept_clusters().of_component
+        if not of_component.any():  # scanpy draws no tree of one
+            return {"vmm": record}
+        tree = self.model.get_cluster_tree().dendrogram(of_component)
+        return {"vmm": record, "dendrogram_vmm_cluster": {"groupby": ["vmm_cluster"], **tree}}
 
     def write_model(self, folder: Path) -> None:
         """Write what VMMSCVI.load takes."""

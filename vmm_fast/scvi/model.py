@@ -19,7 +19,6 @@ from scvi.model.base import BaseModelClass
 from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
-from torch.special import entr
 
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
@@ -269,7 +268,7 @@ class LatentPriorModel(BaseModelClass):
         return Clusters(self._components(), self.module.cluster_of_component.cpu())
 
     def _clusters(self, **cut: Any) -> Clusters:
-        if set(cut.values()) == {None}:
+        if all(value is None for value in cut.values()):
             return self.kept_clusters()
         means = self._latents(None, None, None)
         return find_clusters(self._components(), means, tree=self.get_cluster_tree(), **cut)
@@ -318,7 +317,8 @@ class LatentPriorModel(BaseModelClass):
 
         See :meth:`get_cluster_probabilities`.
         """
-        return self.get_cluster_probabilities(adata, indices, batch_size, **cut).argmax(1)
+        clusters = self._clusters(**cut)
+        return clusters.assign(self._latents(adata, indices, batch_size)).labels.numpy()
 
     def get_cluster_entropy(
         self,
@@ -328,8 +328,8 @@ class LatentPriorModel(BaseModelClass):
         **cut: Any,
     ) -> np.ndarray:
         """Return the entropy of each cell's cluster probabilities, [cells] in nats."""
-        probabilities = self.get_cluster_probabilities(adata, indices, batch_size, **cut)
-        return entr(torch.from_numpy(probabilities)).sum(1).numpy()
+        clusters = self._clusters(**cut)
+        return clusters.assign(self._latents(adata, indices, batch_size)).entropy.numpy()
 
     def get_component_probabilities(
         self,

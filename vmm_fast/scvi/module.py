@@ -278,7 +278,7 @@ class LatentPrior(BaseModuleClass):
     # --- clusters ---
 
     def no_clusters(self) -> dict[str, Tensor]:
-        """Give the buffers as they are before clusters have been found."""
+        """Return the values that the buffers have before clusters have been found."""
         count = self.n_components
         return {
             "confusion_sums": torch.zeros(count, count, dtype=torch.float64),

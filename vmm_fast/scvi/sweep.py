@@ -1,9 +1,8 @@
 """The two knobs between fine clusters and well-mixed batches: batch size and prior learning ratio.
 
 A run of :func:`vmm_fast.scvi.integration.integrate` for every pair of a batch size and a ratio, the
-prior's learning rate over the network's. The parameter priors weigh 1 / batch size, so that small
-batches empty more components; at a high ratio these empty sooner. What a finished run showed is
-kept, so that a sweep goes on where it was stopped.
+prior's learning rate over the network's. What a finished run showed is kept, so that a sweep goes
+on where it was stopped.
 """
 
 from __future__ import annotations
