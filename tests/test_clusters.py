@@ -1,6 +1,7 @@
 """Clusters are groups of components that share points, at any level of one tree."""
 
 import itertools
+import math
 import warnings
 
 import numpy as np
@@ -41,6 +42,7 @@ class Shares:
         self.rows = torch.tensor(rows)
         self.num_components = self.rows.shape[1]
         self.centers = self.rows
+        self.latent_dim = 1
 
     def responsibilities(self, z):
         return self.rows[z[:, 0].long()]
@@ -347,10 +349,13 @@ def test_cuts_that_there_are_not(cut, message):
 def test_bad_input():
     components = mixture()
     z = components.sample(50)
-    with pytest.raises(ValueError, match="at least one point"):
+    with pytest.raises(ValueError, match="points must hold at least one point, but are empty"):
         find_clusters(components, z[:0])
-    for points, what in (([z[0]], r"\[2\]"), (z.numpy(), "ndarray"), ([z.tolist()], "list")):
-        with pytest.raises(ValueError, match=rf"points must be a tensor .* but one is {what}"):
+    unusable = (
+        ([z[0]], r"\[2\]"), (z.numpy(), "ndarray"), ([z.tolist()], "list"), (z[:, :1], r"\[50, 1")
+    )  # fmt: skip
+    for points, what in unusable:
+        with pytest.raises(ValueError, match=rf"points must be a tensor \[N, 2\] .* one is {what}"):
             find_clusters(components, points)
     with pytest.raises(ValueError, match="points must be repeatable"):
         find_clusters(components, iter([z]))
@@ -364,5 +369,40 @@ def test_bad_input():
     other = ClusterTree(Confusion.of(mixture(CENTERS[:3]), z))
     with pytest.raises(ValueError, match="tree must be of these 5 components, but is of 3"):
         find_clusters(components, z, tree=other)
+    other = ClusterTree(Confusion.of(components, components.sample(50, torch.zeros(50).long())))
+    with pytest.raises(ValueError, match="tree must be of these components and points, but"):
+        find_clusters(components, z, tree=other)
     with pytest.raises(ValueError, match="of_component must number the clusters of 5 components"):
         Clusters(components, torch.tensor([0, 0, 2, 2, 0]))
+    for of in ([0, 0, 1, 1, 1], torch.zeros(5)):
+        with pytest.raises(TypeError, match="of_component must be an int64 tensor, but is"):
+            Clusters(components, of)
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts"),
+    [
+        ([[1.0, 0.1], [0.2, 1.0]], [1, 1]),
+        ([[1.0, -0.1], [-0.1, 1.0]], [1, 1]),
+        ([[0.0, 0.1], [0.1, 1.0]], [1, 1]),
+        ([[1.0, math.nan], [math.nan, 1.0]], [1, 1]),
+        ([[1.0, 0.1], [0.1, 1.0]], [0, 0]),
+        ([[1.0, 0.1], [0.1, 1.0]], [2, -1]),
+        ([[1.0, 0.1]], [1, 1]),
+    ],
+)
+def test_sums_that_are_of_no_points(sums, counts):
+    confusion = Confusion(torch.tensor(sums).double(), torch.tensor(counts))
+    with pytest.raises(ValueError, match=r"(sums|counts) must "):
+        ClusterTree(confusion)
+
+
+def test_a_cluster_whose_weights_underflow_has_samples():
+    components = mixture()
+    log_weights = torch.tensor([0.0, -200, -300, -300, -300])
+    components = Components(**{**components.state_dict(), "log_weights": log_weights})
+    assert components.component_weights[1] == 0
+    clusters = Clusters(components, torch.tensor([0, 1, 1, 2, 2]))
+    z = clusters.sample(200, 1)
+    torch.testing.assert_close(z.mean(0), components.centers[1], atol=1.5, rtol=0)
+    assert repr(clusters) == "Clusters(3 of 5 components)"

@@ -17,7 +17,7 @@ from vmm_fast.data import InputError
 class Settings:
     epochs: int
     batch_size: int
-    layer: str | None
+    layer: str | None = None
 
 
 STORED = {"epochs": 4, "batch_size": 2, "layer": None}
@@ -100,6 +100,19 @@ def test_files_of_no_run_are_left_alone(out, record):
         with pytest.raises(InputError, match=r"holds checkpoint\.pt, which is of no run, as run"):
             folder(out).start(OTHER, overwrite=overwrite)
     assert contents(out) == before
+
+
+def test_a_run_of_another_version_is_resumed_if_its_settings_are_known(out):
+    record = json.loads((out / "run.json").read_text())
+    del record["settings"]["layer"]  # which has a default
+    (out / "run.json").write_text(json.dumps(record))
+    assert folder(out).resumed("sha256 1", {"epochs": 4}) == STORED
+    del record["settings"]["epochs"]
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is of another version of vmm_fast, with other settings"):
+        folder(out).resumed("sha256 1", {})
+    folder(out).start(OTHER, overwrite=True)
+    assert folder(out).input == "sha256 2"
 
 
 def test_links_and_folders_count_as_files_and_other_names_do_not(tmp_path):

@@ -291,6 +291,14 @@ def test_query_cells_of_a_new_batch_leave_the_clusters_alone(tmp_path):
     assert mapped.get_clusters().shape == (query.n_obs,)
     for name in ("confusion_sums", "cluster_of_component"):
         assert torch.equal(getattr(mapped.module, name), getattr(found.module, name))
+    # Another cut is that of the cells that were trained on, not of these few.
+    cut = {"n_clusters": len(found.get_cluster_tree().leaves)}
+    few = query[:3].copy()
+    np.testing.assert_allclose(
+        mapped.get_cluster_probabilities(few, **cut),
+        found.module.other_clusters(**cut).probabilities(mapped._latents(few, None, None)),
+        atol=1e-3,
+    )
     torch.testing.assert_close(mapped.module.components().centers, before.centers, **SAME)
     for name in ("logits", "raw_precision"):
         assert torch.equal(getattr(mapped.module.prior, name), getattr(found.module.prior, name))

@@ -212,6 +212,31 @@ def test_a_model_that_was_saved_before_there_were_clusters(tmp_path):
     np.testing.assert_array_equal(loaded.get_clusters(), model.get_clusters(**finest))
 
 
+def test_a_model_whose_components_move_has_no_clusters_until_it_is_trained(monkeypatch):
+    trained = learnt("SCVI")
+    before = trained.module.cluster_points.isnan()[:, 0].sum()
+    assert len(trained.module.cluster_points) - before == 240
+
+    def stopped(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(VMMSCVI._training_plan_cls, "on_train_epoch_end", stopped)
+    model = made("SCVI")
+    model.module.load_state_dict(trained.module.state_dict())
+    assert model.module.tree is not None
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(model)
+    model.is_trained_ = True
+    with pytest.raises(ValueError, match="call find_clusters"):
+        model.get_clusters()
+
+
+def test_external_indices_count_the_cells_that_are_trained_on():
+    indices = [np.arange(100), np.arange(100, 240), np.arange(0)]
+    model = train(made("SCVI"), datasplitter_kwargs={"external_indexing": indices})
+    assert model.module.prior.data_size == 100
+
+
 @pytest.mark.parametrize(
     ("options", "size"),
     [

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class Folder:
         self.changeable = changeable
         self._names = (checkpoint, *results, RUN)
         self._settings = {field.name for field in fields(settings)}
+        # Runs of earlier versions lack settings that have a default.
+        self._defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
         self.record = self._read_record()
 
     @property
@@ -82,7 +84,9 @@ class Folder:
     def _read_record(self) -> dict[str, Any] | None:
         try:
             record = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            if isinstance(record["input"], str) and set(record["settings"]) == self._settings:
+            record["settings"] = {**self._defaults, **record["settings"]}
+            of_ours = "vmm_fast" in record or set(record["settings"]) == self._settings
+            if isinstance(record["input"], str) and of_ours:
                 return record
         except (OSError, ValueError, TypeError, KeyError):
             pass  # then it is no run's
@@ -111,6 +115,11 @@ class Folder:
         if self.record["input"] != source:
             raise InputError(f"--resume: the run in {self.path} was started on another input")
         stored = self.record["settings"]
+        if set(stored) != self._settings:
+            raise InputError(
+                f"--resume: the run in {self.path} is of another version of vmm_fast, with other "
+                f"settings; replace it by {self.command} --overwrite"
+            )
         changed = {name: value for name, value in given.items() if value is not None}
         for name, value in changed.items():
             if value != stored[name] and name not in self.changeable:

@@ -109,7 +109,7 @@ class Confusion(NamedTuple):
         count, device = components.num_components, components.centers.device
         sums = torch.zeros(count, count, dtype=torch.float64, device=device)
         counts = torch.zeros(count, dtype=torch.int64, device=device)
-        for part in _parts(points):
+        for part in _parts(points, components):
             shared = components.responsibilities(part).double()
             sums += shared.mT @ shared
             counts += shared.argmax(1).bincount(minlength=count)
@@ -140,10 +140,13 @@ class ClusterTree:
     Raises
     ------
     ValueError
-        If no component has a point.
+        If no component has a point, or the sums cannot be of points.
     """
 
     confusion: Confusion
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.leaves)} of {len(self._leaf_of)} components)"
 
     def __post_init__(self) -> None:
         sums, counts = self.confusion
@@ -151,8 +154,17 @@ class ClusterTree:
             raise ValueError(
                 f"sums must have shape {[len(counts)] * 2}, but have {list(sums.shape)}"
             )
-        if not (sums.isfinite().all() and (counts >= 0).all() and counts.any()):
-            raise ValueError("sums must be finite and of at least one point, but are not")
+        if not (counts >= 0).all() or not counts.any():
+            raise ValueError(
+                "counts must be of at least one point and not negative, but are "
+                f"{int(counts.sum())} in all, {int(counts.min())} the least"
+            )
+        sound = sums.isfinite().all() and (sums >= 0).all() and torch.allclose(sums, sums.mT)
+        if not sound or not (sums.diagonal()[counts > 0] > 0).all():
+            raise ValueError(
+                "sums must be finite, symmetric, not negative, and positive for components with "
+                "points, but are not"
+            )
 
     # --- the tree ---
 
@@ -380,8 +392,15 @@ class Clusters:
     components: Components
     of_component: Tensor
 
+    def __repr__(self) -> str:
+        count = self.components.num_components
+        return f"{type(self).__name__}({self.num_clusters} of {count} components)"
+
     def __post_init__(self) -> None:
         count, of = self.components.num_components, self.of_component
+        if not isinstance(of, Tensor) or of.dtype != torch.int64:
+            kind = of.dtype if isinstance(of, Tensor) else type(of).__name__
+            raise TypeError(f"of_component must be an int64 tensor, but is {kind}")
         if of.shape != (count,) or len(of.unique()) != int(of.max()) + 1 or of.min() < 0:
             raise ValueError(
                 f"of_component must number the clusters of {count} components from 0 on, "
@@ -396,7 +415,10 @@ class Clusters:
     @torch.no_grad()
     def probabilities(self, z: Tensor) -> Tensor:
         """Return the probability of each cluster [B, G]: the sum of its components'."""
-        shared = self.components.responsibilities(z)
+        return self.sums(self.components.responsibilities(z))
+
+    def sums(self, shared: Tensor) -> Tensor:
+        """Sum responsibilities [B, C] over each cluster's components [B, G]."""
         out = shared.new_zeros(len(shared), self.num_clusters)
         out.index_add_(1, self.of_component.to(shared.device), shared)
         return out.clamp_(max=1)  # a sum may round to more
@@ -420,8 +442,9 @@ class Clusters:
         """Draw points [n, D] from one cluster, of its components by their weights."""
         if not 0 <= cluster < self.num_clusters:
             raise ValueError(f"cluster must be in 0 .. {self.num_clusters - 1}, but is {cluster}")
-        weights = self.components.component_weights.detach()
-        own = weights * (self.of_component.to(weights.device) == cluster)
+        logits = self.components.log_weights.detach()  # weights may underflow
+        inside = self.of_component.to(logits.device) == cluster
+        own = logits.where(inside, -math.inf).softmax(0)
         return self.components.sample(n, own.multinomial(max(n, 1), replacement=True)[:n])
 
 
@@ -456,7 +479,10 @@ def find_clusters(
         )
     everywhere = tree is None
     if tree is None:
-        tree = ClusterTree(Confusion.of(components, points).over_processes())
+        confusion = Confusion.of(components, points).over_processes()
+        if not confusion.counts.any():
+            raise ValueError("points must hold at least one point, but are empty")
+        tree = ClusterTree(confusion)
     elif len(tree.confusion.counts) != components.num_components:
         raise ValueError(
             f"tree must be of these {components.num_components} components, "
@@ -497,10 +523,15 @@ def _that_hold_points(
         found = Clusters(components, of_component)
         device = components.centers.device  # which processes can sum over
         held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
-        for part in _parts(points):
-            held += found.assign(part).labels.bincount(minlength=len(held))
+        own = torch.zeros_like(tree.confusion.counts, device=device)
+        for part in _parts(points, components):
+            shared = components.responsibilities(part)
+            held += found.sums(shared).argmax(1).bincount(minlength=len(held))
+            own += shared.argmax(1).bincount(minlength=len(own))
         if everywhere:
             sum_over_processes([held])
+        else:
+            _check_points(own.cpu(), tree.confusion.counts.cpu())
         held = held.cpu()
         if not held.any():
             raise ValueError("points must hold at least one point, but are empty")
@@ -512,9 +543,20 @@ def _that_hold_points(
     return Clusters(components, number[of_component])
 
 
+def _check_points(own: Tensor, counts: Tensor) -> None:
+    """Raise if the components hold shares of the points that are nothing like the tree's."""
+    elsewhere = float((own / own.sum() - counts / counts.sum()).abs().sum() / 2)
+    if elsewhere > 0.5:  # false for no points
+        raise ValueError(
+            "tree must be of these components and points, but is of others: it has "
+            f"{elsewhere:.0%} of the points in other components"
+        )
+
+
 def _as_float(value: Any) -> float:
     """Return a number as it is, and NaN for anything else."""
-    return float(value) if isinstance(value, (int, float, np.number)) else math.nan
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return float(value) if number else math.nan
 
 
 def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
@@ -526,12 +568,13 @@ def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
     return joined - (joined > empty).long()
 
 
-def _parts(points: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+def _parts(points: Tensor | Iterable[Tensor], components: Components) -> Iterable[Tensor]:
     """Points in parts of at most :data:`CHUNK`; empty ones are left out."""
+    width = components.latent_dim
     for batch in (points,) if isinstance(points, Tensor) else points:
-        if not isinstance(batch, Tensor) or batch.ndim != 2:
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[1] != width:
             what = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise ValueError(
-                f"points must be a tensor [N, D] or an iterable of such, but one is {what}"
+                f"points must be a tensor [N, {width}] or an iterable of such, but one is {what}"
             )
         yield from (part for part in batch.split(CHUNK) if len(part))

@@ -350,7 +350,8 @@ class _Run:
     def load(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = state["settings"]
+            # Before there were schedules, all rates were constant.
+            settings = {"schedule": "constant", **state["settings"]}
         except Exception as error:  # torch raises many kinds for a damaged file
             raise ValueError(
                 f"checkpoint {str(path)!r} cannot be read (truncated, or not written by `fit`): "

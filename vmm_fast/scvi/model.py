@@ -24,7 +24,6 @@ from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
-from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
 from vmm_fast.scvi.training import (
@@ -128,7 +127,9 @@ class LatentPriorModel(BaseModelClass):
                 f"{self.summary_stats.n_batch}, but has {cells.n_batch}"
             )
         self._start_pseudo_cells()
-        self._set_data_size(cells, kwargs.get("train_size"))
+        moves = self.module.prior is not None and not self.module.frozen
+        if moves:
+            self.module.forget_clusters()
         try:
             with telling_of_lost_processes():
                 found = super().train(*args, **kwargs)
@@ -142,19 +143,9 @@ class LatentPriorModel(BaseModelClass):
                 "(plan_kwargs={'prior_warmup': 0} leaves it out)",
                 stacklevel=2,
             )
-        if module.prior is not None and not module.frozen and self.adata is not None:
+        if moves and self.adata is not None:
             self.find_clusters()
         return found
-
-    def _set_data_size(self, cells: Any, train_size: float | None) -> None:
-        given = self.init_params_["non_kwargs"]["prior_kwargs"] or {}
-        if not isinstance(self.module.prior, BayesianMixturePrior) or "data_size" in given:
-            return
-        if isinstance(cells, CellDataModule):
-            self.module.prior.data_size = cells.n_train
-        elif self.adata is not None:
-            share = 0.9 if train_size is None else train_size
-            self.module.prior.data_size = max(1, round(share * self.adata.n_obs))
 
     def _start_pseudo_cells(self) -> None:
         if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
@@ -241,7 +232,8 @@ class LatentPriorModel(BaseModelClass):
     ) -> None:
         """Group components into clusters by the cells that they share, and keep the clusters.
 
-        :meth:`train` ends with it. Components do not change.
+        :meth:`train` ends with it. Components do not change; whatever changes them besides
+        ``train``, such as the prior's ``fit``, asks for it anew.
 
         Parameters
         ----------
@@ -259,7 +251,7 @@ class LatentPriorModel(BaseModelClass):
         components = self._components()
         tree = ClusterTree(Confusion.of(components, means))
         clusters = find_clusters(components, means, tree=tree, **cut)
-        self.module.keep_clusters(tree, clusters)
+        self.module.keep_clusters(tree, clusters, means)
         return clusters
 
     def kept_clusters(self) -> Clusters:
@@ -270,8 +262,8 @@ class LatentPriorModel(BaseModelClass):
     def _clusters(self, **cut: Any) -> Clusters:
         if all(value is None for value in cut.values()):
             return self.kept_clusters()
-        means = self._latents(None, None, None)
-        return find_clusters(self._components(), means, tree=self.get_cluster_tree(), **cut)
+        self.get_cluster_tree()  # or says that there is none
+        return self.module.other_clusters(**cut)
 
     def get_cluster_probabilities(
         self,
@@ -294,7 +286,8 @@ class LatentPriorModel(BaseModelClass):
         batch_size : int, optional
         resolution, separation, n_clusters : optional
             Where the tree of components is cut; see :mod:`vmm_fast.clusters`. By default clusters
-            are those of :meth:`find_clusters`. Another cut encodes the model's own cells anew.
+            are those of :meth:`find_clusters`. Clusters of another cut must hold some of the up to
+            16,384 cells that the model keeps of those, which also number them.
 
         Returns
         -------

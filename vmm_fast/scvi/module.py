@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
 from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
-from vmm_fast.clusters import Clusters, ClusterTree, Confusion
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.counts import SoftmaxMean, nb_log_prob, poisson_log_prob, zinb_log_prob
 from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors import Prior
 from vmm_fast.priors.base import check_choice, check_integer
+from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
 __all__ = [
@@ -45,6 +46,7 @@ PRIORS = ("vmm", "gmm", "vamp", "normal")
 # Five times scvi-tools' rate for the network. Data sets have a few thousand steps: at the network's
 # rate components that nobody needs have not gone empty by then.
 PRIOR_LEARNING_RATE = 5e-3
+KEPT_POINTS = 16_384  # of the cells that clusters are found in: for a cut elsewhere later
 
 
 class PosteriorUnderPrior(Normal):
@@ -80,8 +82,11 @@ def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest:
 
 def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) -> None:
     state.setdefault(f"{prefix}prior._extra_state", {})
-    for name in module.no_clusters():  # of models that were saved before there were any
-        state.setdefault(prefix + name, getattr(module, name))
+    for (
+        name,
+        value,
+    ) in module.no_clusters().items():  # of models that were saved before there were any
+        state.setdefault(prefix + name, value)
 
 
 class LatentPrior(BaseModuleClass):
@@ -116,8 +121,12 @@ class LatentPrior(BaseModuleClass):
         Whether N(0, I) stands in for the prior for now.
     prior_learnt : Tensor, a boolean scalar
         Whether training under the prior has begun.
+    counts_training_cells : bool
+        Whether the prior's ``data_size``, not given, becomes the number of cells trained on.
     confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
         What components share and the clusters that they form, as :meth:`keep_clusters` was given.
+    cluster_points : Tensor [KEPT_POINTS, D]
+        Points that clusters of another cut must hold; NaN where there are no more.
     """
 
     prior: Prior | None
@@ -125,6 +134,7 @@ class LatentPrior(BaseModuleClass):
     confusion_sums: Tensor
     confusion_counts: Tensor
     cluster_of_component: Tensor
+    cluster_points: Tensor
     warming_up = False
     # Of modules that do not have them:
     log_variational = False
@@ -165,6 +175,8 @@ class LatentPrior(BaseModuleClass):
             self.prior = make(cells, self.n_latent, **prior_kwargs)
         if self.prior is not None:
             self.register_buffer("prior_learnt", torch.tensor(False))
+            mixture = isinstance(self.prior, BayesianMixturePrior)
+            self.counts_training_cells = mixture and "data_size" not in prior_kwargs
             self.n_components = n_components
             for name, value in self.no_clusters().items():
                 self.register_buffer(name, value)
@@ -255,7 +267,7 @@ class LatentPrior(BaseModuleClass):
         average_over_processes(
             x
             for name, x in self.named_buffers()
-            if x.is_floating_point() and not name.startswith(("prior.", "confusion"))
+            if x.is_floating_point() and not name.startswith(("prior.", *self.no_clusters()))
         )
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
@@ -284,6 +296,7 @@ class LatentPrior(BaseModuleClass):
             "confusion_sums": torch.zeros(count, count, dtype=torch.float64),
             "confusion_counts": torch.zeros(count, dtype=torch.int64),
             "cluster_of_component": torch.zeros(count, dtype=torch.int64),
+            "cluster_points": torch.full((KEPT_POINTS, self.n_latent), math.nan),
         }
 
     @property
@@ -293,11 +306,26 @@ class LatentPrior(BaseModuleClass):
             return None
         return ClusterTree(Confusion(self.confusion_sums.cpu(), self.confusion_counts.cpu()))
 
-    def keep_clusters(self, tree: ClusterTree, clusters: Clusters) -> None:
-        """Keep the tree and a cut of it with the model's weights."""
+    def keep_clusters(self, tree: ClusterTree, clusters: Clusters, points: Tensor) -> None:
+        """Keep the tree and a cut of it with the model's weights, and random ones of the points."""
+        chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+        chosen = chosen[:KEPT_POINTS].sort().values
+        self.forget_clusters()
         self.confusion_sums.copy_(tree.confusion.sums)
         self.confusion_counts.copy_(tree.confusion.counts)
         self.cluster_of_component.copy_(clusters.of_component)
+        self.cluster_points[: len(chosen)] = points[chosen]
+
+    def forget_clusters(self) -> None:
+        """Be as before clusters were found: components are about to change."""
+        for name, value in self.no_clusters().items():
+            getattr(self, name).copy_(value)
+
+    def other_clusters(self, **cut: Any) -> Clusters:
+        """Cut the tree elsewhere; see :func:`vmm_fast.clusters.find_clusters`."""
+        points = self.cluster_points.cpu()
+        points = points[~points[:, 0].isnan()]
+        return find_clusters(self.components().to("cpu"), points, tree=self.tree, **cut)
 
 
 class _PerCell:

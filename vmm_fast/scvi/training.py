@@ -14,6 +14,8 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from vmm_fast.scvi.loading import CellDataModule
+
 __all__ = [
     "EmpiricalBayes",
     "EmpiricalBayesAdversarialTrainingPlan",
@@ -24,6 +26,14 @@ __all__ = [
 
 def _worst(callback: Any) -> torch.Tensor:
     return torch.tensor(-math.inf if callback.mode == "max" else math.inf)
+
+
+def _number_of_cells(cells: Any) -> int | None:
+    """Cells that are trained on; None where a data module of the user's own does not tell."""
+    if isinstance(cells, CellDataModule):
+        return cells.n_train
+    indices = getattr(cells, "train_idx", None)  # scvi-tools' own
+    return None if indices is None else len(indices)
 
 
 class EmpiricalBayes(LightningModule):
@@ -72,9 +82,13 @@ class EmpiricalBayes(LightningModule):
         self._logged: set[str] = set()  # metrics, in this epoch
 
     def on_train_start(self) -> None:
-        """Find out how many steps N(0, I) stands in for the prior."""
+        """Find out how many cells are trained on, and in how many steps N(0, I) stands in."""
         super().on_train_start()
         module = self.module
+        if module.prior is not None and module.counts_training_cells:
+            module.prior.data_size = _number_of_cells(
+                self.trainer.datamodule  # type: ignore[attr-defined]
+            )
         if module.prior is None or module.prior_learnt or module.frozen or not self.prior_warmup:
             return
         # Every optimizer's steps count, an adversary's too.
