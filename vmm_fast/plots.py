@@ -36,7 +36,7 @@ PRIMARY = "#1f5fa8"
 SECONDARY = "#e0842b"
 INACTIVE = (0.80, 0.80, 0.80)  # points of components that are not active
 ROWS_PER_BLOCK = 25
-LEAST_CONFUSION = 1e-4  # less is drawn as this
+CONFUSIONS = (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # on the axis of the tree
 
 # Okabe & Ito's colour-blind-safe palette (yellow and black left out: unreadable on white, and
 # text), then Tol's "muted"; :func:`_colors` finds further ones.
@@ -109,7 +109,7 @@ def plot_latent(
     palette = _colors(int(active.sum()))
     colors = [palette[r] if a else INACTIVE for r, a in zip(ranks, active, strict=True)]
     _scatter(axes[0], plane, group_of, colors, order)
-    _write_at_medians(axes[0], plane, group_of, [str(g) for g in groups], np.flatnonzero(active))
+    _write_where_densest(axes[0], plane, group_of, [str(g) for g in groups], np.flatnonzero(active))
     title = f"{len(groups)} clusters" if len(groups) != 1 else "1 cluster"
     if not active.all():
         title += f" (grey: up to {_percent(ACTIVE_SHARE)} of the points)"
@@ -117,13 +117,13 @@ def plot_latent(
 
     if labels is not None:
         classes, class_of = np.unique(labels, return_inverse=True)
-        colors = _colors(len(classes))
+        colors = _matched(class_of, group_of, colors)
         _scatter(axes[1], plane, class_of, colors, order)
         axes[1].set_title("true labels")
         if len(classes) <= 30:
             _legend(axes[1], [str(c) for c in classes], colors)
         else:
-            _write_at_medians(
+            _write_where_densest(
                 axes[1], plane, class_of, [str(c) for c in classes], np.arange(len(classes))
             )
     for ax in axes:
@@ -217,8 +217,6 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
     order = np.argsort(-mass, kind="stable")
     x = np.arange(len(mass))
     figure = _figure(9, 3.6)
-    from matplotlib.patheffects import withStroke
-
     ax = figure.subplots()
     _tidy(ax)
     ax.bar(x, 100 * mass[order], width=0.8, color=PRIMARY, label="prior weight", zorder=2)
@@ -233,19 +231,10 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
             label="share of points",
             zorder=3,
         )
-    ax.axhline(100 * ACTIVE_SHARE, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=4)
-    ax.annotate(
-        f"active above {_percent(ACTIVE_SHARE)}",
-        (1, 100 * ACTIVE_SHARE),
-        zorder=5,
-        # The text may lie on bars.
-        path_effects=[withStroke(linewidth=2, foreground="white")],
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=7,
-        color=INK,
+    active = f"active above {_percent(ACTIVE_SHARE)}"
+    dashes = (0, (4, 3))
+    ax.axhline(
+        100 * ACTIVE_SHARE, color=INK, linewidth=0.8, linestyle=dashes, zorder=4, label=active
     )
     ax.set_xlim(-0.8, len(mass) - 0.2)
     ax.set_ylim(bottom=0)
@@ -257,8 +246,7 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
         ax.set_xlabel("rank by weight")
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel("%")
-    if share is not None:
-        ax.legend(frameon=False, fontsize=8, loc="upper right", reverse=True)
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
     _save(figure, path)
 
 
@@ -279,27 +267,24 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
     Raises
     ------
     ImportError
-        If matplotlib or scipy is not installed.
+        If matplotlib is not installed.
     """
-    try:
-        from scipy.cluster.hierarchy import dendrogram
-    except ImportError as error:
-        raise ImportError("plots need scipy: pip install vmm-fast[cli]") from error
     figure = _figure(9, 4.2)
     ax = figure.subplots()
     _tidy(ax)
     of_leaf = clusters.of_component.numpy()[tree.leaves]
     colors = dict(enumerate(_colors(clusters.num_clusters)))
     count = len(of_leaf)
-    if count > 1:
-        order = dendrogram(tree.linkage, no_plot=True, count_sort=True)["leaves"]
-    else:
-        order = [0]
+    members = {leaf: [leaf] for leaf in range(count)}
+    for merge, (a, b, *_) in enumerate(tree.linkage):
+        fewer, more = sorted((members.pop(a), members.pop(b)), key=len)
+        members[count + merge] = [*fewer, *more]
+    (order,) = members.values()
     at, low = {leaf: float(x) for x, leaf in enumerate(order)}, dict.fromkeys(order, 0.0)
     inside = dict(enumerate(of_leaf.tolist()))  # the cluster of a group that is in one alone
     for merge, (a, b, distance, _) in enumerate(tree.linkage):
         a, b, group = int(a), int(b), count + merge
-        height = -math.log10(max(1 - distance, LEAST_CONFUSION))
+        height = -math.log10(max(1 - distance, CONFUSIONS[-1]))
         cluster = inside.get(a) if inside.get(a) == inside.get(b) else None
         color = "#8a8a8a" if cluster is None else colors[cluster]
         xs, ys = (at[a], at[a], at[b], at[b]), (low[a], height, height, low[b])
@@ -328,9 +313,10 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
             color=colors[names[start]],
             weight="bold",
         )
-    least = round(-math.log10(LEAST_CONFUSION))
-    ax.set_yticks(range(least + 1), ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"][: least + 1])
-    ax.set_ylim(0, None)
+    top = max(low.values())
+    ticks = [t for t in CONFUSIONS if -math.log10(t) <= max(top, 1)]
+    ax.set_yticks([-math.log10(t) for t in ticks], [f"{100 * t:g} %" for t in ticks])
+    ax.set_ylim(0, 1.05 * max(top, 1))
     ax.set_xlim(-1, count)
     ax.set_xticks([])
     ax.set_xlabel("components, under them their cluster", labelpad=24)
@@ -401,22 +387,12 @@ def plot_training_curves(
             color = SECONDARY if name == "validation" else PRIMARY
             ax.plot(epochs, y, color=color, label=name, linewidth=1.4, marker=marker, zorder=2)
         hidden = _limit_to_later_epochs(ax, [y for _, y in curves])
-        ax.set_title(title)
+        ax.set_title(f"{title} (first epochs lie outside)" if hidden else title)
         ax.set_ylabel(unit)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
         _tidy(ax)
         if len(curves) > 1:
             ax.legend(frameon=False, fontsize=8, loc="best")
-        if hidden:
-            ax.text(
-                0.02,
-                0.97,
-                "the first epochs lie outside",
-                transform=ax.transAxes,
-                va="top",
-                fontsize=7,
-                color="#777777",
-            )
     for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:
         ax.set_xlabel("epoch")
     _save(figure, path)
@@ -563,22 +539,17 @@ def _scatter(ax: Any, plane: np.ndarray, group_of: np.ndarray, colors: Any, orde
     ax.spines[:].set_color("#bbbbbb")
 
 
-def _write_at_medians(
+def _write_where_densest(
     ax: Any, plane: np.ndarray, group_of: np.ndarray, names: list[str], groups: np.ndarray
 ) -> None:
     from matplotlib.patheffects import withStroke
 
-    anchors = np.empty((len(groups), 2))
-    for i, group in enumerate(groups):
-        members = plane[group_of == group]
-        # The member nearest to the median: the median of a group in two pieces lies on another one.
-        median = np.median(members, 0)
-        anchors[i] = members[np.square(members - median).sum(1).argmin()]
+    low, high = plane.min(0), plane.max(0)
+    span = np.where(high > low, high - low, 1.0)
+    anchors = np.stack([_densest(plane[group_of == g], low, span) for g in groups])
     size = 7 if len(groups) <= 40 else 6
     # An axes is about 330 points wide and high, a digit 0.7 times as wide as it is high.
     width = 0.7 * size * max((len(names[group]) for group in groups), default=0) / 330
-    low, high = plane.min(0), plane.max(0)
-    span = np.where(high > low, high - low, 1.0)
     spread = low + span * _spread((anchors - low) / span, np.array([width, size / 330]))
     for group, at in zip(groups, spread, strict=True):
         ax.text(
@@ -592,6 +563,17 @@ def _write_at_medians(
             parse_math=False,
             path_effects=[withStroke(linewidth=1.5, foreground="white")],
         )
+
+
+def _densest(members: np.ndarray, low: np.ndarray, span: np.ndarray) -> np.ndarray:
+    """Return the member [2] in the middle of the most: a group in two pieces has it in one."""
+    cells = np.minimum((24 * (members - low) / span).astype(int), 23) + 1
+    counts = np.zeros((26, 26))
+    np.add.at(counts, tuple(cells.T), 1)
+    around = sum(np.roll(counts, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
+    best = np.unravel_index(np.argmax(around), counts.shape)
+    middle = np.median(members[(np.abs(cells - best) <= 1).all(1)], 0)
+    return members[np.square(members - middle).sum(1).argmin()]
 
 
 def _spread(places: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -656,6 +638,20 @@ def _colors(count: int) -> list[tuple[float, float, float]]:
         colors.append(tuple(candidates[farthest]))
         distance = np.minimum(distance, np.linalg.norm(places - places[farthest], axis=-1))
     return colors
+
+
+def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list) -> list:
+    """Return colours of classes: that of the group which most of a class is in, each used once."""
+    shared = np.zeros((class_of.max() + 1, len(colors)))
+    np.add.at(shared, (class_of, group_of), 1)
+    found: dict[int, Any] = {}
+    shared[:, [color == INACTIVE for color in colors]] = 0
+    while shared.any():
+        kind, group = np.unravel_index(shared.argmax(), shared.shape)
+        found[int(kind)] = colors[group]
+        shared[kind], shared[:, group] = 0, 0
+    others = iter([c for c in _colors(len(colors) + len(shared)) if c not in colors])
+    return [found[kind] if kind in found else next(others) for kind in range(len(shared))]
 
 
 def _oklab(colors: np.ndarray) -> np.ndarray:

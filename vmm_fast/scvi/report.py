@@ -294,7 +294,7 @@ def _panel(
     plots._scatter(ax, plane, group_of, colors, order)
     if written is not None:
         present = np.unique(group_of[group_of >= 0])
-        plots._write_at_medians(ax, plane, group_of, list(written), present)
+        plots._write_where_densest(ax, plane, group_of, list(written), present)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     picture = _picture(file.getvalue(), alt)
