@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from vmm_fast.models import VAE, History, fit, training
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
@@ -120,7 +121,8 @@ def test_batches(n, batch_size, steps, monkeypatch):
     batches, drawn, updated = [], [], []
     elbo = model.elbo
 
-    def recorded(x):
+    def recorded(x, prior):
+        assert prior is None
         terms = elbo(x)
         batches.append(x)
         drawn.append(terms.z)
@@ -219,6 +221,49 @@ def test_a_falling_learning_rate_goes_on_where_it_was(tmp_path, monkeypatch):
     assert rates[0] == pytest.approx(0.01 * (0.02 + 0.98 * 1), rel=0.01)
     with pytest.raises(ValueError, match="schedule: cosine, 3 epochs in the checkpoint, cosine, 4"):
         run(resumed, **{**cosine, "epochs": 4}, checkpoint=path, resume=True)
+
+
+def test_the_prior_stands_still_in_the_warmup_and_learns_after_it(tmp_path):
+    steps, states, path = [], [], tmp_path / "run.pt"
+    model = make_model()
+    elbo = model.elbo
+
+    def recorded(x, prior):
+        terms = elbo(x, prior)
+        if model.training:
+            steps.append(prior)
+            if prior is not None:
+                normal = MultivariateNormal(torch.zeros(2), torch.eye(2))
+                ratio = terms.q.log_prob(terms.z) - normal.log_prob(terms.z)
+                torch.testing.assert_close(terms.kl, ratio, rtol=1e-4, atol=1e-4)
+        return terms
+
+    def end(record):
+        states.append(copy.deepcopy(model.prior.state_dict()))
+
+    model.elbo = recorded
+    settings = {"prior_warmup": 0.6, "epochs": 5, "patience": 1}  # 12 of 20 steps
+    history = run(model, **settings, checkpoint=path, on_epoch_end=end)
+    assert [prior is not None for prior in steps[:16]] == [True] * 12 + [False] * 4
+    begun = make_model().prior.state_dict()
+    for state in states[:3]:
+        assert_same_state(state, begun)
+    assert not torch.equal(states[3]["raw_precision"], begun["raw_precision"])
+    assert history.best_epoch >= 4  # and patience did not end the warm-up
+
+    def stop(record):
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), **settings, checkpoint=path, on_epoch_end=stop)
+    resumed = make_model(seed=1)
+    assert without_seconds(run(resumed, **settings, checkpoint=path, resume=True)) == (
+        without_seconds(history)
+    )
+    assert_same_state(resumed.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"prior_warmup: 0.6 of 5 epochs in the .* 0.6 of 6"):
+        run(resumed, **{**settings, "epochs": 6}, checkpoint=path, resume=True)
 
 
 def test_schedules():
@@ -442,6 +487,8 @@ def with_nan(x):
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be positive"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of 'constant', 'cosine', but"),
+        ({"prior_warmup": 1.0}, ValueError, r"prior_warmup must be in \[0, 1\), but is 1.0"),
+        ({"prior_warmup": -0.1}, ValueError, "prior_warmup must be in"),
         ({"min_delta": -1.0}, ValueError, "min_delta must be"),
         ({"x_train": make_data().numpy()}, TypeError, "x_train must be a tensor.*ndarray"),
         ({"x_train": make_data()[:0]}, ValueError, "x_train must have at least one row"),

@@ -53,6 +53,45 @@ def test_shapes_and_dtypes(input_shape, shape, posterior, likelihood, dtype):
         assert model.scale.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "shape", [(36,), (6, 9), (1, 5, 7), (3, 8, 8), (8, 7, 3), (4, 4, 4), (5, 4, 4), (2, 6, 5)]
+)
+def test_convolutions_take_pictures_of_any_size_and_order(shape):
+    torch.manual_seed(0)
+    model = VAE(shape, 3, hidden=(8,), channels=(4, 6)).double()
+    x = data(5, shape)
+    terms = model(x)
+    terms.elbo.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.decode(terms.z).shape == x.shape
+    # The first convolution sees neighbours, wherever the colours are.
+    pictures = {1: x[:, None], 2: x[:, None]}.get(len(shape), x)
+    if len(shape) == 1:
+        pictures = x.unflatten(1, (1, 6, 6))
+    elif shape == (8, 7, 3) or shape == (5, 4, 4):
+        pictures = x.permute(0, 3, 1, 2)
+    expected = torch.nn.functional.conv2d(
+        pictures, model.encoder[1].weight, model.encoder[1].bias, 2, 1
+    )
+    torch.testing.assert_close(model.encoder[:2](x.flatten(1)), expected)
+    # The decoder gives every value back where it was.
+    back = model.decoder[-1](pictures)
+    torch.testing.assert_close(back, x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (7, "input_shape must be a picture for channels"),
+        ((2, 8, 8, 8), "input_shape must be a picture for channels"),
+        ((3, 8), "channels must be few enough to halve 3 x 8 values each time"),
+    ],
+)
+def test_what_is_no_picture_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        VAE(shape, 3, channels=(4, 6))
+
+
 @pytest.mark.parametrize("latent_dim", [1, 2, 5])
 def test_full_posterior_is_lower_triangular_with_positive_diagonal(latent_dim):
     model = make(latent_dim=latent_dim)

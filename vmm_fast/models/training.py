@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vmm_fast._files import save_atomically
 from vmm_fast.models.vae import VAE
+from vmm_fast.priors import StandardNormalPrior
 from vmm_fast.priors.base import check_choice
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
@@ -64,6 +65,7 @@ def fit(
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     schedule: str = "constant",
+    prior_warmup: float = 0.0,
     patience: int | None = None,
     min_delta: float = 0.0,
     seed: int = 0,
@@ -92,6 +94,11 @@ def fit(
     schedule : {"constant", "cosine"}
         How the network's learning rate changes over `epochs`; see :mod:`vmm_fast.schedules`.
         With a cosine a checkpoint is resumed with the same number of epochs alone.
+    prior_warmup : float
+        The share of all steps, in [0, 1), in which N(0, I) stands in for the prior, which then
+        starts from codes that are spread out. Otherwise all may lie in few components while the
+        network knows little, and most components are lost. Nothing counts as best or as without
+        improvement until the epoch in which it ends. A checkpoint as with a cosine.
     patience : int, optional
         Stop after this many epochs in a row without an improvement of the validation ELBO.
     min_delta : float
@@ -134,12 +141,23 @@ def fit(
     """
     _check_arguments(epochs, batch_size, learning_rate, patience, min_delta, seed, x_val)
     check_choice("schedule", schedule, SCHEDULES)
+    if not 0 <= prior_warmup < 1:
+        raise ValueError(f"prior_warmup must be in [0, 1), but is {prior_warmup!r}")
     path = _checkpoint_path(checkpoint, resume)
     was_training = model.training
     try:
         with _own_random_state(model):
             run = _Run(
-                model, x_train, x_val, epochs, batch_size, learning_rate, schedule, seed, transform
+                model,
+                x_train,
+                x_val,
+                epochs,
+                batch_size,
+                learning_rate,
+                schedule,
+                prior_warmup,
+                seed,
+                transform,
             )
             if resume:
                 assert path is not None
@@ -172,6 +190,7 @@ class _Run:
         batch_size: int,
         learning_rate: float,
         schedule: str,
+        prior_warmup: float,
         seed: int,
         transform: Callable[[Tensor], Tensor] | None,
     ) -> None:
@@ -180,6 +199,9 @@ class _Run:
         self.model, self.transform = model, transform
         self.batch_size, self.seed = batch_size, seed
         self.learning_rate, self.schedule, self.epochs = learning_rate, schedule, epochs
+        self.steps = max(1, len(x_train) // batch_size)  # of an epoch
+        self.warmup_steps = int(prior_warmup * epochs * self.steps)
+        self.normal = StandardNormalPrior(model.latent_dim)
         self.x_train, self.x_val = x_train, x_val
         for name, x in (("x_train", x_train), ("x_val", x_val)):
             if x is not None:
@@ -204,6 +226,7 @@ class _Run:
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "schedule": schedule if schedule == "constant" else f"{schedule}, {epochs} epochs",
+            "prior_warmup": f"{prior_warmup} of {epochs} epochs" if prior_warmup else "none",
             "seed": seed,
             "length of x_train": len(x_train),
             "checksum of x_train": _checksum(x_train),
@@ -260,7 +283,7 @@ class _Run:
             "components_active": components_active,
         }
         self.history.append(record)
-        if self.x_val is not None:
+        if self.x_val is not None and self.stand_in(self.epoch * self.steps - 1) is None:
             elbo = record["validation_elbo"]
             self.stale += 1
             if elbo > self.best_elbo + min_delta:
@@ -270,28 +293,32 @@ class _Run:
                 self.history.best_epoch = self.epoch
         return record
 
+    def stand_in(self, step: int) -> StandardNormalPrior | None:
+        """N(0, I) in a step of the warm-up, None in later ones."""
+        return self.normal if step < self.warmup_steps else None
+
     def train(self) -> list[float]:
         """Every step of an epoch; the mean ELBO, log-likelihood and KL."""
-        model, n = self.model, len(self.x_train)
+        model, n, steps = self.model, len(self.x_train), self.steps
         model.train()
-        steps = max(1, n // self.batch_size)
         order = torch.randperm(n, generator=self.shuffle).to(self.x_train.device)
         totals = [0.0] * 3
         for step in range(steps):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            share = learning_rate_share(
-                self.schedule, self.epoch * steps + step, self.epochs * steps
-            )
+            done = self.epoch * steps + step
+            share = learning_rate_share(self.schedule, done, self.epochs * steps)
             self.optimizer.param_groups[0]["lr"] = share * self.learning_rate
             with self.diverging(f"training step {step + 1}"):
-                terms = model.elbo(self.batch(self.x_train[rows]))
+                prior = self.stand_in(done)
+                terms = model.elbo(self.batch(self.x_train[rows]), prior)
                 elbo = terms.elbo.mean()
                 values = torch.stack([elbo, terms.log_likelihood.mean(), terms.kl.mean()]).tolist()
                 self.check_finite(values)
                 self.optimizer.zero_grad()
                 (-elbo).backward()
                 self.optimizer.step()
-                model.prior.update(terms.z.detach(), model.encode)
+                if prior is None:
+                    model.prior.update(terms.z.detach(), model.encode)
             totals = [total + value for total, value in zip(totals, values, strict=True)]
         return [total / steps for total in totals]
 
@@ -300,11 +327,12 @@ class _Run:
         """Mean ELBO, log-likelihood and KL, and the number of components in use."""
         model = self.model
         model.eval()
+        prior = self.stand_in((self.epoch + 1) * self.steps - 1)
         totals, means = [0.0] * 3, []
         with _own_random_state(model), self.diverging("validation"):
             _seed_noise(self.seed, self.device)
             for start in range(0, len(x_val), self.batch_size):
-                terms = model.elbo(self.batch(x_val[start : start + self.batch_size]))
+                terms = model.elbo(self.batch(x_val[start : start + self.batch_size]), prior)
                 sums = torch.stack([term.sum() for term in terms[:3]]).tolist()
                 totals = [total + value for total, value in zip(totals, sums, strict=True)]
                 means.append(terms.q.mean)
@@ -350,8 +378,8 @@ class _Run:
     def load(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            # Before there were schedules, all rates were constant.
-            settings = {"schedule": "constant", **state["settings"]}
+            # Before there were schedules and warm-ups, there were none.
+            settings = {"schedule": "constant", "prior_warmup": "none", **state["settings"]}
         except Exception as error:  # torch raises many kinds for a damaged file
             raise ValueError(
                 f"checkpoint {str(path)!r} cannot be read (truncated, or not written by `fit`): "
