@@ -1,8 +1,9 @@
 """How well each prior clusters real images: curves of scores against epochs, one run per call.
 
-A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST, selects nothing
-by labels, and after every epoch scores the 10,000 test images. It writes one JSON file with the
-curve, the command, versions and date; ``--plot`` draws all runs that lie in the results folder.
+A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST (or 25,000 of
+Fashion-MNIST), selects nothing by labels, and after every epoch scores the 10,000 (5,000) test
+images. It writes one JSON file with the curve, the command, versions and date; ``--plot`` draws all
+runs that lie in the results folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignmen
 from vmm_fast.models import VAE, fit
 from vmm_fast.schedules import SCHEDULES
 
+NETWORKS: dict[str, dict[str, Any]] = {
+    "perceptron": {},  # the paper's
+    "convolutional": {"channels": (16, 32, 64), "hidden": (256,)},
+}
+DATASETS = ("mnist", "fashion_mnist")
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 
 
@@ -32,7 +38,7 @@ def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: arg
     """Build the prior of a run; pseudo-inputs start at random training images."""
     if name == "normal":
         return vmm_fast.StandardNormalPrior(latent_dim)
-    start = x[torch.randperm(len(x))[:components]]
+    start = x[torch.randperm(len(x))[: components * args.pseudo_inputs_per_component]]
     data_size = len(x) if args.prior_weight == "data" else None
     common: dict[str, Any] = {"data_size": data_size, "learning_rate": args.prior_learning_rate}
     if name == "vamp":
@@ -45,6 +51,7 @@ def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: arg
     if name == "gmm":
         return vmm_fast.GaussianMixturePrior(components, latent_dim, **common)
     common["responsibility_gradient"] = not args.true_em
+    common["pseudo_inputs_per_component"] = args.pseudo_inputs_per_component
     common["reuse_encoding"] = args.reuse_encoding
     inference = "closed-form" if name == "vmm-closed-form" else "gradient"
     return vmm_fast.VMMPrior(start, latent_dim, inference=inference, **common)
@@ -82,10 +89,19 @@ def score_clusters(model: VAE, x: Tensor, test: Tensor, labels: np.ndarray) -> d
     return {"clusters": clusters.num_clusters, **{name: scores[name] for name in names}}
 
 
+def read(folder: Path, dataset: str) -> tuple[Any, Any]:
+    """Images and labels to train on and to test with: the official parts where there are such."""
+    if dataset == "mnist":
+        train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
+        return train, test
+    every = dict(np.load(folder / f"{dataset}.npz"))
+    cut = len(every["images"]) * 5 // 6
+    return ({k: v[:cut] for k, v in every.items()}, {k: v[cut:] for k, v in every.items()})
+
+
 def run(args: argparse.Namespace, path: Path) -> None:
     """Train one prior; its record is written to ``path`` after every epoch and at the end."""
-    folder = Path(args.data)
-    train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
+    train, test = read(Path(args.data), args.dataset)
     torch.manual_seed(args.seed)
     train = {name: train[name][: args.images] for name in ("images", "labels")}
     x, y = (
@@ -93,7 +109,8 @@ def run(args: argparse.Namespace, path: Path) -> None:
         for part in (train, test)
     )
     prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
-    model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale)
+    network = NETWORKS[args.network]
+    model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale, **network)
     record = {
         "command": command(sys.argv[1:]),
         **environment(),
@@ -131,6 +148,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         schedule=args.schedule,
+        prior_warmup=args.prior_warmup,
         seed=args.seed,
         on_epoch_end=on_epoch_end,
         checkpoint=args.checkpoint,
@@ -191,8 +209,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", help="of the result file, PREFIX-NAME.json; the prior's unless given"
     )
     parser.add_argument(
-        "--data", default=str(DATA), help="folder with mnist_train.npz, mnist_test.npz"
+        "--data",
+        default=str(DATA),
+        help="folder with mnist_train.npz and mnist_test.npz, or fashion_mnist.npz",
     )
+    parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
+    parser.add_argument("--network", choices=NETWORKS, default="perceptron")
     parser.add_argument(
         "--prefix", default="mnist", help="of the result files that belong together"
     )
@@ -201,6 +223,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument(
+        "--prior-warmup", type=float, default=0.0, help="share of the steps under N(0, I)"
+    )
+    parser.add_argument("--pseudo-inputs-per-component", type=int, default=1)
     parser.add_argument("--prior-learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--prior-weight",

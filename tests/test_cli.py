@@ -36,7 +36,7 @@ def small_and_quick(monkeypatch):
         for name in PICTURES:
             (folder / name).touch()
 
-    monkeypatch.setattr(vmm_fast.clustering, "_hidden", lambda rows: (16, 12))
+    monkeypatch.setattr(vmm_fast.clustering, "_network", lambda data: {"hidden": (16, 12)})
     monkeypatch.setattr(Clustering, "write_pictures", touch)
 
 
@@ -294,7 +294,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     np.save(folder / "x.npy", vectors()[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vmm_fast.clustering, "_hidden", lambda rows: (16, 12))
+        patch.setattr(vmm_fast.clustering, "_network", lambda data: {"hidden": (16, 12)})
         patch.setattr(Clustering, "write_pictures", lambda self, folder: None)
         assert cluster(folder / "x.npy", folder / "out") == 0
     return folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ LEAST_ROWS = 10  # one is held out and nine are trained on
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
 FEWEST_EPOCHS = 40
+PRIOR_WARMUP = 0.1  # of the epochs
 TSNE_ROWS = 2000
 SAMPLES = 10  # of each cluster, in the picture
 
@@ -99,9 +101,14 @@ def _held_out(rows: int) -> int:
     return max(1, rows // 10)
 
 
-def _hidden(rows: int) -> tuple[int, ...]:
-    """Widths of the encoder's layers: the paper's, or two that learn in fewer steps."""
-    return (500, 500, 2000) if rows >= MANY_ROWS else (512, 256)
+def _network(data: Data) -> dict[str, Any]:
+    """Layers of the encoder: convolutions for pictures, else the paper's or fewer of them."""
+    pictures = data.pictures(data.values[:1].float())
+    if pictures is None:
+        many = len(data.values) >= MANY_ROWS
+        return {"hidden": (500, 500, 2000) if many else (512, 256)}
+    halvings = max(0, int(math.log2(min(pictures.shape[-2:]) / 3)))  # until 3 to 5 values are left
+    return {"channels": tuple(min(16 << k, 128) for k in range(halvings)), "hidden": (256,)}
 
 
 class Assigned(NamedTuple):
@@ -176,13 +183,13 @@ class Clusterer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values alone: ``torch.load(path, weights_only=True)`` reads it."""
-        layers = [layer for layer in self.network.encoder if isinstance(layer, torch.nn.Linear)]
         return {
             "vmm_fast": FORMAT,
             "network": {
                 "input_shape": list(self.network.input_shape),
                 "latent_dim": self.network.latent_dim,
-                "hidden": [layer.out_features for layer in layers[:-1]],
+                "hidden": self.network.hidden,
+                "channels": self.network.channels,
             },
             "weights": self.network.state_dict(),
             "components": self.components.state_dict(),
@@ -348,8 +355,8 @@ def train(
             inference="closed-form",
             data_size=len(x_train),
         )
-        hidden = _hidden(len(data.values))
-        model = VAE(shape, settings.latent_dim, prior, hidden)
+        network = _network(data)
+        model = VAE(shape, settings.latent_dim, prior, **network)
 
     try:
         history = fit(
@@ -360,6 +367,7 @@ def train(
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             schedule="cosine",
+            prior_warmup=PRIOR_WARMUP,
             patience=max(5, settings.epochs // 4),
             seed=settings.seed,
             transform=scaling.apply,
@@ -372,7 +380,7 @@ def train(
         raise InputError(str(error)) from error
 
     model.eval()
-    bare = VAE(shape, settings.latent_dim, hidden=hidden)
+    bare = VAE(shape, settings.latent_dim, **network)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("prior.")}
     bare.load_state_dict(weights)
     with torch.no_grad():

@@ -66,7 +66,7 @@ class Data:
             side = round(shape[0] ** 0.5)
             return x.reshape(*lead, side, side) if side * side == shape[0] and side > 1 else None
         if len(shape) == 3:
-            x = x if shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4) else x.movedim(-1, -3)
+            x = x.movedim(-1, -3) if shape[2] < shape[0] else x
             if x.shape[-3] != 3:
                 x = x.mean(-3)
         return x

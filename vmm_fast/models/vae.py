@@ -38,9 +38,6 @@ SIGMA_FLOOR = 1e-6
 VARIANCE_RATE = 0.05
 
 
-COLOURS = (1, 3, 4)  # a picture has so many, with transparency
-
-
 class ELBOTerms(NamedTuple):
     """The evidence lower bound of a batch and what it is made of.
 
@@ -76,7 +73,7 @@ class _Picture(nn.Module):
         if len(shape) == 1:
             side = math.isqrt(shape[0])
             shape = (side, side)
-        self.colours_last = len(shape) == 3 and shape[0] not in COLOURS and shape[2] in COLOURS
+        self.colours_last = len(shape) == 3 and shape[2] < shape[0]
         self.shape, self.back = shape, back
         *_, self.colours, self.height, self.width = (1, *shape)
         if self.colours_last:
@@ -124,7 +121,7 @@ class VAE(nn.Module):
     ----------
     input_shape : int or tuple of int
         Shape of one input, ``784`` or ``(28, 28)``. With `channels` it is a picture: height and
-        width, of colours (1, 3 or 4) in front or at the end, or a square in one.
+        width, with colours in front of them or behind, whichever are fewer; or a flattened square.
     latent_dim : int
         D, the number of latent dimensions.
     prior : Prior, optional

@@ -126,7 +126,7 @@ class LatentPrior(BaseModuleClass):
     confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
         What components share and the clusters that they form, as :meth:`keep_clusters` was given.
     cluster_points : Tensor [KEPT_POINTS, D]
-        Points that clusters of another cut must hold; NaN where there are no more.
+        Points that clusters of another cut must hold; infinite where there are no more.
     """
 
     prior: Prior | None
@@ -296,7 +296,7 @@ class LatentPrior(BaseModuleClass):
             "confusion_sums": torch.zeros(count, count, dtype=torch.float64),
             "confusion_counts": torch.zeros(count, dtype=torch.int64),
             "cluster_of_component": torch.zeros(count, dtype=torch.int64),
-            "cluster_points": torch.full((KEPT_POINTS, self.n_latent), math.nan),
+            "cluster_points": torch.full((KEPT_POINTS, self.n_latent), math.inf),
         }
 
     @property
@@ -324,7 +324,7 @@ class LatentPrior(BaseModuleClass):
     def other_clusters(self, **cut: Any) -> Clusters:
         """Cut the tree elsewhere; see :func:`vmm_fast.clusters.find_clusters`."""
         points = self.cluster_points.cpu()
-        points = points[~points[:, 0].isnan()]
+        points = points[points[:, 0].isfinite()]
         return find_clusters(self.components().to("cpu"), points, tree=self.tree, **cut)
 
 
