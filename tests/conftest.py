@@ -4,6 +4,10 @@ import os
 import signal
 import warnings
 
+# Before vmm_fast is imported, which reads these: each test is of all backends and instruction sets,
+# whatever the shell exports.
+os.environ.pop("VMM_FAST_BACKEND", None)
+os.environ.pop("VMM_FAST_ISA", None)
 # Before Triton is imported: its kernels run in its interpreter, which needs no GPU. A process that
 # test_gpu.py starts is told otherwise.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,7 +24,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
-
 
 def pytest_collection_modifyitems(items):
     """Refuse a test that is marked slow and does not say why."""
@@ -65,7 +68,7 @@ def quick_interpreter():
 
 
 # A GPU's tensors, where test_gpu.py starts the tests without the interpreter.
-ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
+ON_GPU = os.environ["TRITON_INTERPRET"].lower() not in ("1", "true", "on", "yes", "y")
 BACKENDS = ["core", "plain", "triton", "triton-split"]
 
 
@@ -77,6 +80,8 @@ def backend(request, monkeypatch):
     merged in a second launch; "triton" has one that takes all.
     """
     kind = request.param
+    if ON_GPU and not torch.cuda.is_available():
+        pytest.skip("TRITON_INTERPRET=0, but there is no GPU")
     if ON_GPU and not kind.startswith("triton"):
         pytest.skip("this run is of the kernels on a GPU")
     forced = {"core": "core", "plain": "reference"}.get(kind, "triton")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ON_GPU
 from support import composed_kl, kl_with_gradients, random_mixture, random_scale
 
 from vmm_fast import backends, ops, reference
@@ -159,6 +160,7 @@ def test_an_error_of_the_device_is_no_fault_of_the_kernel(monkeypatch, recwarn, 
     assert raised.value is error and not backends._failed and not recwarn.list
 
 
+@pytest.mark.skipif(ON_GPU, reason="the kernels take the CPU's tensors in the interpreter alone")
 def test_a_forward_in_plain_torch_serves_a_backward_in_the_kernels(monkeypatch):
     inputs = (*random_mixture(7, 4, 3), random_scale(7, 3, False))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ON_GPU
 from support import assert_all_close, counted_launches, everything, on, random_mixture
 from torch.distributions import Independent, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +25,8 @@ from vmm_fast import VMMPrior, backends, ops, reference
 from vmm_fast.counts import zinb_log_prob
 from vmm_fast.inference import map_objective
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-ON_GPU = not triton.knobs.runtime.interpret
 if ON_GPU and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=0, but there is no GPU", allow_module_level=True)
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ON_GPU
 from support import (
     Computations,
     assert_within_budget,
@@ -33,7 +34,6 @@ from vmm_fast.kernels import aot, launch  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 in_kernels = pytest.mark.parametrize("backend", ["triton", "triton-split"], indirect=True)
-ON_GPU = not triton.knobs.runtime.interpret
 interpreted = pytest.mark.skipif(ON_GPU, reason="patches Triton's interpreter")
 
 # --- tiles and programs ---
