@@ -25,12 +25,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
 
-def pytest_collection_modifyitems(items):
-    """Refuse a test that is marked slow and does not say why."""
-    for item in items:
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Refuse a test that is marked slow and does not say why: its file has an error."""
+    found = yield
+    for item in found if isinstance(found, list) else []:
         for mark in item.iter_markers("slow"):
             if not (mark.args and isinstance(mark.args[0], str)):
-                raise pytest.UsageError(f"{item.nodeid} must say why it is slow: slow('...')")
+                raise pytest.Collector.CollectError(
+                    f"{item.nodeid} must say why it is slow: slow('...')"
+                )
+    return found
 
 
 @pytest.fixture(scope="session")
