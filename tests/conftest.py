@@ -12,6 +12,7 @@ os.environ.pop("VMM_FAST_ISA", None)
 # test_gpu.py starts is told otherwise.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small problems: threads would cost more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
 
+# The same examples on every run; how long one takes depends on the machine.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem():
@@ -37,6 +42,12 @@ def pytest_pycollect_makeitem():
                     f"{item.nodeid} must say why it is slow: slow('...')"
                 )
     return found
+
+
+@pytest.fixture(autouse=True)
+def torch_seed():
+    """Whatever ran before, a test that draws without a seed of its own draws the same."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

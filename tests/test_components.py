@@ -66,7 +66,7 @@ def wide_gaussians(components, centers, dim, form, dtype=torch.float64):
 # --- values and gradients ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6))
 def test_float64_equals_reference(shape, kind, seed):
     components, per_component, dim = shape

@@ -137,7 +137,7 @@ def test_gradients_at_the_extremes(isa, grid, model):
         torch.testing.assert_close(c.double() * scale, b * scale, rtol=2e-5, atol=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(0, 6), st.integers(0, 70)),
     model=st.sampled_from(MODELS),

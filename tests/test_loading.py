@@ -81,7 +81,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 5))
 def test_every_cell_is_in_one_batch_of_one_process(shape, seed):
     number, run, batch_size, world = shape.values()
@@ -102,7 +102,7 @@ def test_every_cell_is_in_one_batch_of_one_process(shape, seed):
     assert number - len(rows) <= world * left_out + world - 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 400), st.integers(0, 3))
 def test_a_pass_goes_on_where_it_was_left(shape, at, number_of_pass):
     number, run, batch_size, _ = shape.values()

@@ -107,7 +107,7 @@ def test_ami_is_the_chance_corrected_mutual_information():
     assert scores.ami != pytest.approx(scores.ari, abs=1e-3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["x", "y", "z z", ""])), min_size=2).map(
         lambda rows: tuple(zip(*rows, strict=True))

@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_the_reference(backend, shape, transpose, gro
 shapes = st.tuples(st.integers(0, 140), st.integers(1, 9), st.integers(1, 17))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, transpose=st.booleans(), seed=st.integers(0, 10**6))
 def test_any_shape(shape, transpose, seed):
     assert_equals_reference(random_mixture(*shape, seed=seed), transpose, tolerance=1e-10)

@@ -95,7 +95,6 @@ def assert_follows_scipy(got, counts, concentration, discount, tolerance=1e-10):
     assert (got.expected_log_weights.exp() <= got.mean_weights * (1 + 1e-9)).all()
 
 
-@settings(deadline=None)
 @given(counts_strategy, concentrations, discounts)
 @example([5.0], 1.0, 0.0)
 @example([0.0, 0.0], 1.0, 0.3)
@@ -151,7 +150,6 @@ def test_many_components(discount):
     assert_maximises_concentration(got, discount, 1.0, 1.0)
 
 
-@settings(deadline=None)
 @given(counts_strategy, concentrations, discounts)
 @example([0.0, 0.0], 1.0, 0.0)
 @example([0.0, 0.0, 0.0], 0.5, 0.3)
@@ -235,7 +233,6 @@ def assert_maximises_concentration(posterior, discount, shape, rate):
     assert loss(math.log(posterior.concentration)) <= found.fun + tolerance
 
 
-@settings(deadline=None)
 @given(
     counts_strategy, concentrations, discounts, st.sampled_from([1.0, 1.5, 20.0]), concentrations
 )
@@ -244,7 +241,6 @@ def test_concentration_against_scipy(counts, concentration, discount, shape, rat
     assert_maximises_concentration(got, discount, shape, rate)
 
 
-@settings(deadline=None)
 @given(counts_strategy, concentrations, st.sampled_from([0.2, 1.0, 3.0]), concentrations)
 def test_concentration_is_the_conjugate_mode_without_discount(counts, concentration, shape, rate):
     got = stick_breaking_posterior(double(counts), concentration, 0.0, (shape, rate))
@@ -384,7 +380,7 @@ def test_team_against_one_member(name, discount, emulated_gpu):
         assert_same_bits(got, stick_breaking_posterior(counts, 2.0, discount, (1.5, 0.5)))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts_strategy, concentrations, discounts, st.integers(1, 9))
 def test_team_sorts_and_follows_scipy(emulated_gpu, counts, concentration, discount, members):
     emulated_gpu(members)
@@ -441,7 +437,6 @@ def test_more_components_than_the_gpu_takes_go_to_the_cpu(monkeypatch):
 # Sticks and weights
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1.0), max_size=20))
 def test_sticks_to_log_weights(sticks):
     got = sticks_to_log_weights(double(sticks))
@@ -452,14 +447,12 @@ def test_sticks_to_log_weights(sticks):
     assert abs(got.exp().sum().item() - 1) < 1e-13
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1 - 1e-6), max_size=20))
 def test_sticks_survive_the_round_trip(sticks):
     got = log_weights_to_sticks(sticks_to_log_weights(double(sticks)))
     np.testing.assert_allclose(got, sticks, rtol=1e-12)
 
 
-@settings(deadline=None)
 @given(weights_strategy)
 def test_log_weights_to_sticks(log_weights):
     got = log_weights_to_sticks(double(log_weights)).numpy()
@@ -497,7 +490,6 @@ def prior_oracle(log_weights, concentration, discount):
     return stats.beta.logpdf(v, 1 - discount, concentration + c * discount).sum()
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=15), concentrations, discounts)
 @example([1.0, 1.0, 1.0], 2.0, 0.3)
 def test_prior_against_scipy(log_weights, concentration, discount):
