@@ -4,6 +4,7 @@ What they compute is checked with the other backends, in the tests of the operat
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -214,14 +215,14 @@ def test_launches_of_a_variational_step(monkeypatch, backend, full):
 # --- compiled ahead of time ---
 
 
-def run_compiler(tmp_path, *arguments):
+def run_compiler(tmp_path, *arguments, code=0):
     """Run Python without the interpreter and with nothing compiled before; gives what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == code, run.stdout + run.stderr
     return run.stdout
 
 
@@ -270,26 +271,36 @@ def test_the_interpreter_compiles_nothing_ahead_of_time(capsys):
     assert "TRITON_INTERPRET must not be set" in capsys.readouterr().err
 
 
+# Bytes that components_backward_kernel spills for sm_100 with Triton 3.7.1, by FORM, DIAGONAL,
+# WANT_WEIGHTS, WANT_PRECISION and WANT_SCALE: no other bound may break, and these no longer once
+# they hold.
+SPILLED = {
+    "marginal False True True True": 400,
+    "marginal False False False True": 168,
+    "expected False True True True": 504,
+    "marginal True True True True": 24,
+}
+
+
 @pytest.mark.slow("compiles a hundred configurations in a process of its own")
 @pytest.mark.parametrize(
     ("target", "dim"),
-    [
-        ("sm_80", 10),
-        ("sm_90", 10),
-        pytest.param(
-            *("sm_100", 10),
-            marks=pytest.mark.xfail(
-                triton.__version__ == "3.7.1",
-                reason="components_backward_kernel spills 24 to 504 bytes with Triton 3.7.1",
-            ),
-        ),
-        ("gfx942", 10),
-        ("sm_90", 50),
-    ],
+    [("sm_80", 10), ("sm_90", 10), ("sm_100", 10), ("gfx942", 10), ("sm_90", 50)],
 )
 def test_kernels_compile_within_their_bounds(tmp_path, target, dim):
     """In float32 and one dimension; the command by itself does all, in longer."""
+    known = SPILLED if target == "sm_100" and triton.__version__ == "3.7.1" else {}
     options = ("--dtype", "float32", "--dim", str(dim), "--target", target)
-    rows = run_compiler(tmp_path, "-m", "vmm_fast.kernels.aot", *options).splitlines()
-    held = [row.split() for row in rows if row.endswith(" hold")]
-    assert len(held) > 90 and {row[-6] for row in held} == {target}
+    arguments = ("-m", "vmm_fast.kernels.aot", *options)
+    printed = run_compiler(tmp_path, *arguments, code=1 if known else 0)
+    rows = [re.split("  +", row) for row in printed.splitlines() if f" {target} " in row]
+    broken = {}
+    for kernel, configuration, *_, bounds in rows:
+        if bounds != "hold":
+            constants = " ".join(re.findall(r"=(\w+)", configuration)[1:6])
+            broken[kernel, constants] = bounds
+    assert broken == {
+        ("components_backward_kernel", constants): f"{spilled} bytes spilled, at most 0"
+        for constants, spilled in known.items()
+    }
+    assert len(rows) - len(broken) > 90
