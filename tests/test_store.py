@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 import tracemalloc
 
 import numpy as np
@@ -424,7 +423,7 @@ def test_a_file_that_changes_or_vanishes(shards):
     path = folder / "1.h5ad"
     with CellStore(folder) as found:
         found.read(0, 72)
-        path.touch()
+        os.utime(path, ns=(1, 1))
         found.read(0, 30)  # of another shard
         for read in (found.read, found.obs, found.obs_names):
             with pytest.raises(InputError, match=r"1.h5ad: has changed since it was opened"):
@@ -456,10 +455,7 @@ def test_dense_zarr_that_changes_or_has_lost_chunks(tmp_path, version):
     with CellStore(path) as found:
         check_reads(found, adata.X)
         assert found.notes == []
-        time.sleep(0.01)  # the clock of files ticks every few milliseconds
-        replaced = chunk.with_name("new")
-        replaced.write_bytes(chunk.read_bytes())
-        replaced.rename(chunk)
+        os.utime(chunk.parent, ns=(1, 1))  # as when a chunk is replaced
         with pytest.raises(InputError, match=r"c.zarr: has changed since it was opened"):
             found.read(0, 1)
     chunk.unlink()
@@ -882,7 +878,7 @@ def test_results_of_a_file_that_changes_leave_the_old_ones(tmp_path):
     folder.mkdir()
     (folder / "cells.h5ad").write_bytes(b"old")
     with CellStore(path) as cells:
-        path.touch()
+        os.utime(path, ns=(1, 1))
         with pytest.raises(InputError, match=r"c.h5ad: has changed since it was opened"):
             write_results(cells, folder, *results_of(60), cells.var_names, {})
     assert [p.read_bytes() for p in folder.iterdir()] == [b"old"]
