@@ -33,7 +33,9 @@ AT_ONCE = {"plan_kwargs": {"prior_warmup": 0.0}}
 
 @pytest.fixture(autouse=True, scope="module")
 def logs(tmp_path_factory):
-    scvi.settings.logging_dir = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scvi.settings, "logging_dir", tmp_path_factory.mktemp("logs"))
+        yield
 
 
 def model(adata=None, setup=None, seed=0, **options):

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True, scope="module")
 def logs(tmp_path_factory):
-    scvi.settings.logging_dir = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scvi.settings, "logging_dir", tmp_path_factory.mktemp("logs"))
+        yield
 
 
 def some_labels(adata=None):
