@@ -306,7 +306,6 @@ def test_other_formats(tmp_path, ending):
     assert start in (b"%PDF-", b"<?xml", b"\x89PNG\r")
 
 
-@pytest.mark.slow("a process of its own")
 def test_neither_pyplot_nor_scikit_learn_is_imported(tmp_path):
     code = (
         "import sys; from vmm_fast.plots import *; import numpy as np; "
