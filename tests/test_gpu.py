@@ -62,7 +62,7 @@ def test_the_kernels_on_a_gpu():
     tests = Path(__file__).parent
     chosen = "test_gpu.py or (triton and not test_backends)"  # as the fixture names its parameters
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", str(tests), "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "--timeout=1800", str(tests), "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         cwd=tests.parent,
         capture_output=True,

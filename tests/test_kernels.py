@@ -283,6 +283,7 @@ SPILLED = {
 
 
 @pytest.mark.slow("compiles a hundred configurations in a process of its own")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("target", "dim"),
     [("sm_80", 10), ("sm_90", 10), ("sm_100", 10), ("gfx942", 10), ("sm_90", 50)],
