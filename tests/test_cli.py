@@ -17,7 +17,7 @@ from support import complaint
 import vmm_fast.clustering
 from vmm_fast import cli
 from vmm_fast.clustering import Clusterer, Clustering
-from vmm_fast.data import read
+from vmm_fast.data import make_data, read
 
 pytest.importorskip("matplotlib", reason="the command needs vmm-fast[cli]")
 
@@ -26,6 +26,7 @@ COMMANDS = ["demo", "cluster", "integrate", "assign", "prepare"]
 FILES = {"run.json", "checkpoint.pt", *cli.RESULTS}
 PICTURES = [name for name in cli.RESULTS if name.endswith(".png")]
 WRITE_PICTURES = Clustering.write_pictures
+NETWORK = vmm_fast.clustering._network
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +287,27 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
     assert contents(broken) == kept
     assert cli.main(resume) == 0
     assert table(broken) == table(whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "network"),
+    [
+        ((28, 28), {"channels": (16, 32, 64), "hidden": (256,)}),
+        ((784,), {"channels": (16, 32, 64), "hidden": (256,)}),
+        ((64, 70, 3), {"channels": (16, 32, 64, 128), "hidden": (256,)}),
+        ((3, 8, 8), {"channels": (16,), "hidden": (256,)}),
+        ((2, 9), {"channels": (), "hidden": (256,)}),
+        ((17,), {"hidden": (512, 256)}),
+    ],
+)
+def test_pictures_have_convolutions_until_few_values_are_left(shape, network):
+    data = make_data(np.arange(2 * np.prod(shape)).reshape(2, *shape).astype("u1"))
+    assert NETWORK(data) == network
+    vmm_fast.models.VAE(shape, 2, **network)  # has room for them
+
+
+def test_rows_that_are_no_pictures_have_the_papers_network_where_there_are_many():
+    assert NETWORK(make_data(np.random.rand(20_000, 3))) == {"hidden": (500, 500, 2000)}
 
 
 @pytest.fixture(scope="module")

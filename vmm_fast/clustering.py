@@ -244,9 +244,11 @@ class Clustering:
         scores = None
         if self.data.labels is not None:
             index = self.clusterer.representatives(self.assigned.z)
-            scores = clustering_scores_from_assignment(
+            every = clustering_scores_from_assignment(
                 self.assigned.labels, self.data.labels, index
             ).as_dict()
+            # The numbers of clusters stand beside, under their own names.
+            scores = {k: v for k, v in every.items() if not k.startswith("components_")}
         record = self.history[best - 1]
         return {
             "rows": len(self.data.values),
