@@ -307,7 +307,7 @@ def test_pictures_have_convolutions_until_few_values_are_left(shape, network):
 
 
 def test_rows_that_are_no_pictures_have_the_papers_network_where_there_are_many():
-    assert NETWORK(make_data(np.random.rand(20_000, 3))) == {"hidden": (500, 500, 2000)}
+    assert NETWORK(make_data(vectors(20_000, 3)[0])) == {"hidden": (500, 500, 2000)}
 
 
 @pytest.fixture(scope="module")
