@@ -23,7 +23,7 @@ import vmm_fast
 from bench.records import DATA, PLACES, RESULTS, command, environment
 from vmm_fast._files import write_atomically
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
-from vmm_fast.models import VAE, fit
+from vmm_fast.models import VAE, RandomShifts, fit
 from vmm_fast.schedules import SCHEDULES
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -150,6 +150,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
         schedule=args.schedule,
         prior_warmup=args.prior_warmup,
         seed=args.seed,
+        augment=RandomShifts((784,)) if args.shifts else None,
         on_epoch_end=on_epoch_end,
         checkpoint=args.checkpoint,
         resume=args.resume,
@@ -226,6 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior-warmup", type=float, default=0.0, help="share of the steps under N(0, I)"
     )
+    parser.add_argument("--shifts", action="store_true", help="train on images shifted at random")
     parser.add_argument("--pseudo-inputs-per-component", type=int, default=1)
     parser.add_argument("--prior-learning-rate", type=float, default=1e-3)
     parser.add_argument(

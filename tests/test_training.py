@@ -266,6 +266,22 @@ def test_the_prior_stands_still_in_the_warmup_and_learns_after_it(tmp_path):
         run(resumed, **{**settings, "epochs": 6}, checkpoint=path, resume=True)
 
 
+def test_training_batches_alone_are_augmented_and_resumed(tmp_path):
+    seen = []
+
+    def shifted(x):
+        seen.append(len(x))
+        return (x + 0.05 * torch.randn(len(x), 1)).clamp(0, 1)
+
+    whole, resumed, path = make_model(), make_model(seed=1), tmp_path / "run.pt"
+    history = run(whole, epochs=2, augment=shifted)
+    assert seen == [16] * 8
+    run(make_model(), epochs=1, augment=shifted, checkpoint=path)
+    run(resumed, epochs=2, augment=shifted, checkpoint=path, resume=True)
+    assert_same_state(resumed.state_dict(), whole.state_dict())
+    assert history[0]["train_elbo"] != run(make_model(), epochs=1)[0]["train_elbo"]
+
+
 def test_schedules():
     assert [learning_rate_share("constant", step, 9) for step in range(9)] == [1.0] * 9
     shares = [learning_rate_share("cosine", step, 1000) for step in range(1000)]

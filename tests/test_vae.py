@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
 
-from vmm_fast.models import VAE
+from vmm_fast.models import VAE, RandomShifts
 from vmm_fast.models.vae import POSTERIOR_FLOOR, SIGMA_FLOOR
 from vmm_fast.priors import VMMPrior
 
@@ -78,6 +78,36 @@ def test_convolutions_take_pictures_of_any_size_and_order(shape):
     # The decoder gives every value back where it was.
     back = model.decoder[-1](pictures)
     torch.testing.assert_close(back, x.flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(784,), (28, 14), (3, 28, 14), (28, 14, 3)])
+def test_random_shifts_move_whole_pictures_by_up_to_their_share(shape):
+    torch.manual_seed(0)
+    x = data(400, shape)
+    moved = RandomShifts(shape)(x)
+    assert moved.shape == x.shape
+    views = [
+        images.unflatten(1, (28, 28))[:, None]
+        if len(shape) == 1
+        else images.movedim(-1, 1)
+        if shape[-1] == 3
+        else images.reshape(400, -1, 28, 14)
+        for images in (x, moved)
+    ]
+    found = set()
+    for before, after in zip(*views, strict=True):
+        wide = torch.nn.functional.pad(before, (2, 2, 2, 2), mode="replicate")
+        height, width = before.shape[-2:]
+        fits = [
+            (i - 2, j - 2)
+            for i in range(5)
+            for j in range(5)
+            if torch.equal(wide[:, i : i + height, j : j + width], after)
+        ]
+        assert len(fits) == 1
+        found.add(fits[0])
+    sideways = range(-2, 3) if shape == (784,) else range(-1, 2)
+    assert found == {(i, j) for i in range(-2, 3) for j in sideways}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
-from vmm_fast.models import VAE, History, fit
+from vmm_fast.models import VAE, History, RandomShifts, fit
 
 __all__ = ["Clusterer", "Clustering", "Settings", "train"]
 
@@ -373,6 +373,7 @@ def train(
             patience=max(5, settings.epochs // 4),
             seed=settings.seed,
             transform=scaling.apply,
+            augment=RandomShifts(shape) if model.channels else None,
             checkpoint=checkpoint,
             resume=resume,
             progress=progress,

@@ -70,6 +70,7 @@ def fit(
     min_delta: float = 0.0,
     seed: int = 0,
     transform: Callable[[Tensor], Tensor] | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -107,6 +108,9 @@ def fit(
         Of the batches' order, of the posterior's noise and of the validation noise.
     transform : callable, optional
         Applied to every batch on the model's device, e.g. ``lambda x: x / 127.5 - 1`` for uint8.
+    augment : callable, optional
+        Applied to every training batch after `transform`, at random if it likes, e.g.
+        :class:`vmm_fast.models.RandomShifts`. Must be the same when a checkpoint is resumed.
     checkpoint : path-like, optional
         Written after every epoch, whole or not at all; a file that is there is replaced.
     resume : bool
@@ -158,6 +162,7 @@ def fit(
                 prior_warmup,
                 seed,
                 transform,
+                augment,
             )
             if resume:
                 assert path is not None
@@ -193,10 +198,11 @@ class _Run:
         prior_warmup: float,
         seed: int,
         transform: Callable[[Tensor], Tensor] | None,
+        augment: Callable[[Tensor], Tensor] | None,
     ) -> None:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.model, self.transform = model, transform
+        self.model, self.transform, self.augment = model, transform, augment
         self.batch_size, self.seed = batch_size, seed
         self.learning_rate, self.schedule, self.epochs = learning_rate, schedule, epochs
         self.steps = max(1, len(x_train) // batch_size)  # of an epoch
@@ -310,7 +316,8 @@ class _Run:
             self.optimizer.param_groups[0]["lr"] = share * self.learning_rate
             with self.diverging(f"training step {step + 1}"):
                 prior = self.stand_in(done)
-                terms = model.elbo(self.batch(self.x_train[rows]), prior)
+                x = self.batch(self.x_train[rows])
+                terms = model.elbo(x if self.augment is None else self.augment(x), prior)
                 elbo = terms.elbo.mean()
                 values = torch.stack([elbo, terms.log_likelihood.mean(), terms.kl.mean()]).tolist()
                 self.check_finite(values)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from torch.nn import functional
 
+from vmm_fast.models.pictures import Picture
 from vmm_fast.priors import Prior, StandardNormalPrior
 
 # Added to the posterior's standard deviations and to a learnt sigma: softplus underflows to zero.
@@ -65,28 +66,6 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class _Picture(nn.Module):
-    """Values [B, V] of inputs of a shape as pictures [B, colours, height, width], or back."""
-
-    def __init__(self, shape: tuple[int, ...], back: bool = False) -> None:
-        super().__init__()
-        if len(shape) == 1:
-            side = math.isqrt(shape[0])
-            shape = (side, side)
-        self.colours_last = len(shape) == 3 and shape[2] < shape[0]
-        self.shape, self.back = shape, back
-        *_, self.colours, self.height, self.width = (1, *shape)
-        if self.colours_last:
-            self.height, self.width, self.colours = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.back:
-            return (x.movedim(1, -1) if self.colours_last else x).flatten(1)
-        if self.colours_last:
-            return x.unflatten(1, self.shape).movedim(-1, 1)
-        return x.unflatten(1, (self.colours, self.height, self.width))
-
-
 def _convolutional(
     shape: tuple[int, ...],
     channels: Sequence[int],
@@ -98,10 +77,10 @@ def _convolutional(
 
     Every convolution halves height and width; the decoder's transposed ones give them back.
     """
-    picture = _Picture(shape)
+    picture = Picture(shape)
     size = (picture.height, picture.width)
     down: list[nn.Module] = [picture]
-    up: list[nn.Module] = [_Picture(shape, back=True)]
+    up: list[nn.Module] = [Picture(shape, back=True)]
     for before, after in itertools.pairwise((picture.colours, *channels)):
         odd = (size[0] % 2, size[1] % 2)
         size = (size[0] // 2, size[1] // 2)
@@ -183,7 +162,7 @@ class VAE(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, was {value!r}")
 
         if channels:
-            picture = _Picture(shape)
+            picture = Picture(shape)
             if (
                 math.prod(shape) != picture.colours * picture.height * picture.width
                 or len(shape) > 3

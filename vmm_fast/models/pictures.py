@@ -1,0 +1,63 @@
+"""Inputs that are pictures: their axes, and random shifts of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Picture", "RandomShifts"]
+
+
+class Picture(nn.Module):
+    """Values [B, V] of inputs of a shape as pictures [B, colours, height, width], or back."""
+
+    def __init__(self, shape: tuple[int, ...], back: bool = False) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            side = math.isqrt(shape[0])
+            shape = (side, side)
+        self.colours_last = len(shape) == 3 and shape[2] < shape[0]
+        self.shape, self.back = shape, back
+        *_, self.colours, self.height, self.width = (1, *shape)
+        if self.colours_last:
+            self.height, self.width, self.colours = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give x [B, V] as pictures, or pictures as [B, V]."""
+        if self.back:
+            return (x.movedim(1, -1) if self.colours_last else x).flatten(1)
+        if self.colours_last:
+            return x.unflatten(1, self.shape).movedim(-1, 1)
+        return x.unflatten(1, (self.colours, self.height, self.width))
+
+
+class RandomShifts:
+    """Moves every picture of a batch up or down and sideways at random, for ``fit(augment=...)``.
+
+    A picture's content does not depend on where it lies; a network of few pictures learns so from
+    shifted ones. Values at the edge are repeated.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of one input, as :class:`vmm_fast.models.VAE` with ``channels`` takes it.
+    share : float
+        The most that a picture moves either way, of its height and of its width.
+    """
+
+    def __init__(self, shape: tuple[int, ...], share: float = 1 / 14) -> None:
+        self.picture, self.back = Picture(shape), Picture(shape, back=True)
+        self.most = [round(share * n) for n in (self.picture.height, self.picture.width)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shift inputs [B, *shape]."""
+        pictures = self.picture(x.flatten(1))
+        places = []
+        for size, most in zip(pictures.shape[2:], self.most, strict=True):
+            by = torch.randint(-most, most + 1, (len(x), 1), device=x.device)
+            places.append((torch.arange(size, device=x.device) + by).clamp(0, size - 1))
+        rows, columns = places[0][:, :, None], places[1][:, None, :]
+        every = torch.arange(len(x), device=x.device)[:, None, None]
+        return self.back(pictures[every, :, rows, columns].movedim(-1, 1)).view_as(x)
