@@ -285,15 +285,20 @@ def test_integration_compares_means_over_all_seeds():
     scores = ["isolated_labels", "silhouette_label", "clisi_knn", "Bio conservation"]
     scores += ["nmi_ari_cluster_labels_kmeans_nmi", "nmi_ari_cluster_labels_kmeans_ari"]
     rows = []
-    for seed in range(3):
-        for method, bio in (("vmm", 0.6 + 0.1 * seed), ("normal", 0.69), ("scvi", 0.71)):
-            row = {"dataset": integration.DATASETS[0], "method": method, "own": {"ari": 0.55}}
+    for seed in range(5):
+        for method, bio in (("vmm", 0.6 + 0.05 * seed), ("normal", 0.69), ("scvi", 0.71)):
+            row = {"dataset": integration.DATASETS[0], "method": method, "seed": seed}
             row["scib"] = {"Batch correction": 0.7, **dict.fromkeys(scores, bio)}
-            rows.append({**row, "leiden": {"ari": 0.5}})
+            for clusters, ari, rare in (("own", 0.55, 1), ("leiden", 0.5, 1), ("matched", 0.6, 2)):
+                row[clusters] = {"ari": ari, "rare_types_kept": rare}
+            rows.append(row)
     lines = integration.targets(rows)
-    assert [line.split(":")[0] for line in lines] == ["met", "met", "MISSED", "MISSED", "met"]
-    assert "scib total of VMM 0.700 ± 0.060 above" in lines[0]  # 0.6 bio + 0.4 batch
-    assert all(line.startswith("open") for line in integration.targets(rows[3:]))
+    verdicts = ["met", "met", "MISSED", "MISSED", "met", "MISSED"]
+    assert [line.split(":")[0] for line in lines] == verdicts
+    assert "scib total of VMM 0.700 ± 0.047 above" in lines[0]  # 0.6 bio + 0.4 batch
+    assert "ARI of VMM's clusters 0.550, above on 1, Leiden's at resolution 1 0.500" in lines[4]
+    assert "rare types kept 1.0 and 2.0" in lines[5]
+    assert all(line.startswith("open") for line in integration.targets(rows[3:])[:4])
     labels = np.array(["common"] * 990 + ["rare"] * 10)
     for start, kept in ((990, 1), (975, 1), (965, 0)):  # F1 of 1, 4 / 7 and 4 / 9
         assert integration._clusters(labels, np.arange(1000) >= start)["rare_types_kept"] == kept
