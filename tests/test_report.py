@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 pytest.importorskip("scanpy", reason="the report needs scanpy")
@@ -16,6 +17,8 @@ from anndata import AnnData
 from matplotlib.image import imread
 from scipy.sparse import csc_matrix, csr_matrix
 
+from vmm_fast import Components
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion
 from vmm_fast.scvi import report
 from vmm_fast.scvi.report import write_report
 
@@ -117,6 +120,18 @@ def full(tmp_path_factory, no_umap):
     adata = cells(batch_key="donor", labels_key="type", genes=["gene0"] * 30, rate={"network": 0.1})
     write_report(path, adata, HISTORY)
     return path, adata
+
+
+def test_the_tree_is_shown_where_it_is_one(page_of):
+    components = Components(
+        torch.tensor([[0.0], [1], [9]]), torch.full((3,), 1 / 3).log(), torch.ones(3, 1, 1)
+    )
+    tree = ClusterTree(Confusion.of(components, torch.tensor([[0.0], [1], [9]])))
+    clusters = Clusters(components, torch.tensor([0, 0, 1]))
+    with_tree, without = page_of(cells(), tree=(tree, clusters)), page_of(cells())
+    assert "Tree of components" in with_tree.text and "Tree of components" not in without.text
+    alone = ClusterTree(Confusion.of(components, torch.tensor([[9.0]])))
+    assert "Tree of components" not in page_of(cells(), tree=(alone, clusters)).text
 
 
 def test_it_says_what_the_cells_are(full):

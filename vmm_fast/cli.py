@@ -688,7 +688,8 @@ def _integrate(arguments: argparse.Namespace) -> None:
             record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
         if progress:
             print("drawing the report", file=sys.stderr, flush=True)
-        report.write_report(folder.path / "report.html", shown, found.history, drawn_from)
+        tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
+        report.write_report(folder.path / "report.html", shown, found.history, drawn_from, tree)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"; go on with: {run.again}") from None
     finally:

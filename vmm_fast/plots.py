@@ -269,6 +269,10 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
     ImportError
         If matplotlib is not installed.
     """
+    _save(_tree(tree, clusters), path)
+
+
+def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
     figure = _figure(9, 4.2)
     ax = figure.subplots()
     _tidy(ax)
@@ -323,7 +327,7 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
     ax.set_ylabel("confusion")
     some = "1 cluster" if clusters.num_clusters == 1 else f"{clusters.num_clusters} clusters"
     ax.set_title(f"{count} components, {some}")
-    _save(figure, path)
+    return figure
 
 
 # title, unit, and the keys of the history with their names

@@ -31,6 +31,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from vmm_fast import plots
 from vmm_fast._files import write_atomically
+from vmm_fast.clusters import Clusters, ClusterTree
 
 __all__ = ["write_report"]
 
@@ -49,6 +50,7 @@ def write_report(
     adata: AnnData,
     history: Mapping[str, Sequence[float]],
     drawn_from: tuple[pd.DataFrame, np.ndarray] | None = None,
+    tree: tuple[ClusterTree, Clusters] | None = None,
 ) -> None:
     """Write a page with pictures, tables and settings of a trained model's clusters.
 
@@ -68,6 +70,8 @@ def write_report(
         Where adata's cells were drawn from more: obs of all, which is used in place of adata's,
         and the rows of it that adata's cells are. The embedding and marker genes are of the drawn
         cells, all numbers else of all.
+    tree : tuple of ClusterTree and Clusters, optional
+        Of the components, and where it is cut.
 
     Raises
     ------
@@ -87,7 +91,7 @@ def write_report(
         with warnings.catch_warnings():
             # Of cells without counts, and of clusters and genes with nothing to compare.
             warnings.simplefilter("ignore")
-            page = _page(adata, z, obs, rows, history)
+            page = _page(adata, z, obs, rows, history, tree)
     finally:
         torch.set_num_threads(threads)  # scanpy's compiled code sets OpenMP's number to its own
     # Characters that UTF-8 lacks (lone surrogates) must not cost the page.
@@ -143,6 +147,7 @@ def _page(
     obs: pd.DataFrame,
     rows: np.ndarray,
     history: Mapping[str, Any],
+    tree: tuple[ClusterTree, Clusters] | None,
 ) -> str:
     settings = adata.uns["vmm"]
     rng = np.random.default_rng(int(settings.get("seed", 0)))
@@ -179,6 +184,8 @@ def _page(
         _section("Clusters", _cluster_table(clusters, batches, labels, probability, markers)),
         _section("Marker genes", markers.dot_plot()),
     ]
+    if tree is not None and len(tree[0].leaves) > 1:
+        sections.insert(1, _section("Tree of components", _tree_picture(*tree)))
     composition = [
         _where_cells_went(clusters, groups)
         for groups in (batches, labels)
@@ -226,6 +233,16 @@ def _swatch(color: str) -> str:
 def _picture(content: bytes, alt: str) -> str:
     data = base64.b64encode(content).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def _tree_picture(tree: ClusterTree, clusters: Clusters) -> str:
+    note = (
+        "<p>Clusters are groups of components. Two join at their confusion: how likely a cell of "
+        "the smaller is taken for one of the larger.</p>"
+    )
+    file = io.BytesIO()
+    plots._tree(tree, clusters).savefig(file, format="png")
+    return note + _picture(file.getvalue(), "tree of components, in the colours of their clusters")
 
 
 # --- embedding ---
