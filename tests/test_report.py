@@ -123,9 +123,8 @@ def full(tmp_path_factory, no_umap):
 
 
 def test_the_tree_is_shown_where_it_is_one(page_of):
-    components = Components(
-        torch.tensor([[0.0], [1], [9]]), torch.full((3,), 1 / 3).log(), torch.ones(3, 1, 1)
-    )
+    z = torch.tensor([[0.0], [1], [9]])
+    components = Components(z, torch.full((3,), 1 / 3).log(), torch.ones(3, 1, 1))
     tree = ClusterTree(Confusion.of(components, z))
     clusters = Clusters(components, torch.tensor([0, 0, 1]))
     with_tree, without = page_of(cells(), tree=(tree, clusters)), page_of(cells())
