@@ -398,7 +398,8 @@ over-integration lowers it as well; read it next to the bio scores. SysVI takes 
 alone."""
 
 
-def _spread(values: list[float | None]) -> str:
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation of what is known."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -422,7 +423,7 @@ def targets(rows: list[Row]) -> list[str]:
         verdict = "met" if mean(ours) > mean(theirs) else "MISSED"
         if min(len(ours), len(theirs)) < SEEDS:
             verdict = f"open ({len(ours)} and {len(theirs)} seeds of {SEEDS})"
-        lines.append(f"{verdict}: {what.format(_spread(ours), _spread(theirs))}")
+        lines.append(f"{verdict}: {what.format(spread(ours), spread(theirs))}")
 
     for dataset, (method, other) in itertools.product(DATASETS[:2], RIVALS):
         for name in (TOTAL, WITH_LEIDEN):
@@ -479,7 +480,7 @@ def write_page(folder: Path) -> None:
         for method, (title, _) in METHODS.items():
             of_method = select(found, dataset=dataset, method=method)
             if of_method:
-                cells = [_spread([value(row) for row in of_method]) for _, value in COLUMNS]
+                cells = [spread([value(row) for row in of_method]) for _, value in COLUMNS]
                 lines.append([title, str(len(of_method)), *cells])
         text.append(table(["", "seeds", *(name for name, _ in COLUMNS)], lines))
     page = "\n".join(text)

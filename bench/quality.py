@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 
 import vmm_fast
+from bench.integration import spread
 from bench.records import DATA, PLACES, RESULTS, command, environment
+from bench.report import table
 from vmm_fast._files import write_atomically
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, RandomShifts, fit
@@ -125,9 +129,12 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
     def on_epoch_end(epoch: dict[str, Any]) -> None:
         model.eval()
-        # k-means on 10,000 points costs seconds: it scores every fifth epoch.
-        if args.prior != "normal" or epoch["epoch"] % 5 == 0:
+        # k-means, and a pass over all training images, cost seconds.
+        fifth = epoch["epoch"] % 5 == 0
+        if args.prior != "normal" or fifth:
             epoch["test"] = score(model, y, test["labels"])
+        if args.prior != "normal" and fifth:
+            epoch["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
         write()
@@ -135,8 +142,9 @@ def run(args: argparse.Namespace, path: Path) -> None:
             k: epoch[k]
             for k in ("epoch", "seconds_since_start", "validation_elbo", "validation_kl")
         }
-        for k in ("accuracy", "accuracy_majority", "nmi", "nmi_merged", "components_active"):
-            shown[k] = epoch.get("test", {}).get(k)
+        of_clusters = epoch.get("test", {}).get("clusters", {})
+        for k in ("clusters", "accuracy_one_to_one", "nmi", "ari"):
+            shown[k] = of_clusters.get(k)
         print("  ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None), flush=True)
         model.train()
 
@@ -164,15 +172,54 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
 
 PANELS = (
-    ("accuracy", "accuracy (most probable point)"),
-    ("accuracy_majority", "accuracy (majority)"),
-    ("nmi", "NMI"),
-    ("nmi_merged", "NMI, clusters merged by majority label"),
-    ("ari", "adjusted Rand index"),
+    ("accuracy", "accuracy of components (most probable point)"),
+    ("nmi", "NMI of components"),
     ("components_active", "components over 0.2 %"),
     ("validation_elbo", "validation ELBO (nats)"),
-    ("validation_kl", "validation KL (nats)"),
+    ("clusters accuracy_one_to_one", "accuracy of clusters (one a class)"),
+    ("clusters nmi", "NMI of clusters"),
+    ("clusters ari", "adjusted Rand index of clusters"),
+    ("clusters clusters", "clusters"),
 )
+COLUMNS = ("clusters", "accuracy_one_to_one", "accuracy", "nmi", "ari")
+LEGEND = """\
+Scores of the test images, mean and standard deviation over the seeds; labels score and choose
+nothing. Clusters are groups of components, found in the training images. *One-to-one* lets each
+cluster be one class at most; *accuracy* is the paper's rule: the label of a cluster's most probable
+image. *Components* are the NMI of the components themselves and how many hold over 0.2 %."""
+
+
+def write_page(folder: Path, prefix: str) -> Path:
+    """Write ``prefix.md``, a line for all seeds of the same settings."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"{prefix}-*.json")):
+        record = json.loads(path.read_text())
+        final = record["final"]
+        if final is None or "clusters" not in final["test"]:
+            continue
+        alike = " ".join(record["command"].split())
+        for name in ("--seed", "--name", "--out", "--data", "--checkpoint"):
+            alike = re.sub(rf"{name} \S+ ?", "", alike).strip()
+        found.setdefault(alike, []).append(record)
+    lines = []
+    for alike, records in found.items():
+        finals = [record["final"]["test"] for record in records]
+        cells = [spread([final["clusters"][name] for final in finals]) for name in COLUMNS]
+        cells.append(spread([final["nmi"] for final in finals]))
+        cells.append(spread([final["components_active"] for final in finals]))
+        minutes = [record["curve"][-1]["seconds_since_start"] / 60 for record in records]
+        lines.append([f"`{alike}`", str(len(records)), *cells, f"{mean(minutes):.0f}"])
+    about = next(iter(found.values()))[0]
+    names = ("date", "revision", "python", "torch", "cpu")
+    heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
+    text = ["# Clusters of images", "", ", ".join(f"{name} {about[name]}" for name in names), ""]
+    text += [LEGEND, "", table(["command, with `--seed`", "seeds", *heads, "minutes"], lines), ""]
+    if (folder / f"{prefix}.png").exists():
+        text += ["", f"![Scores against epochs]({prefix}.png)", ""]
+    page = "\n".join(text)
+    out = folder / f"{prefix}.md"
+    write_atomically(out, lambda file: file.write(page), text=True)
+    return out
 
 
 def plot(folder: Path, prefix: str) -> Path:
@@ -189,7 +236,7 @@ def plot(folder: Path, prefix: str) -> Path:
     for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         for color, (name, curve) in enumerate(records.items()):
             elbo = ("epoch", "validation_elbo", "validation_kl")
-            rows = [{**{k: e[k] for k in elbo}, **e.get("test", {})} for e in curve]
+            rows = [{**{k: e[k] for k in elbo}, **_flat(e.get("test", {}))} for e in curve]
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             x, y = zip(*points, strict=True) if points else ((), ())
             ax.plot(x, y, color=f"C{color}", label=name, lw=1.5)
@@ -201,6 +248,12 @@ def plot(folder: Path, prefix: str) -> Path:
     out = folder / f"{prefix}.png"
     write_atomically(out, lambda file: figure.savefig(file, format="png"))
     return out
+
+
+def _flat(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores of components, and those of clusters under names of their own."""
+    of_clusters = scores.get("clusters", {})
+    return {**scores, **{f"clusters {name}": value for name, value in of_clusters.items()}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +308,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files")
     parser.add_argument(
-        "--plot", action="store_true", help="draw the runs of --prefix in --out; train nothing"
+        "--plot",
+        action="store_true",
+        help="draw the runs of --prefix in --out, and write their page; train nothing",
     )
 
 
@@ -264,6 +319,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if args.plot:
         print(plot(folder, args.prefix))
+        print(write_page(folder, args.prefix))
         return
     path = folder / f"{args.prefix}-{args.name or args.prior}.json"
     run(args, path)
