@@ -151,7 +151,15 @@ def test_scanpys_dendrogram_is_of_clusters():
         found = tree.cut(n_clusters=count)
         drawn = tree.dendrogram(found)
         assert sorted(drawn["categories_idx_ordered"]) == list(range(count))
-        assert drawn["correlation_matrix"].shape == (count, count)
+        member = np.eye(count)[found.numpy()]
+        sums = member.T @ tree.confusion.sums.numpy() @ member
+        similarity = sums / np.minimum.outer(sums.sum(1), sums.sum(1))
+        np.fill_diagonal(similarity, 1)
+        np.testing.assert_allclose(drawn["correlation_matrix"], similarity)
+        order = [str(cluster) for cluster in drawn["categories_idx_ordered"]]
+        assert drawn["categories_ordered"] == order
+        if count > 1:
+            assert drawn["dendrogram_info"]["ivl"] == order
         for fewer in range(1, count):
             merged = fcluster(drawn["linkage"], fewer, "maxclust")[found.numpy()] - 1
             if len(set(tree.heights[-fewer:])) == fewer:  # scipy cuts no pairs of one height
@@ -280,6 +288,32 @@ def test_a_cluster_that_is_nowhere_the_most_probable_is_merged_on():
     with pytest.warns(UserWarning, match="n_clusters is 2, but 1 were found"):
         assert find_clusters(shares, shares.points, tree=tree, n_clusters=2).num_clusters == 1
     assert find_clusters(shares, shares.points, tree=tree, n_clusters=3).num_clusters == 3
+
+
+def test_clusters_are_numbered_by_the_points_that_they_hold_themselves():
+    # By components the last cluster is the largest, by sums the first: it takes the undecided.
+    rows = [[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], *[[0.3, 0.31, 0.39]] * 4, *[[0.0, 0.0, 1.0]] * 3]
+    shares = Shares(rows)
+    tree = ClusterTree(Confusion.of(shares, shares.points))
+    assert tree.cut(n_clusters=2).tolist() == [1, 1, 0]
+    found = find_clusters(shares, shares.points, tree=tree, n_clusters=2)
+    assert found.of_component.tolist() == [0, 0, 1]
+    assert found.assign(shares.points).labels.bincount().tolist() == [6, 3]
+
+
+def test_a_cluster_without_points_joins_the_one_that_it_shares_most_with():
+    # The third has the most of no point; it shares .2 with the first and .42 with the second.
+    rows = [
+        [0.8, 0.0, 0.2, 0.0],
+        [0.0, 0.58, 0.42, 0.0],
+        [0.0, 0.0, 0.0, 1.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+    shares = Shares([*rows, [1.0, 0.0, 0.0, 0.0]])
+    sums = Confusion.of(shares, shares.points).sums
+    tree = ClusterTree(Confusion(sums, torch.tensor([2, 1, 1, 2])))  # as if it held one
+    found = find_clusters(shares, shares.points, tree=tree, resolution=0, separation=0.9)
+    assert groups(found.of_component.numpy()) == {frozenset([0]), frozenset([1, 2]), frozenset([3])}
 
 
 def test_a_finer_cut_gives_the_number_that_was_asked_for():
