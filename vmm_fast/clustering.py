@@ -36,7 +36,8 @@ FORMAT = "clusterer 2"
 LEAST_ROWS = 10  # one is held out and nine are trained on
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
-FEWEST_EPOCHS = 40
+FEWEST_EPOCHS, FEWEST_STEPS = 40, 2800
+LONGER_FOR_PICTURES = 1.5  # no picture is seen twice at the same place
 PRIOR_WARMUP = 0.1  # of the epochs
 TSNE_ROWS = 2000
 SAMPLES = 10  # of each cluster, in the picture
@@ -87,9 +88,13 @@ class Settings:
                 f"--components must be at most {training}, the rows that are trained on, is "
                 f"{chosen['components']}"
             )
+        longer = 1 if data.picture_size is None else LONGER_FOR_PICTURES
         suited: dict[str, Any] = {
             # Enough steps for few rows, enough passes for many.
-            "epochs": max(FEWEST_EPOCHS, -(-2800 // max(1, training // batch_size))),
+            "epochs": max(
+                round(longer * FEWEST_EPOCHS),
+                math.ceil(longer * FEWEST_STEPS / max(1, training // batch_size)),
+            ),
             "latent_dim": min(10, data.values[0].numel()),
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
@@ -103,11 +108,11 @@ def _held_out(rows: int) -> int:
 
 def _network(data: Data) -> dict[str, Any]:
     """Layers of the encoder: convolutions for pictures, else the paper's or fewer of them."""
-    pictures = data.pictures(data.values[:1].float())
-    if pictures is None:
+    size = data.picture_size
+    if size is None:
         many = len(data.values) >= MANY_ROWS
         return {"hidden": (500, 500, 2000) if many else (512, 256)}
-    halvings = max(0, int(math.log2(min(pictures.shape[-2:]) / 3)))  # until 3 to 5 values are left
+    halvings = max(0, int(math.log2(min(size) / 3)))  # until 3 to 5 values are left
     return {"channels": tuple(min(16 << k, 128) for k in range(halvings)), "hidden": (256,)}
 
 

@@ -57,6 +57,12 @@ class Data:
     images: bool
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width; None for rows that are no pictures."""
+        pictures = self.pictures(self.values[:1].float())
+        return None if pictures is None else (pictures.shape[-2], pictures.shape[-1])
+
     def pictures(self, x: Tensor) -> Tensor | None:
         """Rows [.., *shape] as [.., H, W] or [.., 3, H, W]; None for what has no two dimensions."""
         lead, shape = x.shape[: x.ndim - self.values.ndim + 1], tuple(self.values.shape[1:])
