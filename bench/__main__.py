@@ -13,6 +13,7 @@ from bench import (
     integration,
     likelihood,
     out_of_core,
+    peers,
     processes,
     quality,
     report,
@@ -117,6 +118,8 @@ def main() -> int:
     digits.add_arguments(part)
     part = parts.add_parser("integration", help="single cells: integration and clusters, all peers")
     integration.add_arguments(part)
+    part = parts.add_parser("peers", help="clusters of images: every prior and peer")
+    peers.add_arguments(part)
     part = parts.add_parser("gpu", help="the kernels on a GPU: errors, speed, limits, memory")
     gpu.add_arguments(part)
 
@@ -131,6 +134,8 @@ def main() -> int:
         digits.main(args)
     elif args.part == "integration":
         integration.main(args)
+    elif args.part == "peers":
+        peers.main(args)
     elif args.part == "report":
         report.write(Path(args.out))
     elif getattr(args, "make_tfp_environment", None):

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import __main__, gpu, gpu_bound, integration, likelihood, processes, providers, scaling
+from bench import (
+    __main__,
+    gpu,
+    gpu_bound,
+    integration,
+    likelihood,
+    peers,
+    processes,
+    providers,
+    scaling,
+)
 from bench.problems import Size, whitened
 from bench.records import RESULTS, command, read_rows, select, write_rows
 from bench.roofline import kernels, operations
@@ -302,6 +312,27 @@ def test_integration_compares_means_over_all_seeds():
     labels = np.array(["common"] * 990 + ["rare"] * 10)
     for start, kept in ((990, 1), (975, 1), (965, 0)):  # F1 of 1, 4 / 7 and 4 / 9
         assert integration._clusters(labels, np.arange(1000) >= start)["rare_types_kept"] == kept
+
+
+def test_peers_have_a_line_for_each_method_with_means_over_seeds(tmp_path):
+    about = dict.fromkeys(("date", "python", "torch", *peers.VERSIONS, "cpu"), "1")
+    rows = []
+    for method, number, scored in (("leiden", "found", "training"), ("vmm", "found", "test")):
+        for seed in range(2 if method == "vmm" else 1):
+            row = {"dataset": "mnist", "method": method, "number": number, "scored": scored}
+            row |= {"revision": f"{method}-{seed}", "clusters": 12 + seed, "clusters_active": 10}
+            row |= {"accuracy_one_to_one": 0.9, "nmi": 0.8, "ari": 0.7 + 0.1 * seed, "seconds": 60}
+            rows.append(about | row)
+    write_rows(tmp_path / "peers.jsonl", rows)
+    peers.write_page(tmp_path)
+    page = (tmp_path / "peers.md").read_text()
+    vmm, other = peers.lines(rows)
+    assert vmm[:5] == ["VMM, as `vmm-fast cluster`", "2", "found", "test", "12.5 ± 0.7"]
+    assert vmm[5:] == ["10.0 ± 0.0", "0.900 ± 0.000", "0.800 ± 0.000", "0.750 ± 0.071", "60 ± 0"]
+    assert other[1:] == ["1", "found", "training", "12.0", "10.0", "0.900", "0.800", "0.700", "60"]
+    assert "clustpy 1, cpu 1, revision leiden-0 and vmm-0 and vmm-1" in page
+    assert f"| {' | '.join(vmm)} |\n| {' | '.join(other)} |\n" in page
+    assert peers.DATASETS["mnist"] in page and peers.DATASETS["demo"] not in page
 
 
 def test_two_processes_are_compared_by_medians(monkeypatch):
