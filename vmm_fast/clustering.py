@@ -51,7 +51,7 @@ class Settings:
     latent_dim: int
     components: int
     batch_size: int
-    learning_rate: float = 1e-3
+    learning_rate: float
     seed: int = 0
     resolution: float | None = None
     separation: float | None = None
@@ -96,6 +96,7 @@ class Settings:
                 math.ceil(longer * FEWEST_STEPS / max(1, training // batch_size)),
             ),
             "latent_dim": min(10, data.values[0].numel()),
+            "learning_rate": 2e-3 if _few_pictures(data) else 1e-3,
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
         }
@@ -104,6 +105,11 @@ class Settings:
 
 def _held_out(rows: int) -> int:
     return max(1, rows // 10)
+
+
+def _few_pictures(data: Data) -> bool:
+    """Whether the network would learn these by heart unless it sees them shifted."""
+    return data.picture_size is not None and len(data.values) < MANY_ROWS
 
 
 def _network(data: Data) -> dict[str, Any]:
@@ -378,7 +384,7 @@ def train(
             patience=max(5, settings.epochs // 4),
             seed=settings.seed,
             transform=scaling.apply,
-            augment=RandomShifts(shape) if model.channels else None,
+            augment=RandomShifts(shape) if _few_pictures(data) else None,
             checkpoint=checkpoint,
             resume=resume,
             progress=progress,
