@@ -172,7 +172,7 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     assert table(out) == (list(source.obs_names), list(adata.obs["vmm_cluster"]))
     page = (out / "report.html").read_text()
     assert "60 cells, 20 genes, 2 batches" in page
-    assert page.count("<img ") == 5  # cluster, batch, label, entropy, curves
+    assert page.count("<img ") == 6  # cluster, batch, label, entropy, tree, curves
 
 
 def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
