@@ -233,7 +233,7 @@ def test_the_example(tmp_path, capsys, monkeypatch, with_report):
     page = (tmp_path / "pbmc68k-vmm" / "report.html").read_text()
     assert "UMAP of the 10 latent dimensions" in page
     assert re.search(r"700 cells, 765 genes, 1 batch, \d+ clusters? of \d+ components?", page)
-    assert page.count("<img ") == 4  # cluster, label, entropy, curves
+    assert page.count("<img ") == 5  # cluster, label, entropy, tree, curves
 
 
 def test_options(h5ad, tmp_path):
