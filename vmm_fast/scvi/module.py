@@ -82,10 +82,8 @@ def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest:
 
 def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) -> None:
     state.setdefault(f"{prefix}prior._extra_state", {})
-    for (
-        name,
-        value,
-    ) in module.no_clusters().items():  # of models that were saved before there were any
+    # Of models that were saved before there were any:
+    for name, value in module.no_clusters().items():
         state.setdefault(prefix + name, value)
 
 
@@ -267,7 +265,7 @@ class LatentPrior(BaseModuleClass):
         average_over_processes(
             x
             for name, x in self.named_buffers()
-            if x.is_floating_point() and not name.startswith(("prior.", *self.no_clusters()))
+            if x.is_floating_point() and not name.startswith(("prior.", "confusion_", "cluster_"))
         )
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
