@@ -1,4 +1,4 @@
-"""How well each prior and each peer integrates and clusters real cells: scib-metrics, five seeds.
+"""Scores of integration and clusters of real cells, for each prior and each peer, by scib-metrics.
 
 An embedding is made for every data set, method and seed, and scored; both are kept in the folder
 ``--kept``, so that a run that was stopped goes on, and several can share the work by ``--methods``
@@ -410,9 +410,10 @@ def spread(values: list[float | None]) -> str:
 
 
 def targets(rows: list[Row]) -> list[str]:
-    """What VMM must reach, one line each: on the sets that it is made for, and its clusters on all.
+    """Say what VMM must reach and whether it does, a line each.
 
-    Clusters are compared with Leiden's on the same embedding.
+    Embeddings are compared on the two sets that it is made for, clusters on all, with those of
+    Leiden on the same embedding.
     """
     lines = []
     columns = dict(COLUMNS)

@@ -1,4 +1,4 @@
-"""How well each prior and each peer clusters images of digits, with three seeds.
+"""Scores of clusters of digits, for each prior and each peer, with three seeds.
 
 Methods see the images alone; labels score and do nothing else. Each result is kept in the folder
 ``--kept``, so that a run that was stopped goes on, and the page shows all that lie there. Some

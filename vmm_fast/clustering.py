@@ -108,7 +108,7 @@ def _held_out(rows: int) -> int:
 
 
 def _few_pictures(data: Data) -> bool:
-    """Whether the network would learn these by heart unless it sees them shifted."""
+    """Return whether these are pictures that a network would learn by heart unless shifted."""
     return data.picture_size is not None and len(data.values) < MANY_ROWS
 
 

@@ -25,7 +25,7 @@ class Picture(nn.Module):
             self.height, self.width, self.colours = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give x [B, V] as pictures, or pictures as [B, V]."""
+        """Return values [B, V] as pictures, or pictures as values."""
         if self.back:
             return (x.movedim(1, -1) if self.colours_last else x).flatten(1)
         if self.colours_last:
