@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bench import (
     compare,
-    digits,
     gpu,
     integration,
     likelihood,
@@ -20,6 +19,7 @@ from bench import (
     roofline,
     scaling,
     scvi_step,
+    settings,
     step,
     throughput,
 )
@@ -114,12 +114,12 @@ def main() -> int:
     compare.add_arguments(part)
     part = parts.add_parser("quality", help="scores on real images against epochs, one prior a run")
     quality.add_arguments(part)
-    part = parts.add_parser("digits", help="scores and seconds on scikit-learn's digits")
-    digits.add_arguments(part)
     part = parts.add_parser("integration", help="single cells: integration and clusters, all peers")
     integration.add_arguments(part)
     part = parts.add_parser("peers", help="clusters of images: every prior and peer")
-    peers.add_arguments(part)
+    peers.add_arguments(part, peers.PEERS)
+    part = parts.add_parser("settings", help="clusters of images: ours under other settings")
+    peers.add_arguments(part, settings.SETTINGS)
     part = parts.add_parser("gpu", help="the kernels on a GPU: errors, speed, limits, memory")
     gpu.add_arguments(part)
 
@@ -130,12 +130,12 @@ def main() -> int:
         return gpu.main(args, sys.argv[1:])
     if args.part == "quality":
         quality.main(args)
-    elif args.part == "digits":
-        digits.main(args)
     elif args.part == "integration":
         integration.main(args)
     elif args.part == "peers":
-        peers.main(args)
+        peers.main(args, peers.PEERS)
+    elif args.part == "settings":
+        peers.main(args, settings.SETTINGS)
     elif args.part == "report":
         report.write(Path(args.out))
     elif getattr(args, "make_tfp_environment", None):

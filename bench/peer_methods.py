@@ -39,30 +39,41 @@ class Method(NamedTuple):
     on_means: bool = False
 
 
-# What stands in the place of `VMMPrior(start, latent_dim, **options)`.
-PRIORS: dict[str, Callable[..., Prior]] = {
-    "vmm": VMMPrior,
-    "gmm": lambda start, latent_dim, **options: GaussianMixturePrior(
-        len(start), latent_dim, **options
-    ),
-    "vamp": lambda start, latent_dim, **options: VampPrior(start, latent_dim),
-    "normal": lambda start, latent_dim, **options: StandardNormalPrior(latent_dim),
-}
+MakePrior = Callable[..., Prior]  # what stands in the place of `VMMPrior(start, latent_dim, ..)`
 
 
-def train_with(prior: str, problem: Problem) -> list[Assigned]:
-    """Cluster as ``vmm-fast cluster`` does, but with this prior, and assign all images."""
+def gmm(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Make a Gaussian mixture of as many components."""
+    return GaussianMixturePrior(len(start), latent_dim, **options)
+
+
+def vamp(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Make a VampPrior of the same pseudo-inputs."""
+    return VampPrior(start, latent_dim)
+
+
+def normal(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Make N(0, I)."""
+    return StandardNormalPrior(latent_dim)
+
+
+def train_with(prior: MakePrior, problem: Problem, **changed: Any) -> list[Assigned]:
+    """Cluster as ``vmm-fast cluster`` does, but for this prior and settings, and assign images."""
     data, new, seed, epochs = problem
-    settings = Settings.suited_to(data, seed=seed, epochs=epochs)
-    with mock.patch("vmm_fast.VMMPrior", side_effect=PRIORS[prior]) as made:
+    settings = Settings.suited_to(data, **{"seed": seed, "epochs": epochs, **changed})
+    with mock.patch("vmm_fast.VMMPrior", side_effect=prior) as made:
         clusterer = train(data, Scaling.of(data), settings).clusterer
     made.assert_called_once()
     return [clusterer.assign(images) for images in (data.values, new) if images is not None]
 
 
-def ours(prior: str) -> Callable[[Problem], Found]:
+def ours(prior: MakePrior = VMMPrior, **changed: Any) -> Callable[[Problem], Found]:
     """Cluster with one of our priors: clusters are groups of its components."""
-    return lambda problem: [assigned.labels for assigned in train_with(prior, problem)]
+
+    def find(problem: Problem) -> Found:
+        return [assigned.labels for assigned in train_with(prior, problem, **changed)]
+
+    return find
 
 
 def k_means(means: list[Tensor], seed: int) -> Found:
@@ -120,9 +131,9 @@ def clustpy(name: str) -> Callable[[Problem], Found]:
 
 
 METHODS = {
-    "vmm": Method("VMM, as `vmm-fast cluster`", False, ours("vmm")),
-    "gmm": Method("Gaussian mixture, same network", False, ours("gmm")),
-    "vamp": Method("VampPrior, same network", False, ours("vamp")),
+    "vmm": Method("VMM, as `vmm-fast cluster`", False, ours()),
+    "gmm": Method("Gaussian mixture, same network", False, ours(gmm)),
+    "vamp": Method("VampPrior, same network", False, ours(vamp)),
     "k-means": Method("N(0, I), same network, k-means", True, k_means, True),
     "dirichlet": Method("N(0, I), same network, Dirichlet process", False, dirichlet_process, True),
     "leiden": Method("N(0, I), same network, Leiden", False, leiden, True),

@@ -46,17 +46,11 @@ def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: arg
     data_size = len(x) if args.prior_weight == "data" else None
     common: dict[str, Any] = {"data_size": data_size, "learning_rate": args.prior_learning_rate}
     if name == "vamp":
-        return vmm_fast.VampPrior(
-            start,
-            latent_dim,
-            learning_rate=args.prior_learning_rate,
-            reuse_encoding=args.reuse_encoding,
-        )
+        return vmm_fast.VampPrior(start, latent_dim, learning_rate=args.prior_learning_rate)
     if name == "gmm":
         return vmm_fast.GaussianMixturePrior(components, latent_dim, **common)
     common["responsibility_gradient"] = not args.true_em
     common["pseudo_inputs_per_component"] = args.pseudo_inputs_per_component
-    common["reuse_encoding"] = args.reuse_encoding
     inference = "closed-form" if name == "vmm-closed-form" else "gradient"
     return vmm_fast.VMMPrior(start, latent_dim, inference=inference, **common)
 
@@ -291,11 +285,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--true-em", action="store_true", help="no gradient through the responsibilities"
-    )
-    parser.add_argument(
-        "--reuse-encoding",
-        action="store_true",
-        help="one encoding of the pseudo-inputs for both steps, one step stale",
     )
     parser.add_argument("--components", type=int, default=100)
     parser.add_argument("--latent-dim", type=int, default=10)

@@ -66,8 +66,7 @@ REASONS: dict[str, str] = {
     "scVI training, 2 processes": "Pseudo-cells, Adam and the average of 4 MB of gradients cost a "
     "process the same for half of the cells. Next: pseudo-cells shared out among the processes.",
     "scVI training": "What the prior adds is mostly two encodings of the pseudo-cells a step, "
-    "which do not grow with the batch. Next: one encoding for both (reuse_encoding), after a run "
-    "that shows that clusters are as good.",
+    "which do not grow with the batch. Next: fewer pseudo-cells a step.",
     "call overhead": "More than half of it is a torch.autograd.Function that does nothing; the "
     "rest is checks and allocations. Next: a C++ autograd function.",
 }

@@ -22,7 +22,6 @@ from vmm_fast.priors import Prior
 
 NORMAL = "N(0, I)"
 GRADIENT = "VMM, gradient"
-REUSED = "VMM, gradient, reuse_encoding"
 CLOSED_FORM = "VMM, closed form"
 GMM = "GMM"
 VAMP = "VampPrior"
@@ -56,7 +55,7 @@ def make_prior(name: str, plan: Plan, x: Tensor) -> Prior:
         return GaussianMixturePrior(plan.components, dim, data_size=len(x))
     if name == CLOSED_FORM:
         return VMMPrior(start, dim, data_size=len(x), inference="closed-form")
-    prior = VMMPrior(start, dim, data_size=len(x), reuse_encoding=name == REUSED)
+    prior = VMMPrior(start, dim, data_size=len(x))
     return EagerVMM(prior) if name == EAGER else prior
 
 
@@ -89,7 +88,7 @@ def rows(plan: Plan, thread_count: int) -> Iterator[Row]:
         for size in plan.batches:
             samplers = {
                 name: sampler(make_step(name, plan, x, size))
-                for name in (NORMAL, GRADIENT, REUSED, CLOSED_FORM, GMM, VAMP, EAGER)
+                for name in (NORMAL, GRADIENT, CLOSED_FORM, GMM, VAMP, EAGER)
             }
             timings = take_turns(samplers, repeats=plan.repeats, seconds=plan.seconds)
             for name, timing in timings.items():

@@ -20,6 +20,7 @@ from bench import (
     processes,
     providers,
     scaling,
+    settings,
 )
 from bench.problems import Size, whitened
 from bench.records import RESULTS, command, read_rows, select, write_rows
@@ -77,7 +78,7 @@ def test_roofline_scaling_and_training_steps(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.peak.ROUNDS", 400_000)
     monkeypatch.setattr("bench.peak.COPIED_BYTES", 2**24)
     assert len(measured(bench, tmp_path, "roofline", targets=2)) == 7  # kernels and limits
-    assert len(measured(bench, tmp_path, "step", targets=0)) == 7  # priors
+    assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
     less_memory = {"vmm_fast": (Size(2048, 100, 32),)}
     monkeypatch.setattr(scaling, "QUICK", scaling.QUICK._replace(memory=less_memory))
     (row,) = select(measured(bench, tmp_path, "scaling", targets=8), mode="memory")
@@ -324,15 +325,26 @@ def test_peers_have_a_line_for_each_method_with_means_over_seeds(tmp_path):
             row |= {"accuracy_one_to_one": 0.9, "nmi": 0.8, "ari": 0.7 + 0.1 * seed, "seconds": 60}
             rows.append(about | row)
     write_rows(tmp_path / "peers.jsonl", rows)
-    peers.write_page(tmp_path)
-    page = (tmp_path / "peers.md").read_text()
-    vmm, other = peers.lines(rows)
+    page = peers.write_page(tmp_path, peers.PEERS).read_text()
+    vmm, other = peers.lines(rows, peers.PEERS.methods)
     assert vmm[:5] == ["VMM, as `vmm-fast cluster`", "2", "found", "test", "12.5 ± 0.7"]
     assert vmm[5:] == ["10.0 ± 0.0", "0.900 ± 0.000", "0.800 ± 0.000", "0.750 ± 0.071", "60 ± 0"]
     assert other[1:] == ["1", "found", "training", "12.0", "10.0", "0.900", "0.800", "0.700", "60"]
     assert "clustpy 1, cpu 1, revision leiden-0 and vmm-0 and vmm-1" in page
     assert f"| {' | '.join(vmm)} |\n| {' | '.join(other)} |\n" in page
     assert peers.DATASETS["mnist"] in page and peers.DATASETS["demo"] not in page
+
+
+@pytest.mark.parametrize(
+    ("clusters", "nmi", "verdict"),
+    [(12, 0.82, "met"), (16, 0.8, "MISSED"), (10, 0.84, "MISSED")],
+)
+def test_settings_say_how_much_clusters_depend_on_them(clusters, nmi, verdict):
+    rows = [{"method": "components-50", "clusters": 10, "nmi": 0.8}]
+    rows += [{"method": "components-200", "clusters": n, "nmi": nmi} for n in (clusters, clusters)]
+    rows += [{"method": "components-10", "clusters": 2, "nmi": 0.1}]  # too few to be free
+    (said,) = settings.verdicts([*rows, {"method": "epochs-50", "clusters": 99, "nmi": 0.0}])
+    assert f"components: {verdict}," in said and f"NMI 0.800 to {nmi:.3f}" in said
 
 
 def test_two_processes_are_compared_by_medians(monkeypatch):

@@ -1,0 +1,105 @@
+"""What the clusters of images depend on: ours, with one setting after the other changed."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peer_methods import MakePrior, Method, ours
+from bench.peers import Comparison
+from bench.records import Row, select
+from vmm_fast import VMMPrior
+from vmm_fast.priors import Prior
+
+# Within which the clusters (a share of their mean) and the NMI shall be, whatever is offered.
+CLUSTERS_WITHIN, NMI_WITHIN = 0.2, 0.03
+
+
+def prior(**options: Any) -> MakePrior:
+    """Make the prior as it is but for some options."""
+
+    def make(start: Tensor, latent_dim: int, **usual: Any) -> Prior:
+        if k := options.get("pseudo_inputs_per_component"):
+            start = start[: len(start) // k * k]
+        return VMMPrior(start, latent_dim, **{**usual, **options})
+
+    return make
+
+
+def badly_started(start: Tensor, latent_dim: int, **usual: Any) -> Prior:
+    """Make the prior with all pseudo-inputs close to one image."""
+    return VMMPrior(start[:1] + 0.01 * torch.randn_like(start), latent_dim, **usual)
+
+
+def _varied(name: str, title: str, values: tuple[Any, ...]) -> dict[str, Method]:
+    return {
+        f"{name.replace('_', '-')}-{value}": Method(
+            title.format(value), False, ours(**{name: value})
+        )
+        for value in values
+    }
+
+
+CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
+    "bad-start": ("all pseudo-inputs start at one image", badly_started),
+    "batch-weight": ("parameter priors divided by the batch size", prior(data_size=None)),
+    "no-map": ("no priors of the parameters", prior(map_prior="none")),
+    "sticks": ("stick-breaking weights", prior(weights="stick-breaking")),
+    "k-2": ("2 pseudo-inputs per component", prior(pseudo_inputs_per_component=2)),
+    "statistics-rate-0.001": ("statistics_rate 0.001", prior(statistics_rate=0.001)),
+    "statistics-rate-0.01": ("statistics_rate 0.01", prior(statistics_rate=0.01)),
+    "temperature-0.5": ("temperature 0.5", prior(temperature=0.5)),
+    "temperature-2": ("temperature 2", prior(temperature=2.0)),
+    "gradient": ("gradient instead of closed form", prior(inference="gradient")),
+    "joint": (
+        "one loss for network and prior",
+        prior(inference="gradient", joint=True),
+    ),
+    "true-em": (
+        "gradient, not through the responsibilities",
+        prior(inference="gradient", responsibility_gradient=False),
+    ),
+    "gradient-no-map": (
+        "gradient, no priors of the parameters",
+        prior(inference="gradient", map_prior="none"),
+    ),
+}
+METHODS = {
+    "usual": Method("as `vmm-fast cluster` has them", False, ours()),
+    **_varied("components", "{} components offered", (10, 20, 50, 100, 200, 500)),
+    **_varied("batch_size", "batches of {}", (64, 128, 256, 512, 1024)),
+    **_varied("epochs", "{} epochs at most", (50, 100, 200, 400)),
+    **{name: Method(title, False, ours(make)) for name, (title, make) in CHANGED_PRIORS.items()},
+}
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """Say how far apart means over the seeds are, from 50 components and for all batches."""
+    found = []
+    for setting, least in (("components", 50), ("batch-size", 0)):
+        names = [
+            name
+            for name in METHODS
+            if name.startswith(setting) and int(name.rpartition("-")[2]) >= least
+        ]
+        groups = [group for name in names if (group := select(rows, method=name))]
+        if len(groups) < 2:
+            continue
+        numbers, scores = (
+            [mean(row[key] for row in group) for group in groups] for key in ("clusters", "nmi")
+        )
+        off = max(abs(n / mean(numbers) - 1) for n in numbers)
+        apart = max(scores) - min(scores)
+        word = "met" if off <= CLUSTERS_WITHIN and apart <= NMI_WITHIN else "MISSED"
+        found.append(
+            f"{setting}: {word}, clusters within "
+            f"{off:.0%} of their mean {mean(numbers):.1f} (asked {CLUSTERS_WITHIN:.0%}), NMI "
+            f"{min(scores):.3f} to {max(scores):.3f} (asked {NMI_WITHIN} apart)"
+        )
+    return found
+
+
+SETTINGS = Comparison("settings", "Clusters of images under other settings", METHODS, verdicts)
