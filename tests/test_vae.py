@@ -108,6 +108,8 @@ def test_random_shifts_move_whole_pictures_by_up_to_their_share(shape):
         found.add(fits[0])
     sideways = range(-2, 3) if shape == (784,) else range(-1, 2)
     assert found == {(i, j) for i in range(-2, 3) for j in sideways}
+    small = data(20, (8, 8))  # a 14th of it is no whole pixel
+    assert torch.equal(RandomShifts((8, 8))(small), small)
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,14 @@ class RandomShifts:
     shape : tuple of int
         Of one input, as :class:`vmm_fast.models.VAE` with ``channels`` takes it.
     share : float
-        The most that a picture moves either way, of its height and of its width.
+        The most that a picture moves either way, of its height and of its width: whole pixels, so
+        that a picture of 8 x 8 stays where it is by default.
     """
 
     def __init__(self, shape: tuple[int, ...], share: float = 1 / 14) -> None:
         self.picture, self.back = Picture(shape), Picture(shape, back=True)
-        self.most = [round(share * n) for n in (self.picture.height, self.picture.width)]
+        sides = (self.picture.height, self.picture.width)
+        self.most = [math.floor(share * side + 1e-9) for side in sides]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shift inputs [B, *shape]."""
