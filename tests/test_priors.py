@@ -148,22 +148,20 @@ def plain_kl(prior, q, z, encoder, factor):
 
 
 @pytest.mark.parametrize(
-    ("kind", "joint", "reuse_encoding", "k"),
+    ("kind", "joint", "k"),
     [
-        ("full", False, False, 1),
-        ("full", False, True, 2),
-        ("full", True, True, 1),
-        ("diagonal", False, True, 1),
-        ("diagonal", True, False, 2),
-        ("normal", False, False, 2),
-        ("normal", False, True, 1),
-        ("normal", True, True, 2),
+        ("full", False, 2),
+        ("full", True, 1),
+        ("diagonal", False, 1),
+        ("diagonal", True, 2),
+        ("normal", False, 1),
+        ("normal", True, 2),
     ],
 )
-def test_kl_value_and_gradients(kind, joint, reuse_encoding, k):
+def test_kl_value_and_gradients(kind, joint, k):
     """Without ``joint`` the prior's own parameters get none."""
     encoder = Encoder(kind)
-    prior = vmm(pseudo_inputs_per_component=k, joint=joint, reuse_encoding=reuse_encoding)
+    prior = vmm(pseudo_inputs_per_component=k, joint=joint)
     q = encoder(inputs())
     z = q.rsample()
     both = prior.kl(q, encoder, z), plain_kl(prior, q, z, encoder, prior.precision_cholesky)
@@ -704,7 +702,6 @@ def test_one_call_encodes_batch_and_pseudo_inputs(kind, joint):
         lambda: VMMPrior(Generator(), D),
         lambda: VMMPrior(inputs(8)[:, None], D),
         lambda: VMMPrior(inputs(8, torch.float32), D),
-        lambda: VMMPrior(inputs(8), D, reuse_encoding=True),
     ],
 )
 def test_what_does_not_fit_into_one_call_is_encoded_apart(make):
@@ -714,93 +711,10 @@ def test_what_does_not_fit_into_one_call_is_encoded_apart(make):
     assert torch.equal(q.mean, counted.encoder(x).mean)
 
 
-@pytest.mark.parametrize(
-    ("kind", "prior", "start", "settings"),
-    [
-        ("full", VMMPrior, inputs, {}),
-        ("diagonal", VMMPrior, inputs, {"pseudo_inputs_per_component": 2, "map_prior": "none"}),
-        ("full", VMMPrior, inputs, {"inference": "closed-form"}),
-        ("diagonal", VMMPrior, Generator, {}),
-        ("full", VMMPrior, Generator, {"inference": "closed-form"}),
-        ("diagonal", VampPrior, inputs, {}),
-        ("full", VampPrior, Generator, {}),
-        # float32 pseudo-inputs in a float64 network: plain torch instead of the compiled core
-        ("full", VMMPrior, lambda: inputs(8, torch.float32), {}),
-    ],
-)
-def test_reused_encoding_is_exact_while_the_network_stands_still(kind, prior, start, settings):
-    source = start()
-    prior, other = (
-        prior(copy.deepcopy(source), D, reuse_encoding=reuse, **settings) for reuse in (True, False)
-    )
-    assert same_state(state_of(prior), state_of(other))
-    network = Encoder(kind)
-    counted = Counted(lambda x: network(x.double()))
-    for _ in range(3):
-        q = network(inputs())
-        z = q.rsample()
-        counted.calls = 0
-        prior.kl(q, counted, z).mean().backward(retain_graph=True)
-        prior.update(z.detach(), counted)
-        assert counted.calls == 1
-        other.kl(q, counted, z).mean().backward()
-        other.update(z.detach(), counted)
-        assert counted.calls == 3
-        assert all(p.grad is None for p in prior.parameters())
-        torch.testing.assert_close(state_of(prior), state_of(other), **TIGHT)
-        network.zero_grad()
-
-
-@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
-def test_reused_encoding_is_of_the_network_before_its_step(inference):
-    encoder, prior = Encoder(), vmm(inference=inference, reuse_encoding=True)
-    before, expected = copy.deepcopy(encoder), copy.deepcopy(prior)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.1)
-    q = encoder(inputs())
-    z = q.rsample()
-    prior.kl(q, encoder, z).mean().backward()
-    optimizer.step()
-    # What was kept is used once: the same z again meets the network of now.
-    for network in (before, encoder):
-        prior.update(z, encoder)
-        expected.update(z, network)
-        assert same_state(state_of(prior), state_of(expected))
-
-
-def test_without_a_kept_encoding_update_encodes():
-    """Before any kl, for other points, after kl without gradients, and in a copy or a pickle."""
-    encoder, prior = Encoder(), vmm(reuse_encoding=True)
-    q = encoder(inputs())
-    z = q.rsample()
-    names = list(prior.state_dict())
-
-    def kl():
-        prior.kl(q, encoder, z)
-        assert list(prior.state_dict()) == names
-        return prior
-
-    cases = {
-        "no kl": lambda: (prior, z),
-        "other points": lambda: (kl(), z.clone()),
-        "no gradients": lambda: (torch.no_grad()(kl)(), z),
-        "copy": lambda: (copy.deepcopy(kl()), z),
-        "pickle": lambda: (pickled(kl()), z),
-    }
-    for name, case in cases.items():
-        counted, plain = Counted(encoder), vmm()
-        updated, points = case()
-        plain.load_state_dict(updated.state_dict())
-        updated.update(points, counted)
-        plain.update(points, encoder)
-        assert counted.calls == 1, name
-        assert same_state(state_of(updated), state_of(plain)), name
-
-
-@pytest.mark.parametrize("reuse_encoding", [False, True])
-def test_compiles_without_graph_breaks(reuse_encoding):
+def test_compiles_without_graph_breaks():
     # torch.compile does so itself, but once a process, and what scvi-tools imports undoes it.
     torch.distributions.Distribution.set_default_validate_args(False)
-    encoder, prior = Encoder(), vmm(reuse_encoding=reuse_encoding)
+    encoder, prior = Encoder(), vmm()
 
     def step(x, noise):
         q, at_pseudo_inputs = prior.encode(x, encoder)

@@ -209,7 +209,6 @@ def test_importance_weights_are_under_the_prior(truncation, monkeypatch):
         {"encode_covariates": False, "n_layers": 2},
         {"prior_kwargs": {"inference": "closed-form"}},
         {"prior_kwargs": {"pseudo_inputs_per_component": 2, "weights": "stick-breaking"}},
-        {"prior_kwargs": {"reuse_encoding": True}},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )

@@ -238,7 +238,6 @@ def map_gradients(
     objective: Objective,
     learnt: Sequence[Tensor],
     *,
-    retain_graph: bool = False,
     with_sums: bool = False,
 ) -> tuple[float | Tensor, list[Tensor | None], Statistics | None]:
     """Value and gradients of :func:`map_loss`.
@@ -251,8 +250,6 @@ def map_gradients(
     objective : Objective
     learnt : sequence of Tensor
         What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
-    retain_graph : bool
-        Whether the graph that centers and scales come from is needed once more.
     with_sums : bool
         Whether the closed form's sums at temperature 1 are wanted as a by-product.
 
@@ -272,7 +269,7 @@ def map_gradients(
     """
     z = _widened(z)
     if not _alike(parameters, z):
-        return _map_gradients_in_torch(parameters, z, objective, learnt, retain_graph)
+        return _map_gradients_in_torch(parameters, z, objective, learnt)
 
     # The loss does not depend on the concentration where there are no priors.
     stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
@@ -290,14 +287,12 @@ def map_gradients(
     else:
         found = _map_gradients_in_kernels(parameters, z, objective)
         if found is None:
-            return _map_gradients_in_torch(parameters, z, objective, learnt, retain_graph)
+            return _map_gradients_in_torch(parameters, z, objective, learnt)
         (loss, gradients), sums = found, None
     through: dict[int, Tensor | None] = {id(x): gradients[id(x)] for x in own}
     if passed:
         arrived = [gradients[id(x)] for x in passed]
-        left = torch.autograd.grad(
-            passed, upstream, arrived, retain_graph=retain_graph, allow_unused=True
-        )
+        left = torch.autograd.grad(passed, upstream, arrived, allow_unused=True)
         through |= {id(x): g for x, g in zip(upstream, left, strict=True)}
     return loss, [through.get(id(x)) for x in learnt], sums
 
@@ -307,12 +302,11 @@ def _map_gradients_in_torch(
     z: Tensor,
     objective: Objective,
     learnt: Sequence[Tensor],
-    retain_graph: bool,
 ) -> tuple[float | Tensor, list[Tensor | None], None]:
     loss = map_loss(parameters, z, objective)
     if not learnt or not loss.requires_grad:
         return 0.0, [None] * len(learnt), None
-    found = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
+    found = torch.autograd.grad(loss, learnt, allow_unused=True)
     return loss.detach(), list(found), None
 
 

@@ -259,7 +259,6 @@ class LearntPrior(Prior):
         scale: Tensor | None,
         z: Tensor,
         learnt: Sequence[Tensor],
-        retain_graph: bool = False,
     ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
         """Value of :meth:`map_loss` at given centers, its gradients by ``learnt``, and sums."""
         raise NotImplementedError

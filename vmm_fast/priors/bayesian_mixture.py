@@ -193,14 +193,12 @@ class BayesianMixturePrior(LearntPrior):
         scale: Tensor | None,
         z: Tensor,
         learnt: Sequence[Tensor],
-        retain_graph: bool = False,
     ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
         return empirical_bayes.map_gradients(
             self._mixture_parameters(centers, scale),
             z,
             self._objective,
             learnt,
-            retain_graph=retain_graph,
             with_sums=self.inference == "closed-form" and self.temperature == 1,
         )
 

@@ -1,10 +1,4 @@
-"""What priors share whose centers are the encoder's outputs at learnt pseudo-inputs.
-
-With ``reuse_encoding`` the two steps of training share one encoding of the pseudo-inputs u: `kl`
-encodes an alias of u, so that the gradient of the empirical-Bayes objective can be taken through
-the same graph, with the same z, and `update` has nothing left to do but to move. The alias shares
-u's memory, and collects in u's stead the gradient that the variational step must not give it.
-"""
+"""What priors share whose centers are the encoder's outputs at learnt pseudo-inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from torch.func import functional_call
 
-from vmm_fast.mixture import check_sample, gaussian_parameters, gaussian_sample
-from vmm_fast.priors.base import EmpiricalBayesStep, Encoder, LearntPrior
+from vmm_fast.mixture import gaussian_parameters
+from vmm_fast.priors.base import Encoder, LearntPrior
 
 __all__ = ["PseudoInputsPrior"]
 
@@ -28,13 +22,7 @@ class PseudoInputsPrior(LearntPrior):
     """
 
     pseudo_inputs: nn.Parameter | nn.Module
-    reuse_encoding: bool
     _num_pseudo_inputs: int
-    _kept: EmpiricalBayesStep | None = None  # of the last `kl`, until `update` takes it
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept between two calls of one training step."""
-        return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
     def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
         """Register them (a tensor is copied); returns J and the dtype of the prior's parameters."""
@@ -77,10 +65,6 @@ class PseudoInputsPrior(LearntPrior):
             inputs = u() if differentiable else _without_gradient(u)
         else:
             inputs = u if differentiable else u.detach()
-        return self._encoded(inputs, encoder)
-
-    def _encoded(self, inputs: Any, encoder: Encoder | None) -> tuple[Tensor, Tensor]:
-        """m [J, D] and s [J, D(, D)] of the pseudo-inputs."""
         if not callable(encoder):
             raise TypeError(
                 "encoder must be a callable from inputs to a Gaussian distribution, "
@@ -97,11 +81,10 @@ class PseudoInputsPrior(LearntPrior):
     def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
         """Posteriors of a batch, and what :meth:`kl` takes in place of ``encoder`` in this step.
 
-        See :meth:`vmm_fast.priors.Prior.encode`. With ``reuse_encoding`` there are two calls: the
-        empirical-Bayes gradient must not run back through the batch's rows.
+        See :meth:`vmm_fast.priors.Prior.encode`.
         """
         u = self.pseudo_inputs
-        if self.reuse_encoding or not (
+        if not (
             isinstance(u, Tensor)
             and isinstance(x, Tensor)
             and (x.shape[1:], x.dtype, x.device) == (u.shape[1:], u.dtype, u.device)
@@ -111,50 +94,6 @@ class PseudoInputsPrior(LearntPrior):
             encoder(torch.cat([x, u if self.joint else u.detach()])), len(x)
         )
         return q, _Encoded(at_pseudo_inputs)
-
-    # --- one encoding for both steps ---
-
-    def kl(
-        self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
-    ) -> Tensor:
-        """Estimate KL(q || p) [B]; see :meth:`vmm_fast.priors.Prior.kl`.
-
-        With ``reuse_encoding``, and where gradients are enabled in eager mode, the empirical-Bayes
-        step of ``z`` is evaluated along with it and kept for :meth:`update`.
-        """
-        reused = self.reuse_encoding and not self.joint and torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or not reused:
-            return super().kl(q, encoder, z)
-        mean, _ = gaussian_parameters(self._check_posterior(q))
-        z = gaussian_sample(q) if z is None else check_sample(z, mean)
-        if len(z) == 0:  # no step can be taken with it
-            return super().kl(q, encoder, z)
-        inputs, aliases = self._aliased()
-        centers, scale = self._encoded(inputs, encoder)
-        kl = self._mixture(centers, scale).kl(q, z)
-        learnt = [aliases.get(p, p) for p in self._learnt()]
-        points = self._latents(z)
-        gradients = self._map_gradients(centers, scale, points, learnt, retain_graph=True)
-        self._kept = EmpiricalBayesStep(points, centers.detach(), scale.detach(), *gradients)
-        return kl
-
-    def _aliased(self) -> tuple[Any, dict[nn.Parameter, Tensor]]:
-        """Inputs for the encoder, and by parameter the alias that stands for it in their graph."""
-        u = self.pseudo_inputs
-        if isinstance(u, nn.Module):
-            named = dict(u.named_parameters())
-            aliases = {
-                name: p.detach().requires_grad_(p.requires_grad) for name, p in named.items()
-            }
-            return functional_call(u, aliases, ()), {p: aliases[name] for name, p in named.items()}
-        alias = u.detach().requires_grad_(u.requires_grad)
-        return alias, {u: alias}
-
-    def _step(self, z: Tensor, encoder: Encoder | None) -> EmpiricalBayesStep:
-        kept, self._kept = self._kept, None
-        if kept is not None and _same_tensor(kept.z, z):
-            return kept
-        return super()._step(z, encoder)
 
 
 class _Encoded:
@@ -172,16 +111,6 @@ def _without_gradient(module: nn.Module) -> Any:
     """Its output where nothing has a gradient, not a parameter either that it gives as it is."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     return functional_call(module, parameters, ())
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one in memory; comparing values would wait for a GPU."""
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (
-        b.data_ptr(),
-        b.shape,
-        b.stride(),
-        b.dtype,
-    )
 
 
 def _split(q: Distribution, count: int) -> tuple[Distribution, Distribution]:

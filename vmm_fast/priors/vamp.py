@@ -35,8 +35,6 @@ class VampPrior(PseudoInputsPrior):
     joint : bool
         Let :meth:`kl` train the pseudo-inputs together with the network, as the VampPrior's authors
         do; then :meth:`update` does nothing.
-    reuse_encoding : bool
-        As for :class:`vmm_fast.VMMPrior`.
 
     Raises
     ------
@@ -50,12 +48,10 @@ class VampPrior(PseudoInputsPrior):
         latent_dim: int,
         learning_rate: float = 1e-3,
         joint: bool = False,
-        reuse_encoding: bool = False,
     ):
         super().__init__()
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.latent_dim, self.joint = check_integer("latent_dim", latent_dim), joint
-        self.reuse_encoding = reuse_encoding
         self.num_components, _ = self._set_pseudo_inputs(pseudo_inputs)
         parameters = list(self.parameters())
         self._adam = (
@@ -75,12 +71,11 @@ class VampPrior(PseudoInputsPrior):
         scale: Tensor | None,
         z: Tensor,
         learnt: Sequence[Tensor],
-        retain_graph: bool = False,
     ) -> tuple[float | Tensor, Sequence[Tensor | None], None]:
         if not learnt:
             return 0.0, (), None
         loss = self._map_loss(centers, scale, z)
-        gradients = torch.autograd.grad(loss, learnt, retain_graph=retain_graph, allow_unused=True)
+        gradients = torch.autograd.grad(loss, learnt, allow_unused=True)
         return loss.detach(), gradients, None
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
@@ -101,5 +96,5 @@ class VampPrior(PseudoInputsPrior):
         """Name the settings."""
         return (
             f"{self.num_components}, {self.latent_dim}, learning_rate={self.learning_rate}, "
-            f"joint={self.joint}, reuse_encoding={self.reuse_encoding}"
+            f"joint={self.joint}"
         )

@@ -57,12 +57,6 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
     statistics_rate : float
         Closed form alone: weight of a batch in the running statistics, in (0, 1]. The network must
         be able to follow: rates over about 0.01 let one component swallow the others early on.
-    reuse_encoding : bool
-        Whether :meth:`update`, given the ``z`` that :meth:`kl` had, takes over the encoding of the
-        pseudo-inputs from there instead of encoding again. Both steps then see the network and the
-        prior of before either: an optimizer step between them makes the encoding one step stale,
-        and the updates simultaneous instead of alternating. For any other ``z``, and where ``kl``
-        had gradients switched off or was compiled, ``update`` encodes as without it.
 
     Attributes
     ----------
@@ -101,10 +95,8 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         discount: float = 0.0,
         temperature: float = 1.0,
         statistics_rate: float = 0.003,
-        reuse_encoding: bool = False,
     ):
         nn.Module.__init__(self)
-        self.reuse_encoding = reuse_encoding
         total, dtype = self._set_pseudo_inputs(pseudo_inputs)
         pseudo_inputs_per_component = check_integer(
             "pseudo_inputs_per_component", pseudo_inputs_per_component
@@ -134,10 +126,6 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         )
 
     _free_centers = False
-
-    def extra_repr(self) -> str:
-        """Name the settings, which ``state_dict`` does not hold."""
-        return f"{super().extra_repr()}, reuse_encoding={self.reuse_encoding}"
 
     def _gradient_parameters(self) -> Iterable[nn.Parameter]:
         if isinstance(self.pseudo_inputs, nn.Module):
