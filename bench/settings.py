@@ -51,8 +51,6 @@ CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
     "k-2": ("2 pseudo-inputs per component", prior(pseudo_inputs_per_component=2)),
     "statistics-rate-0.001": ("statistics_rate 0.001", prior(statistics_rate=0.001)),
     "statistics-rate-0.01": ("statistics_rate 0.01", prior(statistics_rate=0.01)),
-    "temperature-0.5": ("temperature 0.5", prior(temperature=0.5)),
-    "temperature-2": ("temperature 2", prior(temperature=2.0)),
     "gradient": ("gradient instead of closed form", prior(inference="gradient")),
     "joint": (
         "one loss for network and prior",

@@ -78,15 +78,13 @@ template <class T>
 struct ExpectedLogJoint {
   ExpectedLogJoint(const Parameters<T>& p, int threads);
 
-  // The weighted sums over points and totals of vmm::statistics, with l / temperature.
-  void sum(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-           double grad_lse, double grad_expected, Sums sums, double* totals,
-           Sums slopes = {}) const {
+  // The weighted sums over points and totals of vmm::statistics.
+  void sum(const Parameters<T>& p, Samples<T> samples, int threads, double grad_lse,
+           double grad_expected, Sums sums, double* totals, Sums slopes = {}) const {
     if (float32_suffices)
-      sum_in<T>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals, slopes);
+      sum_in<T>(p, samples, threads, grad_lse, grad_expected, sums, totals, slopes);
     else
-      sum_in<double>(p, samples, temperature, threads, grad_lse, grad_expected, sums, totals,
-                     slopes);
+      sum_in<double>(p, samples, threads, grad_lse, grad_expected, sums, totals, slopes);
   }
 
   Buffer<double> L, log_det, log_pi, offsets;
@@ -94,8 +92,8 @@ struct ExpectedLogJoint {
 
  private:
   template <class U>
-  void sum_in(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-              double grad_lse, double grad_expected, Sums sums, double* totals, Sums slopes) const;
+  void sum_in(const Parameters<T>& p, Samples<T> samples, int threads, double grad_lse,
+              double grad_expected, Sums sums, double* totals, Sums slopes) const;
 };
 
 template <class T>
@@ -154,24 +152,23 @@ const U* converted(const T* values, int64_t size, Buffer<U>& storage) {
 
 template <class T>
 template <class U>
-void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, double temperature,
-                                 int threads, double grad_lse, double grad_expected, Sums sums,
-                                 double* totals, Sums slopes) const {
+void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, int threads,
+                                 double grad_lse, double grad_expected, Sums sums, double* totals,
+                                 Sums slopes) const {
   const int64_t K = p.per_component, D = p.dim, J = p.num_components * K;
-  const auto whitening = make_buffer<U>(J * D * D), tempered = make_buffer<U>(J);
-  const double factor = 1.0 / std::sqrt(temperature);
+  const auto whitening = make_buffer<U>(J * D * D), narrowed = make_buffer<U>(J);
   const double moved = static_cast<double>(J * D * D);
   parallel_ranges(J, useful_threads(threads, 4.0 * moved), [&](int, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j++) {
       const double* L_c = L.get() + j / K * D * D;
       U* out = whitening.get() + j * D * D;
-      for (int64_t i = 0; i < D * D; i++) out[i] = static_cast<U>(factor * L_c[i]);
-      tempered[j] = static_cast<U>(offsets[j] / temperature);
+      for (int64_t i = 0; i < D * D; i++) out[i] = static_cast<U>(L_c[i]);
+      narrowed[j] = static_cast<U>(offsets[j]);
     }
   });
   Buffer<U> centers, z;
   const Mixture<U> mixture{
-      converted<U>(p.centers, J * D, centers), whitening.get(), tempered.get(), J, D, true};
+      converted<U>(p.centers, J * D, centers), whitening.get(), narrowed.get(), J, D, true};
   const Samples<U> points{converted<U>(samples.z, samples.count * D, z), samples.count};
   vmm::statistics<U>(mixture, points, threads, static_cast<U>(grad_lse),
                      static_cast<U>(grad_expected), sums.N, sums.s, sums.M, totals, slopes.N,
@@ -255,15 +252,15 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
   Sums sums{memory.get(), memory.get() + J, batch ? nullptr : memory.get() + J * (1 + D)};
   double totals[2];
   if (!batch) {
-    mixture.sum(p, samples, 1.0, threads, responsibility_gradient ? 0.0 : 1.0,
+    mixture.sum(p, samples, threads, responsibility_gradient ? 0.0 : 1.0,
                 responsibility_gradient ? 1.0 : 0.0, sums, totals);
   } else if (responsibility_gradient) {
     if (gradients.raw_precision)
       throw std::invalid_argument("the batch's sums do not have the gradient of raw_precision");
-    mixture.sum(p, samples, 1.0, threads, 1.0, 0.0, *batch, totals, sums);
+    mixture.sum(p, samples, threads, 1.0, 0.0, *batch, totals, sums);
   } else {
     sums = *batch;
-    mixture.sum(p, samples, 1.0, threads, 1.0, 0.0, sums, totals);
+    mixture.sum(p, samples, threads, 1.0, 0.0, sums, totals);
   }
 
   const Weighted weighted{sums, data_weight, prior_weight, wishart_scale(C, D)};
@@ -304,10 +301,9 @@ double map_gradients(const Parameters<T>& p, Samples<T> samples, const Parameter
 }
 
 template <class T>
-double statistics(const Parameters<T>& p, Samples<T> samples, double temperature, int threads,
-                  Sums sums) {
+double statistics(const Parameters<T>& p, Samples<T> samples, int threads, Sums sums) {
   double totals[2];
-  ExpectedLogJoint<T>(p, threads).sum(p, samples, temperature, threads, 1.0, 0.0, sums, totals);
+  ExpectedLogJoint<T>(p, threads).sum(p, samples, threads, 1.0, 0.0, sums, totals);
   return totals[0];
 }
 
@@ -474,7 +470,7 @@ void online_step(const Parameters<T>& p, Sums batch, double count, double rate, 
   template void constrained<T>(const Parameters<T>&, int, T*, T*);                                 \
   template double map_gradients<T>(const Parameters<T>&, Samples<T>, const ParameterPriors&, bool, \
                                    double, int, const Gradients<T>&, const Sums*);                 \
-  template double statistics<T>(const Parameters<T>&, Samples<T>, double, int, Sums);              \
+  template double statistics<T>(const Parameters<T>&, Samples<T>, int, Sums);                      \
   template void maximise<T>(const Parameters<T>&, Sums, double, const ParameterPriors&, Learnt,    \
                             int);                                                                  \
   template void online_step<T>(const Parameters<T>&, Sums, double, double, double, bool,           \

@@ -99,10 +99,9 @@ double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
                      bool responsibility_gradient, double prior_weight, int threads,
                      const Gradients<T>&, const Sums* batch);
 
-// Sums with w = softmax(l / temperature); returns the sum over points of log sum_j exp(l_j /
-// temperature).
+// Sums with w = softmax(l); returns the sum over points of log sum_j exp l_j.
 template <class T>
-double statistics(const Parameters<T>&, Samples<T>, double temperature, int threads, Sums);
+double statistics(const Parameters<T>&, Samples<T>, int threads, Sums);
 
 // Which parameters move; free centers have a closed form, those of an encoder have not.
 struct Learnt {

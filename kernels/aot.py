@@ -277,7 +277,7 @@ def _launch_closed_form(dtype: torch.dtype, dim: int) -> None:
                 running,
                 objective,
                 (True,) * 4,
-                *(1.0, 0.1, free_centers),
+                *(0.1, free_centers),
                 *(1.0, LOG_WEIGHT_FLOOR),
             )
 

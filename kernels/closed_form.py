@@ -3,8 +3,8 @@
 The step is that of :mod:`vmm_fast.inference.closed_form`, where formulas and sources are. The
 launches
 
-1. build the expected log-joint at the temperature (:mod:`vmm_fast.kernels.empirical_bayes`) and
-   copy what is needed of the running sums' N;
+1. build the expected log-joint (:mod:`vmm_fast.kernels.empirical_bayes`) and copy what is needed
+   of the running sums' N;
 2. take the online softmax of every point;
 3. sum over the points, split by split;
 4. add up the splits, blend them into the running sums and maximise: one program a component has its
@@ -23,7 +23,6 @@ from step to step are arguments of the kernels, in float64, so that nothing is c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +88,7 @@ def trigamma(x):
 
 
 @triton.jit(do_not_specialize=["count", "per_component"])
-def tempered_kernel(
+def online_expected_kernel(
     centers,  # [J, D]
     scale,  # [J, D, D], [J, D], or not read
     raw_precision,  # [C, D, D]
@@ -102,7 +101,6 @@ def tempered_kernel(
     hyper,  # [7], float64
     count,  # C
     per_component,  # K
-    root: tl.float64,  # 1 / sqrt(temperature)
     INVERSE_V: tl.constexpr,
     FLOOR: tl.constexpr,
     SCALE: tl.constexpr,  # "none", "diagonal" or "full"
@@ -125,7 +123,6 @@ def tempered_kernel(
             offsets,
             c,
             per_component,
-            root,
             INVERSE_V,
             SCALE,
             D,
@@ -389,7 +386,6 @@ def maximise_kernel(
     data_size: tl.float64,  # n
     keep: tl.float64,  # weight of the running sums
     add: tl.float64,  # weight of a point of the batch
-    root: tl.float64,  # 1 / sqrt(temperature)
     INVERSE_V: tl.constexpr,
     EPSILON: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -414,7 +410,7 @@ def maximise_kernel(
             first = tl.load(hyper + 6) > 0.0
             covariance = tl.zeros([P, P], tl.float64)
             if first:
-                inverse = root * solve_lower(whitening, c * per_component, identity(D), D)
+                inverse = solve_lower(whitening, c * per_component, identity(D), D)
                 covariance = tl.dot(
                     tl.trans(inverse), inverse, input_precision="ieee", out_dtype=tl.float64
                 )
@@ -513,7 +509,6 @@ def online_step(
     running: Sequence[Tensor],
     objective: Any,
     moves: Sequence[bool],
-    temperature: float,
     rate: float,
     free_centers: bool,
     wishart_scale: float,
@@ -538,7 +533,6 @@ def online_step(
     whitening, offsets = z.new_empty(total, dim, dim), z.new_empty(total)
     before, hyper, masses = (z.new_empty(size, dtype=torch.float64) for size in (total, 7, number))
     given = (centers, centers if scale is None else scale, raw_precision, logits)
-    root = 1 / math.sqrt(temperature)
     on_components = {
         "INVERSE_V": 1 / wishart_scale,
         "FLOOR": log_weight_floor,
@@ -548,7 +542,7 @@ def online_step(
         **launch.options(WARPS[padded(dim)]),
     }
     with launch.on(z.device):
-        tempered_kernel[(number + 1,)](
+        online_expected_kernel[(number + 1,)](
             *given,
             whitening,
             offsets,
@@ -558,7 +552,6 @@ def online_step(
             hyper,
             number,
             per_component,
-            root,
             **on_components,
         )
         sums, data = sums_over_points(z, centers, whitening, offsets, "lse")
@@ -580,7 +573,6 @@ def online_step(
             float(objective.data_size),
             float(1 - rate),
             rate / count,
-            root,
             EPSILON=torch.finfo(z.dtype).eps,
             FREE=free_centers,
             MAP=map_prior,

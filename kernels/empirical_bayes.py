@@ -70,12 +70,11 @@ def store_expected(
     offsets,
     c,
     per_component,
-    root,
     INVERSE_V: tl.constexpr,
     SCALE: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Write component c's A and offsets, with l times ``root``^2; returns its log-priors."""
+    """Write component c's A and offsets; returns its log-priors."""
     L = constrained(load_lower(raw_precision, c, D), D)
     log_det = tl.sum(tl.log(diagonal(L, D)), 0)
     constant = tl.full([1], 0.9189385332046727, tl.float64) * D
@@ -83,7 +82,7 @@ def store_expected(
     squares = INVERSE_V * tl.sum(tl.sum(L * L, 1), 0)
     for k in range(per_component):
         j = c * per_component + k
-        store_lower(whitening, j, root * L, D)
+        store_lower(whitening, j, L, D)
         penalty = tl.zeros([1], tl.float64)
         m = load_center(centers, j, 0, D, padded(D), tl.float64)
         squares += tl.sum(m * m, 0)
@@ -97,7 +96,7 @@ def store_expected(
                 s = load_lower(scale, j, D)
                 squares += tl.sum(tl.sum(s * s, 1), 0)
         offset = share + (log_det - constant - penalty)
-        tl.store(offsets + j + tl.arange(0, 1), root * root * offset)
+        tl.store(offsets + j + tl.arange(0, 1), offset)
     return log_det - 0.5 * squares
 
 
@@ -131,7 +130,6 @@ def expected_kernel(
             offsets,
             c,
             per_component,
-            1.0,
             INVERSE_V,
             SCALE,
             D,

@@ -306,7 +306,7 @@ def test_pseudo_inputs_from_a_module(module, inference):
         {"inference": "closed-form", "weights": "stick-breaking"},
         {"inference": "gradient", "map_prior": "none"},
         {"inference": "closed-form", "map_prior": "none"},
-        {"inference": "closed-form", "map_prior": "fixed", "temperature": 0.5},
+        {"inference": "closed-form", "map_prior": "fixed"},
         {"inference": "closed-form", "pseudo_inputs_per_component": 2},
     ],
 )
@@ -481,13 +481,12 @@ def test_online_steps_approach_the_exact_fit():
     torch.testing.assert_close(online.logits.softmax(-1), weights, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_closed_form_statistics_are_under_tempered_responsibilities(temperature):
-    settings = {"inference": "closed-form", "temperature": temperature, "statistics_rate": 1.0}
+def test_closed_form_statistics_are_under_the_responsibilities():
+    settings = {"inference": "closed-form", "statistics_rate": 1.0}
     z = torch.randn(40, D, dtype=torch.float64)
     for prior in (vmm(**settings), gmm(**settings)):
         encoder = Encoder()
-        shares = (prior.log_joint(z, encoder) / temperature).softmax(-1).mean(0)
+        shares = prior.log_joint(z, encoder).softmax(-1).mean(0)
         loss = prior.log_joint(z, encoder).logsumexp(-1).mean()
         fitted = copy.deepcopy(prior)
         prior.update(z, encoder)
@@ -752,7 +751,6 @@ def test_compiles_without_graph_breaks():
         ({"responsibility_gradient": "no"}, "responsibility_gradient must be True or False"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
         ({"concentration": math.inf}, "concentration must be a finite number above 0"),
-        ({"temperature": 0}, "temperature must be"),
         ({"statistics_rate": 0}, "statistics_rate must be in"),
         ({"statistics_rate": 1.1}, "statistics_rate must be in"),
         ({"data_size": 0}, "data_size must be an integer of at least 1"),

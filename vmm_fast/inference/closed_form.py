@@ -30,7 +30,7 @@ from vmm_fast import ops
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR, wishart_scale
 from vmm_fast.inference.processes import number_of_processes, sum_over_processes
 from vmm_fast.inference.stick_breaking import posterior_without_checks
-from vmm_fast.mixture import Components, WhitenedMixture
+from vmm_fast.mixture import Components
 
 __all__ = [
     "Statistics",
@@ -73,17 +73,9 @@ class Statistics(NamedTuple):
         return self.scaled(1 - rate).plus(other.scaled(rate))
 
 
-def statistics(components: Components, z: Tensor, temperature: float = 1.0) -> Statistics:
-    """Sums over ``z`` [B, D] under softmax(l / temperature), float64.
-
-    A temperature below 1 makes the responsibilities crisper than the posterior (deterministic
-    annealing; Ueda & Nakano 1998).
-    """
-    centers, whitening, offsets, transpose = components.expected
-    tempered = WhitenedMixture(
-        centers, whitening / math.sqrt(temperature), offsets / temperature, transpose
-    )
-    sums = components.evaluate(ops.mixture_statistics, z, tempered)
+def statistics(components: Components, z: Tensor) -> Statistics:
+    """Sums over ``z`` [B, D] under the responsibilities, float64."""
+    sums = components.evaluate(ops.mixture_statistics, z, components.expected)
     n, s, m = (x.double() for x in sums)
     return Statistics(n, s, m, components.centers.detach().double())
 

@@ -251,7 +251,7 @@ def map_gradients(
     learnt : sequence of Tensor
         What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
     with_sums : bool
-        Whether the closed form's sums at temperature 1 are wanted as a by-product.
+        Whether the closed form's sums are wanted as a by-product.
 
     Returns
     -------
@@ -384,21 +384,19 @@ def _empty_statistics(parameters: MixtureParameters) -> Statistics:
     return Statistics(n, s, m, centers)
 
 
-def statistics(
-    parameters: MixtureParameters, z: Tensor, temperature: float
-) -> tuple[Statistics, float | None]:
+def statistics(parameters: MixtureParameters, z: Tensor) -> tuple[Statistics, float | None]:
     """:func:`closed_form.statistics` of ``parameters``, and what comes along with them.
 
     Returns
     -------
     sums : Statistics
     total : float or None
-        sum_i log sum_j exp(l_ij / temperature); None where it is no by-product.
+        sum_i log sum_j exp l_ij; None where it is no by-product.
     """
     z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
-        return closed_form.statistics(parameters.components().detach(), z, temperature), None
+        return closed_form.statistics(parameters.components().detach(), z), None
     sums = _empty_statistics(parameters)
     core_parameters = _CoreParameters(parameters, suffix)
     z = z.contiguous()
@@ -408,7 +406,6 @@ def statistics(
         core_parameters.view,
         z,
         len(z),
-        temperature,
         torch.get_num_threads(),
         *sums[:3],
     )
@@ -482,7 +479,6 @@ def online_step(
     running: Running,
     objective: Objective,
     *,
-    temperature: float,
     rate: float,
     free_centers: bool,
     sums: Statistics | None = None,
@@ -500,8 +496,6 @@ def online_step(
     running : Running
     objective : Objective
         ``data_size`` points (the batch's size for None) weigh against the priors.
-    temperature : float
-        Of the responsibilities, softmax(l / temperature).
     rate : float
         Weight of the batch.
     free_centers : bool
@@ -510,11 +504,9 @@ def online_step(
         The batch's, where they are known.
     """
     if sums is None:
-        if _online_step_in_kernels(
-            parameters, z, running, objective, temperature, rate, free_centers
-        ):
+        if _online_step_in_kernels(parameters, z, running, objective, rate, free_centers):
             return
-        sums, _ = statistics(parameters, z, temperature)
+        sums, _ = statistics(parameters, z)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
     data_size = objective.data_size or count
     suffix = _in_core(parameters)
@@ -556,7 +548,6 @@ def _online_step_in_kernels(
     z: Tensor,
     running: Running,
     objective: Objective,
-    temperature: float,
     rate: float,
     free_centers: bool,
 ) -> bool:
@@ -581,7 +572,6 @@ def _online_step_in_kernels(
             (*running.sums, running.steps),
             objective._replace(data_size=objective.data_size or len(z)),
             moves,
-            temperature,
             rate,
             free_centers,
             map_objective.wishart_scale(count, dim),

@@ -41,7 +41,6 @@ class BayesianMixturePrior(LearntPrior):
         map_prior: str,
         concentration: float,
         discount: float,
-        temperature: float,
         statistics_rate: float,
         dtype: torch.dtype,
     ):
@@ -49,7 +48,6 @@ class BayesianMixturePrior(LearntPrior):
         check_choice("inference", inference, ("gradient", "closed-form"))
         check_choice("map_prior", map_prior, ("none", "fixed", "learnt"))
         self.learning_rate = check_positive("learning_rate", learning_rate)
-        self.temperature = check_positive("temperature", temperature)
         check_positive("concentration", concentration)
         if not 0 < statistics_rate <= 1:
             raise ValueError(f"statistics_rate must be in (0, 1], but is {statistics_rate!r}")
@@ -141,7 +139,6 @@ class BayesianMixturePrior(LearntPrior):
             "joint",
             "map_prior",
             "discount",
-            "temperature",
             "statistics_rate",
         )
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
@@ -199,7 +196,7 @@ class BayesianMixturePrior(LearntPrior):
             z,
             self._objective,
             learnt,
-            with_sums=self.inference == "closed-form" and self.temperature == 1,
+            with_sums=self.inference == "closed-form",
         )
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
@@ -239,7 +236,6 @@ class BayesianMixturePrior(LearntPrior):
                     z,
                     self._running,
                     self._objective,
-                    temperature=self.temperature,
                     rate=self.statistics_rate,
                     free_centers=self._free_centers,
                     sums=step.sums,
@@ -301,7 +297,7 @@ class BayesianMixturePrior(LearntPrior):
         list of float
             What EM raises, before each iteration, in nats per point: the mean log-sum-exp of the
             expected log-joint plus the parameters' log-priors divided by the number of points. It
-            never falls with Dirichlet weights of a fixed concentration and a temperature of 1.
+            never falls with Dirichlet weights of a fixed concentration.
 
         Raises
         ------
@@ -323,9 +319,9 @@ class BayesianMixturePrior(LearntPrior):
                 if len(batch) == 0:
                     continue
                 points = self._latents(batch)
-                part, part_total = empirical_bayes.statistics(parameters, points, self.temperature)
+                part, part_total = empirical_bayes.statistics(parameters, points)
                 sums = part if sums is None else sums.plus(part)
-                if part_total is None or self.temperature != 1:
+                if part_total is None:
                     lse, _ = components.log_joint_expectation(points)
                     part_total = float(lse.double().sum())
                 total += part_total

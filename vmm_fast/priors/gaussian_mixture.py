@@ -25,7 +25,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
     centers : Tensor [C, D], optional
         Initial m; drawn from N(0, I) unless given.
     weights, inference, responsibility_gradient, data_size, learning_rate, joint, map_prior, \
-    concentration, discount, temperature, statistics_rate
+    concentration, discount, statistics_rate
         As for :class:`vmm_fast.VMMPrior`. Centers have a closed form here too.
 
     Attributes
@@ -54,7 +54,6 @@ class GaussianMixturePrior(BayesianMixturePrior):
         map_prior: str = "learnt",
         concentration: float = 1.0,
         discount: float = 0.0,
-        temperature: float = 1.0,
         statistics_rate: float = 0.003,
     ):
         nn.Module.__init__(self)
@@ -84,7 +83,6 @@ class GaussianMixturePrior(BayesianMixturePrior):
             map_prior=map_prior,
             concentration=concentration,
             discount=discount,
-            temperature=temperature,
             statistics_rate=statistics_rate,
             dtype=self.centers.dtype,
         )

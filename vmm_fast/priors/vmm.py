@@ -52,8 +52,6 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         Initial gamma, the inverse of the authors' alpha.
     discount : float
         d of the Pitman-Yor process in [0, 1); needs ``weights="stick-breaking"``.
-    temperature : float
-        Closed form alone: statistics are taken under softmax(l / temperature); below 1 is crisper.
     statistics_rate : float
         Closed form alone: weight of a batch in the running statistics, in (0, 1]. The network must
         be able to follow: rates over about 0.01 let one component swallow the others early on.
@@ -93,7 +91,6 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         map_prior: str = "learnt",
         concentration: float = 1.0,
         discount: float = 0.0,
-        temperature: float = 1.0,
         statistics_rate: float = 0.003,
     ):
         nn.Module.__init__(self)
@@ -120,7 +117,6 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
             map_prior=map_prior,
             concentration=concentration,
             discount=discount,
-            temperature=temperature,
             statistics_rate=statistics_rate,
             dtype=dtype,
         )
