@@ -1,6 +1,8 @@
 """What several tests share: small random problems, layouts in memory, error budgets, limits."""
 
 import contextlib
+import copy
+import math
 import resource
 from unittest import mock
 
@@ -340,3 +342,25 @@ def written(folder, adata=None, name="cells.h5ad"):
     path = folder / name
     (make_cells() if adata is None else adata).write_h5ad(path)
     return path
+
+
+def mutated(state, rng):
+    """A copy with one entry gone, of another type or shape, or not a number; and where."""
+    state = copy.deepcopy(state)
+    holder, key, path = [state], 0, []
+    while isinstance(holder[key], dict | list) and holder[key] and (not path or rng.random() < 0.9):
+        holder = holder[key]
+        key = rng.choice(list(holder if isinstance(holder, dict) else range(len(holder))))
+        path.append(key)
+    old = holder[key]
+    others = ["text", None, -1, math.nan, [], {}, torch.zeros(3)]
+    if isinstance(old, torch.Tensor):
+        others += [old.flatten()[1:].clone(), old[None].repeat(2, *[1] * old.ndim)]
+        if old.is_floating_point():
+            others += [old * math.nan, old.to(torch.int32)]
+    place = rng.randrange(-1, len(others))
+    if place < 0 and isinstance(holder, dict):
+        del holder[key]
+    else:
+        holder[key] = others[place]
+    return state, path

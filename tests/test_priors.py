@@ -4,12 +4,14 @@ import copy
 import itertools
 import math
 import pickle
+import random
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
 from scipy.special import gammaln
+from support import mutated
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 from torch.nn.functional import softplus
@@ -619,6 +621,65 @@ def test_copies_go_on_alike(name, copied):
         other.update(z, encoder)
     assert same_state(state_of(prior), state_of(other))
     assert not same_state(at_copy, state_of(other))
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_states_that_do_not_fit_change_nothing(name):
+    """Of a prior of another size, or changed at random: all is loaded or nothing, and no moment
+    is read or written out of bounds afterwards."""
+    encoder, prior, rng = Encoder(), LEARNT[name](), random.Random(0)
+    z = encoder(inputs()).sample()
+    prior.update(z, encoder)
+    sound = prior.state_dict()
+    refused = 0
+    for _ in range(60):
+        private, _ = mutated(sound["_extra_state"], rng)
+        before, moments = state_of(prior), copy.deepcopy(prior.get_extra_state())
+        try:
+            prior.load_state_dict({**sound, "_extra_state": private})
+        except RuntimeError as error:
+            refused += 1
+            assert " must " in str(error)
+            assert same_state(before, state_of(prior))
+            assert str(moments) == str(prior.get_extra_state())
+        prior.update(z, encoder)
+        assert all(x.isfinite().all() for x in state_of(prior).values())
+    assert (refused > 20) == (prior._adam is not None)
+    wide = VMMPrior(inputs(30), D, inference="closed-form" if "closed" in name else "gradient")
+    before = state_of(wide)
+    with pytest.raises(RuntimeError, match="must have shape"):
+        wide.load_state_dict(sound, strict=False)
+    assert same_state(before, state_of(wide))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "must have shape"),
+        (lambda state: state["state"][0]["exp_avg"].fill_(torch.nan), "must be finite"),
+        (lambda state: state["state"][0]["exp_avg_sq"].sub_(1e3), "nowhere negative"),
+        (lambda state: state["state"][0].pop("exp_avg_sq"), "must have steps and moments"),
+        (lambda state: state["state"][0].update(step=-1.0), "at least 0"),
+        (lambda state: state["state"].update({9: {}}), "that it lists, but is of 9"),
+        (lambda state: state["param_groups"][0].update(lr=torch.nan), "lr must be a number"),
+        (
+            lambda state: state["param_groups"][0].update(betas=(0.9, 1.0)),
+            "beta2 must be a number",
+        ),
+        (lambda state: state["param_groups"][0].pop("eps"), "must have betas, eps"),
+        (lambda state: state["param_groups"][0]["params"].pop(), "parameters, but is of"),
+        (lambda state: state.pop("state"), "must have param_groups, a list, and state"),
+    ],
+)
+def test_states_of_the_private_optimizer_are_checked(change, message):
+    encoder, prior = Encoder(), vmm()
+    prior.update(encoder(inputs()), encoder)
+    state = copy.deepcopy(prior.get_extra_state())
+    change(state)
+    before = str(prior.get_extra_state())
+    with pytest.raises(ValueError, match=message):
+        prior.set_extra_state(state)
+    assert str(prior.get_extra_state()) == before
 
 
 @pytest.mark.parametrize("name", PRIORS)

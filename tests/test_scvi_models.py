@@ -1,6 +1,8 @@
 """The mixture prior in scVI and other models of scvi-tools: each next to its stock model."""
 
 import math
+import os
+import random
 from functools import cache
 
 import numpy as np
@@ -16,6 +18,8 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 from vmm_fast import Components  # noqa: E402
 from vmm_fast.clusters import find_clusters  # noqa: E402
 from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
+from vmm_fast.scvi.assignment import find_model  # noqa: E402
+from vmm_fast.scvi.saved import check_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -193,6 +197,53 @@ def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
         with pytest.raises(ValueError, match="prior must be 'vmm', 'gmm' or 'vamp' for clusters"):
             model.get_clusters()
     train(loaded)
+
+
+class MakesFolder:
+    """What a stranger may hide in a file: it is called as the file is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_saved_model_runs_nothing_as_it_is_read(tmp_path):
+    model, ran = learnt("SCVI"), tmp_path / "ran"
+    model.save(tmp_path, save_anndata=True, overwrite=True)
+    saved = torch.load(tmp_path / "model.pt", weights_only=False)
+    saved["attr_dict"]["note"] = MakesFolder(ran)
+    torch.save(saved, tmp_path / "model.pt")
+    for load in (
+        lambda: VMMSCVI.load(tmp_path),
+        lambda: VMMSCVI.load_query_data(model.adata, str(tmp_path)),
+        lambda: find_model(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"tensors and tables alone, but holds posix\.mkdir"):
+            load()
+        assert not ran.exists()
+    VMMSCVI.load(tmp_path, accelerator="cpu", trust=True)
+    assert ran.exists()
+
+
+def test_every_flipped_bit_of_a_saved_model_is_found(tmp_path):
+    model, rng, path = learnt("SCVI"), random.Random(0), tmp_path / "model.pt"
+    model.save(tmp_path, save_anndata=True, overwrite=True)
+    whole, harmless = path.read_bytes(), 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            check_model(path)
+        except ValueError as error:
+            assert "is damaged" in str(error)
+        else:  # padding
+            harmless += 1
+            loaded = VMMSCVI.load(tmp_path, accelerator="cpu").module.state_dict()
+            assert str(loaded) == str(model.module.state_dict())
+    assert harmless < 20
 
 
 def test_a_model_that_was_saved_before_there_were_clusters(tmp_path):

@@ -6,13 +6,18 @@ import io
 import itertools
 import json
 import math
+import random
+import re
 import sys
 
 import pytest
 import torch
+from support import mutated
 from torch.distributions import MultivariateNormal
 
+from vmm_fast._files import load_checked
 from vmm_fast.models import VAE, History, fit, training
+from vmm_fast.models.training import RECORD
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 from vmm_fast.schedules import learning_rate_share
 
@@ -473,6 +478,43 @@ def test_errors_of_the_checkpoint_s_place(tmp_path, place, resume, error, messag
     path = place and tmp_path / place
     with pytest.raises(error, match=message):
         run(make_model(), checkpoint=path, resume=resume)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):
+    path, rng = checkpoint(2), random.Random(0)
+    whole, sound = path.read_bytes(), torch.load(path, weights_only=True)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = load_checked(path)
+        except ValueError as error:
+            assert "is damaged" in str(error)
+        else:  # padding
+            assert str(found) == str(sound)
+
+
+def test_checkpoints_of_other_content_are_refused(checkpoint):
+    """An entry that is gone, of another type or shape, or not a number: nothing has changed."""
+    path, rng = checkpoint(2), random.Random(0)
+    sound = torch.load(path, weights_only=True)
+    model = make_model()
+    before = str(model.state_dict())
+    refused = 0
+    for _ in range(150):
+        state, where = mutated(sound, rng)
+        torch.save(state, path)
+        try:
+            run(model, epochs=2, checkpoint=path, resume=True)
+        except ValueError as error:
+            refused += 1
+            assert re.search(r"run\.pt' (is|cannot be)", str(error))
+            assert str(model.state_dict()) == before
+        else:
+            assert where[0] in ("versions", "best_elbo", "stale", "settings") or where[-1] in RECORD
+            model = make_model()
+    assert refused > 100
 
 
 def test_damaged_checkpoint(checkpoint):

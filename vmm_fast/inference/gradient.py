@@ -15,7 +15,85 @@ from vmm_fast import _core
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference.processes import average_over_processes
 
-__all__ = ["PrivateAdam"]
+__all__ = ["PrivateAdam", "check_adam_state"]
+
+
+def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raise ValueError unless an Adam can go on from a state with its parameters.
+
+    torch compares the numbers of parameters alone, and its compiled steps, as ours, would write
+    moments of another size out of bounds.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"state must be a dict, but is {type(state).__name__}")
+    groups, entries = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(entries, dict):
+        raise ValueError("state must have param_groups, a list, and state, a dict")
+    own = optimizer.param_groups
+    if len(groups) != len(own):
+        raise ValueError(f"state must have {len(own)} groups of parameters, but has {len(groups)}")
+    found: dict[Any, tuple[Tensor, bool]] = {}
+    for group, own_group in zip(groups, own, strict=True):
+        _check_settings(group, own_group)
+        numbers, parameters = group["params"], own_group["params"]
+        if not isinstance(numbers, list) or len(numbers) != len(parameters):
+            raise ValueError(f"state must be of {len(parameters)} parameters, but is of {numbers}")
+        amsgrad = group.get("amsgrad", False)
+        found |= {
+            number: (parameter, amsgrad)
+            for number, parameter in zip(numbers, parameters, strict=True)
+            if isinstance(number, int)
+        }
+    for number, entry in entries.items():
+        if number not in found:
+            raise ValueError(f"state must be of parameters that it lists, but is of {number!r}")
+        _check_moments(number, entry, *found[number])
+
+
+def _check_settings(group: Any, own: dict[str, Any]) -> None:
+    """Raise ValueError unless a group's settings are such as an Adam's."""
+    needed = {"params", "lr", "betas", "eps", "weight_decay"}
+    if not isinstance(group, dict) or not needed <= group.keys():
+        raise ValueError(f"a group must have {', '.join(sorted(needed))}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, but are {betas!r}")
+    numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+    for name, value in (*numbers.items(), ("beta1", betas[0]), ("beta2", betas[1])):
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        below = 1.0 if "beta" in name else math.inf
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+            raise ValueError(f"{name} must be a number in [0, {below:g}), but is {value!r}")
+    for name, value in group.items():
+        if isinstance(own.get(name, 0.0), (bool, type(None))) and not (
+            isinstance(value, bool) or (value is None and own[name] is None)
+        ):
+            raise ValueError(f"{name} must be True or False, but is {value!r}")
+
+
+def _check_moments(number: int, entry: Any, parameter: Tensor, amsgrad: bool) -> None:
+    """Raise ValueError unless an entry holds a parameter's steps and moments."""
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    if not isinstance(entry, dict) or not {"step", *names} <= entry.keys():
+        raise ValueError(f"parameter {number} must have steps and moments, but lacks some")
+    steps = entry["step"]
+    if isinstance(steps, Tensor) and steps.numel() == 1:
+        steps = steps.item()
+    if isinstance(steps, bool) or not isinstance(steps, (int, float)) or not 0 <= steps < math.inf:
+        raise ValueError(f"steps of parameter {number} must be a number of at least 0")
+    for name in names:
+        moment = entry[name]
+        if not isinstance(moment, Tensor) or not moment.is_floating_point():
+            raise ValueError(f"{name} of parameter {number} must be a floating tensor")
+        if moment.shape != parameter.shape:
+            raise ValueError(
+                f"{name} of parameter {number} must have shape {list(parameter.shape)}, but has "
+                f"{list(moment.shape)}"
+            )
+        if not moment.isfinite().all() or ("sq" in name and (moment < 0).any()):
+            sign = " and nowhere negative" if "sq" in name else ""
+            raise ValueError(f"{name} of parameter {number} must be finite{sign}, but is not")
 
 
 def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]) -> bool:
@@ -30,6 +108,7 @@ def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, 
         steps = state["step"]
         if not (
             all(x.is_cpu and x.dtype == dtype and x.is_contiguous() for x in written)
+            and all(x.shape == parameter.shape for x in (*written, gradient))
             and gradient.is_cpu
             and gradient.dtype == dtype
             and steps.is_cpu
@@ -151,6 +230,11 @@ class PrivateAdam:
         """Moments and step counts."""
         return self._adam.state_dict()
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless it is a :meth:`state_dict` of such parameters."""
+        check_adam_state(self._adam, state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`, or raise ValueError and change nothing if it does not fit."""
+        self.check_state_dict(state)
         self._adam.load_state_dict(copy.deepcopy(state))  # torch would share the moments

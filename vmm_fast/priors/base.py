@@ -283,9 +283,32 @@ class LearntPrior(Prior):
         return {} if self._adam is None else self._adam.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the private optimizer's state."""
+        """Restore the private optimizer's state, or raise ValueError if it does not fit."""
         if self._adam is not None and state:
             self._adam.load_state_dict(state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As torch's, but all of it or, after an error, nothing: moments go with parameters."""
+        errors: list[str] = args[-1]
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        problems = [
+            f"{name} must have shape {list(tensor.shape)}, but has {list(given.shape)}"
+            for name, tensor in own
+            if isinstance(given := state_dict.get(prefix + name), Tensor)
+            and given.shape != tensor.shape
+        ]
+        private = state_dict.get(f"{prefix}_extra_state")
+        if self._adam is not None and private and not problems:
+            try:
+                self._adam.check_state_dict(private)
+            except ValueError as error:
+                problems.append(f"optimizer {error}")
+        if problems:
+            errors += problems
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def check_positive(name: str, value: float) -> float:

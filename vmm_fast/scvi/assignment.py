@@ -32,6 +32,7 @@ from vmm_fast.scvi.integration import (
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.reading import counts_of
+from vmm_fast.scvi.saved import check_model
 from vmm_fast.scvi.store import CellStore, kept_alone
 from vmm_fast.scvi.writing import write_clustered
 
@@ -77,6 +78,12 @@ def find_model(path: str) -> SavedModel:
     if not found:
         raise InputError(f"{path}: must be a folder that integrate wrote, holds no model.pt")
     damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
+    try:
+        check_model(found[0] / "model.pt")
+    except OSError as error:
+        raise InputError(f"{path}: model.pt cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     try:
         with quiet():
             registry = VMMSCVI.load_registry(str(found[0]))

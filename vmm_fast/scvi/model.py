@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vmm_fast.mixture import Components
 from vmm_fast.priors.base import check_integer
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
+from vmm_fast.scvi.saved import check_model
 from vmm_fast.scvi.training import (
     EmpiricalBayesAdversarialTrainingPlan,
     EmpiricalBayesSemiSupervisedTrainingPlan,
@@ -175,12 +177,31 @@ class LatentPriorModel(BaseModelClass):
         cells.start_from(self.module.features(tensors), categories, continuous)
 
     @classmethod
-    def load_query_data(cls, adata: Any = None, reference_model: Any = None, **kwargs: Any) -> Any:
+    def load(cls, dir_path: str, *args: Any, trust: bool = False, **kwargs: Any) -> Any:
+        """As the model's own, of a file that holds tensors and tables alone unless ``trust``.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, or holds what would run as it is read.
+        """
+        if not trust:
+            given = inspect.signature(super().load).bind(dir_path, *args, **kwargs).arguments
+            _check_saved(dir_path, given.get("prefix"), given.get("backup_url"))
+        return super().load(dir_path, *args, **kwargs)
+
+    @classmethod
+    def load_query_data(
+        cls, adata: Any = None, reference_model: Any = None, *, trust: bool = False, **kwargs: Any
+    ) -> Any:
         """As the model's own, with weights of new categories next to those of their covariate.
 
         scvi-tools' puts them behind all others, so that, where batches and covariates have weights
         and not the last of them alone has new categories, every later one gets another's weights.
+        A ``reference_model`` in a folder must hold tensors and tables alone unless ``trust``.
         """
+        if isinstance(reference_model, str) and not trust:
+            _check_saved(reference_model)
         model = super().load_query_data(adata, reference_model, **kwargs)
         reference = (
             cls.load_registry(reference_model)
@@ -354,6 +375,15 @@ def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
     covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
     numbers += covariates.get("n_cats_per_key", [])
     return [number if number > 1 else 0 for number in numbers]
+
+
+def _check_saved(folder: str, prefix: str | None = None, backup_url: str | None = None) -> None:
+    """Raise ValueError if a model is damaged or would run anything; scvi-tools says if none is."""
+    path = Path(folder) / f"{prefix or ''}model.pt"
+    if path.is_file():
+        check_model(path)
+    elif backup_url is not None:
+        raise ValueError("backup_url must be None unless trust=True: download the file first")
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.scvi.loading import CellDataModule
 
 __all__ = [
@@ -162,6 +163,7 @@ class EmpiricalBayes(LightningModule):
         def created(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
             optimizer = create(parameters)
             if isinstance(optimizer, Adam):
+                optimizer.register_load_state_dict_pre_hook(check_adam_state)
                 for group in optimizer.param_groups:
                     unset = group["foreach"] is None and group["fused"] is None
                     if unset and all(p.is_cpu for p in group["params"]):

@@ -1,0 +1,72 @@
+"""What a saved model may hold: scvi-tools reads it with pickle, which runs what a file names.
+
+Before it is read, every name in the file is compared with those of tensors, arrays and tables.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+__all__ = ["check_model"]
+
+# What scvi-tools' registries are made of, under the names of all versions.
+_NUMPY = ("numpy._core", "numpy.core")
+_OF_NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+_OF_PANDAS = (
+    "arrays.categorical.Categorical",
+    "arrays.numpy_.NumpyExtensionArray",
+    "arrays.string_.StringArray",
+    "arrays.string_.StringDtype",
+    "dtypes.dtypes.CategoricalDtype",
+    "frame.DataFrame",
+    "indexes.base.Index",
+    "indexes.base._new_Index",
+    "indexes.range.RangeIndex",
+    "internals.managers.BlockManager",
+    "series.Series",
+)
+ALLOWED = {
+    "builtins.bytes",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.set",
+    "builtins.slice",
+    "collections.defaultdict",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pandas._libs.arrays.__pyx_unpickle_NDArrayBacked",
+    "pandas._libs.internals._unpickle_block",
+    *(f"{core}.{name}" for core in _NUMPY for name in _OF_NUMPY),
+    *(f"pandas.core.{name}" for name in _OF_PANDAS),
+}
+
+
+def check_model(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a ``model.pt`` is damaged, or would run anything when it is read.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        Naming what it would run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        held = set(get_unsafe_globals_in_checkpoint(os.fspath(path)))
+    except OSError:
+        raise
+    except Exception as error:  # both raise many kinds for a damaged file
+        damaged, held = type(error).__name__, set()
+    if damaged is not None:
+        raise ValueError(f"{os.fspath(path)!r} must be a saved model, but is damaged ({damaged})")
+    if foreign := sorted(held - ALLOWED):
+        raise ValueError(
+            f"{os.fspath(path)!r} must hold tensors and tables alone, but holds "
+            f"{', '.join(foreign)}, which may run anything; if you know who wrote it, load it with "
+            "trust=True"
+        )
