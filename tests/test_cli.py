@@ -212,7 +212,7 @@ def test_options(npy, tmp_path):
 def test_two_clusters_are_found(tmp_path):
     x, labels = vectors(200, 8)
     np.savez(tmp_path / "x.npz", X=x, labels=labels)
-    options = ["--epochs", 40, "--components", 10, "--latent-dim", 2]
+    options = ["--epochs", 80, "--components", 10, "--latent-dim", 2]
     assert cluster(tmp_path / "x.npz", tmp_path / "out", *options) == 0
     assert metrics(tmp_path / "out")["scores"]["accuracy_majority"] > 0.95
 
@@ -221,21 +221,22 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     x, labels = vectors(200, 8)
     np.savez(tmp_path / "x.npz", X=x, labels=labels)
     path, out = tmp_path / "x.npz", tmp_path / "out"
-    options = ["--epochs", 40, "--components", 10, "--latent-dim", 2]
+    options = ["--epochs", 80, "--components", 10, "--latent-dim", 2]
     assert cluster(path, out, *options, "--clusters", 1) == 0
     before = metrics(out)
     assert before["clusters"] == 1 and before["components_used"] > 1
     resume = ["cluster", str(path), "--out", str(out), "--resume"]
     capsys.readouterr()
-    assert cli.main([*resume, "--clusters", "11"]) == 0
+    assert cli.main([*resume, "--clusters", "10"]) == 0
     found = len({row["cluster"] for row in table(out)})
     assert 1 < found == metrics(out)["clusters"]
-    assert f"note: {found} clusters, not 11: others would be nowhere" in capsys.readouterr().out
+    assert f"note: {found} clusters, not 10: others would be nowhere" in capsys.readouterr().out
     assert metrics(out)["history"] == before["history"]
     check_results(out, path)
     kept = contents(out)
     for more, message in (
         (["--clusters", "0"], "must be a whole number from 1, is '0'"),
+        (["--clusters", "11"], "--clusters must be at most 10, the number of components, is 11"),
         (["--resolution", "-1"], "must be a number from 0, is '-1'"),
         (["--resolution", "inf"], "must be a finite number, is 'inf'"),
         (["--separation", "1"], "must be a number between 0 and 1, is '1'"),
@@ -243,12 +244,12 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     ):
         assert message in complaint(capsys, cli.main([*resume, *more]), 2)
     assert contents(out) == kept
-    for option, value in (("resolution", 3.0), ("separation", 0.9)):
+    for option, value in (("separation", 0.9), ("resolution", 3.0)):
         assert cli.main([*resume, f"--{option}", str(value)]) == 0
         settings = metrics(out)["settings"]
         assert settings[option] == value and settings["clusters"] is None
-    assert settings["resolution"] == 3  # the other stays
-    assert metrics(out)["clusters"] == found
+    assert settings["separation"] is None  # each cut is whole by itself
+    assert metrics(out)["clusters"] == 2 < found
 
 
 def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):

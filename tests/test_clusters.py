@@ -13,7 +13,7 @@ from torch.distributions import Normal
 
 import vmm_fast
 from vmm_fast import Components
-from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
+from vmm_fast.clusters import ONE_PEAK, Clusters, ClusterTree, Confusion, find_clusters
 
 # Two classes of two components each, whose centers are 2 apart, and one component by itself.
 CENTERS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 2.0], [0.0, 30.0]])
@@ -68,6 +68,7 @@ def levels(confusion):
         return sums[sorted(a)].sum()
 
     found = [(set(parts), 1.0)]
+    one_peak = 0  # merges up to the last of groups that have one peak together
     while len(parts) > 1:
         rates = {
             (a, b): shared(a, b) / min(mass(a), mass(b))
@@ -76,7 +77,9 @@ def levels(confusion):
         a, b = max(rates, key=rates.get)
         parts = [part for part in parts if part not in (a, b)] + [a | b]
         found.append((set(parts), min(found[-1][1], rates[a, b])))
-    return found
+        if rates[a, b] > ONE_PEAK:
+            one_peak = len(found) - 1
+    return found, one_peak
 
 
 def modularity(parts, sums, resolution):
@@ -113,14 +116,15 @@ def test_the_tree_merges_the_most_confused_pair(seed):
     components, z = overlapping(seed=seed)
     confusion = Confusion.of(components, z)
     assert confusion.counts.all()
-    tree, expected = ClusterTree(confusion), levels(confusion)
+    tree, (expected, one_peak) = ClusterTree(confusion), levels(confusion)
     np.testing.assert_allclose(tree.heights, [height for _, height in expected[1:]], rtol=1e-12)
     for parts, _ in expected:
         assert groups(tree.cut(n_clusters=len(parts)).numpy()) == parts
     least = 1e-12  # as good as no separation
     for resolution in (0.1, 0.5, 1, 2, 5):
         best = max(
-            (p for p, _ in expected), key=lambda p: modularity(p, confusion.sums, resolution)
+            (p for p, _ in expected[one_peak:]),
+            key=lambda p: modularity(p, confusion.sums, resolution),
         )
         assert groups(tree.cut(resolution=resolution, separation=least).numpy()) == best
     for separation in (0.01, 0.05, 0.2, 0.9):
@@ -263,6 +267,30 @@ def test_processes_are_waited_for_only_where_the_tree_is_made(monkeypatch):
 # --- at the edges ---
 
 
+def test_groups_with_one_peak_together_are_one_cluster():
+    """Whatever else there is, and however many components lie at one place."""
+    x = torch.linspace(-12, 12, 20001, dtype=torch.float64)
+    a, b = (Normal(m, 1.0).log_prob(x).exp() for m in (-1.0, 1.0))
+    assert pytest.approx(float(torch.trapezoid(a * b / (a + b), x)), abs=1e-4) == ONE_PEAK
+    torch.manual_seed(0)
+    for count in (2, 3, 10, 30):
+        near = 0.1 * torch.randn(count, 2)
+        alone = mixture(near)
+        assert find_clusters(alone, alone.sample(2000)).num_clusters == 1
+        components = mixture(torch.cat([near, torch.tensor([[50.0, 0], [0, 50]])]))
+        places = torch.tensor([[0.0, 0], [50, 0], [0, 50]])
+        z = torch.cat([torch.randn(500, 2) + place for place in places])
+        found = components.clusters(z)
+        assert found.assign(z).labels.bincount().tolist() == [500, 500, 500]
+
+
+@pytest.mark.parametrize(("apart", "clusters"), [(1.8, 1), (2.5, 2)])
+def test_two_gaussians_are_one_cluster_while_they_have_one_peak(apart, clusters):
+    torch.manual_seed(0)
+    components = mixture(torch.tensor([[0.0, 0], [apart, 0]]))
+    assert components.clusters(components.sample(20_000)).num_clusters == clusters
+
+
 def test_components_without_points_are_no_clusters():
     components = mixture(
         torch.cat([CENTERS, torch.tensor([[500.0, 0], [0.5, 0.1]])]), [1.0] * 5 + [0, 1e-9]
@@ -285,9 +313,10 @@ def test_a_cluster_that_is_nowhere_the_most_probable_is_merged_on():
     assert groups(tree.cut(n_clusters=2).numpy()) == {frozenset([0]), frozenset([1, 2])}
     merged = find_clusters(shares, shares.points, tree=tree, resolution=0, separation=0.45)
     assert merged.num_clusters == 1
-    with pytest.warns(UserWarning, match="n_clusters is 2, but 1 were found"):
-        assert find_clusters(shares, shares.points, tree=tree, n_clusters=2).num_clusters == 1
-    assert find_clusters(shares, shares.points, tree=tree, n_clusters=3).num_clusters == 3
+    # There are two all the same, of another pair than that of the tree.
+    for number in (2, 3):
+        found = find_clusters(shares, shares.points, tree=tree, n_clusters=number)
+        assert len(found.assign(shares.points).labels.unique()) == number
 
 
 def test_clusters_are_numbered_by_the_points_that_they_hold_themselves():
@@ -314,6 +343,22 @@ def test_a_cluster_without_points_joins_the_one_that_it_shares_most_with():
     tree = ClusterTree(Confusion(sums, torch.tensor([2, 1, 1, 2])))  # as if it held one
     found = find_clusters(shares, shares.points, tree=tree, resolution=0, separation=0.9)
     assert groups(found.of_component.numpy()) == {frozenset([0]), frozenset([1, 2]), frozenset([3])}
+    with pytest.warns(UserWarning, match="n_clusters is 4, but 3 were found"):
+        assert find_clusters(shares, shares.points, tree=tree, n_clusters=4).num_clusters == 3
+
+
+def test_a_level_that_adds_two_clusters_with_points_is_merged_back():
+    # Cut in three, the second and third are nowhere the most probable; cut in four, all are.
+    rows = [[0.5, 0.2, 0.16, 0.14]] * 10 + [[0.4, 0.45, 0.1, 0.05]] + [[0.4, 0.05, 0.45, 0.1]]
+    rows += [[0.4, 0.0, 0.05, 0.55]]
+    shares = Shares(rows)
+    tree = ClusterTree(Confusion.of(shares, shares.points))
+    for number in (1, 2, 3, 4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = find_clusters(shares, shares.points, tree=tree, n_clusters=number)
+        assert found.num_clusters == number
+        assert len(found.assign(shares.points).labels.unique()) == number
 
 
 def test_a_finer_cut_gives_the_number_that_was_asked_for():
@@ -406,6 +451,16 @@ def test_bad_input():
     other = ClusterTree(Confusion.of(components, components.sample(50, torch.zeros(50).long())))
     with pytest.raises(ValueError, match="tree must be of these components and points, but"):
         find_clusters(components, z, tree=other)
+    # As many points in each component, but shared among others.
+    order = torch.tensor([0, 2, 4, 1, 3])
+    other = ClusterTree(Confusion.of(mixture(CENTERS[order]), components.sample(2000)))
+    with pytest.raises(ValueError, match=r"has .* of the points between other components"):
+        find_clusters(components, components.sample(2000), tree=other)
+    with pytest.raises(ValueError, match="other must be of 5 components, but is of 3"):
+        tree.confusion.plus(Confusion.of(mixture(CENTERS[:3]), z))
+    for cluster in (1.5, True, 3):
+        with pytest.raises(ValueError, match=r"cluster must be in 0 \.\. 2"):
+            find_clusters(components, z).sample(2, cluster)
     with pytest.raises(ValueError, match="of_component must number the clusters of 5 components"):
         Clusters(components, torch.tensor([0, 0, 2, 2, 0]))
     for of in ([0, 0, 1, 1, 1], torch.zeros(5)):

@@ -198,6 +198,19 @@ def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
     assert tree["linkage"].shape == (count - 1, 4)
     assert list(tree["categories_ordered"]) == [str(i) for i in tree["categories_idx_ordered"]]
     scanpy.pl.dendrogram(found, "vmm_cluster", show=False)
+    # No tree of an earlier run stays with other clusters.
+    assert assigned(out, out / "cells.h5ad", tmp_path / "same.h5ad") == 0
+    same = anndata.read_h5ad(tmp_path / "same.h5ad")
+    np.testing.assert_array_equal(same.uns["dendrogram_vmm_cluster"]["linkage"], tree["linkage"])
+    cells = anndata.read_h5ad(out / "cells.h5ad")
+    settings = {"epochs": 1, "components": 8, "clusters": 1}
+    cells.write_h5ad(tmp_path / "again.h5ad")
+    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    assert run(tmp_path / "again.h5ad", tmp_path / "one", *options) == 0
+    assert "dendrogram_vmm_cluster" not in cells_of(tmp_path / "one").uns
+    assert "at most 8, the number of components, is 9" in complaint(
+        capsys, run(h5ad, tmp_path / "bad", "--components", 8, "--clusters", 9)
+    )
 
 
 def test_labels_are_not_trained_on(h5ad, tmp_path):

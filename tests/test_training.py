@@ -16,7 +16,7 @@ from support import mutated
 from torch.distributions import MultivariateNormal
 
 from vmm_fast._files import load_checked
-from vmm_fast.models import VAE, History, fit, training
+from vmm_fast.models import VAE, History, RandomShifts, fit, training
 from vmm_fast.models.training import RECORD
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 from vmm_fast.schedules import learning_rate_share
@@ -478,6 +478,24 @@ def test_errors_of_the_checkpoint_s_place(tmp_path, place, resume, error, messag
     path = place and tmp_path / place
     with pytest.raises(error, match=message):
         run(make_model(), checkpoint=path, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("augment", "error", "message"),
+    [
+        (3, TypeError, "augment must be callable, but is 3"),
+        (lambda x: x[:, :2], ValueError, r"augment must give torch.float32 \[16, 6\] .* but gave"),
+        (lambda x: None, ValueError, "but gave None"),
+    ],
+)
+def test_augment_gives_what_it_is_given(augment, error, message):
+    with pytest.raises(error, match=message):
+        run(make_model(), augment=augment)
+
+
+def test_a_checkpoint_is_of_its_augment(checkpoint):
+    with pytest.raises(ValueError, match="augment: none in the checkpoint, RandomShifts now"):
+        run(make_model(), checkpoint=checkpoint(2), resume=True, augment=RandomShifts((3, 2)))
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):

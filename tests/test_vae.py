@@ -108,6 +108,9 @@ def test_random_shifts_move_whole_pictures_by_up_to_their_share(shape):
         found.add(fits[0])
     sideways = range(-2, 3) if shape == (784,) else range(-1, 2)
     assert found == {(i, j) for i in range(-2, 3) for j in sideways}
+    for share, shape in ((-0.1, 784), (1.0, 784), (math.nan, 784), ("a", 784), (0.1, 10)):
+        with pytest.raises(ValueError, match=r"(share|shape) must be"):
+            RandomShifts(shape, share)
     small = data(20, (8, 8))  # a 14th of it is no whole pixel
     assert torch.equal(RandomShifts((8, 8))(small), small)
 

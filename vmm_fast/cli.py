@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(
         demo,
         ("--seed", "N", _whole(0), "of all randomness (default: 0)"),
-        ("--epochs", "N", _whole(1), "most passes over the images (default: 40)"),
+        ("--epochs", "N", _whole(1), "most passes over the images (default: 60)"),
     )
     demo.set_defaults(run=_demo)
 
@@ -173,7 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(
         cluster,
         ("--seed", "N", _whole(0), "of all randomness (default: 0)"),
-        ("--epochs", "N", _whole(1), "most passes over the rows (default: 40 or more)"),
+        (
+            "--epochs",
+            "N",
+            _whole(1),
+            "most passes over the rows (default: 40, pictures 60, or more)",
+        ),
         ("--latent-dim", "D", _whole(1), "latent dimensions (default: 10, at most the columns)"),
         ("--components", "C", _whole(1), "Gaussians at most (default: rows / 20, 10 to 100)"),
         (
@@ -182,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
             _whole(1),
             "rows per step (default: rows / 8, in 16 to 64; 256 from 20,000 rows on)",
         ),
-        ("--learning-rate", "R", _rate, "of the network (default: 0.001)"),
+        ("--learning-rate", "R", _rate, "of the network (default: 0.001, pictures 0.002)"),
     )
     _add_cut(cluster)
     _add_existing(cluster, "where the tree is cut")
@@ -306,10 +311,7 @@ def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     cut = {name: getattr(arguments, name) for name in CUT}
     if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
         raise InputError("--clusters must be given without --resolution and --separation")
-    if cut["clusters"] is not None:
-        return {**given, **cut}
-    asked = {name: value for name, value in cut.items() if value is not None}
-    return {**given, **asked, "clusters": None} if asked else given
+    return given if set(cut.values()) == {None} else {**given, **cut}
 
 
 def _add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:

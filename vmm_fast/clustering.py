@@ -96,11 +96,17 @@ class Settings:
                 math.ceil(longer * FEWEST_STEPS / max(1, training // batch_size)),
             ),
             "latent_dim": min(10, data.values[0].numel()),
-            "learning_rate": 2e-3 if _few_pictures(data) else 1e-3,
+            "learning_rate": 1e-3 if data.picture_size is None else 2e-3,
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
         }
-        return cls(**{**suited, **chosen})
+        found = cls(**{**suited, **chosen})
+        if found.clusters is not None and found.clusters > found.components:
+            raise InputError(
+                f"--clusters must be at most {found.components}, the number of components, is "
+                f"{found.clusters}"
+            )
+        return found
 
 
 def _held_out(rows: int) -> int:

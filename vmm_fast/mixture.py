@@ -16,9 +16,9 @@ log-joint instead. :func:`vmm_fast.ops.whitened_components` builds both as white
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from torch.distributions import (
 )
 
 from vmm_fast import ops
+
+if TYPE_CHECKING:
+    from vmm_fast.clusters import Clusters
 
 __all__ = ["Assignment", "Components", "MixtureDistribution", "WhitenedMixture"]
 
@@ -357,6 +360,15 @@ class Components:
         """Most probable component, its probability and the entropy, without a [B, C] matrix."""
         per_component = self.pseudo_inputs_per_component
         return Assignment(*self.evaluate(ops.mixture_assign, z, self.expected, per_component))
+
+    def clusters(self, z: Tensor | Iterable[Tensor], **cut: Any) -> Clusters:
+        """Group components by the points ``z`` [N, D], or batches of them, that they share.
+
+        See :func:`vmm_fast.clusters.find_clusters`, which takes the options too.
+        """
+        from vmm_fast.clusters import find_clusters  # which is made of what is here
+
+        return find_clusters(self, z, **cut)
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
         """Indices of the components with a share over ``threshold``, largest first.

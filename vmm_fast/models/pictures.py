@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ class Picture(nn.Module):
     def __init__(self, shape: tuple[int, ...], back: bool = False) -> None:
         super().__init__()
         if len(shape) == 1:
-            side = math.isqrt(shape[0])
-            shape = (side, side)
+            shape = (math.isqrt(shape[0]),) * 2 if math.isqrt(shape[0]) ** 2 == shape[0] else ()
+        if not 2 <= len(shape) <= 3:
+            raise ValueError("shape must be of a picture: a square, [H, W], [C, H, W] or [H, W, C]")
         self.colours_last = len(shape) == 3 and shape[2] < shape[0]
         self.shape, self.back = shape, back
         *_, self.colours, self.height, self.width = (1, *shape)
@@ -41,14 +43,17 @@ class RandomShifts:
 
     Parameters
     ----------
-    shape : tuple of int
+    shape : int or tuple of int
         Of one input, as :class:`vmm_fast.models.VAE` with ``channels`` takes it.
     share : float
         The most that a picture moves either way, of its height and of its width: whole pixels, so
         that a picture of 8 x 8 stays where it is by default.
     """
 
-    def __init__(self, shape: tuple[int, ...], share: float = 1 / 14) -> None:
+    def __init__(self, shape: int | Sequence[int], share: float = 1 / 14) -> None:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ValueError(f"share must be in [0, 1), but is {share!r}")
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.picture, self.back = Picture(shape), Picture(shape, back=True)
         sides = (self.picture.height, self.picture.width)
         self.most = [math.floor(share * side + 1e-9) for side in sides]

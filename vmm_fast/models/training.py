@@ -34,6 +34,8 @@ from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)
 CHECK_ROWS = 4096  # rows of data looked at together when they are checked
+# Settings of a checkpoint from before there were such.
+BEFORE = {"schedule": "constant", "prior_warmup": "none", "augment": "none"}
 TERMS = ("elbo", "log_likelihood", "kl")
 # What is known of an epoch.
 RECORD = (
@@ -157,8 +159,11 @@ def fit(
     """
     _check_arguments(epochs, batch_size, learning_rate, patience, min_delta, seed, x_val)
     check_choice("schedule", schedule, SCHEDULES)
-    if not 0 <= prior_warmup < 1:
+    share = isinstance(prior_warmup, int | float) and not isinstance(prior_warmup, bool)
+    if not share or not 0 <= prior_warmup < 1:
         raise ValueError(f"prior_warmup must be in [0, 1), but is {prior_warmup!r}")
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment must be callable, but is {augment!r}")
     path = _checkpoint_path(checkpoint, resume)
     was_training = model.training
     try:
@@ -246,6 +251,7 @@ class _Run:
             "schedule": schedule if schedule == "constant" else f"{schedule}, {epochs} epochs",
             "prior_warmup": f"{prior_warmup} of {epochs} epochs" if prior_warmup else "none",
             "seed": seed,
+            "augment": "none" if augment is None else _name(augment),
             "length of x_train": len(x_train),
             "checksum of x_train": _checksum(x_train),
             "checksum of x_val": None if x_val is None else _checksum(x_val),
@@ -263,6 +269,17 @@ class _Run:
         """Rows of the data as the model takes them."""
         x = x.to(self.device)
         return (x if self.transform is None else self.transform(x)).to(self.dtype)
+
+    def augmented(self, x: Tensor) -> Tensor:
+        """Return a batch as it is trained on."""
+        assert self.augment is not None
+        found = self.augment(x)
+        if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+            raise ValueError(
+                f"augment must give {x.dtype} {list(x.shape)} as it was given, but gave {kind}"
+            )
+        return found
 
     def check_data(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:
@@ -326,10 +343,12 @@ class _Run:
             done = self.epoch * steps + step
             share = learning_rate_share(self.schedule, done, self.epochs * steps)
             self.optimizer.param_groups[0]["lr"] = share * self.learning_rate
+            x = self.batch(self.x_train[rows])
+            if self.augment is not None:
+                x = self.augmented(x)
             with self.diverging(f"training step {step + 1}"):
                 prior = self.stand_in(done)
-                x = self.batch(self.x_train[rows])
-                terms = model.elbo(x if self.augment is None else self.augment(x), prior)
+                terms = model.elbo(x, prior)
                 elbo = terms.elbo.mean()
                 values = torch.stack([elbo, terms.log_likelihood.mean(), terms.kl.mean()]).tolist()
                 self.check_finite(values)
@@ -398,8 +417,7 @@ class _Run:
         """Go on from a checkpoint; nothing has changed where that raises ValueError."""
         try:
             state = load_checked(path)
-            # Before there were schedules and warm-ups, there were none.
-            settings = {"schedule": "constant", "prior_warmup": "none", **state["settings"]}
+            settings = {**BEFORE, **state["settings"]}
             if not all(isinstance(x, str | int | float | None) for x in settings.values()):
                 raise TypeError("settings must be texts and numbers")
         except (ValueError, KeyError, TypeError) as error:
@@ -474,6 +492,11 @@ def _check_count(name: str, value: Any, least: int, most: int) -> None:
     _check_number(name, value)
     if not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name} must be an integer from {least} to {most}, but is {value!r}")
+
+
+def _name(function: Callable) -> str:
+    """Of a function or of an object's class: the same in another process."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _checksum(x: Tensor) -> int:

@@ -162,12 +162,12 @@ class VAE(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, was {value!r}")
 
         if channels:
-            picture = Picture(shape)
-            if (
-                math.prod(shape) != picture.colours * picture.height * picture.width
-                or len(shape) > 3
-            ):
-                raise ValueError(f"input_shape must be a picture for channels, was {shape}")
+            try:
+                picture = Picture(shape)
+            except ValueError:
+                raise ValueError(
+                    f"input_shape must be a picture for channels, was {shape}"
+                ) from None
             if min(picture.height, picture.width) < 2 ** len(channels):
                 raise ValueError(
                     f"channels must be few enough to halve {picture.height} x {picture.width} "

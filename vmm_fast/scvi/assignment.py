@@ -22,6 +22,7 @@ from vmm_fast.scvi.integration import (
     EARLIER,
     OF_ALL_BATCHES,
     assigned,
+    dendrogram,
     in_place_of,
     latent_means,
     notes_on_names,
@@ -267,6 +268,7 @@ class Found:
             If the disk is too small or fills up, or a file of the store has changed.
         """
         uns = {"vmm": {"model": str(self.saved.folder.resolve())}}
+        uns |= dendrogram(self.saved.model, self.clusters)
         if isinstance(cells, CellStore):
             write_clustered(cells, path, self.z, self.clusters, cells.var, uns)
         else:

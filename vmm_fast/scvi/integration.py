@@ -96,6 +96,7 @@ CHECKPOINT_SECONDS = 30  # between two of them
 BAR_SECONDS = 0.5  # between two looks of the progress bar
 SAMPLE = 20_000  # cells on disk that the model is made with: pseudo-cells, genes, the report
 OF_ALL_BATCHES = -1  # index of the batch of a cell that is of all in equal shares
+DENDROGRAM = "dendrogram_vmm_cluster"  # where scanpy looks for it in uns
 EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
 
@@ -147,7 +148,13 @@ class Settings:
             "epochs": max(1, min(100, round(400 * 20_000 / number))),
             "components": min(100, max(10, number // 20)),
         }
-        return cls(**suited | {name: value for name, value in given.items() if value is not None})
+        found = cls(**suited | {name: value for name, value in given.items() if value is not None})
+        if found.clusters is not None and found.clusters > found.components:
+            raise InputError(
+                f"--clusters must be at most {found.components}, the number of components, is "
+                f"{found.clusters}"
+            )
+        return found
 
 
 # --- the cells to train on ---
@@ -670,11 +677,7 @@ class Integration:
 
     def uns(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return entries for the cells' uns: settings and, of several clusters, scanpy's tree."""
-        of_component = self.model.kept_clusters().of_component
-        if not of_component.any():  # scanpy draws no tree of one
-            return {"vmm": record}
-        tree = self.model.get_cluster_tree().dendrogram(of_component)
-        return {"vmm": record, "dendrogram_vmm_cluster": {"groupby": ["vmm_cluster"], **tree}}
+        return {"vmm": record, **dendrogram(self.model, self.clusters)}
 
     def write_model(self, folder: Path) -> None:
         """Write what VMMSCVI.load takes."""
@@ -719,8 +722,19 @@ class Integration:
         return record, shown, (obs, cells.rows)
 
 
+def dendrogram(model: VMMSCVI, clusters: pd.DataFrame) -> dict[str, Any]:
+    """Return the model's tree of clusters for uns, as scanpy has it, if obs has all of several."""
+    of_component = model.kept_clusters().of_component
+    number = int(of_component.max()) + 1
+    if number == 1 or len(clusters["vmm_cluster"].cat.categories) != number:
+        return {}
+    tree = model.get_cluster_tree().dendrogram(of_component)
+    return {DENDROGRAM: {"groupby": ["vmm_cluster"], **tree}}
+
+
 def set_clusters(adata: AnnData, z: np.ndarray, clusters: pd.DataFrame) -> None:
-    """Add the embedding z [cells, D] and its clusters to the cells."""
+    """Add the embedding z [cells, D] and its clusters to the cells, without an earlier tree."""
+    adata.uns.pop(DENDROGRAM, None)
     adata.obsm["X_vmm"] = z
     for key, values in clusters.items():
         adata.obs[key] = values.array

@@ -278,10 +278,13 @@ class LatentPriorModel(BaseModelClass):
     def kept_clusters(self) -> Clusters:
         """Return the clusters of :meth:`find_clusters`; they assign any latent means."""
         self.get_cluster_tree()  # or says that there are none
-        return Clusters(self._components(), self.module.cluster_of_component.cpu())
+        return Clusters(self._components(), self.module.cluster_of_component.cpu().clone())
 
-    def _clusters(self, **cut: Any) -> Clusters:
-        if all(value is None for value in cut.values()):
+    def _clusters(
+        self, resolution: float | None, separation: float | None, n_clusters: int | None
+    ) -> Clusters:
+        cut = {"resolution": resolution, "separation": separation, "n_clusters": n_clusters}
+        if set(cut.values()) == {None}:
             return self.kept_clusters()
         self.get_cluster_tree()  # or says that there is none
         return self.module.other_clusters(**cut)
@@ -325,13 +328,16 @@ class LatentPriorModel(BaseModelClass):
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        **cut: Any,
+        *,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
     ) -> np.ndarray:
         """Return each cell's most probable cluster [cells].
 
         See :meth:`get_cluster_probabilities`.
         """
-        clusters = self._clusters(**cut)
+        clusters = self._clusters(resolution, separation, n_clusters)
         return clusters.assign(self._latents(adata, indices, batch_size)).labels.numpy()
 
     def get_cluster_entropy(
@@ -339,10 +345,13 @@ class LatentPriorModel(BaseModelClass):
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        **cut: Any,
+        *,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
     ) -> np.ndarray:
         """Return the entropy of each cell's cluster probabilities, [cells] in nats."""
-        clusters = self._clusters(**cut)
+        clusters = self._clusters(resolution, separation, n_clusters)
         return clusters.assign(self._latents(adata, indices, batch_size)).entropy.numpy()
 
     def get_component_probabilities(

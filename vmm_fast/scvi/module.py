@@ -302,7 +302,8 @@ class LatentPrior(BaseModuleClass):
         """The tree of components, on the CPU; None before clusters have been found."""
         if not self.confusion_counts.any():
             return None
-        return ClusterTree(Confusion(self.confusion_sums.cpu(), self.confusion_counts.cpu()))
+        sums, counts = self.confusion_sums, self.confusion_counts  # which change in place
+        return ClusterTree(Confusion(sums.cpu().clone(), counts.cpu().clone()))
 
     def keep_clusters(self, tree: ClusterTree, clusters: Clusters, points: Tensor) -> None:
         """Keep the tree and a cut of it with the model's weights, and random ones of the points."""
