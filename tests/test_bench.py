@@ -121,7 +121,8 @@ def test_published_pages_are_those_of_the_published_rows(bench, tmp_path):
     assert bench("report", "--out", tmp_path) == (0, "")
     assert bench("gpu", "--on-paper", "--out", tmp_path)[0] == 0
     integration.write_page(tmp_path)
-    for name in ("speed.md", "gpu-roofline.md", "integration.md"):
+    peers.write_page(tmp_path, settings.SETTINGS)
+    for name in ("speed.md", "gpu-roofline.md", "integration.md", "settings.md"):
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
 
 

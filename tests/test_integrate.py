@@ -977,7 +977,7 @@ def test_bad_input_to_assign(trained, tmp_path, capsys):
     refused(
         "must be a folder that integrate wrote, holds no model.pt", tmp_path, tmp_path / "a.h5ad"
     )
-    refused("must be a saved model, but is damaged", bad, tmp_path / "a.h5ad")
+    refused("must be a whole file of torch.save, but is damaged", bad, tmp_path / "a.h5ad")
     refused("must end in .h5ad", out=tmp_path / "out.csv")
     refused("folder that can be written to", out=tmp_path / "nowhere" / "out.h5ad")
     refused("is the input", trained, cells, "--overwrite")

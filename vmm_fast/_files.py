@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["load_checked", "save_atomically", "write_atomically"]
+__all__ = ["check_archive", "load_checked", "save_atomically", "write_atomically"]
 
 # A file younger than this may be about to be locked.
 SECONDS_TO_LOCK = 60
@@ -106,10 +106,27 @@ def save_atomically(path: str | os.PathLike[str], state: Any) -> None:
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless every part of a file of ``torch.save`` has its checksum.
+
+    The file holds them, but ``torch.load`` does not look at them. Raises OSError if it cannot be
+    read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises of all kinds
+        damaged = type(error).__name__
+    if damaged is not None:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a whole file of torch.save, but is damaged ({damaged})"
+        )
+
+
 def load_checked(path: str | os.PathLike[str]) -> Any:
     """Read tensors and plain values that ``torch.save`` wrote, on the CPU, if every byte is right.
-
-    A file holds a checksum of each of its parts, at which ``torch.load`` does not look.
 
     Raises
     ------
@@ -118,18 +135,14 @@ def load_checked(path: str | os.PathLike[str]) -> Any:
     ValueError
         If it is damaged, was not written by ``torch.save``, or holds other objects.
     """
+    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # both raise many kinds for a damaged file
-        damaged = type(error).__name__
-    raise ValueError(
-        f"{os.fspath(path)!r} must be a whole file of torch.save, but is damaged ({damaged})"
-    )
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises of all kinds
+        raise ValueError(
+            f"{os.fspath(path)!r} must hold tensors and plain values, but is damaged or holds "
+            f"others ({type(error).__name__})"
+        ) from error
 
 
 def _lock(file: Any) -> bool:

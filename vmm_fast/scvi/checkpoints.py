@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 
-from vmm_fast._files import save_atomically
+from vmm_fast._files import check_archive, save_atomically
 from vmm_fast.data import InputError
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.priors.base import check_integer
@@ -69,6 +69,7 @@ class CheckpointFile(TorchCheckpointIO):
         if not os.path.isfile(path):
             raise InputError(f"{path}: must be a checkpoint to go on from, is no file")
         try:
+            check_archive(path)
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
         except Exception:  # pickle raises of all kinds
             raise InputError(f"{path}: is damaged and cannot be read") from None

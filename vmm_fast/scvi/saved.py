@@ -6,9 +6,10 @@ Before it is read, every name in the file is compared with those of tensors, arr
 from __future__ import annotations
 
 import os
-import zipfile
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from vmm_fast._files import check_archive
 
 __all__ = ["check_model"]
 
@@ -54,16 +55,13 @@ def check_model(path: str | os.PathLike[str]) -> None:
     ValueError
         Naming what it would run.
     """
+    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
         held = set(get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except OSError:
-        raise
-    except Exception as error:  # both raise many kinds for a damaged file
-        damaged, held = type(error).__name__, set()
-    if damaged is not None:
-        raise ValueError(f"{os.fspath(path)!r} must be a saved model, but is damaged ({damaged})")
+    except Exception as error:  # torch raises of all kinds
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a saved model, but is damaged ({type(error).__name__})"
+        ) from error
     if foreign := sorted(held - ALLOWED):
         raise ValueError(
             f"{os.fspath(path)!r} must hold tensors and tables alone, but holds "
