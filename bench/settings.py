@@ -1,4 +1,4 @@
-"""What the clusters of images depend on: ours, with one setting after the other changed."""
+"""Clusters of images under other settings: those of the command, with one changed at a time."""
 
 from __future__ import annotations
 

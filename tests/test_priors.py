@@ -625,8 +625,7 @@ def test_copies_go_on_alike(name, copied):
 
 @pytest.mark.parametrize("name", LEARNT)
 def test_states_that_do_not_fit_change_nothing(name):
-    """Of a prior of another size, or changed at random: all is loaded or nothing, and no moment
-    is read or written out of bounds afterwards."""
+    """A state is loaded whole or not at all, and no later step runs out of bounds."""
     encoder, prior, rng = Encoder(), LEARNT[name](), random.Random(0)
     z = encoder(inputs()).sample()
     prior.update(z, encoder)

@@ -200,7 +200,7 @@ def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
 
 
 class MakesFolder:
-    """What a stranger may hide in a file: it is called as the file is read."""
+    """An object that makes a folder as pickle reads it: a stranger may hide one in a file."""
 
     def __init__(self, path):
         self.path = path

@@ -548,7 +548,7 @@ def _that_hold_points(
         sums: Tensor | None = None  # of the first points, which are enough to know a tree by
         for part in _parts(points, components):
             shared = components.responsibilities(part)
-            if sums is None:
+            if sums is None and not everywhere:
                 sums = (shared.double().mT @ shared.double()).detach().cpu()
             held += found.sums(shared).argmax(1).bincount(minlength=len(held))
             own += shared.argmax(1).bincount(minlength=len(own))

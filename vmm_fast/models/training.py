@@ -495,7 +495,7 @@ def _check_count(name: str, value: Any, least: int, most: int) -> None:
 
 
 def _name(function: Callable) -> str:
-    """Of a function or of an object's class: the same in another process."""
+    """Return the name of a function or of an object's class, the same in another process."""
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 

@@ -290,7 +290,7 @@ class LearntPrior(Prior):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As torch's, but all of it or, after an error, nothing: moments go with parameters."""
+        """Load a whole state or, after an error, nothing of it: moments go with parameters."""
         errors: list[str] = args[-1]
         own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
         problems = [

@@ -1,4 +1,4 @@
-"""What priors share whose centers are the encoder's outputs at learnt pseudo-inputs."""
+"""The base of priors whose centers are the encoder's outputs at learnt pseudo-inputs."""
 
 from __future__ import annotations
 

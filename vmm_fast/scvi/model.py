@@ -178,7 +178,7 @@ class LatentPriorModel(BaseModelClass):
 
     @classmethod
     def load(cls, dir_path: str, *args: Any, trust: bool = False, **kwargs: Any) -> Any:
-        """As the model's own, of a file that holds tensors and tables alone unless ``trust``.
+        """Load a saved model, whose file must hold tensors and tables alone unless ``trust``.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""What a saved model may hold: scvi-tools reads it with pickle, which runs what a file names.
+"""A check of saved models, which scvi-tools reads with pickle: it runs what a file names.
 
-Before it is read, every name in the file is compared with those of tensors, arrays and tables.
+Before that, every name in the file is compared with those of tensors, arrays and tables.
 """
 
 from __future__ import annotations
