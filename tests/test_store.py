@@ -17,6 +17,7 @@ import anndata
 import h5py
 import zarr
 from anndata import AnnData, read_h5ad, settings
+from anndata.io import write_elem
 from scipy.io import mmwrite
 from scipy.sparse import csc_matrix, csr_matrix
 
@@ -832,6 +833,106 @@ def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
         return found
 
     assert stored("ours") == stored("theirs")
+
+
+def unwritable_cells(path):
+    """Cells as anndata reads them, of which it would not write twelve elements; and notes."""
+    adata = make_full_cells()
+    adata.obs.index.name = "vmm_cluster"
+    adata.var["index"] = 1
+    adata.raw = adata
+    adata.obsm["frame"] = pd.DataFrame({"a": range(60)}, index=adata.obs_names)
+    adata.uns["nested"] = {"frame": pd.DataFrame({"a": [1, 2]}), "kept": 7}
+    adata.write_h5ad(path)
+    frames_in = ("obs", "var", "raw/var", "obsm/frame", "uns/nested/frame")
+    with h5py.File(path, "a") as file:
+        for name in frames_in:
+            rows = len(file[name][file[name].attrs["_index"]])
+            if file[name].attrs["_index"] == "_index":
+                file[name].move("_index", "names")
+                file[name].attrs["_index"] = "names"
+            write_elem(file[name], "_index", np.arange(rows))
+            columns = [*file[name].attrs["column-order"], "_index"]
+            file[name].attrs["column-order"] = columns
+        uns = file["uns"]
+        uns["null"], uns["opaque"], uns["reference"] = (
+            h5py.Empty("f"),
+            np.void(b"ab"),
+            file["X"].ref,
+        )
+        ragged = uns.create_dataset("nested/ragged", 2, h5py.vlen_dtype(np.int32))
+        for element in (uns["null"], uns["opaque"], uns["reference"], ragged):
+            element.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    found = read_h5ad(path)
+    found.obs["when"] = pd.date_range("2020-01-01", periods=60)
+    found.obs["mixed"] = pd.Series([1, "a"] * 30, dtype=object).to_numpy()
+    new = ("index", "index-1", "index-1", "index", "index")
+    notes = [
+        *(
+            f"column '_index' of {name} is written as '{to}'"
+            for name, to in zip(frames_in, new, strict=True)
+        ),
+        "the index of obs loses its name, 'vmm_cluster', which is a column's",
+        *(f"column '{key}' of obs is written as text" for key in ("when", "mixed")),
+        *(
+            f"uns/{name} cannot be written to .h5ad and is left out"
+            for name in ("null", "opaque", "reference", "nested/ragged")
+        ),
+    ]
+    return found, notes
+
+
+def test_what_anndata_reads_but_does_not_write_costs_nothing_else(tmp_path):
+    adata, notes = unwritable_cells(tmp_path / "cells.h5ad")
+    before = AnnData(adata.X, adata.obs.copy(), adata.var.copy())
+    of_raw = list(adata.raw.var["_index"])
+    assert sorted(writing.notes_on_writing(adata)) == sorted(notes)
+    assert sorted(write_adata(tmp_path / "out.h5ad", adata)) == sorted(notes)
+    found = read_h5ad(tmp_path / "out.h5ad")
+    assert (found.X != before.X).nnz == (found.raw.X != before.X).nnz == 0
+    for name in ("obs", "var"):
+        ours, theirs = getattr(found, name), getattr(before, name)
+        assert list(ours.index) == list(theirs.index)
+        new = {"_index": "index-1" if "index" in theirs else "index"}
+        theirs = theirs.rename(columns=new)
+        for key in theirs:
+            assert list(ours[key].map(str)) == list(theirs[key].map(str)), key
+    assert list(found.raw.var["index-1"]) == of_raw
+    assert list(found.obsm["frame"]["index"]) == list(range(60))
+    assert list(found.uns["nested"]["frame"]["index"]) == [0, 1]
+    assert found.uns["nested"]["kept"] == 7
+    assert set(found.uns) == {"colors", "deep", "t", "nested"}
+    assert writing.notes_on_writing(found) == []
+
+
+@pytest.mark.parametrize("write", [prepare_cells, write_clusters])
+def test_columns_that_anndata_does_not_write_from_a_store(tmp_path, write):
+    adata = make_cells()
+    written(tmp_path / "out-c.h5ad", adata)
+    adata.obs["x"], adata.var["x"] = np.arange(adata.n_obs), np.arange(adata.n_vars)
+    path = written(tmp_path / "c.h5ad", adata)
+    with h5py.File(path, "a") as file:
+        for name in ("obs", "var"):
+            index = file[name].attrs["_index"]
+            file[name].move(index, "names")
+            file[name].attrs["_index"] = "names"
+            file[name].move("x", "_index")
+            columns = [c if c != "x" else "_index" for c in file[name].attrs["column-order"]]
+            file[name].attrs["column-order"] = columns
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if write is prepare_cells:
+        notes = prepare(path, folder / "out.h5ad").notes
+    else:
+        with CellStore(path) as cells:
+            notes = writing.notes_on_writing(cells)
+            write_results(cells, folder, *results_of(adata.n_obs), cells.var_names, {})
+    renamed = [f"column '_index' of {name} is written as 'index'" for name in ("obs", "var")]
+    assert [note for note in notes if "_index" in note] == renamed
+    found = read_h5ad(folder / WRITERS[write])
+    for frame, before in ((found.obs, adata.obs), (found.var, adata.var)):
+        assert list(frame.index) == list(before.index)
+        assert list(frame["index"]) == list(before["x"])
 
 
 # --- results ---

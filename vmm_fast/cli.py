@@ -539,7 +539,7 @@ def _read_cells(
     arguments: argparse.Namespace, kind: Any, suffix: str, checkpoint: str, **folder: Any
 ) -> _Run:
     """Read, check and describe cells, and make the folder: for the commands that train on them."""
-    from vmm_fast.scvi import integration, reading
+    from vmm_fast.scvi import integration, reading, writing
 
     file, command = arguments.file, arguments.command
     if (file is None) != arguments.example:
@@ -575,6 +575,9 @@ def _read_cells(
             training, on_disk, more = integration.training_cells_on_disk(cells, settings)
         else:
             training, more = integration.training_cells(cells, settings)
+    if command == "integrate":
+        with integration.quiet():
+            more = more + writing.notes_on_writing(cells)
     _check_accelerator(arguments.accelerator)
     place.start(
         {"input": source, "settings": asdict(settings)},
@@ -797,7 +800,7 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
 
 def _assign(arguments: argparse.Namespace) -> None:
     _require(*SCVI_NEEDS, extra="cli,scvi")
-    from vmm_fast.scvi import assignment, reading
+    from vmm_fast.scvi import assignment, integration, reading, writing
 
     file = arguments.file
     out = _out_file(arguments, "-vmm")
@@ -812,7 +815,9 @@ def _assign(arguments: argparse.Namespace) -> None:
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
             print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")
-            for note in notes + matched.notes:
+            with integration.quiet():
+                more = writing.notes_on_writing(cells)
+            for note in notes + matched.notes + more:
                 print(f"note: {note}", flush=True)
             progress = sys.stderr is not None and sys.stderr.isatty()
             found = assignment.assign(matched, model, progress=progress)

@@ -28,14 +28,13 @@ from vmm_fast.scvi.integration import (
     notes_on_names,
     quiet,
     set_clusters,
-    write_cells,
 )
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.reading import counts_of
 from vmm_fast.scvi.saved import check_model
 from vmm_fast.scvi.store import CellStore, kept_alone
-from vmm_fast.scvi.writing import write_clustered
+from vmm_fast.scvi.writing import write_adata, write_clustered
 
 __all__ = ["Found", "MatchedCells", "SavedModel", "assign", "find_model", "match"]
 
@@ -274,7 +273,8 @@ class Found:
         else:
             set_clusters(cells, self.z, self.clusters)
             cells.uns.update(uns)
-            write_cells(cells, path)
+            with quiet():
+                write_adata(path, cells)
 
 
 def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:

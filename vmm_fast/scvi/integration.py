@@ -81,7 +81,6 @@ __all__ = [
     "set_clusters",
     "training_cells",
     "training_cells_on_disk",
-    "write_cells",
 ]
 
 RESULTS = {
@@ -697,7 +696,8 @@ class Integration:
         """Write the model and, of the cells with what was added, all else."""
         self.write_model(folder)
         write_table(folder / "clusters.csv", [(adata.obs_names, self.clusters)])
-        write_cells(adata, folder / "cells.h5ad")
+        with quiet():
+            write_adata(folder / "cells.h5ad", adata)
 
     def write_on_disk(
         self, cells: OnDisk, folder: Path
@@ -738,9 +738,3 @@ def set_clusters(adata: AnnData, z: np.ndarray, clusters: pd.DataFrame) -> None:
     adata.obsm["X_vmm"] = z
     for key, values in clusters.items():
         adata.obs[key] = values.array
-
-
-def write_cells(adata: AnnData, path: Path) -> None:
-    """Write an .h5ad file whole or not at all."""
-    with quiet():
-        write_adata(path, adata)

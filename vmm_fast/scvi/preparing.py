@@ -16,7 +16,7 @@ from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
 from vmm_fast.scvi.reading import counts_of, kind_of, read_cells
 from vmm_fast.scvi.store import CannotStream, CellStore, kept_alone, others_of
-from vmm_fast.scvi.writing import ROWS, H5adWriter, write_h5ad
+from vmm_fast.scvi.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
 __all__ = ["Prepared", "cells_bar", "prepare"]
 
@@ -77,7 +77,7 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
                     out, source.n_obs, fill=partial(fill, dtype=dtype), counts=dtype, **columns
                 )
                 break
-        notes = notes + kept_alone("counts, obs and var", source.others)
+        notes = notes + kept_alone("counts, obs and var", source.others) + notes_on_writing(source)
         return Prepared(source.n_obs, source.n_vars, size, notes)
 
 

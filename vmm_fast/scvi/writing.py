@@ -34,6 +34,7 @@ __all__ = [
     "COLUMNS",
     "H5adWriter",
     "cluster_columns",
+    "notes_on_writing",
     "write_adata",
     "write_clustered",
     "write_h5ad",
@@ -172,38 +173,171 @@ def write_h5ad(
         return path.stat().st_size
 
 
-def write_adata(path: Path, adata: AnnData) -> None:
-    """Write cells in memory to an .h5ad file, whole or not at all.
+def write_adata(path: Path, adata: AnnData) -> list[str]:
+    """Write cells in memory to an .h5ad file, whole or not at all; return notes on what it lacks.
 
     As ``AnnData.write_h5ad`` with gzip does, which makes strings categories in `adata` too; that
-    one crashes where the disk is full.
+    one crashes where the disk is full, and writes nothing if one element cannot be written. Here
+    such an element is renamed or left out, see :func:`notes_on_writing`.
 
     Raises
     ------
     InputError
         If the disk fills up, or the file cannot be written.
     """
+    notes: list[str] = []
 
     def write(raw: Any) -> None:
         disk = _Disk(raw, path)
         with disk.keeping_interrupts(), h5py.File(disk, "w") as file:
-            _mark(file, "anndata", "0.1.0")
-            for name in ("X", "raw", "obs", "var"):
-                element = getattr(adata, name)
-                if element is not None:
-                    write_elem(file, name, element, dataset_kwargs={"compression": "gzip"})
-                    disk.check()
-            for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
-                elements = dict(getattr(adata, name))
-                write_elem(file, name, elements, dataset_kwargs={"compression": "gzip"})
-                disk.check()
+            _Elements(disk.check, notes).write(file, adata)
         disk.check()
 
+    _strings_as_categories(adata)
+    with _told(path), settings.override(allow_write_nullable_strings=True):
+        write_atomically(path, write)
+    return notes
+
+
+def notes_on_writing(cells: Any) -> list[str]:
+    """Return a note on each element of cells that results cannot have as it is.
+
+    anndata reads more than it writes: a column called ``_index``, as SeuratDisk leaves them, and
+    of HDF5 null datasets, references and opaque data. Everything is written to memory, of matrices
+    a row, so that this is known before training.
+
+    Parameters
+    ----------
+    cells : AnnData or CellStore
+        Of a store obs and var are looked at.
+    """
+    notes: list[str] = []
+    if not isinstance(cells, AnnData):
+        _column_names(cells.dtypes, "obs", notes)
+        _writable(cells.var, "var", notes)
+        return notes
+    _strings_as_categories(cells)
+    with (
+        settings.override(allow_write_nullable_strings=True),
+        h5py.File(io.BytesIO(), "w") as file,
+    ):
+        _Elements(lambda: None, notes, rows=1).write(file, cells)
+    return notes
+
+
+def _strings_as_categories(adata: AnnData) -> None:
     adata.strings_to_categoricals()
     if adata.raw is not None:
         adata.strings_to_categoricals(adata.raw.var)
-    with _told(path), settings.override(allow_write_nullable_strings=True):
-        write_atomically(path, write)
+
+
+class _Elements:
+    """Writes the elements of an AnnData one by one, so that one that fails costs no other.
+
+    Parameters
+    ----------
+    check : callable
+        Raises what kept the disk from taking something.
+    notes : list of str
+        Gets one on each element that is renamed or left out.
+    rows : int, optional
+        Of matrices, so many alone.
+    """
+
+    def __init__(
+        self, check: Callable[[], object], notes: list[str], *, rows: int | None = None
+    ) -> None:
+        self._check, self._notes, self._rows = check, notes, rows
+
+    def write(self, file: h5py.File, adata: AnnData) -> None:
+        _mark(file, "anndata", "0.1.0")
+        self._element(file, "X", adata.X)
+        if adata.raw is not None:
+            raw = _mark(file.create_group("raw"), "raw", "0.1.0")
+            for name in ("X", "var", "varm"):
+                value = getattr(adata.raw, name)
+                self._element(raw, name, dict(value) if name == "varm" else value)
+        for name in ("obs", "var"):
+            self._element(file, name, getattr(adata, name))
+        for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+            self._element(file, name, dict(getattr(adata, name)))
+
+    def _element(self, group: Any, name: str, value: Any) -> None:
+        where = f"{group.name}/{name}".strip("/")
+        if value is None and where == "X":
+            return
+        if isinstance(value, Mapping):
+            inside = _mark(group.create_group(name), "dict", "0.1.0")
+            for key, one in value.items():
+                self._element(inside, key, one)
+            return
+        if isinstance(value, pd.DataFrame):
+            value = _writable(value, where, self._notes)
+        elif self._rows is not None and len(getattr(value, "shape", None) or ()) > 1:
+            value = value[: self._rows]
+        try:
+            write_elem(group, name, value, dataset_kwargs={"compression": "gzip"})
+        except MemoryError:
+            raise
+        except Exception:  # every kind of element has its own
+            self._check()  # of a full disk it is no fault of the element
+            if isinstance(name, str) and name in group:
+                del group[name]
+            self._notes.append(f"{where} cannot be written to .h5ad and is left out")
+        self._check()
+
+
+def _column_names(names: Iterable[Any], where: str, notes: list[str]) -> list[str]:
+    """Return what columns are called in an .h5ad file, where each is text, and none ``_index``."""
+    names = list(names)
+    texts = [str(name) for name in names]
+    used = set(texts)
+    found: list[str] = []
+    for name, text in zip(names, texts, strict=True):
+        new, number = "index" if text == "_index" else text, 0
+        while new in found or (new != text and new in used):
+            number += 1
+            new = f"{text.lstrip('_')}-{number}"
+        if new != name:
+            notes.append(f"column {name!r} of {where} is written as {new!r}")
+        found.append(new)
+    return found
+
+
+def _writable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
+    """Return a frame as an .h5ad file can hold it, with notes on what is renamed or left out."""
+    found = frame.copy(deep=False)
+    found.columns = pd.Index(_column_names(frame.columns, where, notes), dtype=object)
+    name = found.index.name
+    same = name in found and found.index.equals(pd.Index(found[name]))
+    # What results are called, they are called in obs before long.
+    if (name in found and not same) or (where == "obs" and name in COLUMNS):
+        notes.append(f"the index of {where} loses its name, {name!r}, which is a column's")
+        found.index = found.index.rename(None)  # the one at hand is also the reader's
+    if not all(isinstance(name, str) for name in found.index):
+        found.index = found.index.astype(str)
+    for key in list(found):
+        if found[key].dtype.kind in "biuf" or _can_be_written(found[key]):
+            continue
+        text = found[key].map(str, na_action="ignore").astype("string")
+        if _can_be_written(text):
+            found[key] = text
+            notes.append(f"column {key!r} of {where} is written as text")
+        else:
+            found = found.drop(columns=key)
+            notes.append(f"column {key!r} of {where} cannot be written to .h5ad and is left out")
+    return found
+
+
+def _can_be_written(column: pd.Series) -> bool:
+    with h5py.File(io.BytesIO(), "w") as file:
+        try:
+            write_elem(file, "column", column.to_frame("column"))
+        except MemoryError:
+            raise
+        except Exception:  # every dtype has its own
+            return False
+    return True
 
 
 class H5adWriter:
@@ -245,14 +379,16 @@ class H5adWriter:
         for name in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, name, {})
         with settings.override(allow_write_nullable_strings=True):  # what a file had, it keeps
-            write_elem(file, "var", var)
+            write_elem(file, "var", _writable(var, "var", []))
         write_elem(file, "uns", dict(uns or {}))
         self._obs = _mark(file.create_group("obs"), "dataframe", "0.2.0")
-        index = index_name if index_name is not None and index_name not in dtypes else "_index"
+        names = _column_names(dtypes, "obs", [])
+        index = index_name if index_name is not None and index_name not in names else "_index"
         self._obs.attrs["_index"] = index
-        self._obs.attrs["column-order"] = np.array(list(dtypes), object if dtypes else float)
+        self._obs.attrs["column-order"] = np.array(names, object if names else float)
         self._columns: dict[str, Any] = {
-            key: self._column(key, dtype) for key, dtype in dtypes.items()
+            key: self._column(name, dtype)
+            for name, (key, dtype) in zip(names, dtypes.items(), strict=True)
         }
         self._names = self._array(self._obs, index, STRINGS)
         self._latent = self._array(file["obsm"], "X_vmm", np.float32, latent) if latent else None
