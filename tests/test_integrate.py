@@ -213,6 +213,28 @@ def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "SLURM_JOB_ID=1 SLURM_JOB_NAME=job SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 "
+        "SLURM_NODEID=0 SLURM_NODELIST=n",
+        "SLURM_JOB_ID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=2 SLURM_NODELIST=n",
+        "LOCAL_RANK=1 RANK=1 GROUP_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 "
+        "MASTER_ADDR=localhost MASTER_PORT=1",
+    ],
+)
+def test_it_trains_in_one_process_whatever_the_surroundings_say(
+    h5ad, tmp_path, monkeypatch, variables
+):
+    assert run(h5ad, tmp_path / "out") == 0
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("=", 1))
+    before = os.environ.get("SLURM_JOB_NAME")
+    assert run(h5ad, tmp_path / "in job") == 0
+    assert os.environ.get("SLURM_JOB_NAME") == before
+    same_results(tmp_path / "out", tmp_path / "in job")
+
+
 def test_labels_are_not_trained_on(h5ad, tmp_path):
     assert run(h5ad, tmp_path / "a") == 0
     assert run(h5ad, tmp_path / "b", "--labels-key", "type") == 0

@@ -32,6 +32,7 @@ import scvi
 import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
@@ -481,7 +482,7 @@ def integrate(
             Checkpoints(checkpoint, seconds=CHECKPOINT_SECONDS, steps=checkpoint_steps)
         )
     try:
-        with torch.random.fork_rng(devices=[]), quiet():
+        with torch.random.fork_rng(devices=[]), quiet(), _in_one_process():
             scvi.settings.seed = settings.seed
             VMMSCVI.setup_anndata(cells, layer=settings.layer, batch_key=settings.batch_key)
             model = VMMSCVI(
@@ -508,7 +509,7 @@ def integrate(
                 enable_progress_bar=False,
                 logger=False,
                 callbacks=callbacks,
-                plugins=[_CheckpointFile()],
+                plugins=[_CheckpointFile(), LightningEnvironment()],
                 ckpt_path=checkpoint if resume else None,
             )
             model.history_ = {
@@ -537,6 +538,23 @@ def integrate(
         if during.bar is not None:
             during.bar.close()
     return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters)
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Keep Lightning from SLURM's tasks: the command trains in one process, however many there are.
+
+    Of a job with this name Lightning supposes that its processes are started by hand.
+    """
+    before = os.environ.get("SLURM_JOB_NAME")
+    os.environ["SLURM_JOB_NAME"] = "interactive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SLURM_JOB_NAME"]
+        else:
+            os.environ["SLURM_JOB_NAME"] = before
 
 
 def _loading(settings: Settings) -> dict[str, Any]:
