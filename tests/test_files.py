@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -8,7 +9,7 @@ import pytest
 import torch
 from support import files_of_at_most
 
-from vmm_fast._files import SECONDS_TO_LOCK, save_atomically, write_atomically
+from vmm_fast._files import SECONDS_TO_LOCK, Lock, save_atomically, write_atomically
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -154,3 +155,20 @@ def test_a_file_is_locked_while_it_is_written(tmp_path):
 
     write_atomically(tmp_path / "a.txt", writer, text=True)
     assert (tmp_path / "a.txt").read_text() == "this"
+
+
+def test_a_lock_is_free_for_all_where_the_disk_has_none(tmp_path, monkeypatch):
+    def absent(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / "lock"
+    first = Lock(path, "first")
+    with pytest.raises(BlockingIOError) as told:
+        Lock(path, "second")
+    assert told.value.strerror == "first"
+    monkeypatch.setattr(fcntl, "flock", absent)
+    second = Lock(path, "second")
+    assert path.read_text() == "second"
+    second.release()
+    first.release()
+    assert not path.exists()

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -35,11 +38,17 @@ def folder(path, **options):
 def out(tmp_path):
     """A finished run, and a file of somebody's own."""
     path = tmp_path / "out"
-    folder(path).start(RECORD, overwrite=False)
+    start(path, RECORD)
     (path / "model").mkdir()
     for name in ("checkpoint.pt", "table.csv", "model/model.pt", "notes.txt"):
         (path / name).write_text(name)
     return path
+
+
+def start(path, record, **options):
+    """Mark the folder as a run's that ends at once."""
+    with folder(path) as run:
+        run.start(record, **{"overwrite": False, **options})
 
 
 def contents(path):
@@ -50,7 +59,8 @@ def test_a_new_folder_is_made_and_marked_as_the_run_s(tmp_path):
     path = tmp_path / "deep" / "out"
     new = folder(path)
     assert new.input is None and not path.exists()
-    new.start(RECORD, overwrite=False)
+    with new:
+        new.start(RECORD, overwrite=False)
     assert json.loads((path / "run.json").read_text()) == {
         "vmm_fast": version("vmm-fast"),
         **RECORD,
@@ -58,18 +68,18 @@ def test_a_new_folder_is_made_and_marked_as_the_run_s(tmp_path):
     assert folder(path).input == "sha256 1"
     assert folder(path).checkpoint == path / "checkpoint.pt"
     # A run that failed at its start left nothing else: another may take its place.
-    folder(path).start(OTHER, overwrite=False)
+    start(path, OTHER)
     assert folder(path).input == "sha256 2"
 
 
 def test_another_run_stays_until_it_is_overwritten(out):
     before = contents(out)
     with pytest.raises(InputError) as told:
-        folder(out).start(OTHER, overwrite=False)
+        start(out, OTHER)
     for text in (f"--out {out}: holds another run", "integrate --resume", "integrate --overwrite"):
         assert text in str(told.value)
     assert contents(out) == before
-    folder(out).start(OTHER, overwrite=True)
+    start(out, OTHER, overwrite=True)
     # Under the new record the old checkpoint would be taken for the new run's.
     after = contents(out)
     assert set(before) - set(after) == {"checkpoint.pt"}
@@ -98,7 +108,7 @@ def test_files_of_no_run_are_left_alone(out, record):
     before = contents(out)
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"holds checkpoint\.pt, which is of no run, as run"):
-            folder(out).start(OTHER, overwrite=overwrite)
+            start(out, OTHER, overwrite=overwrite)
     assert contents(out) == before
 
 
@@ -111,7 +121,7 @@ def test_a_run_of_another_version_is_resumed_if_its_settings_are_known(out):
     (out / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="is of another version of vmm_fast, with other settings"):
         folder(out).resumed("sha256 1", {})
-    folder(out).start(OTHER, overwrite=True)
+    start(out, OTHER, overwrite=True)
     assert folder(out).input == "sha256 2"
 
 
@@ -120,14 +130,14 @@ def test_links_and_folders_count_as_files_and_other_names_do_not(tmp_path):
         path = tmp_path / name
         path.mkdir()
         (path / "notes.txt").write_text("mine")
-        folder(path).start(RECORD, overwrite=False)
+        start(path, RECORD)
         (path / "run.json").unlink()
         if name == "model":
             (path / name).mkdir()
         else:
             (path / name).symlink_to("nowhere")
         with pytest.raises(InputError, match=f"holds {name}, which is of no run"):
-            folder(path).start(RECORD, overwrite=True)
+            start(path, RECORD, overwrite=True)
 
 
 def test_a_run_that_goes_on_keeps_its_files_but_no_halves(out):
@@ -138,7 +148,7 @@ def test_a_run_that_goes_on_keeps_its_files_but_no_halves(out):
     for name in (".other.csv.1.tmp", "table.csv.tmp"):
         before[name] = b"mine"
         (out / name).write_text("mine")
-    folder(out).start(RECORD, overwrite=False, resume=True)
+    start(out, RECORD, resume=True)
     assert contents(out) == before and not (out / "model" / ".abc.tmp").exists()
 
 
@@ -169,6 +179,36 @@ def test_settings_to_go_on_with(out):
         folder(out / "none").resumed("sha256 1", nothing)
 
 
+def test_a_folder_is_one_run_s_while_that_lasts(out):
+    with folder(out) as run:
+        run.start(OTHER, overwrite=True)
+        (out / ".table.csv.1.tmp").write_text("half")
+        before = contents(out)
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on .*integr"):
+                start(out, RECORD, **options)
+            assert contents(out) == before
+    assert ".running" in before and ".running" not in contents(out)
+    start(out, RECORD, overwrite=True)
+
+
+def test_a_folder_is_free_when_its_run_was_killed(out):
+    program = (
+        "import sys; from test_folder import folder, OTHER; run = folder(sys.argv[1]); "
+        "run.start(OTHER, overwrite=True); print(); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(out)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": Path(__file__).parent}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        with pytest.raises(InputError, match=f"is in use by process {process.pid} on "):
+            start(out, RECORD, overwrite=True)
+        process.kill()
+        process.wait()
+    start(out, RECORD, overwrite=True)
+    assert folder(out).input == "sha256 1" and ".running" not in contents(out)
+
+
 def test_the_input_is_no_result(out, tmp_path):
     outside = tmp_path / "cells.csv"
     outside.write_text("1")
@@ -189,7 +229,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError) as told:
-            folder(path).start(RECORD, overwrite=True)
+            start(path, RECORD, overwrite=True)
         assert f"--out {path}: must be a folder that can be written to: " in str(told.value)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -198,7 +238,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_folder, "write_atomically", refused)
     with pytest.raises(InputError, match="folder that can be written to: Permission denied"):
-        folder(tmp_path / "out").start(RECORD, overwrite=False)
+        start(tmp_path / "out", RECORD)
 
 
 def test_digests_are_of_names_and_contents(tmp_path):

@@ -9,6 +9,7 @@ killed process left is not, and the next one that writes the same file removes i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import io
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_archive", "load_checked", "save_atomically", "write_atomically"]
+__all__ = ["Lock", "check_archive", "load_checked", "save_atomically", "write_atomically"]
 
 # A file younger than this may be about to be locked.
 SECONDS_TO_LOCK = 60
@@ -143,6 +144,57 @@ def load_checked(path: str | os.PathLike[str]) -> Any:
             f"{os.fspath(path)!r} must hold tensors and plain values, but is damaged or holds "
             f"others ({type(error).__name__})"
         ) from error
+
+
+class Lock:
+    """Hold a file that one process at a time may have; it is free when that process has ended.
+
+    On a disk without locks everyone gets it.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Made if absent, and removed in the end.
+    text : str
+        Who holds it.
+
+    Raises
+    ------
+    BlockingIOError
+        If somebody else has it; ``strerror`` is their text.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], text: str) -> None:
+        self.path = path
+        while True:
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed by release
+            if not _lock(self._file) and _is_locked(self._file):
+                self._file.seek(0)
+                with self._file:
+                    raise BlockingIOError(errno.EWOULDBLOCK, self._file.read(), os.fspath(path))
+            # Whoever had it may have removed it between opening and locking.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                    break
+            self._file.close()
+        self._file.truncate(0)
+        self._file.write(text)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Remove the file and let others have it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self._file.close()
+
+
+def _is_locked(file: Any) -> bool:
+    """Return whether another process has locked the open file, which not all disks let them do."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 def _lock(file: Any) -> bool:

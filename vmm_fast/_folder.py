@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -17,12 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import Lock, write_atomically
 from vmm_fast.data import InputError
 
 __all__ = ["Folder", "digest"]
 
 RUN = "run.json"
+RUNNING = ".running"  # locked while a run lasts
 
 
 def digest(path: str | os.PathLike[str]) -> str:
@@ -39,7 +41,7 @@ def digest(path: str | os.PathLike[str]) -> str:
 
 
 class Folder:
-    """The folder of a run's results.
+    """The folder of a run's results; with it as a context, it is the run's alone from `start` on.
 
     Parameters
     ----------
@@ -73,8 +75,17 @@ class Folder:
         self._names = (checkpoint, *results, RUN)
         self._settings = {field.name for field in fields(settings)}
         # Runs of earlier versions lack settings that have a default.
+        self._lock: Lock | None = None
         self._defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
         self.record = self._read_record()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def input(self) -> str | None:
@@ -139,18 +150,37 @@ class Folder:
         """Make the folder, take it from another run if asked to, and mark it as this run's.
 
         The other run's results stay until this one's take their places.
+
+        Raises
+        ------
+        InputError
+            If another run is going on in it, or has been; or it cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
             if not resume:
                 self._take_over(overwrite)
             self._remove_halves()
             text = json.dumps({"vmm_fast": version("vmm-fast"), **record}, indent=1) + "\n"
             write_atomically(self.path / RUN, lambda file: file.write(text), text=True)
-        except OSError as error:
+        except BaseException as error:
+            self.__exit__()
+            if not isinstance(error, OSError):
+                raise
             raise InputError(
                 f"--out {self.path}: must be a folder that can be written to: "
                 f"{error.strerror or error}"
+            ) from None
+
+    def _take(self) -> Lock:
+        who = f"process {os.getpid()} on {socket.gethostname()} ({self.command})"
+        try:
+            return Lock(self.path / RUNNING, who)
+        except BlockingIOError as error:
+            raise InputError(
+                f"--out {self.path}: is in use by {error.strerror}; wait until that has ended, or "
+                "choose another folder"
             ) from None
 
     def _take_over(self, overwrite: bool) -> None:

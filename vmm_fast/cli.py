@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -410,10 +410,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     images, labels = mnist_data()
     data = make_data(images.reshape(-1, 28, 28).astype("uint8"), labels)
     settings = Settings.suited_to(data, epochs=arguments.epochs, seed=arguments.seed)
-    folder = _cluster_folder(arguments.out)
-    # The demo gives the same results again, so a demo's may be replaced unasked.
-    folder.start({"input": DEMO, "settings": asdict(settings)}, overwrite=folder.input == DEMO)
-    _run(data, Scaling.of(data), settings, folder, resume=False, again=None)
+    with _cluster_folder(arguments.out) as folder:
+        # The demo gives the same results again, so a demo's may be replaced unasked.
+        folder.start({"input": DEMO, "settings": asdict(settings)}, overwrite=folder.input == DEMO)
+        _run(data, Scaling.of(data), settings, folder, resume=False, again=None)
 
 
 def _cluster(arguments: argparse.Namespace) -> None:
@@ -430,13 +430,14 @@ def _cluster(arguments: argparse.Namespace) -> None:
         scaling = Scaling.of(data)
     except InputError as error:
         raise InputError(f"{arguments.file}: {error}") from None
-    folder.start(
-        {"input": source, "settings": asdict(settings)},
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
-    )
     again = shlex.join(["vmm-fast", "cluster", arguments.file, "--out", arguments.out, "--resume"])
-    _run(data, scaling, settings, folder, arguments.resume, again)
+    with folder:
+        folder.start(
+            {"input": source, "settings": asdict(settings)},
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+        )
+        _run(data, scaling, settings, folder, arguments.resume, again)
 
 
 def _run(
@@ -673,33 +674,31 @@ def _integrate(arguments: argparse.Namespace) -> None:
     )
     folder, settings = run.folder, run.settings
     progress = sys.stderr is not None and sys.stderr.isatty()
-    try:
-        found = integration.integrate(
-            run.training,
-            settings,
-            on_disk=run.on_disk,
-            checkpoint=folder.checkpoint,
-            checkpoint_steps=arguments.checkpoint_steps,
-            # A run that was stopped before its first checkpoint starts again.
-            resume=arguments.resume and folder.checkpoint.exists(),
-            accelerator=arguments.accelerator,
-            progress=progress,
-        )
-        if run.on_disk is None:
-            record = found.add_to(run.cells)
-            found.write(run.cells, folder.path)
-            shown, drawn_from = run.cells, None
-        else:
-            record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
-        if progress:
-            print("drawing the report", file=sys.stderr, flush=True)
-        tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
-        report.write_report(folder.path / "report.html", shown, found.history, drawn_from, tree)
-    except KeyboardInterrupt as stop:
-        raise type(stop)(f"; go on with: {run.again}") from None
-    finally:
-        if run.on_disk is not None:
-            run.cells.close()
+    with folder, nullcontext() if run.on_disk is None else run.cells:
+        try:
+            found = integration.integrate(
+                run.training,
+                settings,
+                on_disk=run.on_disk,
+                checkpoint=folder.checkpoint,
+                checkpoint_steps=arguments.checkpoint_steps,
+                # A run that was stopped before its first checkpoint starts again.
+                resume=arguments.resume and folder.checkpoint.exists(),
+                accelerator=arguments.accelerator,
+                progress=progress,
+            )
+            if run.on_disk is None:
+                record = found.add_to(run.cells)
+                found.write(run.cells, folder.path)
+                shown, drawn_from = run.cells, None
+            else:
+                record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
+            if progress:
+                print("drawing the report", file=sys.stderr, flush=True)
+            tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
+            report.write_report(folder.path / "report.html", shown, found.history, drawn_from, tree)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"; go on with: {run.again}") from None
     rows = [
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()
@@ -733,30 +732,31 @@ def _sweep(arguments: argparse.Namespace) -> None:
     )
     folder, key = run.folder, run.settings.labels_key
     labels = None if key is None else run.cells.obs[key].to_numpy()
-    rows = sweep.sweep(
-        run.training,
-        labels,
-        run.settings,
-        folder.path,
-        accelerator=arguments.accelerator,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
-    )
-    names: list[str] = []
-    try:
-        for row in rows:
-            if not names:
-                names = [name for name in sweep.COLUMNS if name in row]
-                print("\n" + "  ".join(sweep.COLUMNS[name] for name in names))
-            texts = (
-                f"{row[name]:g}"
-                if name in ("batch_size", "ratio", "clusters")
-                else f"{row[name]:.{1 if name == 'held_out_elbo' else 3}f}"
-                for name in names
-            )
-            cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
-            print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
-    except KeyboardInterrupt as stop:
-        raise type(stop)(f"; go on with: {run.again}") from None
+    with folder:
+        rows = sweep.sweep(
+            run.training,
+            labels,
+            run.settings,
+            folder.path,
+            accelerator=arguments.accelerator,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
+        )
+        names: list[str] = []
+        try:
+            for row in rows:
+                if not names:
+                    names = [name for name in sweep.COLUMNS if name in row]
+                    print("\n" + "  ".join(sweep.COLUMNS[name] for name in names))
+                texts = (
+                    f"{row[name]:g}"
+                    if name in ("batch_size", "ratio", "clusters")
+                    else f"{row[name]:.{1 if name == 'held_out_elbo' else 3}f}"
+                    for name in names
+                )
+                cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
+                print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"; go on with: {run.again}") from None
     _print_files(folder.path, sweep.RESULTS)
 
 
