@@ -94,7 +94,7 @@ def check_results(out, source):
     assert [int(row["index"]) for row in rows] == list(range(len(values)))
     state = torch.load(out / "model.pt", weights_only=True)
     assert state["settings"] == metrics(out)["settings"]
-    clusterer = Clusterer.from_state_dict(state)
+    clusterer = Clusterer.load(out / "model.pt")
     z, labels, probability, entropy, components = clusterer.assign(values)
     assert [int(row["cluster"]) for row in rows] == labels.tolist()
     assert [int(row["component"]) for row in rows] == components.tolist()

@@ -2,14 +2,23 @@
 
 import errno
 import fcntl
+import json
 import os
+import random
 import stat
 
 import pytest
 import torch
-from support import files_of_at_most
+from support import files_of_at_most, mutated
 
-from vmm_fast._files import SECONDS_TO_LOCK, Lock, save_atomically, write_atomically
+from vmm_fast._files import (
+    SECONDS_TO_LOCK,
+    Lock,
+    read_json,
+    save_atomically,
+    write_atomically,
+    write_json,
+)
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -172,3 +181,22 @@ def test_a_lock_is_free_for_all_where_the_disk_has_none(tmp_path, monkeypatch):
     second.release()
     first.release()
     assert not path.exists()
+
+
+def test_every_changed_entry_of_a_json_file_is_found(tmp_path):
+    path, rng = tmp_path / "run.json", random.Random(0)
+    content = {"name": "a", "rate": 0.1, "sizes": (1, 2), "deep": {"flag": True, "none": None}}
+    write_json(path, content)
+    assert read_json(path) == {**content, "sizes": [1, 2]}
+    sound = json.loads(path.read_text())
+    for _ in range(200):
+        text = json.dumps(mutated(sound, rng)[0], default=str)
+        if text == json.dumps(sound):
+            continue
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json' (is damaged|must hold .* is damaged)"):
+            read_json(path)
+    for text in ("", "[]", "[" * 100_000, "1", '{"sha256": 1}', "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="is damaged"):
+            read_json(path)

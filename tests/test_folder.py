@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmm_fast import _folder
+from vmm_fast._files import read_json, write_json
 from vmm_fast._folder import Folder, digest
 from vmm_fast.data import InputError
 
@@ -61,10 +62,7 @@ def test_a_new_folder_is_made_and_marked_as_the_run_s(tmp_path):
     assert new.input is None and not path.exists()
     with new:
         new.start(RECORD, overwrite=False)
-    assert json.loads((path / "run.json").read_text()) == {
-        "vmm_fast": version("vmm-fast"),
-        **RECORD,
-    }
+    assert read_json(path / "run.json") == {"vmm_fast": version("vmm-fast"), **RECORD}
     assert folder(path).input == "sha256 1"
     assert folder(path).checkpoint == path / "checkpoint.pt"
     # A run that failed at its start left nothing else: another may take its place.
@@ -98,6 +96,7 @@ def test_another_run_stays_until_it_is_overwritten(out):
         json.dumps({**RECORD, "input": 1}),
         json.dumps({**RECORD, "settings": {"epochs": 4}}),
         json.dumps({**RECORD, "settings": {**STORED, "more": 1}}),
+        json.dumps({"vmm_fast": "0.1", **RECORD, "sha256": "0"}),
     ],
 )
 def test_files_of_no_run_are_left_alone(out, record):
@@ -106,6 +105,9 @@ def test_files_of_no_run_are_left_alone(out, record):
     else:
         (out / "run.json").write_text(record)
     before = contents(out)
+    word = "holds no run" if record is None else r"run\.json is damaged"
+    with pytest.raises(InputError, match=f"--resume: {out}.* ?{word}"):
+        folder(out).resumed("sha256 1", {})
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"holds checkpoint\.pt, which is of no run, as run"):
             start(out, OTHER, overwrite=overwrite)
@@ -113,12 +115,12 @@ def test_files_of_no_run_are_left_alone(out, record):
 
 
 def test_a_run_of_another_version_is_resumed_if_its_settings_are_known(out):
-    record = json.loads((out / "run.json").read_text())
+    record = read_json(out / "run.json")
     del record["settings"]["layer"]  # which has a default
-    (out / "run.json").write_text(json.dumps(record))
+    write_json(out / "run.json", record)
     assert folder(out).resumed("sha256 1", {"epochs": 4}) == STORED
     del record["settings"]["epochs"]
-    (out / "run.json").write_text(json.dumps(record))
+    write_json(out / "run.json", record)
     with pytest.raises(InputError, match="is of another version of vmm_fast, with other settings"):
         folder(out).resumed("sha256 1", {})
     start(out, OTHER, overwrite=True)
@@ -233,10 +235,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         assert f"--out {path}: must be a folder that can be written to: " in str(told.value)
     assert (tmp_path / "file").read_text() == "mine"
 
-    def refused(path, writer, **keywords):
+    def refused(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(_folder, "write_atomically", refused)
+    monkeypatch.setattr(_folder, "write_json", refused)
     with pytest.raises(InputError, match="folder that can be written to: Permission denied"):
         start(tmp_path / "out", RECORD)
 

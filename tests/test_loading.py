@@ -18,6 +18,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
+from vmm_fast._files import load_checked, save_atomically  # noqa: E402
 from vmm_fast.data import InputError  # noqa: E402
 from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
@@ -432,17 +433,18 @@ def test_what_training_cannot_go_on_from(tmp_path):
         (r"shape of module\..+ was \(8.*\), is given \(9.*\)", {"n_hidden": 9}),
     ):
         refused(f"must go on with the run that wrote it: {message}", **options)
-    content = torch.load(path)
+    content = load_checked(path)
     states = content.pop(checkpoints.STATES)
-    torch.save(content, path)
+    save_atomically(path, content)
     refused("must be a checkpoint with the state of random numbers, has none")
-    torch.save({**content, checkpoints.STATES: 2 * states}, path)
+    save_atomically(path, {**content, checkpoints.STATES: 2 * states})
     refused("must go on in as many processes as wrote it, 2, is given 1")
     path.write_bytes(path.read_bytes()[:1000])
     refused("is damaged")
-    for other in ([1, 2], {"state_dict": {}}):
-        torch.save(other, path)
-        refused("is no checkpoint of training")
+    save_atomically(path, {"state_dict": {}})
+    refused("is no checkpoint of training")
+    torch.save([1, 2], path)
+    refused("is damaged")
     path.unlink()
     refused("must be a checkpoint to go on from, is no file")
 

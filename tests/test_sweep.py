@@ -1,7 +1,6 @@
 """The command vmm-fast sweep: every run once, the same again when it goes on."""
 
 import csv
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +11,7 @@ pytest.importorskip("scvi", reason="scvi-tools is not installed")
 from support import complaint, make_cells, written
 
 from vmm_fast import cli
+from vmm_fast._files import read_json
 from vmm_fast.scvi import sweep
 from vmm_fast.scvi.integration import Integration
 from vmm_fast.scvi.writing import cluster_columns
@@ -91,13 +91,16 @@ def test_sweep_goes_on(tmp_path, capsys, runs):
     # A wider grid: what is there is taken, the rest is run.
     assert run(h5ad, stopped, "--resume", "--ratios", "1", "5", "10") == 0
     assert len(runs) == 5 + 2
-    kept = json.loads((stopped / sweep.FINISHED).read_text())
+    kept = read_json(stopped / sweep.FINISHED)["runs"]
     done = [asdict(one) for one in runs[:2] + runs[3:]]
     assert [row["settings"] for row in kept] == done
     assert "holds another run" in complaint(capsys, run(h5ad, stopped))
     finished = stopped / sweep.FINISHED
-    finished.write_bytes(finished.read_bytes()[:-9])
-    assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
+    whole = finished.read_text()
+    for damaged in (whole[:-9], whole.replace('"ratio": 5.0', '"ratio": "5"'), "[]", "{}"):
+        assert damaged != whole
+        finished.write_text(damaged)
+        assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
 
 
 def test_labels_that_are_all_missing_and_a_knob_given_twice(tmp_path, runs):

@@ -12,7 +12,9 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import io
+import json
 import os
 import secrets
 import shutil
@@ -24,8 +26,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Lock", "check_archive", "load_checked", "save_atomically", "write_atomically"]
+__all__ = [
+    "Lock",
+    "check_archive",
+    "load_checked",
+    "read_json",
+    "save_atomically",
+    "write_atomically",
+    "write_json",
+]
 
+DIGEST = "sha256"
 # A file younger than this may be about to be locked.
 SECONDS_TO_LOCK = 60
 
@@ -96,15 +107,101 @@ def write_atomically(
         raise
 
 
-def save_atomically(path: str | os.PathLike[str], state: Any) -> None:
-    """Write what ``torch.load`` reads whole or not at all; raises as :func:`write_atomically`.
+def save_atomically(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write what :func:`load_checked` reads whole or not at all; raises as `write_atomically`.
 
     By way of memory: where a disk is full, torch's writer raises an error of its own in place of
     the system's.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+    state : dict
+        Tensors and plain values. The file has their digest besides.
     """
     content = io.BytesIO()
-    torch.save(state, content)
+    torch.save({**state, DIGEST: _digest(state)}, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def load_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`save_atomically` wrote, on the CPU, if every value is right.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is damaged or was changed, was not written by `save_atomically`, or holds other
+        objects than tensors and plain values.
+    """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            right = state.pop(DIGEST) == _digest(state)
+        except Exception as error:  # torch raises of all kinds
+            raise ValueError(
+                f"{os.fspath(path)!r} must hold tensors and plain values with their digest, but "
+                f"is damaged or of another kind ({type(error).__name__})"
+            ) from error
+    if not right:
+        raise ValueError(f"{os.fspath(path)!r} is damaged, its values are not those of its digest")
+    return state
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write what :func:`read_json` reads whole or not at all; raises as `write_atomically`."""
+    read_back = json.loads(json.dumps(content))
+    text = json.dumps({**read_back, DIGEST: _digest(read_back)}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text), text=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote, if every value is right.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is damaged or was changed, or was not written by `write_json`.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+            right = content.pop(DIGEST) == _digest(content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} must hold a table with its digest, but is damaged or of "
+                f"another kind ({type(error).__name__})"
+            ) from error
+    if not right:
+        raise ValueError(f"{os.fspath(path)!r} is damaged, its values are not those of its digest")
+    return content
+
+
+def _digest(state: Any) -> str:
+    """Return the SHA-256 of tensors and plain values, in dicts, lists and tuples."""
+    found = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            x = value.detach().cpu().contiguous()
+            found.update(f"tensor {x.dtype} {list(x.shape)}:".encode())
+            found.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            found.update(f"dict {len(value)}:".encode())
+            for pair in value.items():
+                take(list(pair))
+        elif isinstance(value, list | tuple):
+            found.update(f"{type(value).__name__} {len(value)}:".encode())
+            for one in value:
+                take(one)
+        else:
+            found.update(f"{type(value).__name__} {value!r};".encode())
+
+    take(state)
+    return found.hexdigest()
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
@@ -124,26 +221,6 @@ def check_archive(path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{os.fspath(path)!r} must be a whole file of torch.save, but is damaged ({damaged})"
         )
-
-
-def load_checked(path: str | os.PathLike[str]) -> Any:
-    """Read tensors and plain values that ``torch.save`` wrote, on the CPU, if every byte is right.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is damaged, was not written by ``torch.save``, or holds other objects.
-    """
-    check_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises of all kinds
-        raise ValueError(
-            f"{os.fspath(path)!r} must hold tensors and plain values, but is damaged or holds "
-            f"others ({type(error).__name__})"
-        ) from error
 
 
 class Lock:

@@ -7,7 +7,6 @@ checkpoint beside it belongs to. A folder that other files lie in, or another ru
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vmm_fast._files import Lock, write_atomically
+from vmm_fast._files import Lock, read_json, write_json
 from vmm_fast.data import InputError
 
 __all__ = ["Folder", "digest"]
@@ -94,10 +93,9 @@ class Folder:
 
     def _read_record(self) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            record = read_json(self.path / RUN)
             record["settings"] = {**self._defaults, **record["settings"]}
-            of_ours = "vmm_fast" in record or set(record["settings"]) == self._settings
-            if isinstance(record["input"], str) and of_ours:
+            if isinstance(record["input"], str) and "vmm_fast" in record:
                 return record
         except (OSError, ValueError, TypeError, KeyError):
             pass  # then it is no run's
@@ -121,6 +119,8 @@ class Folder:
 
     def resumed(self, source: str, given: dict[str, Any]) -> dict[str, Any]:
         """Give the settings to go on with: those of the run, which `given` may not contradict."""
+        if self.record is None and (self.path / RUN).exists():
+            raise InputError(f"--resume: {self.path / RUN} is damaged; choose another folder")
         if self.record is None:
             raise InputError(f"--resume: {self.path} holds no run; leave --resume out to start one")
         if self.record["input"] != source:
@@ -162,8 +162,7 @@ class Folder:
             if not resume:
                 self._take_over(overwrite)
             self._remove_halves()
-            text = json.dumps({"vmm_fast": version("vmm-fast"), **record}, indent=1) + "\n"
-            write_atomically(self.path / RUN, lambda file: file.write(text), text=True)
+            write_json(self.path / RUN, {"vmm_fast": version("vmm-fast"), **record})
         except BaseException as error:
             self.__exit__()
             if not isinstance(error, OSError):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import vmm_fast
-from vmm_fast._files import save_atomically, write_atomically
+from vmm_fast._files import load_checked, save_atomically, write_atomically
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
@@ -199,7 +199,7 @@ class Clusterer:
         return self.network.decode(self.clusters.sample(n, cluster))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values alone: ``torch.load(path, weights_only=True)`` reads it."""
+        """Return tensors and plain values alone, which `from_state_dict` takes."""
         return {
             "vmm_fast": FORMAT,
             "network": {
@@ -214,6 +214,19 @@ class Clusterer:
             "confusion": self.tree.confusion._asdict(),
             "scaling": self.scaling.state_dict(),
         }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Clusterer:
+        """Read the model.pt of ``vmm-fast cluster``.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read.
+        ValueError
+            If it is damaged, or of another version.
+        """
+        return cls.from_state_dict(load_checked(path))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
@@ -300,7 +313,7 @@ class Clustering:
         write_atomically(path, write, text=True)
 
     def write_model(self, path: Path) -> None:
-        """Write model.pt, which `Clusterer.from_state_dict` takes."""
+        """Write model.pt, which `Clusterer.load` reads."""
         state = {**self.clusterer.state_dict(), "settings": asdict(self.settings)}
         save_atomically(path, state)
 

@@ -86,8 +86,8 @@ def find_model(path: str) -> SavedModel:
         raise InputError(f"{path}: {error}") from None
     try:
         with quiet():
-            registry = VMMSCVI.load_registry(str(found[0]))
-            genes = VMMSCVI.prepare_query_anndata(None, str(found[0]), True)
+            registry = VMMSCVI.load_registry(str(found[0]), trust=True)
+            genes = VMMSCVI.prepare_query_anndata(None, str(found[0]), True, trust=True)
         name, setup = registry["model_name"], registry["setup_args"]
     except Exception:  # pickle raises of all kinds
         raise damaged from None
@@ -107,11 +107,15 @@ def find_model(path: str) -> SavedModel:
         counts = csr_matrix(np.ones((len(batches), len(genes)), dtype=np.float32))
         obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
         with quiet():
-            model = VMMSCVI.load(str(found[0]), in_place_of(counts, obs, genes, layer))
+            cells = in_place_of(counts, obs, genes, layer)
+            model = VMMSCVI.load(str(found[0]), cells, trust=True)
     except MemoryError:
         raise
     except Exception:  # of what does not fit together in a file, scvi-tools raises all kinds
         raise damaged from None
+    for name, values in model.module.named_parameters():
+        if not values.isfinite().all():
+            raise InputError(f"{path}: model.pt must hold finite numbers, but {name} has others")
     if model.module.prior is None:
         raise InputError(f"{path}: must be a model with clusters, is of N(0, I)")
     if model.module.tree is None:

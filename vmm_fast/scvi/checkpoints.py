@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 
-from vmm_fast._files import check_archive, save_atomically
+from vmm_fast._files import load_checked, save_atomically
 from vmm_fast.data import InputError
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.priors.base import check_integer
@@ -69,12 +69,10 @@ class CheckpointFile(TorchCheckpointIO):
         if not os.path.isfile(path):
             raise InputError(f"{path}: must be a checkpoint to go on from, is no file")
         try:
-            check_archive(path)
-            checkpoint = super().load_checkpoint(path, *args, **kwargs)
-        except Exception:  # pickle raises of all kinds
-            raise InputError(f"{path}: is damaged and cannot be read") from None
-        needed = {"pytorch-lightning_version", "state_dict"}
-        if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys()):
+            checkpoint = load_checked(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: is damaged and cannot be read: {error}") from None
+        if not {"pytorch-lightning_version", "state_dict"} <= checkpoint.keys():
             raise InputError(f"{path}: is no checkpoint of training")
         if self.check is not None:
             self.check(path, checkpoint)

@@ -16,7 +16,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
 from scvi.model._utils import _get_batch_code_from_category
-from scvi.model.base import BaseModelClass
+from scvi.model.base import ArchesMixin, BaseModelClass
 from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
@@ -190,6 +190,25 @@ class LatentPriorModel(BaseModelClass):
             _check_saved(dir_path, given.get("prefix"), given.get("backup_url"))
         return super().load(dir_path, *args, **kwargs)
 
+    @staticmethod
+    def load_registry(dir_path: str, prefix: str | None = None, *, trust: bool = False) -> dict:
+        """Return the registry of a saved model; see :meth:`load` for ``trust``."""
+        if not trust:
+            _check_saved(dir_path, prefix)
+        return BaseModelClass.load_registry(dir_path, prefix)
+
+    @staticmethod
+    def prepare_query_anndata(
+        adata: Any, reference_model: Any, *args: Any, trust: bool = False, **kwargs: Any
+    ) -> Any:
+        """Give cells the genes of a model; see :meth:`load` for ``trust``.
+
+        See :meth:`scvi.model.base.ArchesMixin.prepare_query_anndata`.
+        """
+        if isinstance(reference_model, str) and not trust:
+            _check_saved(reference_model)
+        return ArchesMixin.prepare_query_anndata(adata, reference_model, *args, **kwargs)
+
     @classmethod
     def load_query_data(
         cls, adata: Any = None, reference_model: Any = None, *, trust: bool = False, **kwargs: Any
@@ -204,7 +223,7 @@ class LatentPriorModel(BaseModelClass):
             _check_saved(reference_model)
         model = super().load_query_data(adata, reference_model, **kwargs)
         reference = (
-            cls.load_registry(reference_model)
+            cls.load_registry(reference_model, trust=True)
             if isinstance(reference_model, str)
             else reference_model.registry
         )

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import read_json, write_atomically, write_json
 from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
 from vmm_fast.scvi.integration import Integration, Settings, integrate
@@ -106,7 +104,7 @@ def sweep(
             row = {"batch_size": one.batch_size, "ratio": ratio}
             row |= {**_measure(found, cells, labels), "settings": asdict(one)}
             kept.append(row)
-            write_atomically(path, partial(json.dump, kept, indent=1), text=True)
+            write_json(path, {"runs": kept})
         rows.append(row)
         # After every run: one that diverges must not cost the others.
         _write_table(rows, folder / "sweep.csv")
@@ -116,8 +114,8 @@ def sweep(
 
 def _read_kept(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_json(path)["runs"]
+    except (ValueError, KeyError):
         raise InputError(
             f"{path}: is damaged and cannot be read; start the sweep again with --overwrite"
         ) from None
