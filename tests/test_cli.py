@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ import torch
 from support import complaint
 
 import vmm_fast.clustering
-from vmm_fast import cli
+from vmm_fast import _stopping, cli
 from vmm_fast.clustering import Clusterer, Clustering
 from vmm_fast.data import make_data, read
 
@@ -252,7 +253,15 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     assert metrics(out)["clusters"] == 2 < found
 
 
-def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("on", "word", "code"),
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "terminated", 143),
+        (signal.SIGHUP, "hung up", 129),
+    ],
+)
+def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, word, code):
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--epochs", "4", "--seed", "1", "--components", "6"]
     assert cluster(npy, whole, *options) == 0
@@ -261,14 +270,19 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
     def stopped(*args, **keywords):
         def stop(record):
             if record["epoch"] == 2:
-                raise KeyboardInterrupt
+                try:
+                    signal.raise_signal(on)
+                finally:  # as the impatient do
+                    signal.raise_signal(on)
 
         return real(*args, **{**keywords, "on_epoch_end": stop})
 
     monkeypatch.setattr(vmm_fast.clustering, "fit", stopped)
     capsys.readouterr()
-    error = complaint(capsys, cluster(npy, broken, *options), 130)
-    assert f"interrupted; go on with: vmm-fast cluster {npy} --out '{broken}' --resume" in error
+    handler = signal.getsignal(on)
+    error = complaint(capsys, cluster(npy, broken, *options), code)
+    assert f"{word}; go on with: vmm-fast cluster {npy} --out '{broken}' --resume" in error
+    assert signal.getsignal(on) is handler
     assert {p.name for p in broken.iterdir()} == {"run.json", "checkpoint.pt"}
     torch.load(broken / "checkpoint.pt", weights_only=True)
     monkeypatch.setattr(vmm_fast.clustering, "fit", real)
@@ -629,3 +643,19 @@ def test_a_process_ends_with_the_code(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "vmm-fast: absent.npy: there is no such file\n"
+
+
+def test_signals_that_are_ignored_stay_so_and_late_ones_count_again(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stopping.stoppable():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(_stopping.Terminated):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(_stopping, "IMPATIENCE", 0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

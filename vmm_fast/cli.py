@@ -1,7 +1,7 @@
 """The command ``vmm-fast``: cluster vectors, images or single cells.
 
 Results go to one folder. Exit codes: 0 done, 1 the run failed, 2 the input or an option cannot be
-used, 130 interrupted.
+used, 130 interrupted, 143 terminated, 129 hung up.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
+from vmm_fast._stopping import HungUp, Terminated, stoppable
 from vmm_fast.clustering import Settings, train
-from vmm_fast.data import Data, InputError, Scaling, Terminated, make_data, read
+from vmm_fast.data import Data, InputError, Scaling, make_data, read
 
 __all__ = ["main"]
 
@@ -38,6 +39,11 @@ RESULTS = {
     "training.png": "training curves",
     "tree.png": "tree of components, and its clusters",
     "weights.png": "weight of each component",
+}
+STOPPED = {
+    KeyboardInterrupt: ("interrupted", 130),
+    Terminated: ("terminated", 143),
+    HungUp: ("hung up", 129),
 }
 SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
@@ -87,34 +93,39 @@ The results have all its cells and genes, also those that --genes leaves out of 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (``sys.argv`` if None) and return its exit code."""
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-    except InputError as error:
-        return _complain(str(error), 2)
-    except FloatingPointError as error:
-        return _complain(f"training diverged: {error}", 1)
-    except (MemoryError, RuntimeError) as error:
-        of_memory = re.search("allocate memory|out of memory|Storage size", str(error))
-        if not isinstance(error, MemoryError) and not of_memory:
-            raise
-        return _complain(f"too large for this machine's memory: {error}", 1)
-    except BrokenPipeError:
-        # Nobody reads the table; that the files are written is what counts. The interpreter would
-        # complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}", 1)
-    except KeyboardInterrupt as stop:
-        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        return _complain(f"{word}{stop.args[0] if stop.args else ''}", code)
+    # All pictures go to files; a notebook's backend may not be there.
+    os.environ["MPLBACKEND"] = "agg"
+    with stoppable():
+        try:
+            arguments = _parser().parse_args(argv)
+            arguments.run(arguments)
+        except InputError as error:
+            return _complain(str(error), 2)
+        except FloatingPointError as error:
+            return _complain(f"training diverged: {error}", 1)
+        except (MemoryError, RuntimeError) as error:
+            of_memory = re.search("allocate memory|out of memory|Storage size", str(error))
+            if not isinstance(error, MemoryError) and not of_memory:
+                raise
+            return _complain(f"too large for this machine's memory: {error}", 1)
+        except BrokenPipeError:
+            # Nobody reads the table; that the files are written is what counts. The interpreter
+            # would complain once more when it flushes stdout at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _complain(f"{where}{error.strerror or error}", 1)
+        except KeyboardInterrupt as stop:
+            word, code = STOPPED[type(stop)]
+            return _complain(f"{word}{stop.args[0] if stop.args else ''}", code)
     return 0
 
 
 def _complain(message: str, code: int) -> int:
-    if sys.stderr is not None:  # it is None where the descriptor was closed
-        print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)
+    # It is None where the descriptor was closed, and cannot be written to without a terminal.
+    with suppress(OSError):
+        if sys.stderr is not None:
+            print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 
@@ -473,8 +484,8 @@ def _run(
         clustering.write_model(folder.path / "model.pt")
         clustering.write_metrics(folder.path / "metrics.json", metrics)
         clustering.write_pictures(folder.path)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; go on with: {again}" if again else "") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"; go on with: {again}" if again else "") from None
     _note_fewer(settings.clusters, metrics["clusters"], "rows")
     _print_results(metrics, folder.path)
 

@@ -32,10 +32,6 @@ class InputError(ValueError):
     """Input that cannot be used; the message is one line that says what it was and the cure."""
 
 
-class Terminated(KeyboardInterrupt):
-    """A run was asked to end by SIGTERM, as by Ctrl-C."""
-
-
 @dataclass(frozen=True)
 class Data:
     """Rows to cluster.

@@ -41,8 +41,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
+from vmm_fast._stopping import Terminated
 from vmm_fast.clusters import Clusters, Confusion
-from vmm_fast.data import InputError, Terminated
+from vmm_fast.data import InputError
 from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
@@ -429,7 +430,7 @@ class _Progress(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            self.stopped_by = KeyboardInterrupt
+            self.stopped_by = type(exception)
         elif isinstance(exception, SIGTERMException):
             self.stopped_by = Terminated
 
@@ -471,7 +472,7 @@ def integrate(
     FloatingPointError
         If training diverges.
     KeyboardInterrupt
-        On Ctrl-C, and as :class:`Terminated` on SIGTERM.
+        On Ctrl-C, and one of :mod:`vmm_fast._stopping` on SIGTERM and SIGHUP.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     during = _Progress(progress)

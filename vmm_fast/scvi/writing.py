@@ -26,6 +26,7 @@ from anndata.io import write_elem
 from scipy.sparse import csr_matrix
 
 from vmm_fast._files import write_atomically
+from vmm_fast._stopping import STOPS
 from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
 from vmm_fast.scvi.store import CellStore
@@ -68,21 +69,25 @@ class _Disk(io.RawIOBase):
 
     @contextmanager
     def keeping_interrupts(self) -> Iterator[None]:
-        """Ctrl-C is kept as errors are: it may come where HDF5 calls this."""
-        before = signal.getsignal(signal.SIGINT)
-        main = threading.current_thread() is threading.main_thread()
-        if not main or before is not signal.default_int_handler:
-            yield
-            return
+        """Keep what signals raise, as errors are kept: they may come where HDF5 calls this."""
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in STOPS}
+            before |= {number: one for number, one in handlers.items() if callable(one)}
 
-        def keep(*_: Any) -> None:
-            self._error = KeyboardInterrupt()
+        def keep(number: int, frame: Any) -> None:
+            try:
+                before[number](number, frame)
+            except KeyboardInterrupt as stop:
+                self._error = stop
 
-        signal.signal(signal.SIGINT, keep)
+        for number in before:
+            signal.signal(number, keep)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         self._at = offset if whence == os.SEEK_SET else self.size + offset
