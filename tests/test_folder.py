@@ -234,6 +234,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
             start(path, RECORD, overwrite=True)
         assert f"--out {path}: must be a folder that can be written to: " in str(told.value)
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="link: must be a folder, but is a link to nothing"):
+        start(tmp_path / "link", RECORD)
 
     def refused(path, content):
         raise PermissionError(13, "Permission denied", str(path))

@@ -240,6 +240,16 @@ def test_it_trains_in_one_process_whatever_the_surroundings_say(
     same_results(tmp_path / "out", tmp_path / "in job")
 
 
+def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "own")
+    monkeypatch.setattr(cli, "_can_be_written", lambda folder: False)
+    cli._require_scvi()
+    assert os.environ["NUMBA_CACHE_DIR"] == "own"
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    cli._require_scvi()
+    assert os.listdir(os.environ["NUMBA_CACHE_DIR"]) == []
+
+
 def test_labels_are_not_trained_on(h5ad, tmp_path):
     assert run(h5ad, tmp_path / "a") == 0
     assert run(h5ad, tmp_path / "b", "--labels-key", "type") == 0
@@ -657,7 +667,11 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_stopped_process_goes_on(h5ad, tmp_path, on):
     options = [h5ad, "--epochs", "8", "--accelerator", "cpu", "--out"]
     command = [sys.executable, "-c", STOPPED, "integrate", *options, "stopped"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # A notebook's, which is not installed.
+    notebook = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=notebook
+    )
     while not (tmp_path / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)

@@ -156,6 +156,8 @@ class Folder:
         InputError
             If another run is going on in it, or has been; or it cannot be written to.
         """
+        if self.path.is_symlink() and not self.path.exists():
+            raise InputError(f"--out {self.path}: must be a folder, but is a link to nothing")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take()

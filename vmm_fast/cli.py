@@ -7,12 +7,14 @@ used, 130 interrupted, 143 terminated, 129 hung up.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
-import importlib
+import importlib.util
 import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -403,6 +405,32 @@ def _require(*modules: str, extra: str = "cli") -> None:
             raise InputError(message) from None
 
 
+def _require_scvi() -> None:
+    """Import what works on cells.
+
+    numba, which scanpy and UMAP need, fails where it finds no folder for its cache: where neither
+    the installation nor the home can be written to it gets one that goes with the process.
+    """
+    scanpy = importlib.util.find_spec("scanpy")
+    if scanpy is not None and scanpy.origin is not None and "NUMBA_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        usual = (Path(scanpy.origin).parent / "__pycache__", Path(home) / "numba")
+        if not any(map(_can_be_written, usual)):
+            cache = tempfile.mkdtemp(prefix="vmm-fast-numba-")
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
+            os.environ["NUMBA_CACHE_DIR"] = cache
+    _require(*SCVI_NEEDS, extra="cli,scvi")
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def _cluster_folder(path: str) -> Folder:
     return Folder(
         path,
@@ -672,7 +700,7 @@ def _give_back_freed_memory() -> None:
 
 
 def _integrate(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
+    _require_scvi()
     from vmm_fast.scvi import integration, report
 
     run = _read_cells(
@@ -730,7 +758,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
+    _require_scvi()
     from vmm_fast.scvi import sweep
 
     run = _read_cells(
@@ -810,7 +838,7 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
 
 
 def _assign(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
+    _require_scvi()
     from vmm_fast.scvi import assignment, integration, reading, writing
 
     file = arguments.file
@@ -840,7 +868,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    _require(*SCVI_NEEDS, extra="cli,scvi")
+    _require_scvi()
     from vmm_fast.scvi import preparing
 
     out = _out_file(arguments, "-prepared")
