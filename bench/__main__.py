@@ -10,6 +10,7 @@ from bench import (
     compare,
     gpu,
     integration,
+    kills,
     likelihood,
     out_of_core,
     peers,
@@ -122,12 +123,16 @@ def main() -> int:
     peers.add_arguments(part, settings.SETTINGS)
     part = parts.add_parser("gpu", help="the kernels on a GPU: errors, speed, limits, memory")
     gpu.add_arguments(part)
+    part = parts.add_parser("kills", help="commands killed at random: what is lost")
+    kills.add_arguments(part)
 
     args = parser.parse_args()
     if args.part == "compare":
         return compare.main(args)
     if args.part == "gpu":
         return gpu.main(args, sys.argv[1:])
+    if args.part == "kills":
+        return kills.main(args)
     if args.part == "quality":
         quality.main(args)
     elif args.part == "integration":

@@ -306,6 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run and write, or plot."""
     folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.plot:
         print(plot(folder, args.prefix))
         print(write_page(folder, args.prefix))

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,3 +357,13 @@ def test_two_processes_are_compared_by_medians(monkeypatch):
     assert (one["cells/s"], two["cells/s"]) == (8, 13)
     assert (two["times as fast"], two["times as fast, by CPU"]) == (1.6, 3.0)
     assert (one["p50"], two["p50"], two["cpu_seconds"]) == (2.0, 1.25, 0.5)
+
+
+@pytest.mark.slow("kills processes and runs them again")
+def test_kills_lose_nothing(tmp_path):
+    options = ["--number", "4", "--commands", "cluster", "prepare", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "kills", *options]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    rows = read_rows(tmp_path / "kills.jsonl")
+    assert [row["name"] for row in rows] == ["cluster", "prepare"]
+    assert all(sum(row["kills"].values()) == 2 and row["lost"] == [] for row in rows)

@@ -1,0 +1,222 @@
+"""Commands killed at random moments: what they leave is whole, and they go on to the same results.
+
+    python -m bench kills --number 200
+
+Each run is a fork of this process, in which everything is imported, and gets SIGKILL at a moment
+drawn uniformly from the time that a whole run takes. Then every file that it left under a final
+name is read, and the command is given again. A loss is a file that cannot be read, a changed
+input, a command that does not go on, or results that are not those of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench.records import RESULTS, Row, command, environment, write_rows
+from vmm_fast import cli
+from vmm_fast._files import load_checked, read_json
+from vmm_fast._folder import digest
+
+LONGEST = 600  # seconds that a run may take
+ENDS = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}
+
+
+class Run(NamedTuple):
+    """A command to kill.
+
+    Attributes
+    ----------
+    arguments : list of str
+        Without ``--out``.
+    out : str
+        Name of what it writes.
+    again : list of str
+        Options to go on with.
+    """
+
+    arguments: list[str]
+    out: str
+    again: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of this part."""
+    parser.add_argument("--number", type=int, default=200, help="of kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--commands", nargs="+", help="of these alone; all by default")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+
+
+def make_inputs(folder: Path) -> dict[str, Run]:
+    """Write the input files and give a command of every kind on them."""
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+    rng = np.random.default_rng(0)
+    kind = rng.integers(3, size=400)
+    np.save(folder / "rows.npy", rng.normal(size=(400, 6)) + 5 * np.eye(3, 6)[kind])
+    rates = rng.gamma(1, size=(3, 40))[kind] * rng.gamma(5, size=(400, 1))
+    cells = AnnData(csr_matrix(rng.poisson(rates).astype(np.float32)))
+    cells.obs["batch"] = rng.choice(["a", "b"], size=400)
+    cells.write_h5ad(folder / "cells.h5ad")
+    rows, h5ad, model = (str(folder / name) for name in ("rows.npy", "cells.h5ad", "model"))
+    integrate = ["integrate", h5ad, "--batch-key", "batch", "--epochs", "6", "--components", "20"]
+    integrate += ["--checkpoint-steps", "2"]
+    sweep = ["sweep", h5ad, "--epochs", "1", "--batch-sizes", "64", "128", "--ratios", "1", "5"]
+    return {
+        "cluster": Run(["cluster", rows, "--epochs", "8"], "out", ["--resume"]),
+        "integrate": Run(integrate, "out", ["--resume"]),
+        "integrate on disk": Run([*integrate, "--memory", "0"], "out", ["--resume"]),
+        "sweep": Run(sweep, "out", ["--resume"]),
+        "assign": Run(["assign", model, h5ad], "out.h5ad", ["--overwrite"]),
+        "prepare": Run(["prepare", h5ad], "out.h5ad", ["--overwrite"]),
+    }
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """Run the command in a fork of this process, printing to `log`, and give its number."""
+    process = os.fork()
+    if process == 0:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = 1
+        try:
+            code = cli.main(arguments)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return process
+
+
+def finish(arguments: list[str], log: Path) -> None:
+    """Run the command in a fork to its end.
+
+    Raises
+    ------
+    RuntimeError
+        With the last line that it printed, if it ends with another code than 0.
+    """
+    process, since = start(arguments, log), time.monotonic()
+    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
+        if time.monotonic() - since > LONGEST:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    if code := os.waitstatus_to_exitcode(ended[1]):
+        said = log.read_text().splitlines()[-1:]
+        raise RuntimeError(f"{arguments[0]} ended with {code}: {''.join(said)}")
+
+
+def read(path: Path) -> Any:
+    """Read a result, whole, as something that can be compared; the clock's are None."""
+    import anndata
+
+    if path.suffix == ".h5ad":
+        cells = anndata.read_h5ad(path)
+        counts = None if cells.X is None else cells.X.toarray().tolist()
+        return counts, cells.obs.to_csv(), {k: v.tolist() for k, v in cells.obsm.items()}
+    if path.name in ("run.json", "sweep.json"):
+        read_json(path)
+    elif path.suffix == ".json":
+        json.loads(path.read_text())
+    elif path.name == "model.pt" and path.parent.name == "model":
+        torch.load(path, weights_only=False)
+    elif path.suffix in (".pt", ".ckpt"):
+        load_checked(path)
+    elif path.suffix in ENDS and not path.read_bytes().rstrip().endswith(ENDS[path.suffix]):
+        raise ValueError("is cut")
+    return path.read_text() if path.suffix == ".csv" else None
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Read every file under its final name."""
+    files = [out] if out.is_file() else [p for p in sorted(out.rglob("*")) if p.is_file()]
+    shown = (p for p in files if not any(part.startswith(".") for part in p.parts[-2:]))
+    return {str(p.relative_to(out)): read(p) for p in shown}
+
+
+def kill(run: Run, out: Path, moment: float, expected: dict[str, Any]) -> tuple[str, str | None]:
+    """Kill the command after `moment` seconds; give what it had done by then, and what was lost."""
+    arguments, log = [*run.arguments, "--out", str(out)], out.with_name("log")
+    process = start(arguments, log)
+    time.sleep(moment)
+    os.kill(process, signal.SIGKILL)
+    ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    try:
+        left = results(out)
+    except Exception as error:  # of a damaged file, each reader has its own
+        return "", f"{type(error).__name__}: {error}"
+    was = "ended" if ended != -signal.SIGKILL else "killed"
+    if any("checkpoint" in name for name in left):
+        was += " with a checkpoint"
+    # A folder in which no run has begun is as good as none.
+    again = run.again if out.is_file() or (out / "run.json").exists() else []
+    try:
+        finish([*arguments, *again], log)
+        found = results(out)
+    except Exception as error:  # as above
+        return was, f"did not go on: {error}"
+    differ = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differ or found.keys() != expected.keys():
+        return was, f"other results: {', '.join(differ)}"
+    return was, None
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Kill every command in turn; a row for each."""
+    torch.set_num_threads(1)  # what has had threads of OpenMP cannot be forked
+    for module in ("scvi.integration", "scvi.report", "scvi.sweep", "scvi.assignment", "plots"):
+        importlib.import_module(f"vmm_fast.{module}")
+    moments, rows = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = make_inputs(folder)
+        made = [*runs["integrate"].arguments, "--out", str(folder / "made")]
+        finish(made, folder / "log")
+        shutil.move(folder / "made" / "model", folder / "model")
+        inputs = ("rows.npy", "cells.h5ad", "model")
+        before = {folder / name: digest(folder / name) for name in inputs}
+        chosen = args.commands or list(runs)
+        for number, one in enumerate(chosen):
+            run, whole = runs[one], folder / f"whole-{runs[one].out}"
+            since = time.monotonic()
+            finish([*run.arguments, "--out", str(whole)], folder / "log")
+            seconds, expected = time.monotonic() - since, results(whole)
+            done, lost = Counter[str](), []
+            for _ in range(number, args.number, len(chosen)):
+                out = folder / run.out
+                was, loss = kill(run, out, moments.uniform(0, seconds), expected)
+                done[was] += 1
+                lost += [loss] if loss else []
+                shutil.rmtree(out) if out.is_dir() else out.unlink()
+            if any(digest(path) != value for path, value in before.items()):
+                lost.append("an input has changed")
+            shutil.rmtree(whole) if whole.is_dir() else whole.unlink()
+            common: Row = {"part": "kills", "command": command(sys.argv[1:]), **environment()}
+            state: Row = {"name": one, "seconds": seconds, "kills": dict(done), "lost": lost}
+            rows.append({**common, **state})
+            print(f"{one}: {sum(done.values())} kills, {len(lost)} losses  {dict(done)}  {lost}")
+    return rows
+
+
+def main(args: argparse.Namespace) -> int:
+    """Kill, and write the rows; 1 if something was lost."""
+    rows = measure(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    write_rows(Path(args.out) / "kills.jsonl", rows)
+    return int(any(row["lost"] for row in rows))
