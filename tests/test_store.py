@@ -418,6 +418,47 @@ def test_a_shard_without_a_column(shards):
         found.column("flag", "--batch-key")
 
 
+def test_columns_that_not_all_files_have_are_told(shards, tmp_path):
+    folder, parts = shards
+    with CellStore(folder) as found:
+        assert found.notes == []
+    parts[0].obs["first alone"] = 1
+    for number in (1, 2):
+        del parts[number].obs["flag"]
+    for number, part in enumerate(parts):
+        written(folder / f"{number}.h5ad", part)
+    note = (
+        "columns of obs that not all files have are left out: first alone (1.h5ad has none), flag "
+        "(1.h5ad has none)"
+    )
+    with CellStore(folder) as found:
+        assert found.notes == [note]
+        assert {"first alone", "flag"}.isdisjoint(found.obs(0, 5))
+    assert prepare(folder, tmp_path / "out.h5ad").notes[0] == note
+    found, notes = cli._on_disk(str(folder), None, None)
+    found.close()
+    assert notes == ["counts stay on disk, in several files", note]
+    for number in range(30):
+        parts[0].obs[f"of it alone {number}"] = 0
+    written(folder / "0.h5ad", parts[0])
+    with CellStore(folder) as found:
+        assert found.notes[0].count(" has none)") == 20 and found.notes[0].endswith(", ...")
+
+
+def test_a_shard_that_cannot_be_read_in_parts_is_to_be_replaced(shards, tmp_path):
+    folder, parts = shards
+    parts[1].X = csc_matrix(parts[1].X)
+    written(folder / "1.h5ad", parts[1])
+    message = r"1.h5ad: .*\(CSC\).*; replace 1.h5ad by what vmm-fast prepare makes of it alone$"
+    for read in (CellStore, lambda path: prepare(path, tmp_path / "out.h5ad")):
+        with pytest.raises(CannotStream, match=message):
+            read(folder)
+    prepare(folder / "1.h5ad", tmp_path / "out.h5ad")
+    (tmp_path / "out.h5ad").replace(folder / "1.h5ad")
+    with CellStore(folder) as found:
+        check_reads(found, np.concatenate([part.X.toarray() for part in parts]))
+
+
 def test_a_file_that_changes_or_vanishes(shards):
     folder, _ = shards
     path = folder / "1.h5ad"

@@ -78,7 +78,7 @@ FILE is one of
   .h5ad   counts in X or in a layer (--layer)
   .zarr   a folder as anndata writes it
   .h5     of 10x Genomics, or the folder with their matrix.mtx
-  .loom   needs loompy
+  .loom   its main matrix
 
 Values must be counts: normalised or logarithmic ones are refused. The file is only read.
 The results have all its cells and genes, also those that --genes leaves out of training.
@@ -581,7 +581,7 @@ def _read_cells(
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
-    parts = [f"{cells.n_obs:,} cells x {cells.n_vars:,} genes"]
+    parts = [_size(cells)]
     if settings.batch_key is not None:
         parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
     if training.n_vars < cells.n_vars:
@@ -595,6 +595,12 @@ def _read_cells(
     if arguments.accelerator != "auto":
         again += ["--accelerator", arguments.accelerator]
     return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+
+
+def _size(cells: Any) -> str:
+    from vmm_fast.scvi.names import counted
+
+    return f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}"
 
 
 @contextmanager
@@ -641,7 +647,7 @@ def _on_disk(
         takes = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
         return store, [f"counts stay on disk: in memory they would take {takes}", *store.notes]
     if kind == "shards":
-        return store, ["counts stay on disk, in several files"]
+        return store, ["counts stay on disk, in several files", *store.notes]
     store.close()
     return None, []
 
@@ -811,7 +817,7 @@ def _assign(arguments: argparse.Namespace) -> None:
             cells, notes = read.adata, notes + read.notes
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
-            print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")
+            print(_size(cells))
             for note in notes + matched.notes:
                 print(f"note: {note}", flush=True)
             progress = sys.stderr is not None and sys.stderr.isatty()
@@ -838,7 +844,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for note in found.notes:
         print(f"note: {note}")
     print(
-        f"{found.n_obs:,} cells x {found.n_vars:,} genes, {found.nbytes / 1e6:,.1f} MB in "
+        f"{_size(found)}, {found.nbytes / 1e6:,.1f} MB in "
         f"{time.monotonic() - start:.1f} s, in {out}"
     )
 

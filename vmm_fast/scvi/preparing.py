@@ -85,7 +85,8 @@ def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[st
     kind = kind_of(path)
     if kind in (".h5ad", ".zarr", "shards"):
         try:
-            return CellStore(path, layer), []
+            store = CellStore(path, layer)
+            return store, store.notes
         except CannotStream:
             if kind == "shards":
                 raise
