@@ -12,9 +12,10 @@ pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import anndata
 import h5py
+import zarr
 from anndata import AnnData
 from scipy.io import mmwrite
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi import assignment, formats, frames, integration
@@ -473,6 +474,37 @@ def test_columns_of_zarr_that_differ_by_case_alone(tmp_path):
         for obs in (read_cells(str(tmp_path / "a.zarr")).adata.obs, store.obs(0, 12)):
             assert list(obs["batch"])[:2] == ["batch 0", "batch 1"]
             assert list(obs["Batch"])[:2] == ["Batch 0", "Batch 1"]
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.parametrize("kind", [csr_matrix, csc_matrix, np.asarray])
+@pytest.mark.parametrize("dtype", [">f4", ">i4", ">f8"])
+def test_counts_of_another_byte_order(tmp_path, suffix, kind, dtype):
+    adata = make_cells()
+    adata.X = adata.layers["twice"] = kind(COUNTS.astype(np.float32))
+    adata.obs["batch"], adata.uns["t"] = pd.Categorical(["a", "b"] * 6), "x"
+    path = tmp_path / f"a.{suffix}"
+    with anndata.settings.override(zarr_write_format=2):
+        getattr(adata, f"write_{suffix}")(path)
+    hdf5 = suffix == "h5ad"
+    file = h5py.File(path, "r+") if hdf5 else zarr.open_group(path, use_consolidated=False)
+    for place in ("X", "layers/twice"):
+        parts = [place] if kind is np.asarray else [f"{place}/data", f"{place}/indices"]
+        for part, order in zip(parts, (dtype, ">i4"), strict=False):
+            values, attributes = file[part][:].astype(order), dict(file[part].attrs)
+            del file[part]
+            if hdf5:
+                file.create_dataset(part, data=values)
+            else:
+                file.create_array(part, data=values)
+            file[part].attrs.update(attributes)
+    if hdf5:
+        file.close()
+    found = read_cells(str(path)).adata
+    for counts in (found.X, found.layers["twice"]):
+        assert csr_matrix(counts, dtype=float).toarray().tolist() == COUNTS.tolist()
+    assert list(found.obs["batch"]) == ["a", "b"] * 6 and found.uns["t"] == "x"
+    assert list(found.obs_names) == BARCODES
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
+from vmm_fast._text import counted
 from vmm_fast.clustering import Settings, train
 from vmm_fast.data import Data, InputError, Scaling, Terminated, make_data, read
 
@@ -480,7 +481,7 @@ def _run(
 
 def _note_fewer(asked: int | None, found: int, what: str) -> None:
     if asked is not None and found < asked:
-        some = "1 cluster" if found == 1 else f"{found} clusters"
+        some = counted(found, "cluster")
         print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
 
 
@@ -583,7 +584,8 @@ def _read_cells(
     )
     parts = [_size(cells)]
     if settings.batch_key is not None:
-        parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
+        batches = training.obs[settings.batch_key].nunique()
+        parts.append(counted(batches, "batch", "batches"))
     if training.n_vars < cells.n_vars:
         parts.append(f"trained on the {training.n_vars:,} genes that vary most")
     if command == "integrate" and on_disk is None:
@@ -598,8 +600,6 @@ def _read_cells(
 
 
 def _size(cells: Any) -> str:
-    from vmm_fast.scvi.names import counted
-
     return f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}"
 
 
@@ -713,7 +713,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         ("clusters", str(record["clusters_used"])),
         ("components with any cell", f"{record['components_used']} of {settings.components}"),
         (
-            f"ELBO, {record['held_out_cells']:,} cells held out",
+            f"ELBO, {counted(record['held_out_cells'], 'cell')} held out",
             f"{record['held_out_elbo']:.2f} nats",
         ),
         ("epochs", str(settings.epochs)),
@@ -825,8 +825,7 @@ def _assign(arguments: argparse.Namespace) -> None:
         found.write(cells, out)
     clusters = len(found.clusters["vmm_cluster"].cat.categories)
     probability = found.clusters["vmm_cluster_probability"].median()
-    some = "1 cluster" if clusters == 1 else f"{clusters} clusters"
-    print(f"{some}, median probability {probability:.3f}, in {out}")
+    print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

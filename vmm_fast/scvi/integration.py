@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
+from vmm_fast._text import counted
 from vmm_fast.clusters import Clusters, Confusion
 from vmm_fast.data import InputError, Terminated
 from vmm_fast.metrics import ACTIVE_SHARE
@@ -302,8 +303,8 @@ def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
         same = int(cells.obs_names.duplicated().sum())
     if not same:
         return []
-    have = "1 cell has" if same == 1 else f"{same:,} cells have"
-    return [f"{have} a name that another has, too; results are in order"]
+    have = "has" if same == 1 else "have"
+    return [f"{counted(same, 'cell')} {have} a name that another has, too; results are in order"]
 
 
 def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
@@ -417,7 +418,7 @@ class _Progress(Callback):
             parts.append("warm-up")
         else:
             used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-            parts.append("1 component" if used == 1 else f"{used} components")
+            parts.append(counted(used, "component"))
         parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
         self.bar.update(steps)

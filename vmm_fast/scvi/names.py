@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["CELLS", "GENES", "counted", "find_names", "notes_on_genes", "numbered"]
+__all__ = ["CELLS", "GENES", "find_names", "notes_on_genes", "numbered"]
 
 # Columns that hold names, in the order that they are looked for; spelt as _spelt does it.
 GENES = (
@@ -61,8 +61,3 @@ def notes_on_genes(names: pd.Index) -> list[str]:
         "genes have no names, they are numbered: those of other cells are matched by position, and "
         "must be the same in the same order"
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number of things: "1 cell", "2,000 cells"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

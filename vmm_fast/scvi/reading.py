@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData, read_h5ad
+from anndata.experimental import read_dispatched
 from anndata.io import read_zarr
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csc_matrix, csr_matrix, issparse
 
+from vmm_fast._text import counted
 from vmm_fast.data import InputError
 from vmm_fast.scvi.formats import (
     kind_of_hdf5,
@@ -27,7 +30,7 @@ from vmm_fast.scvi.formats import (
     read_loom,
     visible,
 )
-from vmm_fast.scvi.names import GENES, counted, find_names, numbered
+from vmm_fast.scvi.names import GENES, find_names, numbered
 
 __all__ = [
     "Cells",
@@ -224,7 +227,28 @@ def open_zarr(folder: Path) -> Any:
 
 
 def _read_h5ad(file: Path) -> tuple[AnnData, list[str]]:
+    with h5py.File(file, "r") as opened:
+        if _swapped(opened):
+            return read_dispatched(opened, _in_own_order), []
     return read_h5ad(file), []
+
+
+def _swapped(group: Any) -> bool:
+    """Whether sparse counts have another byte order, as Java writes them; scipy has no such."""
+    names = ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ())))
+    places = (group[name] for name in names if name in group)
+    sparse = [place for place in places if hasattr(place, "keys") and "data" in place]
+    return not all(place["data"].dtype.isnative for place in sparse)
+
+
+def _in_own_order(read: Any, name: str, element: Any, *, iospec: Any) -> Any:
+    """Read an element as anndata does, but a sparse matrix in the machine's byte order."""
+    make = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}.get(iospec.encoding_type)
+    if make is None:
+        return read(element)
+    parts = (np.asarray(element[key][:]) for key in ("data", "indices", "indptr"))
+    native = tuple(part.astype(part.dtype.newbyteorder("="), copy=False) for part in parts)
+    return make(native, shape=tuple(element.attrs["shape"]))
 
 
 def _read_zarr(folder: Path) -> tuple[AnnData, list[str]]:
@@ -236,7 +260,8 @@ def _read_zarr(folder: Path) -> tuple[AnnData, list[str]]:
             continue
         if lacks_chunks(matrix, int(matrix.attrs["shape"][kind == "csr_matrix"])):
             raise InputError(f"{name.replace('layers/', 'layer ')} lacks chunks")
-    return read_zarr(group), notes_on_chunks(group.get("X"), "X")
+    adata = read_dispatched(group, _in_own_order) if _swapped(group) else read_zarr(group)
+    return adata, notes_on_chunks(group.get("X"), "X")
 
 
 _READERS = {
