@@ -256,6 +256,12 @@ def test_names_in_loom_that_occur_again_or_are_not_there(tmp_path):
     assert found[2] == ["x", "x-1", *NAMES[2:]]
     assert found[3] == ["1 gene name that occurs again got a number: -1, -2, ..."]
     numbers = list(map(str, range(12)))
+    found = read(write_loom(tmp_path / "a.loom", genes=None))
+    assert found == (COUNTS.tolist(), BARCODES, numbers[:9], [])
+    with h5py.File(tmp_path / "a.loom", "r+") as file:
+        del file["row_attrs"]
+        file["row_attrs/Gene"] = np.arange(100, 109)
+    assert read(tmp_path / "a.loom")[2] == [str(i) for i in range(100, 109)]
     found = read(write_loom(tmp_path / "a.loom", None, None))
     assert found == (COUNTS.tolist(), numbers, numbers[:9], [])
 

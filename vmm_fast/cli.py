@@ -78,7 +78,8 @@ CELLS = """\
 FILE is one of
   .h5ad   counts in X or in a layer (--layer)
   .zarr   a folder as anndata writes it
-  .h5     of 10x Genomics, or the folder with their matrix.mtx
+  .h5     of 10x Genomics, or the folder with their matrix.mtx, as STARsolo and GEO
+          have it, too; genes alone are read, not antibodies, guides and peaks
   .loom   its main matrix
 
 Values must be counts: normalised or logarithmic ones are refused. The file is only read.

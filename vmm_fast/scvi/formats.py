@@ -39,13 +39,14 @@ def kind_of_hdf5(file: Path) -> str | None:
     """Return the suffix that an HDF5 file should have by what it holds, or None if unknown."""
     try:
         with h5py.File(file, "r") as opened:
-            names = set(opened)
+            if "obs" in opened and "var" in opened:
+                return ".h5ad"
+            matrix = opened.get("matrix")
     except Exception:  # what is wrong with it is told where it is read
         return None
-    for kind, needed in ((".h5ad", {"obs", "var"}), (".loom", {"matrix", "row_attrs"})):
-        if needed <= names:
-            return kind
-    return ".h5" if "matrix" in names else None
+    if matrix is None:
+        return None
+    return ".loom" if isinstance(matrix, h5py.Dataset) else ".h5"
 
 
 def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
@@ -192,7 +193,7 @@ def read_loom(file: Path) -> tuple[AnnData, list[str]]:
             if key is None and (key := find_names(table, usual)) is not None:
                 notes.append(f"names of {what} are those of {key}, there is no {expected[0]}")
             if key is not None:
-                table.index = pd.Index(table.pop(key).to_numpy(object))
+                table.index = pd.Index(table.pop(key).astype(str).to_numpy(object))
         layers = {key: _transposed(layer) for key, layer in opened.get("layers", {}).items()}
         counts = _as_float32(_transposed(matrix))
         return AnnData(counts, obs, var, layers=layers, obsm=obsm, varm=varm), notes
