@@ -304,8 +304,8 @@ def test_genes_that_are_only_numbered_are_noted(tmp_path):
     adata = AnnData(csr_matrix(COUNTS.astype(np.float32)))
     adata.write_h5ad(tmp_path / "a.h5ad")
     settings = integration.Settings(None, None, None, None, 1, 2)
-    for names, noted in ((adata.var_names, True), ([str(i) for i in range(1, 10)], False)):
-        adata.var_names = names
+    for first, noted in ((0, True), (1, True), (2, False)):
+        adata.var_names = [str(i) for i in range(first, first + 9)]
         _, notes = integration.training_cells(adata, settings)
         assert [note for note in notes if "matched by position" in note] == notes[:noted]
         assert notes_on_genes(adata.var_names) == notes[:noted]
@@ -466,7 +466,7 @@ def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path):
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does
         for read_it in (lambda: read_cells(str(path)), lambda: CellStore(path)):
-            with pytest.raises(InputError, match=r"a.h5ad: must be closed where it is open, ano"):
+            with pytest.raises(InputError, match=r"a.h5ad: must be closed .* but is locked; on"):
                 read_it()
     assert read(path)[0] == COUNTS.tolist()
 

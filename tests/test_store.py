@@ -425,24 +425,26 @@ def test_columns_that_not_all_files_have_are_told(shards, tmp_path):
     parts[0].obs["first alone"] = 1
     for number in (1, 2):
         del parts[number].obs["flag"]
+    parts[2].var["length"] = 1
     for number, part in enumerate(parts):
         written(folder / f"{number}.h5ad", part)
+    of_var = "columns of var that 0.h5ad lacks are left out: length"
     note = (
         "columns of obs that not all files have are left out: first alone (1.h5ad has none), flag "
         "(1.h5ad has none)"
     )
     with CellStore(folder) as found:
-        assert found.notes == [note]
+        assert found.notes == [of_var, note]
         assert {"first alone", "flag"}.isdisjoint(found.obs(0, 5))
-    assert prepare(folder, tmp_path / "out.h5ad").notes[0] == note
+    assert prepare(folder, tmp_path / "out.h5ad").notes[:2] == [of_var, note]
     found, notes = cli._on_disk(str(folder), None, None)
     found.close()
-    assert notes == ["counts stay on disk, in several files", note]
+    assert notes == ["counts stay on disk, in several files", of_var, note]
     for number in range(30):
         parts[0].obs[f"of it alone {number}"] = 0
     written(folder / "0.h5ad", parts[0])
     with CellStore(folder) as found:
-        assert found.notes[0].count(" has none)") == 20 and found.notes[0].endswith(", ...")
+        assert found.notes[1].count(" has none)") == 20 and found.notes[1].endswith(", ...")
 
 
 def test_a_shard_that_cannot_be_read_in_parts_is_to_be_replaced(shards, tmp_path):
@@ -655,6 +657,24 @@ def test_prepare_joins_shards(shards, tmp_path):
     assert list(found.obs_names) == list(expected.obs_names)
     for key in expected.obs:
         assert found.obs[key].astype(str).tolist() == expected.obs[key].astype(str).tolist()
+
+
+@pytest.mark.parametrize("count", [3, 2**16])
+def test_prepare_adds_what_is_stored_twice(tmp_path, count):
+    counts = csr_matrix(np.array([[count, 0, 5], [0, 1, 0]], np.float32))
+    path = written(tmp_path / "a.h5ad", AnnData(counts))
+    with h5py.File(path, "r+") as file:
+        for name, values in (
+            ("data", np.float32([1, 5, count - 1, 1])),
+            ("indices", np.int32([0, 2, 0, 1])),
+            ("indptr", np.int32([0, 3, 4])),
+        ):
+            attributes = dict(file["X"][name].attrs)
+            del file["X"][name]
+            file["X"].create_dataset(name, data=values).attrs.update(attributes)
+    prepare(path, tmp_path / "out.h5ad")
+    found = anndata.read_h5ad(tmp_path / "out.h5ad").X
+    assert found.data.tolist() == [count, 5, 1] and found.indices.tolist() == [0, 2, 1]
 
 
 @pytest.mark.parametrize(

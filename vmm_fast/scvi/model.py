@@ -328,7 +328,8 @@ class LatentPriorModel(BaseModelClass):
         Parameters
         ----------
         adata : AnnData, optional
-            With the genes of the one that the model was made with, which is the default.
+            With the genes of the one that the model was made with, which is the default, in the
+            same order.
         indices : sequence of int, optional
             Of cells; all by default.
         batch_size : int, optional

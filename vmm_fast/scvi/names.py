@@ -49,8 +49,11 @@ def _of_text(values: pd.Series) -> bool:
 
 
 def numbered(names: pd.Index) -> bool:
-    """Whether names are 0, 1, 2, ..., which anndata gives where there are none."""
-    return len(names) > 1 and all(map(str.__eq__, names, map(str, range(len(names)))))
+    """Whether names are 0, 1, 2, ..., as anndata counts where there are none; R does from 1 on."""
+    return len(names) > 1 and any(
+        names[0] == str(first) and all(str(i) == name for i, name in enumerate(names, first))
+        for first in (0, 1)
+    )
 
 
 def notes_on_genes(names: pd.Index) -> list[str]:

@@ -160,8 +160,11 @@ def told(error: Exception) -> str:
 
 def unreadable(error: Exception, kind: str) -> str:
     """What to say of a file of this kind that an error has come of."""
-    if isinstance(error, BlockingIOError):  # HDF5 locks what it writes
-        return "must be closed where it is open, another program is writing to it"
+    if "unable to lock file" in str(error):  # HDF5 locks what it writes
+        return (
+            "must be closed where it is written to, but is locked; on a disk without locks, set "
+            "HDF5_USE_FILE_LOCKING=FALSE"
+        )
     return f"is damaged or no {kind} file, and cannot be read: {told(error)}"
 
 

@@ -292,6 +292,10 @@ class CellStore:
                 index = group["obs"].attrs["_index"]
                 self.var = var.set_axis(genes.rename(var.index.name), axis=0)
                 self.index_name = None if index == "_index" else str(index)
+            if len(more := var.columns.difference(self.var.columns, sort=False)):
+                columns = ", ".join(map(str, more[:20])) + (", ..." if len(more) > 20 else "")
+                first = self._shards[0].file.name
+                notes = [*notes, f"columns of var that {first} lacks are left out: {columns}"]
             self.notes += [note for note in notes if note not in self.notes]
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
 
