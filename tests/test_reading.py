@@ -168,9 +168,26 @@ def test_features_that_are_no_genes_are_told(tmp_path, kind):
 def test_genomes_of_cell_ranger_2(tmp_path):
     path = write_10x(tmp_path / "a.h5", genomes=["hg19"])
     assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    message = r"must hold one genome, but holds hg19, mm10; .*\('a.h5', genome='hg19'\)\.write"
-    with pytest.raises(InputError, match=message):
-        read_cells(str(write_10x(path, genomes=["hg19", "mm10"])))
+    write_10x(path, genomes=["hg19", "mm10"])
+    notes = [
+        "the genes of 2 genomes are read: hg19, mm10",
+        "9 gene names that occur again got a number: -1, -2, ...",
+    ]
+    expected = np.concatenate([COUNTS, COUNTS], 1).tolist()
+    again = [f"{name}-1" for name in NAMES]
+    assert read(path) == (expected, BARCODES, [*NAMES, *again], notes)
+    assert list(read_cells(str(path)).adata.var["genome"]) == ["hg19"] * 9 + ["mm10"] * 9
+    with h5py.File(path, "r+") as file:  # other cells were found by the other genome
+        file["mm10/barcodes"][:6] = [f"other-{i}".encode() for i in range(6)]
+    adata = read_cells(str(path)).adata
+    assert adata.shape == (18, 18)
+    nothing = np.zeros((6, 9))
+    for cells, hg19, mm10 in (
+        (BARCODES[:6], COUNTS[:6], nothing),
+        (BARCODES[6:], COUNTS[6:], COUNTS[6:]),
+        ([f"other-{i}"[:7] for i in range(6)], nothing, COUNTS[:6]),
+    ):
+        assert adata[cells].X.toarray().tolist() == np.concatenate([hg19, mm10], 1).tolist()
     with h5py.File(path, "w") as file:
         file["barcodes"], file["umi"] = [b"a"], [1]
     with pytest.raises(InputError, match=r"must be a feature-barcode .* but holds barcodes, umi$"):

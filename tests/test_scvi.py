@@ -344,7 +344,7 @@ def test_cells_must_have_the_model_s_genes_in_its_order():
     clusters, z = found.get_clusters(cells), found.get_latent_representation(cells)
     other = cells[:, ::-1].copy()
     for give in (found.get_clusters, found.get_latent_representation, found.get_cluster_entropy):
-        with pytest.raises(ValueError, match=r"model's genes in its order, but has another; give"):
+        with pytest.raises(ValueError, match=r"genes in its order, but has another order; give"):
             give(other)
     again = other[:, found.get_var_names()].copy()
     np.testing.assert_array_equal(found.get_clusters(again), clusters)

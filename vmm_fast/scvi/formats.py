@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, concat
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_matrix, vstack
 
@@ -53,26 +53,22 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
     """Read the genes of a feature-barcode matrix, and give notes."""
     from scanpy import read_10x_h5
 
-    genome = None
     with h5py.File(file, "r") as opened:
-        if "matrix" not in opened:  # Cell Ranger 2 has a group for each genome
-            groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
-            genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
-            if not genomes:
-                raise InputError(
-                    "must be a feature-barcode matrix of 10x Genomics, but holds "
-                    f"{', '.join(opened) or 'nothing'}"
-                )
-            genome = genomes[0]
-            if len(genomes) > 1:
-                raise InputError(
-                    f"must hold one genome, but holds {', '.join(genomes)}; write one to a file by "
-                    f"scanpy.read_10x_h5({file.name!r}, genome={genome!r})"
-                    f".write({genome + '.h5ad'!r}) and give that"
-                )
-    adata = read_10x_h5(file, genome=genome, gex_only=False)
-    if genome is not None:
-        return adata, []
+        names = list(opened)
+        groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
+        genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
+    if genomes:  # of Cell Ranger 2, which has a group for each; 3 has them side by side
+        parts = [read_10x_h5(file, genome=genome) for genome in genomes]
+        if len(parts) == 1:
+            return parts[0], []
+        both = concat(parts, axis=1, join="outer", merge="first", label="genome", keys=genomes)
+        return both, [f"the genes of {len(genomes)} genomes are read: {', '.join(genomes)}"]
+    if "matrix" not in names:
+        raise InputError(
+            "must be a feature-barcode matrix of 10x Genomics, but holds "
+            f"{', '.join(names) or 'nothing'}"
+        )
+    adata = read_10x_h5(file, gex_only=False)
     keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
     return (adata if keep.all() else adata[:, keep].copy()), notes
 

@@ -414,7 +414,7 @@ def _check_genes(have: pd.Index, genes: pd.Index) -> None:
         )
     raise ValueError(
         "adata must have the model's genes in its order, but has "
-        f"{'others besides' if len(have) > len(genes) else 'another'}; give "
+        f"{'others besides' if len(have) > len(genes) else 'another order'}; give "
         "adata[:, model.get_var_names()].copy()"
     )
 
