@@ -16,6 +16,7 @@ from support import COVARIATES, TRAIN, batch_of, prior_steps, scvi_model, separa
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+import anndata  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 from scvi.nn import FCLayers  # noqa: E402
 from scvi.train import SaveCheckpoint  # noqa: E402
@@ -335,6 +336,33 @@ def test_weights_of_new_categories_are_put_behind_those_of_their_covariate():
     _order_category_weights(layers, [2, 0, 3, 3], [4, 0, 4, 3])
     expected = [0, 1, *(2, 3, 10, 11), *(4, 5, 6, 12), *(7, 8, 9)]
     assert layer[0].weight[0].tolist() == expected
+
+
+def test_cells_must_have_the_model_s_genes_in_its_order():
+    found = learnt()
+    cells = found.adata[:20].copy()
+    clusters, z = found.get_clusters(cells), found.get_latent_representation(cells)
+    other = cells[:, ::-1].copy()
+    for give in (found.get_clusters, found.get_latent_representation, found.get_cluster_entropy):
+        with pytest.raises(ValueError, match=r"genes in its order, but has another order; give"):
+            give(other)
+    again = other[:, found.get_var_names()].copy()
+    np.testing.assert_array_equal(found.get_clusters(again), clusters)
+    np.testing.assert_array_equal(found.get_latent_representation(again), z)
+    with pytest.raises(ValueError, match=r"model's \d+ genes, but lacks 2: .*, .*"):
+        found.get_normalized_expression(cells[:, 2:].copy())
+    more = anndata.concat([cells, anndata.AnnData(cells.X[:, :1], cells.obs)], axis=1, merge="same")
+    with pytest.raises(ValueError, match="in its order, but has others besides; give"):
+        found.get_clusters(more)
+
+
+def test_a_model_without_cells_knows_its_genes(tmp_path):
+    learnt().save(tmp_path / "model")
+    cells = learnt().adata[:20].copy()
+    found = VMMSCVI.load(tmp_path / "model", adata=False, accelerator="cpu")
+    with pytest.raises(ValueError, match="model's genes in its order"):
+        found.get_clusters(cells[:, ::-1].copy())
+    np.testing.assert_array_equal(found.get_clusters(cells), learnt().get_clusters(cells))
 
 
 def test_minified_data():

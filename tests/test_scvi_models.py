@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+from anndata import AnnData  # noqa: E402
+
 from vmm_fast import Components  # noqa: E402
 from vmm_fast.clusters import find_clusters  # noqa: E402
 from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
@@ -481,3 +483,38 @@ def test_samples_of_components():
         model.get_component_expression([12])
     with pytest.raises(ValueError, match=r"gene_list must hold genes of the model, .* \['no'\]"):
         model.get_component_expression(gene_list=["no", names[0]])
+
+
+@every_model
+def test_every_model_takes_cells_with_its_genes_in_its_order_alone(name):
+    model = made(name)
+    cells = model.adata.copy()
+    assert model._validate_anndata(cells) is cells
+    with pytest.raises(ValueError, match="adata must have the model's genes in its order"):
+        model._validate_anndata(cells[:, ::-1].copy())
+
+
+def test_a_mudata_must_have_the_genes_and_proteins_of_the_model_in_its_order():
+    mudata = pytest.importorskip("mudata", reason="mudata is not installed")
+    cells = with_proteins()
+    proteins = AnnData(cells.obsm["protein"].astype(np.float32), cells.obs[[]])
+
+    def pair(genes, proteins):
+        return mudata.MuData(
+            {"rna": genes.copy(), "protein": proteins.copy(), "more": genes.copy()}
+        )
+
+    data = pair(cells, proteins)
+    VMMTOTALVI.setup_mudata(
+        data,
+        rna_layer=None,
+        protein_layer=None,
+        modalities={"rna_layer": "rna", "protein_layer": "protein"},
+    )
+    model = VMMTOTALVI(data, n_components=12)
+    same = pair(cells, proteins)
+    same.mod["more"].var_names = same.mod["more"].var_names[::-1]
+    assert model._validate_anndata(same) is same
+    for other in (pair(cells[:, ::-1], proteins), pair(cells, proteins[:, ::-1])):
+        with pytest.raises(ValueError, match="adata must have the model's genes in its order"):
+            model._validate_anndata(other)

@@ -419,6 +419,49 @@ def test_a_shard_without_a_column(shards):
         found.column("flag", "--batch-key")
 
 
+def test_columns_that_not_all_files_have_are_told(shards, tmp_path):
+    folder, parts = shards
+    with CellStore(folder) as found:
+        assert found.notes == []
+    parts[0].obs["first alone"] = 1
+    for number in (1, 2):
+        del parts[number].obs["flag"]
+    parts[2].var["length"] = 1
+    for number, part in enumerate(parts):
+        written(folder / f"{number}.h5ad", part)
+    of_var = "columns of var that 0.h5ad lacks are left out: length"
+    note = (
+        "columns of obs that not all files have are left out: first alone (1.h5ad has none), flag "
+        "(1.h5ad has none)"
+    )
+    with CellStore(folder) as found:
+        assert found.notes == [of_var, note]
+        assert {"first alone", "flag"}.isdisjoint(found.obs(0, 5))
+    assert prepare(folder, tmp_path / "out.h5ad").notes[:2] == [of_var, note]
+    found, notes = cli._on_disk(str(folder), None, None)
+    found.close()
+    assert notes == ["counts stay on disk, in several files", of_var, note]
+    for number in range(30):
+        parts[0].obs[f"of it alone {number}"] = 0
+    written(folder / "0.h5ad", parts[0])
+    with CellStore(folder) as found:
+        assert found.notes[1].count(" has none)") == 20 and found.notes[1].endswith(", ...")
+
+
+def test_a_shard_that_cannot_be_read_in_parts_is_to_be_replaced(shards, tmp_path):
+    folder, parts = shards
+    parts[1].X = csc_matrix(parts[1].X)
+    written(folder / "1.h5ad", parts[1])
+    message = r"1.h5ad: .*\(CSC\).*; replace 1.h5ad by what vmm-fast prepare makes of it alone$"
+    for read in (CellStore, lambda path: prepare(path, tmp_path / "out.h5ad")):
+        with pytest.raises(CannotStream, match=message):
+            read(folder)
+    prepare(folder / "1.h5ad", tmp_path / "out.h5ad")
+    (tmp_path / "out.h5ad").replace(folder / "1.h5ad")
+    with CellStore(folder) as found:
+        check_reads(found, np.concatenate([part.X.toarray() for part in parts]))
+
+
 def test_a_file_that_changes_or_vanishes(shards):
     folder, _ = shards
     path = folder / "1.h5ad"
@@ -615,6 +658,24 @@ def test_prepare_joins_shards(shards, tmp_path):
     assert list(found.obs_names) == list(expected.obs_names)
     for key in expected.obs:
         assert found.obs[key].astype(str).tolist() == expected.obs[key].astype(str).tolist()
+
+
+@pytest.mark.parametrize("count", [3, 2**16])
+def test_prepare_adds_what_is_stored_twice(tmp_path, count):
+    counts = csr_matrix(np.array([[count, 0, 5], [0, 1, 0]], np.float32))
+    path = written(tmp_path / "a.h5ad", AnnData(counts))
+    with h5py.File(path, "r+") as file:
+        for name, values in (
+            ("data", np.float32([1, 5, count - 1, 1])),
+            ("indices", np.int32([0, 2, 0, 1])),
+            ("indptr", np.int32([0, 3, 4])),
+        ):
+            attributes = dict(file["X"][name].attrs)
+            del file["X"][name]
+            file["X"].create_dataset(name, data=values).attrs.update(attributes)
+    prepare(path, tmp_path / "out.h5ad")
+    found = anndata.read_h5ad(tmp_path / "out.h5ad").X
+    assert found.data.tolist() == [count, 5, 1] and found.indices.tolist() == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -933,6 +994,18 @@ def test_columns_that_anndata_does_not_write_from_a_store(tmp_path, write):
     for frame, before in ((found.obs, adata.obs), (found.var, adata.var)):
         assert list(frame.index) == list(before.index)
         assert list(frame["index"]) == list(before["x"])
+
+
+def test_a_column_of_two_dimensions_is_told_before_anything_is_done(tmp_path):
+    path = written(tmp_path / "c.h5ad")
+    with h5py.File(path, "a") as file:
+        write_elem(file["obs"], "wide", np.zeros((60, 2)))
+        columns = [*file["obs"].attrs["column-order"], "wide"]
+        file["obs"].attrs["column-order"] = columns
+    with pytest.raises(CannotStream, match="a column is stored as array, which is read from no"):
+        CellStore(path)
+    with pytest.raises(InputError, match=r"c\.h5ad: .* cannot be read: .* 1-dimensional"):
+        prepare(path, tmp_path / "out.h5ad")
 
 
 # --- results ---

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
 from vmm_fast._stopping import HungUp, Terminated, stoppable
+from vmm_fast._text import counted
 from vmm_fast.clustering import Settings, train
 from vmm_fast.data import Data, InputError, Scaling, make_data, read
 
@@ -85,8 +86,9 @@ CELLS = """\
 FILE is one of
   .h5ad   counts in X or in a layer (--layer)
   .zarr   a folder as anndata writes it
-  .h5     of 10x Genomics, or the folder with their matrix.mtx
-  .loom   needs loompy
+  .h5     of 10x Genomics, or the folder with their matrix.mtx, as STARsolo and GEO
+          have it, too; genes alone are read, not antibodies, guides and peaks
+  .loom   its main matrix
 
 Values must be counts: normalised or logarithmic ones are refused. The file is only read.
 The results have all its cells and genes, also those that --genes leaves out of training.
@@ -520,7 +522,7 @@ def _run(
 
 def _note_fewer(asked: int | None, found: int, what: str) -> None:
     if asked is not None and found < asked:
-        some = "1 cluster" if found == 1 else f"{found} clusters"
+        some = counted(found, "cluster")
         print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
 
 
@@ -624,9 +626,10 @@ def _read_cells(
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
-    parts = [f"{cells.n_obs:,} cells x {cells.n_vars:,} genes"]
+    parts = [_size(cells)]
     if settings.batch_key is not None:
-        parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
+        batches = training.obs[settings.batch_key].nunique()
+        parts.append(counted(batches, "batch", "batches"))
     if training.n_vars < cells.n_vars:
         parts.append(f"trained on the {training.n_vars:,} genes that vary most")
     if command == "integrate" and on_disk is None:
@@ -638,6 +641,10 @@ def _read_cells(
     if arguments.accelerator != "auto":
         again += ["--accelerator", arguments.accelerator]
     return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+
+
+def _size(cells: Any) -> str:
+    return f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}"
 
 
 @contextmanager
@@ -684,7 +691,7 @@ def _on_disk(
         takes = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
         return store, [f"counts stay on disk: in memory they would take {takes}", *store.notes]
     if kind == "shards":
-        return store, ["counts stay on disk, in several files"]
+        return store, ["counts stay on disk, in several files", *store.notes]
     store.close()
     return None, []
 
@@ -748,7 +755,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         ("clusters", str(record["clusters_used"])),
         ("components with any cell", f"{record['components_used']} of {settings.components}"),
         (
-            f"ELBO, {record['held_out_cells']:,} cells held out",
+            f"ELBO, {counted(record['held_out_cells'], 'cell')} held out",
             f"{record['held_out_elbo']:.2f} nats",
         ),
         ("epochs", str(settings.epochs)),
@@ -853,7 +860,7 @@ def _assign(arguments: argparse.Namespace) -> None:
             cells, notes = read.adata, notes + read.notes
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
-            print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")
+            print(_size(cells))
             with integration.quiet():
                 more = writing.notes_on_writing(cells)
             for note in notes + matched.notes + more:
@@ -863,8 +870,7 @@ def _assign(arguments: argparse.Namespace) -> None:
         found.write(cells, out)
     clusters = len(found.clusters["vmm_cluster"].cat.categories)
     probability = found.clusters["vmm_cluster_probability"].median()
-    some = "1 cluster" if clusters == 1 else f"{clusters} clusters"
-    print(f"{some}, median probability {probability:.3f}, in {out}")
+    print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -882,7 +888,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for note in found.notes:
         print(f"note: {note}")
     print(
-        f"{found.n_obs:,} cells x {found.n_vars:,} genes, {found.nbytes / 1e6:,.1f} MB in "
+        f"{_size(found)}, {found.nbytes / 1e6:,.1f} MB in "
         f"{time.monotonic() - start:.1f} s, in {out}"
     )
 

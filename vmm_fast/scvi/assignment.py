@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
 from vmm_fast.data import InputError
+from vmm_fast.scvi import frames
 from vmm_fast.scvi.integration import (
     EARLIER,
     OF_ALL_BATCHES,
@@ -25,12 +26,13 @@ from vmm_fast.scvi.integration import (
     dendrogram,
     in_place_of,
     latent_means,
-    notes_on_names,
+    notes_on_cell_names,
     quiet,
     set_clusters,
 )
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
+from vmm_fast.scvi.names import notes_on_genes
 from vmm_fast.scvi.reading import counts_of
 from vmm_fast.scvi.saved import check_model
 from vmm_fast.scvi.store import CellStore, kept_alone
@@ -169,8 +171,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     batch: pd.Categorical | None = None
     source: CellSource
     if isinstance(cells, CellStore):
-        source, more = cells, notes_on_names(cells)
-        more += kept_alone("obs and var", ["counts", *cells.others])
+        source, more = cells, kept_alone("obs and var", ["counts", *cells.others])
         earlier = "vmm_cluster" in cells.dtypes or "obsm/X_vmm" in cells.others
         if key in cells.dtypes:
             batch = cells.column(key)
@@ -183,7 +184,8 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
             batch = pd.Categorical(cells.obs[key])
     at, notes = _genes(cells.var_names, saved.genes)
     batches, of_batches = _batches(batch, cells.n_obs, saved)
-    notes = [*notes, *of_batches, *([EARLIER] if earlier else []), *more]
+    notes = [*notes_on_genes(cells.var_names), *notes, *of_batches]
+    notes += [*([EARLIER] if earlier else []), *notes_on_cell_names(cells), *more]
     return MatchedCells(_OfGenes(source, at), batches, notes)
 
 
@@ -232,7 +234,7 @@ def _batches(
         raise InputError(
             f"{key!r} of obs: every cell must have a batch, {missing:,} of {n_obs:,} have none"
         )
-    known = saved.batches.get_indexer(batch.categories.astype(object))
+    known = frames.find(batch.categories, saved.batches)
     codes = np.where(known < 0, OF_ALL_BATCHES, known).astype(np.int32)[batch.codes]
     new = [str(batch.categories[i]) for i in pd.unique(batch.codes) if known[i] < 0]
     if not new:

@@ -1,7 +1,8 @@
 """Columns of a data frame on disk, as anndata writes obs and var: slices of rows of them are read.
 
 Several files make one frame of the columns that they have in common: categories are united, numbers
-widened, and a column that is of numbers here and of strings there is one of strings.
+widened, and a column that is of numbers here and of strings there is one of strings, in which 2,
+2.0, "2" and "2.0" are all "2".
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = [
     "common_dtype",
     "dtypes_of",
     "encoding_of",
+    "find",
+    "of_text",
     "read_index",
     "read_slice",
     "rows_of",
@@ -55,7 +58,7 @@ def _dtype(column: Any) -> Any:
         return pd.StringDtype()
     if encoding in ("nullable-integer", "nullable-boolean"):
         return pd.array(np.empty(0, column["values"].dtype)).dtype
-    if encoding == "array" and column.dtype.kind in "biuf":
+    if encoding == "array" and column.dtype.kind in "biuf" and column.ndim == 1:
         return column.dtype
     raise ValueError(f"a column is stored as {encoding}, which is read from no slices")
 
@@ -63,13 +66,21 @@ def _dtype(column: Any) -> Any:
 def rows_of(frame: Any) -> int:
     """Number of rows."""
     index = frame[frame.attrs["_index"]]
-    return int((index if hasattr(index, "shape") else index["values"]).shape[0])
+    if not hasattr(index, "shape"):
+        index = index["codes" if "codes" in index else "values"]
+    return int(index.shape[0])
 
 
 def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
-    """Names of rows start to stop, str [stop - start]."""
+    """Names of rows start to stop, str [stop - start], whatever the index is of."""
     index = frame[frame.attrs["_index"]]
-    return _strings(index if hasattr(index, "shape") else index["values"], start, stop)
+    if "codes" in getattr(index, "keys", tuple)():
+        names = pd.Index(read_elem(index["categories"]))
+        return np.asarray(names.astype(str), object)[index["codes"][start:stop]]
+    values = index if hasattr(index, "shape") else index["values"]
+    if values.dtype.kind in "biuf":
+        return np.asarray(pd.Index(values[start:stop]).astype(str), object)
+    return _strings(values, start, stop)
 
 
 def read_slice(frame: Any, key: str, dtype: Any, start: int, stop: int) -> Any:
@@ -104,7 +115,7 @@ def common_dtype(dtypes: Sequence[Any]) -> Any:
         indices = [dtype.categories for dtype in dtypes]
         united = indices[0].append(indices[1:]).unique()
         if united.inferred_type.startswith("mixed"):
-            united = pd.Index(pd.unique(np.concatenate([i.astype(str) for i in indices])))
+            united = pd.Index(pd.unique(np.concatenate([_plain(i) for i in indices])))
         return pd.CategoricalDtype(united)
     if not all(dtype.kind in "biuf" for dtype in dtypes):
         return pd.StringDtype()
@@ -115,12 +126,42 @@ def common_dtype(dtypes: Sequence[Any]) -> Any:
     return pd.array(np.empty(0, wide)).dtype
 
 
-def cast(values: Any, dtype: Any) -> Any:
-    """Values of a column as of the common dtype."""
-    if values.dtype == dtype and not isinstance(dtype, pd.CategoricalDtype):
-        return values
+def cast(values: Any, dtype: Any, mixed: bool = False) -> Any:
+    """Values of a column as of the common dtype; `mixed` if that is of text and not all are."""
     if isinstance(dtype, pd.CategoricalDtype):
-        if dtype.categories.inferred_type == "string":
-            values = values.rename_categories(values.categories.astype(str))
-        return values.set_categories(dtype.categories, ordered=dtype.ordered)
+        names = values.categories
+        at = dtype.categories.get_indexer(_plain(names) if mixed else names)
+        return pd.Categorical.from_codes(np.append(at, -1)[values.codes], dtype=dtype)
+    if mixed:
+        return pd.array(_plain(values), dtype=dtype)
+    if values.dtype == dtype:
+        return values
     return pd.Series(values).astype(dtype).array
+
+
+def of_text(dtype: Any) -> bool:
+    """Whether values of this dtype are text, or those of its categories."""
+    if isinstance(dtype, pd.CategoricalDtype):
+        return dtype.categories.inferred_type in ("string", "empty")
+    return dtype == STRINGS or isinstance(dtype, pd.StringDtype)
+
+
+def _plain(values: Any) -> np.ndarray:
+    """Text of values, in which whole numbers have no fraction: "2" also of 2.0 and "2.0"."""
+    text = pd.Series(values).astype("string")
+    return text.str.replace(r"^(-?\d+)\.0$", r"\1", regex=True).to_numpy(object)
+
+
+def find(values: pd.Index, known: pd.Index) -> np.ndarray:
+    """Where values are among the known ones, -1 where not: by text where types differ.
+
+    2, 2.0, "2" and "2.0" are one and the same, but "2" and "2.0" are not.
+    """
+    if values.inferred_type == known.inferred_type == "string":
+        return known.get_indexer(values)
+    places: dict[str, int] = {}
+    for names in (map(str, known), _plain(known)):
+        for place, name in enumerate(names):
+            places.setdefault(name, place)
+    pairs = zip(map(str, values), _plain(values), strict=True)
+    return np.array([places.get(exact, places.get(plain, -1)) for exact, plain in pairs], int)

@@ -42,6 +42,7 @@ from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
 from vmm_fast._stopping import Terminated
+from vmm_fast._text import counted
 from vmm_fast.clusters import Clusters, Confusion
 from vmm_fast.data import InputError
 from vmm_fast.metrics import ACTIVE_SHARE
@@ -55,6 +56,7 @@ from vmm_fast.scvi.loading import (
 )
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
+from vmm_fast.scvi.names import notes_on_genes
 from vmm_fast.scvi.preparing import cells_bar
 from vmm_fast.scvi.pseudo_cells import Cells
 from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
@@ -78,7 +80,7 @@ __all__ = [
     "in_place_of",
     "integrate",
     "latent_means",
-    "notes_on_names",
+    "notes_on_cell_names",
     "quiet",
     "set_clusters",
     "training_cells",
@@ -192,6 +194,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     _check_keys(settings)
     counts = csr_matrix(counts_of(adata, settings.layer), dtype=np.float32)
     notes = [EARLIER] if "vmm_cluster" in adata.obs else []
+    notes += notes_on_genes(adata.var_names)
     obs = pd.DataFrame(index=adata.obs_names)
     if settings.labels_key is not None:
         column(adata, "--labels-key", settings.labels_key)
@@ -199,7 +202,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
         obs[settings.batch_key] = batches = batches_of(adata, settings.batch_key)
         notes += _notes_on_batches(settings.batch_key, batches.value_counts())
     depth, detected = counts.sum(1).A1, counts.sum(0).A1
-    notes += _notes_on_counts(int((depth == 0).sum()), detected)
+    notes += _notes_on_counts(int((depth == 0).sum()), detected) + notes_on_cell_names(adata)
     whole = in_place_of(counts, obs, adata.var_names, settings.layer)
     chosen = _variable_genes(whole, settings)
     if settings.genes is None and adata.n_vars > MANY_GENES:
@@ -219,6 +222,7 @@ def training_cells_on_disk(
     """
     _check_keys(settings)
     notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
+    notes += notes_on_genes(store.var_names)
     if settings.labels_key is not None:
         store.column(settings.labels_key, "--labels-key")
     if settings.batch_key is None:
@@ -233,9 +237,9 @@ def training_cells_on_disk(
     for start in range(0, store.n_obs, step):
         stop = min(start + step, store.n_obs)
         counts = store.read(start, stop)
-        empty += int((np.diff(counts.indptr) == 0).sum())
+        empty += int((counts.sum(1) == 0).sum())  # zeros may be stored
         detected += counts.sum(0).A1
-    notes += _notes_on_counts(empty, detected) + notes_on_names(store)
+    notes += _notes_on_counts(empty, detected) + notes_on_cell_names(store)
     notes += kept_alone("obs and var", ["counts", *store.others])
     keys = [] if settings.batch_key is None else [settings.batch_key]
     number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
@@ -288,16 +292,20 @@ def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
     return notes
 
 
-def notes_on_names(store: CellStore) -> list[str]:
+def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
     """Give a note on cells that have a name that another has, too."""
-    names = np.empty(store.n_obs, dtype=np.uint64)
-    for start in range(0, store.n_obs, ROWS):
-        part = store.obs_names(start, min(start + ROWS, store.n_obs))
-        names[start : start + len(part)] = pd.util.hash_array(part, categorize=False)
-    same = store.n_obs - len(np.unique(names))
+    if isinstance(cells, CellStore):
+        names = np.empty(cells.n_obs, dtype=np.uint64)
+        for start in range(0, cells.n_obs, ROWS):
+            part = cells.obs_names(start, min(start + ROWS, cells.n_obs))
+            names[start : start + len(part)] = pd.util.hash_array(part, categorize=False)
+        same = cells.n_obs - len(np.unique(names))
+    else:
+        same = int(cells.obs_names.duplicated().sum())
     if not same:
         return []
-    return [f"{same:,} cells have a name that another has, too; results are in order"]
+    have = "has" if same == 1 else "have"
+    return [f"{counted(same, 'cell')} {have} a name that another has, too; results are in order"]
 
 
 def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
@@ -411,7 +419,7 @@ class _Progress(Callback):
             parts.append("warm-up")
         else:
             used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-            parts.append("1 component" if used == 1 else f"{used} components")
+            parts.append(counted(used, "component"))
         parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
         self.bar.update(steps)

@@ -232,6 +232,30 @@ class LatentPriorModel(BaseModelClass):
         )
         return model
 
+    def _validate_anndata(self, adata: Any = None, copy_if_view: bool = True) -> Any:
+        """Do as the model's own, which matches genes by position: refuse those of other names.
+
+        Raises
+        ------
+        ValueError
+            If the cells have other genes than the model, or have them in another order.
+        """
+        if adata is not None and adata is not self.adata:
+            for modality, genes in self._genes().items():
+                part = adata if modality is None else adata.mod[modality]
+                _check_genes(part.var_names.astype(str), genes)
+        return super()._validate_anndata(adata, copy_if_view)
+
+    def _genes(self) -> dict[str | None, pd.Index]:
+        """Return the names of genes; of a MuData, those of each modality that the model has."""
+        modalities = self.registry["setup_args"].get("modalities")
+        if not modalities:
+            return {None: pd.Index(self.get_var_names())}
+        if self.adata is None:
+            return {}
+        names = set(modalities.values()) - {None}
+        return {key: self.adata.mod[key].var_names.astype(str) for key in names}
+
     # --- clusters ---
 
     def _latents(self, adata: AnnData | None, indices: Any, batch_size: int | None) -> Tensor:
@@ -323,7 +347,8 @@ class LatentPriorModel(BaseModelClass):
         Parameters
         ----------
         adata : AnnData, optional
-            With the genes of the one that the model was made with, which is the default.
+            With the genes of the one that the model was made with, which is the default, in the
+            same order.
         indices : sequence of int, optional
             Of cells; all by default.
         batch_size : int, optional
@@ -394,6 +419,23 @@ class LatentPriorModel(BaseModelClass):
     ) -> np.ndarray:
         """Return each cell's most probable component [cells]."""
         return self._components().assign(self._latents(adata, indices, batch_size)).labels.numpy()
+
+
+def _check_genes(have: pd.Index, genes: pd.Index) -> None:
+    """Raise ValueError if cells do not have the model's genes in the model's order."""
+    if have.equals(genes):
+        return
+    missing = genes.difference(have, sort=False)
+    if len(missing):
+        names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"adata must have the model's {len(genes):,} genes, but lacks {len(missing):,}: {names}"
+        )
+    raise ValueError(
+        "adata must have the model's genes in its order, but has "
+        f"{'others besides' if len(have) > len(genes) else 'another order'}; give "
+        "adata[:, model.get_var_names()].copy()"
+    )
 
 
 def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:

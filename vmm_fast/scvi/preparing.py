@@ -64,9 +64,9 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
             for start in range(0, source.n_obs, step):
                 stop = min(start + step, source.n_obs)
                 counts = source.read(start, stop, np.int32)
+                counts.sum_duplicates()
                 if dtype is np.uint16 and counts.data.max(initial=0) >= 1 << 16:
                     raise _TooLarge
-                counts.sort_indices()
                 writer.append(source.obs(start, stop), counts)
                 bar.update(stop - start)
 
@@ -85,7 +85,8 @@ def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[st
     kind = kind_of(path)
     if kind in (".h5ad", ".zarr", "shards"):
         try:
-            return CellStore(path, layer), []
+            store = CellStore(path, layer)
+            return store, store.notes
         except CannotStream:
             if kind == "shards":
                 raise

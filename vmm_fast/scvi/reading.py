@@ -11,29 +11,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData, read_h5ad
-from anndata.io import read_loom, read_zarr
-from scipy.sparse import csr_matrix, issparse
+from anndata.experimental import read_dispatched
+from anndata.io import read_zarr
+from scipy.sparse import csc_matrix, csr_matrix, issparse
 
+from vmm_fast._text import counted
 from vmm_fast.data import InputError
+from vmm_fast.scvi.formats import (
+    kind_of_hdf5,
+    matrices,
+    read_10x_h5,
+    read_10x_mtx,
+    read_loom,
+    visible,
+)
+from vmm_fast.scvi.names import GENES, find_names, numbered
 
 __all__ = [
     "Cells",
     "batches_of",
     "check_counts",
+    "check_shape",
+    "check_unique",
     "column",
     "counts_of",
     "example",
     "kind_of",
     "lacks_chunks",
     "listed",
+    "names_of_genes",
     "no_column",
     "not_counts",
+    "notes_on_chunks",
+    "open_zarr",
     "read_cells",
-    "told",
+    "unreadable",
 ]
 
 CHUNK = 1 << 22  # values that are looked at together
@@ -56,19 +73,21 @@ def read_cells(path: str) -> Cells:
     ----------
     path : str
         ``.h5ad``, a ``.zarr`` folder, ``.h5`` of 10x Genomics, their folder with ``matrix.mtx``, or
-        ``.loom``.
+        ``.loom``. What an HDF5 file holds counts, not its suffix.
 
     Raises
     ------
     InputError
-        If it is no such file, is damaged or empty, or names cells or genes twice.
+        If it is no such file, is damaged or empty, or names genes twice.
     """
     file = Path(path)
     kind = kind_of(file)
+    if kind == "shards":
+        raise InputError(f"{path}: must be one file, is a folder of .h5ad files: see CellStore")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that are not unique: looked at below
-            adata = _READERS[kind](file)
+            adata, notes = _READERS[kind](file)
     except MemoryError:
         raise
     except InputError as error:
@@ -76,19 +95,18 @@ def read_cells(path: str) -> Cells:
     except ImportError as error:
         raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
     except Exception as error:  # every format has its own
-        raise InputError(
-            f"{path}: is damaged or no {kind} file, and cannot be read: {told(error)}"
-        ) from None
-    notes = []
-    if kind in (".h5", ".mtx") and not adata.var_names.is_unique:
+        raise InputError(f"{path}: {unreadable(error, kind)}") from None
+    if kind in (".h5ad", ".zarr"):
+        adata.var_names, more = names_of_genes(adata.var)
+        notes += more
+    elif not adata.var_names.is_unique:
         number = int(adata.var_names.duplicated().sum())
         adata.var_names_make_unique()
         names = "1 gene name that occurs" if number == 1 else f"{number:,} gene names that occur"
         notes.append(f"{names} again got a number: -1, -2, ...")
-    if kind == ".zarr":
-        notes += notes_on_chunks(zarr.open_group(file, mode="r").get("X"), "X")
     try:
-        _check_shape(adata)
+        check_shape(*adata.shape)
+        check_unique(adata.var_names)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Cells(adata, notes)
@@ -107,11 +125,11 @@ def kind_of(file: Path) -> str:
     if not os.access(file, os.R_OK):
         raise InputError(f"{file}: cannot be read: permission denied")
     if file.is_dir():
-        if any((file / f"matrix.mtx{suffix}").is_file() for suffix in ("", ".gz")):
+        if matrices(file):
             return ".mtx"
         if any((file / name).is_file() for name in ("zarr.json", ".zgroup")):
             return ".zarr"
-        if any(file.glob("*.h5ad")):
+        if visible(file, "*.h5ad"):
             return "shards"
         raise InputError(
             f"{file}: is a folder without matrix.mtx, matrix.mtx.gz and .h5ad files, and no zarr "
@@ -125,7 +143,7 @@ def kind_of(file: Path) -> str:
         raise InputError(
             f"{file}: must be a .h5ad, .h5 or .loom file or a zarr or 10x mtx folder, {given}"
         )
-    return kind
+    return kind_of_hdf5(file) or kind
 
 
 def size_of(path: Path) -> int:
@@ -138,6 +156,25 @@ def size_of(path: Path) -> int:
 def told(error: Exception) -> str:
     """A library's error in one line."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def unreadable(error: Exception, kind: str) -> str:
+    """What to say of a file of this kind that an error has come of."""
+    if "unable to lock file" in str(error):  # HDF5 locks what it writes
+        return (
+            "must be closed where it is written to, but is locked; on a disk without locks, set "
+            "HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    return f"is damaged or no {kind} file, and cannot be read: {told(error)}"
+
+
+def names_of_genes(var: pd.DataFrame) -> tuple[pd.Index, list[str]]:
+    """Return the names of genes, which a column may have where anndata has numbers; and notes."""
+    names = var.index.astype(str)
+    if not numbered(names) or (key := find_names(var, GENES, unique=True)) is None:
+        return names, []
+    note = f"names of genes are those of {key} in var, whose own are numbers"
+    return pd.Index(var[key].to_numpy(object)), [note]
 
 
 def lacks_chunks(matrix: Any, width: int) -> bool:
@@ -184,8 +221,41 @@ def notes_on_chunks(matrix: Any, where: str) -> list[str]:
     return [f"{where} lacks {absent:,} of {matrix.nchunks:,} chunks, which are taken for zeros"]
 
 
-def _read_zarr(folder: Path) -> AnnData:
-    group: Any = zarr.open_group(folder, mode="r")
+def open_zarr(folder: Path) -> Any:
+    """Open a zarr folder for reading.
+
+    Consolidated metadata are left alone: zarr loses columns there that differ by case alone.
+    """
+    return zarr.open_group(folder, mode="r", use_consolidated=False)
+
+
+def _read_h5ad(file: Path) -> tuple[AnnData, list[str]]:
+    with h5py.File(file, "r") as opened:
+        if _swapped(opened):
+            return read_dispatched(opened, _in_own_order), []
+    return read_h5ad(file), []
+
+
+def _swapped(group: Any) -> bool:
+    """Whether sparse counts have another byte order, as Java writes them; scipy has no such."""
+    names = ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ())))
+    places = (group[name] for name in names if name in group)
+    sparse = [place for place in places if hasattr(place, "keys") and "data" in place]
+    return not all(place["data"].dtype.isnative for place in sparse)
+
+
+def _in_own_order(read: Any, name: str, element: Any, *, iospec: Any) -> Any:
+    """Read an element as anndata does, but a sparse matrix in the machine's byte order."""
+    make = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}.get(iospec.encoding_type)
+    if make is None:
+        return read(element)
+    parts = (np.asarray(element[key][:]) for key in ("data", "indices", "indptr"))
+    native = tuple(part.astype(part.dtype.newbyteorder("="), copy=False) for part in parts)
+    return make(native, shape=tuple(element.attrs["shape"]))
+
+
+def _read_zarr(folder: Path) -> tuple[AnnData, list[str]]:
+    group = open_zarr(folder)
     for name in ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ()))):
         matrix = group.get(name)
         kind = None if matrix is None else matrix.attrs.get("encoding-type")
@@ -193,50 +263,34 @@ def _read_zarr(folder: Path) -> AnnData:
             continue
         if lacks_chunks(matrix, int(matrix.attrs["shape"][kind == "csr_matrix"])):
             raise InputError(f"{name.replace('layers/', 'layer ')} lacks chunks")
-    return read_zarr(folder)
-
-
-def _read_10x_h5(file: Path) -> AnnData:
-    from scanpy import read_10x_h5
-
-    return read_10x_h5(file)
-
-
-def _read_10x_mtx(folder: Path) -> AnnData:
-    from scanpy import read_10x_mtx
-
-    return read_10x_mtx(folder, make_unique=False)
-
-
-def _read_loom(file: Path) -> AnnData:
-    adata = read_loom(file)  # takes names from CellID and Gene
-    # What anndata itself writes them as.
-    for table, key in ((adata.obs, "obs_names"), (adata.var, "var_names")):
-        if key in table:
-            table.index = pd.Index(table.pop(key).astype(str))
-    return adata
+    adata = read_dispatched(group, _in_own_order) if _swapped(group) else read_zarr(group)
+    return adata, notes_on_chunks(group.get("X"), "X")
 
 
 _READERS = {
-    ".h5ad": read_h5ad,
+    ".h5ad": _read_h5ad,
     ".zarr": _read_zarr,
-    ".h5": _read_10x_h5,
-    ".mtx": _read_10x_mtx,
-    ".loom": _read_loom,
+    ".h5": read_10x_h5,
+    ".mtx": read_10x_mtx,
+    ".loom": read_loom,
 }
 
 
-def _check_shape(adata: AnnData) -> None:
-    cells, genes = adata.shape
+def check_shape(cells: int, genes: int) -> None:
+    """Refuse what holds no cells or no genes."""
     if cells == 0 or genes == 0:
-        raise InputError(f"must hold cells and genes, has {cells:,} cells and {genes:,} genes")
-    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
-        if not names.is_unique:
-            twice = names[names.duplicated()]
-            raise InputError(
-                f"{what} names must be unique, {len(twice):,} occur again, the first of them "
-                f"{twice[0]!r}; see adata.{'obs' if what == 'cell' else 'var'}_names_make_unique()"
-            )
+        has = f"{counted(cells, 'cell')} and {counted(genes, 'gene')}"
+        raise InputError(f"must hold cells and genes, has {has}")
+
+
+def check_unique(names: pd.Index) -> None:
+    """Refuse genes of one name."""
+    if not names.is_unique:
+        twice = names[names.duplicated()]
+        raise InputError(
+            f"gene names must be unique, {len(twice):,} occur{'s' * (len(twice) == 1)} again, the "
+            f"first of them {str(twice[0])!r}; see adata.var_names_make_unique()"
+        )
 
 
 def example() -> Cells:
@@ -339,8 +393,12 @@ def not_counts(values: np.ndarray) -> tuple[int, str] | None:
     if right.all():
         return None
     at = int(right.argmin())
-    beyond = f" (beyond {MOST:,})" if MOST < values[at] < np.inf else ""
-    return at, f"has {values[at]:.6g}{beyond}"
+    value = float(values[at])
+    text = f"{value:.6g}"
+    if float(text).is_integer() and not value.is_integer():  # 1.9999999 is not told as 2
+        text = str(values[at])
+    beyond = f" (beyond {MOST:,})" if MOST < value < np.inf else ""
+    return at, f"has {text}{beyond}"
 
 
 def _place(matrix: Any, at: int) -> tuple[int, int]:

@@ -18,21 +18,25 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-import zarr
 from anndata import AnnData
 from anndata.io import read_elem
 from scipy.sparse import csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
+from vmm_fast.scvi.formats import visible
 from vmm_fast.scvi.reading import (
+    check_shape,
+    check_unique,
     kind_of,
     lacks_chunks,
     listed,
+    names_of_genes,
     no_column,
     not_counts,
     notes_on_chunks,
-    told,
+    open_zarr,
+    unreadable,
 )
 
 __all__ = ["CannotStream", "CellStore", "kept_alone", "others_of"]
@@ -104,7 +108,7 @@ class CellStore:
         self.path, self.layer, self._preferred = Path(path), layer, preferred
         kind = kind_of(self.path)
         if kind == "shards":
-            self.files = tuple(sorted(self.path.glob("*.h5ad")))
+            self.files = tuple(visible(self.path, "*.h5ad"))
         elif kind in (".h5ad", ".zarr"):
             self.files = (self.path,)
         else:
@@ -127,17 +131,22 @@ class CellStore:
             raise
         self._starts = np.cumsum([0] + [shard.n_obs for shard in self._shards])
         self.n_obs, self.n_vars = int(self._starts[-1]), len(self.var_names)
-        if self.n_obs == 0 or self.n_vars == 0:
-            raise InputError(
-                f"{path}: must hold cells and genes, has {self.n_obs:,} cells and {self.n_vars:,} "
-                "genes"
-            )
+        try:
+            check_shape(self.n_obs, self.n_vars)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self._shards))
         names = [set(shard.dtypes) for shard in self._shards]
         self.dtypes = {
             key: frames.common_dtype([shard.dtypes[key] for shard in self._shards])
             for key in self._shards[0].dtypes
             if all(key in those for those in names)
+        }
+        self._mixed = {
+            key
+            for key in self.dtypes
+            if frames.of_text(self.dtypes[key])
+            and not all(frames.of_text(shard.dtypes[key]) for shard in self._shards)
         }
         every = set().union(*names)
         # Of a column that other files have: the first that lacks it.
@@ -146,6 +155,13 @@ class CellStore:
             for file, those in reversed(list(zip(self.files, names, strict=True)))
             for key in every - those
         }
+        if self._lacks:
+            columns = [f"{key} ({self._lacks[key].name} has none)" for key in sorted(self._lacks)]
+            more = ", ..." if len(columns) > 20 else ""
+            self.notes.append(
+                "columns of obs that not all files have are left out: "
+                f"{', '.join(columns[:20])}{more}"
+            )
 
     def __enter__(self) -> CellStore:
         return self
@@ -175,9 +191,7 @@ class CellStore:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
             self._open[file] = _Open(
-                zarr.open_group(file, mode="r")
-                if file.is_dir()
-                else h5py.File(file, "r", rdcc_nbytes=CACHE)
+                open_zarr(file) if file.is_dir() else h5py.File(file, "r", rdcc_nbytes=CACHE)
             )
         self._open.move_to_end(file)
         return self._open[file]
@@ -198,9 +212,7 @@ class CellStore:
                 raise
             except Exception as error:  # HDF5, zarr and each codec have their own
                 kind = ".zarr" if file.is_dir() else ".h5ad"
-                raise InputError(
-                    f"{file}: is damaged or no {kind} file, and cannot be read: {told(error)}"
-                ) from None
+                raise InputError(f"{file}: {unreadable(error, kind)}") from None
 
     def _stamp(self, file: Path) -> tuple[tuple[int, int], ...]:
         """What a change of the counts, or of the file, shows by."""
@@ -227,26 +239,25 @@ class CellStore:
             for name in ("obs", "var"):
                 if name not in group:
                     raise CannotStream(
-                        f"cannot be read in parts, it lacks {name}; vmm-fast prepare makes a file "
-                        "that can"
+                        f"cannot be read in parts, it lacks {name}; {self._prepared(file)}"
                     )
             try:
                 dtypes = frames.dtypes_of(group["obs"])
                 var = read_elem(group["var"])
-                genes = pd.Index(var.index.astype(str))
+                genes, notes = names_of_genes(var)
                 encoding = (
                     frames.encoding_of(group[self._element]) if self._element in group else ""
                 )
             except ValueError as error:
                 raise CannotStream(
-                    f"cannot be read in parts, {error}; vmm-fast prepare makes a file that can"
+                    f"cannot be read in parts, {error}; {self._prepared(file)}"
                 ) from None
             if encoding in ("", "null"):
                 raise CannotStream(f"{self._where} must hold counts, is absent")
             if encoding == "csc_matrix":
                 raise CannotStream(
                     f"{self._where} is stored by genes (CSC), cells cannot be read one by one; "
-                    "vmm-fast prepare makes a file that has it by cells"
+                    f"{self._prepared(file)}"
                 )
             if encoding not in ("csr_matrix", "array"):
                 raise CannotStream(f"{self._where} must be a matrix of counts, is a {encoding}")
@@ -279,18 +290,25 @@ class CellStore:
                 raise CannotStream(f"{self._where} must hold counts, holds {dtype}")
             if not self._shards:
                 index = group["obs"].attrs["_index"]
-                self.var, self.index_name = var, None if index == "_index" else str(index)
+                self.var = var.set_axis(genes.rename(var.index.name), axis=0)
+                self.index_name = None if index == "_index" else str(index)
+            if len(more := var.columns.difference(self.var.columns, sort=False)):
+                columns = ", ".join(map(str, more[:20])) + (", ..." if len(more) > 20 else "")
+                first = self._shards[0].file.name
+                notes = [*notes, f"columns of var that {first} lacks are left out: {columns}"]
+            self.notes += [note for note in notes if note not in self.notes]
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
+
+    def _prepared(self, file: Path) -> str:
+        """How a file comes to be read in parts; one of several must be replaced."""
+        if file == self.path:
+            return "vmm-fast prepare makes a file that can"
+        return f"replace {file.name} by what vmm-fast prepare makes of it alone"
 
     def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
         """Where a shard's genes are in the store, None if where they are in the shard."""
         if not self._shards:
-            if not genes.is_unique:
-                twice = genes[genes.duplicated()]
-                raise InputError(
-                    f"gene names must be unique, {len(twice):,} occur again, the first of them "
-                    f"{twice[0]!r}; see adata.var_names_make_unique()"
-                )
+            check_unique(genes)
             self.var_names = genes
         if genes.equals(self.var_names):
             return None
@@ -438,7 +456,7 @@ class CellStore:
         for shard, first, last in self._runs(np.array([start]), np.array([stop])):
             with self._reading(shard.file, shard.stamp) as opened:
                 part = frames.read_slice(opened.group["obs"], key, shard.dtypes[key], first, last)
-            parts.append(frames.cast(part, dtype))
+            parts.append(frames.cast(part, dtype, key in self._mixed))
         return parts
 
     def column(self, key: str, option: str = "column") -> pd.Categorical:

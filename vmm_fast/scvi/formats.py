@@ -1,0 +1,220 @@
+"""Files of 10x Genomics, those that look like them, and loom, read as they are.
+
+Names are text, whatever they look like: *Drosophila* has a gene *nan*. Of 10x files, which may have
+antibodies, guides or peaks besides, genes alone are kept.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData, concat
+from scipy.io import mminfo, mmread
+from scipy.sparse import csr_matrix, vstack
+
+from vmm_fast.data import InputError
+from vmm_fast.scvi.names import CELLS, GENES, find_names
+
+__all__ = ["kind_of_hdf5", "matrices", "read_10x_h5", "read_10x_mtx", "read_loom", "visible"]
+
+GENE = "Gene Expression"  # the type of a feature that is a gene
+VALUES = 1 << 24  # of a dense matrix that are read together
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Return files by name, without those that macOS writes beside each (``._cells.h5ad``)."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+# --- 10x, .h5 ---
+
+
+def kind_of_hdf5(file: Path) -> str | None:
+    """Return the suffix that an HDF5 file should have by what it holds, or None if unknown."""
+    try:
+        with h5py.File(file, "r") as opened:
+            if "obs" in opened and "var" in opened:
+                return ".h5ad"
+            matrix = opened.get("matrix")
+    except Exception:  # what is wrong with it is told where it is read
+        return None
+    if matrix is None:
+        return None
+    return ".loom" if isinstance(matrix, h5py.Dataset) else ".h5"
+
+
+def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
+    """Read the genes of a feature-barcode matrix, and give notes."""
+    from scanpy import read_10x_h5
+
+    with h5py.File(file, "r") as opened:
+        names = list(opened)
+        groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
+        genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
+    if genomes:  # of Cell Ranger 2, which has a group for each; 3 has them side by side
+        parts = [read_10x_h5(file, genome=genome) for genome in genomes]
+        if len(parts) == 1:
+            return parts[0], []
+        both = concat(parts, axis=1, join="outer", merge="first", label="genome", keys=genomes)
+        return both, [f"the genes of {len(genomes)} genomes are read: {', '.join(genomes)}"]
+    if "matrix" not in names:
+        raise InputError(
+            "must be a feature-barcode matrix of 10x Genomics, but holds "
+            f"{', '.join(names) or 'nothing'}"
+        )
+    adata = read_10x_h5(file, gex_only=False)
+    keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
+    return (adata if keep.all() else adata[:, keep].copy()), notes
+
+
+def _genes_of(types: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return which features are genes, and a note on the others."""
+    keep = types == GENE
+    if keep.all():
+        return keep, []
+    others = pd.Series(types[~keep]).value_counts(sort=False)
+    named = ", ".join(f"{number:,} {kind or 'of no type'}" for kind, number in others.items())
+    if not keep.any():
+        raise InputError(f"must hold features of {GENE}, but holds {named}")
+    are = "feature is" if others.sum() == 1 else "features are"
+    return keep, [f"{others.sum():,} {are} left out, since genes alone are read: {named}"]
+
+
+# --- 10x, a folder ---
+
+
+def matrices(folder: Path) -> list[Path]:
+    """Return the matrices in a folder: ``matrix.mtx``, or with a prefix, as GEO has them."""
+    return visible(folder, "*matrix.mtx") + visible(folder, "*matrix.mtx.gz")
+
+
+def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
+    """Read the genes of a folder of Cell Ranger, STARsolo or GEO, and give notes.
+
+    Each of its three files may be compressed or not, and genes be of two columns or of more.
+    """
+    prefixes: dict[str, Path] = {}
+    for file in matrices(folder):
+        prefixes.setdefault(_bare(file).removesuffix("matrix.mtx"), file)
+    if len(prefixes) > 1 and "" not in prefixes:
+        raise InputError(
+            f"must hold one matrix.mtx, but holds {', '.join(f.name for f in prefixes.values())}; "
+            "put the files of each into a folder of its own"
+        )
+    prefix = "" if "" in prefixes else next(iter(prefixes))
+    matrix = prefixes[prefix]
+    rows, columns = mminfo(str(matrix))[:2]
+    features_file = _beside(matrix, prefix, "features.tsv", "genes.tsv")
+    features = _table(features_file)
+    barcodes_file = _beside(matrix, prefix, "barcodes.tsv")
+    barcodes = [row[0] for row in _table(barcodes_file)]
+    if (rows, columns) not in (shape := (len(features), len(barcodes)), shape[::-1]):
+        raise InputError(
+            f"{matrix.name} must be {shape[0]} x {shape[1]}, as {features_file.name} and "
+            f"{barcodes_file.name} have lines, but is {rows} x {columns}"
+        )
+    counts = mmread(str(matrix))
+    counts = csr_matrix(counts.T if (rows, columns) == shape else counts)
+    width = max(map(len, features), default=1)
+    features = [row + [""] * (width - len(row)) for row in features]
+    names = [row[min(1, width - 1)] for row in features]
+    var = pd.DataFrame({"gene_ids": [row[0] for row in features]}, index=names)
+    adata = AnnData(_as_float32(counts), pd.DataFrame(index=barcodes), var)
+    types = np.array([row[2] if width > 2 else "" for row in features], dtype=object)
+    # Elsewhere than in features.tsv, a third column may be anything.
+    if GENE not in types and (width < 3 or _bare(features_file).endswith("genes.tsv")):
+        return adata, []
+    keep, notes = _genes_of(types)
+    adata.var["feature_types"] = types
+    return (adata if keep.all() else adata[:, keep].copy()), notes
+
+
+def _bare(file: Path) -> str:
+    return file.name.removesuffix(".gz")
+
+
+def _beside(matrix: Path, prefix: str, *names: str) -> Path:
+    """Return the first file of these names that there is, compressed or not."""
+    for name in names:
+        for suffix in ("", ".gz"):
+            file = matrix.with_name(prefix + name + suffix)
+            if file.is_file():
+                return file
+    wanted = " or ".join(prefix + name for name in names)
+    raise InputError(f"must hold {wanted} beside {matrix.name}, compressed or not, but lacks it")
+
+
+def _table(file: Path) -> list[list[str]]:
+    """Return the fields of each line; R puts quotes around them."""
+    opened: Any = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig") as lines:
+        rows = [line.rstrip("\n").split("\t") for line in lines]
+    while rows and rows[-1] == [""]:
+        rows.pop()
+    quoted = all(len(x) > 1 and x[0] == x[-1] == '"' for row in rows[:9] for x in row[:1])
+    return [[x.strip('"') for x in row] for row in rows] if quoted else rows
+
+
+def _as_float32(counts: csr_matrix) -> csr_matrix:
+    """Return the same values, in half the memory if that has them all."""
+    small = counts.astype(np.float32)
+    return small if np.array_equal(small.data, counts.data) else counts
+
+
+# --- loom ---
+
+
+def read_loom(file: Path) -> tuple[AnnData, list[str]]:
+    """Read a loom file's main matrix, layers and attributes, and give notes.
+
+    Velocyto and others call what they have names in differently; loompy's are CellID and Gene.
+    """
+    notes = []
+    with h5py.File(file, "r") as opened:
+        matrix = opened["matrix"]
+        genes, cells = matrix.shape
+        obs, obsm = _attributes(opened.get("col_attrs", {}), cells)
+        var, varm = _attributes(opened.get("row_attrs", {}), genes)
+        for table, usual, what, expected in (
+            (obs, CELLS, "cells", ("CellID", "obs_names")),
+            (var, GENES, "genes", ("Gene", "var_names")),
+        ):
+            key = next((key for key in expected if key in table), None)
+            if key is None and (key := find_names(table, usual)) is not None:
+                notes.append(f"names of {what} are those of {key}, there is no {expected[0]}")
+            if key is not None:
+                table.index = pd.Index(table.pop(key).astype(str).to_numpy(object))
+        layers = {key: _transposed(layer) for key, layer in opened.get("layers", {}).items()}
+        counts = _as_float32(_transposed(matrix))
+        return AnnData(counts, obs, var, layers=layers, obsm=obsm, varm=varm), notes
+
+
+def _attributes(group: Any, number: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Return attributes as columns of a table, and those that are matrices."""
+    columns, arrays = {}, {}
+    for key, element in group.items():
+        text = h5py.check_string_dtype(element.dtype) is not None
+        values = element.asstr(errors="replace")[()] if text else element[()]
+        if text:  # loompy escapes what is not ASCII
+            values = np.array([html.unescape(x) for x in values.flat], object).reshape(values.shape)
+        if values.shape[:1] != (number,):
+            raise InputError(f"{key} must have {number} values, but has the shape {values.shape}")
+        if values.ndim > 1 and values.shape[1] != 1:
+            arrays[key] = values
+        else:
+            columns[key] = values.reshape(-1)
+    return pd.DataFrame(columns, index=pd.RangeIndex(number).astype(str)), arrays
+
+
+def _transposed(matrix: Any) -> csr_matrix:
+    """Return a dense matrix on disk, genes in rows, as a sparse one with cells in rows."""
+    step = max(1, VALUES // max(1, matrix.shape[1]))
+    starts = range(0, matrix.shape[0], step)
+    parts = [csr_matrix(matrix[start : start + step]) for start in starts]
+    return csr_matrix(vstack(parts).T) if parts else csr_matrix(matrix.shape[::-1])
