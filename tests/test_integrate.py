@@ -207,6 +207,20 @@ def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
     assert assigned(out, out / "cells.h5ad", tmp_path / "same.h5ad") == 0
     same = anndata.read_h5ad(tmp_path / "same.h5ad")
     np.testing.assert_array_equal(same.uns["dendrogram_vmm_cluster"]["linkage"], tree["linkage"])
+    # Others get the model's clusters of another cut, and its tree.
+    one = tmp_path / "one.h5ad"
+    assert assigned(out, h5ad, one, "--clusters", 1) == 0
+    assert set(anndata.read_h5ad(one).obs["vmm_cluster"]) == {"0"}
+    assert "n_clusters must be from 1 to" in complaint(
+        capsys, assigned(out, h5ad, one, "--overwrite", "--clusters", 99)
+    )
+    assert "--clusters must be given without" in complaint(
+        capsys, assigned(out, h5ad, one, "--overwrite", "--clusters", 2, "--resolution", 2)
+    )
+    assert assigned(out, h5ad, one, "--overwrite", "--separation", 1e-6, "--resolution", 100) == 0
+    finer = anndata.read_h5ad(one)
+    expected = model.get_clusters(resolution=100, separation=1e-6)
+    np.testing.assert_array_equal(finer.obs["vmm_cluster"].astype(int), expected)
     cells = anndata.read_h5ad(out / "cells.h5ad")
     settings = {"epochs": 1, "components": 8, "clusters": 1}
     cells.write_h5ad(tmp_path / "again.h5ad")

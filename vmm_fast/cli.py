@@ -242,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-sizes", nargs="+", metavar="B", type=_whole(2), help="default: 64 128 256"
     )
     sweep.add_argument("--ratios", nargs="+", metavar="R", type=_rate, help="default: 1 2 5 10")
+    _add_cut(sweep)
     sweep.set_defaults(run=_sweep)
 
     assign = commands.add_parser(
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--layer", "NAME", str, "layer with the counts (default: the model's, else X)"),
         memory,
     )
+    _add_cut(assign, "the model's", "the model's")
     assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
     assign.set_defaults(run=_assign)
 
@@ -311,21 +313,27 @@ def _add_cells_options(
     _add_existing(parser, changeable)
 
 
-def _add_cut(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where to cut the tree; with --resume they cut a finished run."""
+def _add_cut(parser: argparse.ArgumentParser, resolution: str = "2", share: str = "0.02") -> None:
+    """Add the options that say where to cut the tree, with their defaults."""
     _add_options(
         parser,
-        ("--resolution", "R", _resolution, "of the clusters: more gives more (default: 2)"),
-        ("--separation", "P", _share, "confusion below which none merge (default: 0.02)"),
+        ("--resolution", "R", _resolution, f"more gives more clusters (default: {resolution})"),
+        ("--separation", "P", _share, f"confusion below which none merge (default: {share})"),
         ("--clusters", "N", _whole(1), "so many clusters, instead of both"),
     )
 
 
-def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Replace the cut of the run that goes on by the one that was asked for, if any was."""
+def _cut_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return where to cut the tree, as it was asked for."""
     cut = {name: getattr(arguments, name) for name in CUT}
     if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
         raise InputError("--clusters must be given without --resolution and --separation")
+    return cut
+
+
+def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Replace the cut of the run that goes on by the one that was asked for, if any was."""
+    cut = _cut_of(arguments)
     return given if set(cut.values()) == {None} else {**given, **cut}
 
 
@@ -602,8 +610,7 @@ def _read_cells(
     if arguments.resume:
         with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
-    if command == "integrate":
-        given = _with_cut(given, arguments)
+    given = _with_cut(given, arguments)
     if file is not None and command == "integrate":
         cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
     given["on_disk"] = cells is not None
@@ -850,7 +857,9 @@ def _assign(arguments: argparse.Namespace) -> None:
 
     file = arguments.file
     out = _out_file(arguments, "-vmm")
-    model = assignment.find_model(arguments.model)
+    cut = _cut_of(arguments)
+    cut["n_clusters"] = cut.pop("clusters")
+    model = assignment.find_model(arguments.model, **cut)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
     with ExitStack() as opened:
         if cells is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -66,8 +66,10 @@ class SavedModel(NamedTuple):
     batches: pd.Index
 
 
-def find_model(path: str) -> SavedModel:
+def find_model(path: str, **cut: Any) -> SavedModel:
     """Load the model in a folder that ``vmm-fast integrate`` or ``VMMSCVI.save`` wrote.
+
+    With a cut of :func:`vmm_fast.clusters.find_clusters` its clusters are those, else its own.
 
     Raises
     ------
@@ -125,6 +127,12 @@ def find_model(path: str) -> SavedModel:
             f"{path}: must be a model with clusters, but was saved before models had them; load it "
             "with its cells, call find_clusters() and save it again"
         )
+    if any(value is not None for value in cut.values()):
+        try:
+            clusters = model.module.other_clusters(**cut)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        model.module.cluster_of_component.copy_(clusters.of_component)
     return SavedModel(model, found[0], genes, layer, key, batches)
 
 
