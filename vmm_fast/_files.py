@@ -9,6 +9,7 @@ killed process left is not, and the next one that writes the same file removes i
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import glob
 import io
@@ -17,13 +18,13 @@ import secrets
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["check_archive", "load_checked", "save_atomically", "write_atomically"]
+__all__ = ["as_csv", "check_archive", "load_checked", "save_atomically", "write_atomically"]
 
 # A file younger than this may be about to be locked.
 SECONDS_TO_LOCK = 60
@@ -104,6 +105,35 @@ def save_atomically(path: str | os.PathLike[str], state: Any) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+class _LineFeeds:
+    """What a csv.writer writes rows to, which then end in a line feed.
+
+    The writer itself ends them in CR LF: only then does every version of Python quote a text with a
+    carriage return, which most readers would take for the end of a row.
+    """
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row[:-2] + "\n")
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Callable[[Any], None]:
+    """Return what writes a table to a file open for text, for :func:`write_atomically`.
+
+    Texts are written as they are, so that readers get them back: also one like ``=A1+A2``, which a
+    spreadsheet takes for a formula unless its column is imported as text.
+    """
+
+    def write(file: Any) -> None:
+        table = csv.writer(_LineFeeds(file), lineterminator="\r\n")
+        table.writerow(header)
+        table.writerows(rows)
+
+    return write
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,6 @@ on where it was stopped.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import as_csv, write_atomically
 from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
 from vmm_fast.scvi.integration import Integration, Settings, integrate
@@ -177,13 +176,8 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
     columns = _columns(rows)
-
-    def write(file: Any) -> None:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows([row[name] for name in columns] for row in rows)
-
-    write_atomically(path, write, text=True)
+    values = ([row[name] for name in columns] for row in rows)
+    write_atomically(path, as_csv(columns, values), text=True)
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
