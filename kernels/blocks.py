@@ -75,6 +75,22 @@ def load_whitening(
 
 
 @triton.jit
+def load_units(whitening, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """Powers of two by which COLUMNS elements of d, from ``first`` on, become ordinary numbers.
+
+    They are those of A_j's diagonal. Where it is far from 1, squares of d overflow or vanish.
+    """
+    rows = first + tl.arange(0, COLUMNS)
+    addresses = whitening + tl.cast(j, tl.int64) * (D * D) + rows * (D + 1)
+    diagonal = tl.abs(tl.load(addresses, mask=rows < D, other=1.0).to(DTYPE))
+    if tl.float64 == DTYPE:
+        unit = (diagonal.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(DTYPE, bitcast=True)
+    else:
+        unit = (diagonal.to(tl.int32, bitcast=True) & 0x7F800000).to(DTYPE, bitcast=True)
+    return tl.where((unit > 0.0) & (unit < float("inf")), unit, 1.0)
+
+
+@triton.jit
 def whiten(
     points,
     z,
