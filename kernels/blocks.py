@@ -74,19 +74,24 @@ def load_whitening(
     return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
 
 
-@triton.jit
-def load_units(whitening, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """Powers of two by which COLUMNS elements of d, from ``first`` on, become ordinary numbers.
+@triton.constexpr_function
+def in_units(DTYPE):
+    """Whether sums of squares are taken in units, where gradients follow from them."""
+    return tl.float32 == DTYPE
 
-    They are those of A_j's diagonal. Where it is far from 1, squares of d overflow or vanish.
+
+@triton.jit
+def load_unit(whitening, j, D: tl.constexpr, DTYPE: tl.constexpr):
+    """A power of two by which d, if float32, becomes an ordinary number.
+
+    It is that of the largest element of A_j's diagonal. Where this is far from 1, squares of d
+    overflow or vanish.
     """
-    rows = first + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, padded(D))
     addresses = whitening + tl.cast(j, tl.int64) * (D * D) + rows * (D + 1)
-    diagonal = tl.abs(tl.load(addresses, mask=rows < D, other=1.0).to(DTYPE))
-    if tl.float64 == DTYPE:
-        unit = (diagonal.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(DTYPE, bitcast=True)
-    else:
-        unit = (diagonal.to(tl.int32, bitcast=True) & 0x7F800000).to(DTYPE, bitcast=True)
+    diagonal = tl.load(addresses, mask=rows < D, other=0.0).to(DTYPE)
+    largest = tl.max(tl.abs(diagonal), 0)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(DTYPE, bitcast=True)
     return tl.where((unit > 0.0) & (unit < float("inf")), unit, 1.0)
 
 

@@ -5,10 +5,10 @@ With weights w_ij (:func:`vmm_fast.kernels.blocks.pair_weights`), d = z_i - m_j 
     N_j = sum_i w_ij,   s_j = sum_i w_ij d,   M_j = sum_i w_ij d^T d,   g_i = -sum_j w_ij y W^T
 
 of which N, W W^T s and -M W are the gradients by offset, center and W, and g that by z. For -M W
-the rows and columns of M are in units of :func:`vmm_fast.kernels.blocks.load_units`. l is
-recomputed. One launch does both: its first programs take BLOCK_B points each through one split of
-the components for g, the others one component each through one split of the points for the sums.
-Where there are several splits, a second launch adds them up.
+float32 d are in units of :func:`vmm_fast.kernels.blocks.load_unit`. l is recomputed. One launch
+does both: its first programs take BLOCK_B points each through one split of the components for g,
+the others one component each through one split of the points for the sums. Where there are several
+splits, a second launch adds them up.
 
 The same input gives the same bits: every program adds in order, the numbers of splits follow from
 the sizes alone, the second launch adds splits in order, and nothing is added atomically.
@@ -26,11 +26,12 @@ from torch import Tensor
 from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
     chunk,
+    in_units,
     kahan,
     load_center,
     load_points,
     load_softmax,
-    load_units,
+    load_unit,
     load_whitening,
     log_joint,
     merge_softmax,
@@ -68,7 +69,7 @@ def store_sums(
 ):
     """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A.
 
-    For ``GRADIENTS`` M comes in units.
+    For ``GRADIENTS`` M comes in units, if there are any.
     """
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
@@ -81,8 +82,10 @@ def store_sums(
         w = load_whitening(whitening, j, 0, 0, D, P, TRANSPOSE, DTYPE)
         whitened = tl.sum(w * s[:, None], 0)  # s W
         s = tl.sum(w * whitened[None, :], 1)
-        units = 1.0 / load_units(whitening, j, 0, D, P, DTYPE)[:, None]
-        M = -tl.dot(M, w * units, input_precision=PRECISION, out_dtype=DTYPE) * units
+        if in_units(DTYPE):
+            unit = 1.0 / load_unit(whitening, j, D, DTYPE)
+            w, M = w * unit, M * unit
+        M = -tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
         if not TRANSPOSE:
             row, column = column, row
         M = tl.where(column <= row, M, 0.0)
@@ -130,8 +133,7 @@ def add_sums(
     Q: tl.constexpr = chunk(D)
     center = load_center(centers, j, 0, D, P, DTYPE)
     if IN_UNITS:
-        row_units = load_units(whitening, j, 0, D, P, DTYPE)[None, :]
-        column_units = load_units(whitening, j, first, D, Q, DTYPE)[None, :]
+        unit = load_unit(whitening, j, D, DTYPE)
     N = tl.zeros([BLOCK_B], DTYPE)
     N_excess = tl.zeros([BLOCK_B], DTYPE)
     s = tl.zeros([P], DTYPE)
@@ -178,7 +180,7 @@ def add_sums(
             d = load_points(z, rows, count, first, D, Q, DTYPE) - some[None, :]
             d = tl.where(present, d, 0.0)
         if IN_UNITS:
-            weighted, d = weighted * row_units, d * column_units
+            weighted, d = weighted * unit, d * unit
         M += tl.dot(tl.trans(weighted), d, input_precision=PRECISION, out_dtype=DTYPE)
     store_sums(
         N_out,
@@ -398,7 +400,7 @@ def backward_kernel(
             WEIGHTS,
             not SUMS_ALONE,
             1,
-            True,
+            in_units(DTYPE),
         )
 
 
@@ -486,7 +488,7 @@ def store_gradients(
 ):
     """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block.
 
-    M comes in units.
+    M comes in units, if there are any.
     """
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
@@ -500,9 +502,11 @@ def store_gradients(
                 slot = tl.cast(split, tl.int64) * components + j
                 M += load_block(M_parts, slot, first, k, D, Q, DTYPE)
             w = load_whitening(whitening, j, k, begin, D, Q, TRANSPOSE, DTYPE)
-            w /= load_units(whitening, j, k, D, Q, DTYPE)[:, None]
+            if in_units(DTYPE):
+                w /= load_unit(whitening, j, D, DTYPE)
             slope -= tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
-        slope /= load_units(whitening, j, first, D, Q, DTYPE)[:, None]
+        if in_units(DTYPE):
+            slope /= load_unit(whitening, j, D, DTYPE)
         row = (first + tl.arange(0, Q))[:, None]
         column = (begin + tl.arange(0, Q))[None, :]
         if not TRANSPOSE:
