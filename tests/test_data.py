@@ -29,6 +29,21 @@ def refusal(path):
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((1, 1), "1 row of 1 column"),
+        ((2000, 3), "2,000 rows of 3 columns"),
+        ((1, 8, 8), "1 image of 8 x 8 values"),
+        ((20, 3, 8, 8), "20 images of 3 x 8 x 8 values"),
+    ],
+)
+def test_one_is_no_plural(shape, text):
+    assert data.make_data(np.ones(shape)).describe() == text
+    assert data.counted(1, "batch", "batches") == "1 batch"
+    assert data.counted(0, "batch", "batches") == "0 batches"
+
+
 # --- the first line ---
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from vmm_fast._folder import Folder, digest
 from vmm_fast.clustering import Settings, train
-from vmm_fast.data import Data, InputError, Scaling, Terminated, make_data, read
+from vmm_fast.data import Data, InputError, Scaling, Terminated, counted, make_data, read
 
 __all__ = ["main"]
 
@@ -496,7 +496,7 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
             ("ari", "ARI"),
         ):
             rows.append((title, f"{scores[name]:.3f}"))
-    held_out = f"{metrics['rows_held_out']:,} rows held out"
+    held_out = f"{counted(metrics['rows_held_out'], 'row')} held out"
     seconds, components = round(metrics["training_seconds"]), metrics["settings"]["components"]
     rows += [
         ("clusters", str(metrics["clusters"])),
@@ -582,9 +582,10 @@ def _read_cells(
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
-    parts = [f"{cells.n_obs:,} cells x {cells.n_vars:,} genes"]
+    parts = [f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}"]
     if settings.batch_key is not None:
-        parts.append(f"{training.obs[settings.batch_key].nunique():,} batches")
+        number = training.obs[settings.batch_key].nunique()
+        parts.append(counted(number, "batch", "batches"))
     if training.n_vars < cells.n_vars:
         parts.append(f"trained on the {training.n_vars:,} genes that vary most")
     if command == "integrate" and on_disk is None:
@@ -708,7 +709,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         ("clusters", str(record["clusters_used"])),
         ("components with any cell", f"{record['components_used']} of {settings.components}"),
         (
-            f"ELBO, {record['held_out_cells']:,} cells held out",
+            f"ELBO, {counted(record['held_out_cells'], 'cell')} held out",
             f"{record['held_out_elbo']:.2f} nats",
         ),
         ("epochs", str(settings.epochs)),
@@ -812,7 +813,7 @@ def _assign(arguments: argparse.Namespace) -> None:
             cells, notes = read.adata, notes + read.notes
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
-            print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes")
+            print(f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}")
             for note in notes + matched.notes:
                 print(f"note: {note}", flush=True)
             progress = sys.stderr is not None and sys.stderr.isatty()
@@ -839,7 +840,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for note in found.notes:
         print(f"note: {note}")
     print(
-        f"{found.n_obs:,} cells x {found.n_vars:,} genes, {found.nbytes / 1e6:,.1f} MB in "
+        f"{counted(found.n_obs, 'cell')} x {counted(found.n_vars, 'gene')}, "
+        f"{found.nbytes / 1e6:,.1f} MB in "
         f"{time.monotonic() - start:.1f} s, in {out}"
     )
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "InputError", "Scaling", "make_data", "read"]
+__all__ = ["Data", "InputError", "Scaling", "counted", "make_data", "read"]
 
 IMAGE_NAME = "images"
 ARRAY_NAMES = (IMAGE_NAME, "x", "X")
@@ -47,6 +47,11 @@ class InputError(ValueError):
 
 class Terminated(KeyboardInterrupt):
     """A run was asked to end by SIGTERM, as by Ctrl-C."""
+
+
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """Return a number with its noun: ``1 row``, ``2,000 rows``."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,14 @@ class Data:
     def describe(self) -> str:
         """One line on what was read."""
         shape = " x ".join(map(str, self.values.shape[1:]))
-        kind = f"images of {shape} values" if self.images else f"rows of {shape} columns"
-        text = f"{len(self.values):,} {kind}"
+        if self.images:
+            text = f"{counted(len(self.values), 'image')} of {shape} values"
+        else:
+            columns = counted(self.values.shape[1], "column")
+            text = f"{counted(len(self.values), 'row')} of {columns}"
         if self.labels is not None:
-            count = len(np.unique(self.labels))
-            text += f", with {count} true label{'s' * (count != 1)} (used for scores alone)"
+            labels = counted(len(np.unique(self.labels)), "true label")
+            text += f", with {labels} (used for scores alone)"
         return text
 
 
@@ -333,7 +341,7 @@ def _check_labels(labels: np.ndarray, rows: int) -> np.ndarray:
         labels = labels[:, 0]
     if labels.shape != (rows,):
         raise InputError(
-            f"labels must have one entry for each of the {rows} rows, have shape "
+            f"labels must have one entry for each of the {counted(rows, 'row')}, have shape "
             f"{list(labels.shape)}"
         )
     missing = labels != labels
@@ -493,7 +501,8 @@ def _parse_csv(file: TextIO) -> Data:
             continue
         if len(row) != len(names):
             raise InputError(
-                f"line {table.line_num} has {len(row)} columns, the first line has {len(names)}"
+                f"line {table.line_num} has {counted(len(row), 'column')}, the first line has "
+                f"{len(names)}"
             )
         try:
             numbers = _numbers([row[i] for i in used])

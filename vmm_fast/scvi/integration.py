@@ -41,7 +41,7 @@ from torch.nn.functional import one_hot
 
 from vmm_fast._files import write_atomically
 from vmm_fast.clusters import Clusters, Confusion
-from vmm_fast.data import InputError, Terminated
+from vmm_fast.data import InputError, Terminated, counted
 from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
@@ -296,7 +296,8 @@ def notes_on_names(store: CellStore) -> list[str]:
     same = store.n_obs - len(np.unique(names))
     if not same:
         return []
-    return [f"{same:,} cells have a name that another has, too; results are in order"]
+    have = f"{counted(same, 'cell')} {'has' if same == 1 else 'have'}"
+    return [f"{have} a name that another has, too; results are in order"]
 
 
 def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:

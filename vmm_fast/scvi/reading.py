@@ -18,7 +18,7 @@ from anndata import AnnData, read_h5ad
 from anndata.io import read_loom, read_zarr
 from scipy.sparse import csr_matrix, issparse
 
-from vmm_fast.data import InputError
+from vmm_fast.data import InputError, counted
 
 __all__ = [
     "Cells",
@@ -229,7 +229,8 @@ _READERS = {
 def _check_shape(adata: AnnData) -> None:
     cells, genes = adata.shape
     if cells == 0 or genes == 0:
-        raise InputError(f"must hold cells and genes, has {cells:,} cells and {genes:,} genes")
+        has = f"{counted(cells, 'cell')} and {counted(genes, 'gene')}"
+        raise InputError(f"must hold cells and genes, has {has}")
     for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
         if not names.is_unique:
             twice = names[names.duplicated()]

@@ -32,6 +32,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from vmm_fast import plots
 from vmm_fast._files import write_atomically
 from vmm_fast.clusters import Clusters, ClusterTree
+from vmm_fast.data import counted
 
 __all__ = ["write_report"]
 
@@ -166,14 +167,14 @@ def _page(
     probability = obs["vmm_cluster_probability"].to_numpy(dtype=float)
     entropy = obs["vmm_cluster_entropy"].to_numpy(dtype=float)
     markers = _Markers(adata, clusters, rows, settings.get("layer"), rng)
-    used = _count(int(settings.get("clusters_used", len(clusters.names))), "cluster")
+    used = counted(int(settings.get("clusters_used", len(clusters.names))), "cluster")
     if settings.get("components_used"):
-        used += f" of {_count(int(settings['components_used']), 'component')}"
+        used += f" of {counted(int(settings['components_used']), 'component')}"
     summary = ", ".join(
         [
-            _count(len(obs), "cell"),
-            _count(adata.n_vars, "gene"),
-            _count(1 if batches is None else len(batches.names), "batch", "batches"),
+            counted(len(obs), "cell"),
+            counted(adata.n_vars, "gene"),
+            counted(1 if batches is None else len(batches.names), "batch", "batches"),
             used,
         ]
     )
@@ -218,10 +219,6 @@ def _section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _count(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
@@ -264,7 +261,7 @@ def _embedding(
     plane, name = _plane(z[cells], int(settings.get("seed", 0)))
     note = f"{name} of the {z.shape[1]} latent dimensions."
     if len(z) < len(entropy):
-        note += f" {_count(len(z), 'cell')} drawn from {len(entropy):,}."
+        note += f" {counted(len(z), 'cell')} drawn from {len(entropy):,}."
     if len(cells) < len(z):
         note += f" {len(cells):,} random cells of {len(z):,}."
 
@@ -343,7 +340,7 @@ def _group_panel(
         else:
             legend = f"<details><summary>{number} names</summary>{legend}</details>"
     codes, colors = groups.codes[cells], np.array(groups.colors)
-    alt = f"Embedding coloured by {groups.title}, {_count(number, 'colour')}"
+    alt = f"Embedding coloured by {groups.title}, {counted(number, 'colour')}"
     return _panel(groups.title, plane, colors, codes, order, alt, written, legend)
 
 
@@ -459,8 +456,8 @@ def _where_cells_went(clusters: _Groups, groups: _Groups) -> str:
             g,
             shares[c, g],
             text=f"{100 * shares[c, g]:.0f}" if numbers and shares[c, g] >= 0.005 else "",
-            title=f"{groups.names[g]}, cluster {clusters.names[c]}: {counts[c, g]:,} cells, "
-            f"{plots._percent(shares[c, g])}",
+            title=f"{groups.names[g]}, cluster {clusters.names[c]}: "
+            f"{counted(int(counts[c, g]), 'cell')}, {plots._percent(shares[c, g])}",
         )
         for c, g in zip(*counts.nonzero(), strict=True)
     ]
@@ -662,7 +659,7 @@ def _scores(clusters: _Groups, labels: _Groups, key: str) -> str:
         ["NMI", f"{nmi:.3f}", "normalised mutual information: 1 is agreement"],
     ]
     note = (
-        f"The clusters against {escape(key)} of {_count(int(labelled.sum()), 'labelled cell')}. "
+        f"The clusters against {escape(key)} of {counted(int(labelled.sum()), 'labelled cell')}. "
         "Labels were used for these scores alone, and are shown above: training did not see them."
     )
     return f"<p>{note}</p>" + _table(["score", "value", "meaning"], rows)

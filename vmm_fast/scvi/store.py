@@ -23,7 +23,7 @@ from anndata import AnnData
 from anndata.io import read_elem
 from scipy.sparse import csr_matrix
 
-from vmm_fast.data import InputError
+from vmm_fast.data import InputError, counted
 from vmm_fast.scvi import frames
 from vmm_fast.scvi.reading import (
     kind_of,
@@ -129,8 +129,8 @@ class CellStore:
         self.n_obs, self.n_vars = int(self._starts[-1]), len(self.var_names)
         if self.n_obs == 0 or self.n_vars == 0:
             raise InputError(
-                f"{path}: must hold cells and genes, has {self.n_obs:,} cells and {self.n_vars:,} "
-                "genes"
+                f"{path}: must hold cells and genes, has {counted(self.n_obs, 'cell')} and "
+                f"{counted(self.n_vars, 'gene')}"
             )
         self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self._shards))
         names = [set(shard.dtypes) for shard in self._shards]
