@@ -142,6 +142,7 @@ def test_row_numbers_are_left_out(tmp_path, name, start):
     assert np.array_equal(found.values, X)
     (note,) = found.notes
     assert note.startswith(f"column {name!r} ") and "left out" in note
+    assert ("put it behind another" in note) == (name in ("X", "row", "No."))
 
 
 def test_row_numbers_of_other_kinds_are_left_out(tmp_path):

@@ -569,7 +569,7 @@ def _without_row_numbers(
         if len(names) == 1 or name in _point(names) or not _numbers_rows(name, place, matrix[:, k]):
             kept.append(k)
             continue
-        cure = "" if place else "; to train on it, put it behind another column"
+        cure = "" if _is_id(name) else "; to train on it, put it behind another column"
         notes.append(f"column {name!r} numbers the rows: left out{cure}")
     if not kept:
         raise InputError("must have a column besides the numbers of its rows, has none")
@@ -688,8 +688,13 @@ def _numbers_rows(name: str, position: int, column: np.ndarray) -> bool:
         return False
     if position == 0 and column[0] in (0, 1) and (np.diff(column) == 1).all():
         return True
-    last = re.findall(r"[^\W_\d]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())[-1:]
-    return last in (["id"], ["index"], ["idx"]) and len(np.unique(column)) == len(column)
+    return _is_id(name) and len(np.unique(column)) == len(column)
+
+
+def _is_id(name: str) -> bool:
+    """Whether the last word of a name, as in ``patient_id`` or ``patientId``, is one of an id."""
+    words = re.findall(r"[^\W_\d]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    return words[-1:] in (["id"], ["index"], ["idx"])
 
 
 def _label_position(plain: Sequence[str]) -> int | None:
