@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "finite.h"
@@ -439,6 +440,60 @@ void forward(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<
       });
 }
 
+// Whether float32 holds sums of squared distances: they overflow from distances of 1e19 on, and
+// vanish below 1e-19, although gradients, distances times what they are whitened to, are ordinary
+// numbers. Distances are about what the whitening matrices divide by.
+bool holds(const Mixture<float>& mixture, const double* sums, int64_t size) {
+  constexpr float kLeast = 1e-15f, kMost = 1e15f;
+  for (int64_t j = 0; j < mixture.num_components; j++) {
+    if (mixture.offsets[j] == -std::numeric_limits<float>::infinity()) continue;
+    const float* A = mixture.whitening + j * mixture.dim * mixture.dim;
+    for (int64_t r = 0; r < mixture.dim; r++) {
+      const float scale = std::abs(A[r * (mixture.dim + 1)]);
+      if (!(scale >= kLeast && scale <= kMost)) return false;
+    }
+  }
+  return all_finite(sums, size);
+}
+
+// The same problem in float64.
+struct Widened {
+  Widened(const Mixture<float>& m, Samples<float> s)
+      : centers(copy(m.centers, m.num_components * m.dim)),
+        whitening(copy(m.whitening, m.num_components * m.dim * m.dim)),
+        offsets(copy(m.offsets, m.num_components)),
+        z(copy(s.z, s.count * m.dim)),
+        mixture{centers.get(),    whitening.get(), offsets.get(),
+                m.num_components, m.dim,           m.transpose},
+        samples{z.get(), s.count} {}
+  static Buffer<double> copy(const float* values, int64_t size) {
+    auto wide = make_buffer<double>(values ? size : 0);
+    if (values) std::copy(values, values + size, wide.get());
+    return wide;
+  }
+  Buffer<double> centers, whitening, offsets, z;
+  Mixture<double> mixture;
+  Samples<double> samples;
+};
+
+// What accumulate() gives, in float64 throughout.
+Buffer<double> accumulate_widened(const Mixture<float>& mixture, Samples<float> samples,
+                                  int threads, const float* grad_lse, const float* grad_expected) {
+  const Widened wide(mixture, samples);
+  const int64_t B = samples.count;
+  const Packed<double> packed(wide.mixture, threads);
+  const auto& kernel = current_kernels<Kernels<double>>();
+  const auto rows = make_buffer<double>(5 * B);
+  double *lse = rows.get(), *expected = lse + B, *softmax = expected + B;
+  forward<double>(wide.mixture, wide.samples, packed.view(), kernel, threads, lse, expected,
+                  softmax, {});
+  const auto lse_weights = Widened::copy(grad_lse, B),
+             expected_weights = Widened::copy(grad_expected, B);
+  return accumulate<double>(wide.mixture, wide.samples, packed.view(), kernel, threads, softmax,
+                            grad_lse ? lse_weights.get() : nullptr,
+                            grad_expected ? expected_weights.get() : nullptr, {}, false, nullptr);
+}
+
 }  // namespace
 
 template <class T>
@@ -457,8 +512,11 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   const PackedMixture<T> view = packed.view();
   const auto& kernel = current_kernels<Kernels<T>>();
   const int64_t D = mixture.dim, J = mixture.num_components;
-  const auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
-                                  grad_expected, {}, false, grad_z);
+  auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
+                            grad_expected, {}, false, grad_z);
+  if constexpr (std::is_same_v<T, float>)
+    if (!holds(mixture, sums.get(), view.size * statistics_size(D)))
+      sums = accumulate_widened(mixture, samples, threads, grad_lse, grad_expected);
   if (view.size < J) {
     std::fill(grad_centers, grad_centers + J * D, T(0));
     std::fill(grad_whitening, grad_whitening + J * D * D, T(0));
@@ -582,6 +640,12 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
     sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B,
                          log_joint, slopes, nullptr);
   }
+  if constexpr (std::is_same_v<T, float>)
+    if (!holds(mixture, sums.get(), view.size * sums_length(D, slopes))) {
+      const Widened wide(mixture, samples);
+      return statistics<double, Out>(wide.mixture, wide.samples, threads, grad_lse, grad_expected,
+                                     N, s, M, totals, slope_N, slope_s);
+    }
   if (view.size < J) {
     std::fill(N, N + J, Out(0));
     std::fill(s, s + J * D, Out(0));

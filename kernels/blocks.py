@@ -74,6 +74,27 @@ def load_whitening(
     return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
 
 
+@triton.constexpr_function
+def in_units(DTYPE):
+    """Whether sums of squares are taken in units, where gradients follow from them."""
+    return tl.float32 == DTYPE
+
+
+@triton.jit
+def load_unit(whitening, j, D: tl.constexpr, DTYPE: tl.constexpr):
+    """A power of two by which d, if float32, becomes an ordinary number.
+
+    It is that of the largest element of A_j's diagonal. Where this is far from 1, squares of d
+    overflow or vanish.
+    """
+    rows = tl.arange(0, padded(D))
+    addresses = whitening + tl.cast(j, tl.int64) * (D * D) + rows * (D + 1)
+    diagonal = tl.load(addresses, mask=rows < D, other=0.0).to(DTYPE)
+    largest = tl.max(tl.abs(diagonal), 0)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(DTYPE, bitcast=True)
+    return tl.where((unit > 0.0) & (unit < float("inf")), unit, 1.0)
+
+
 @triton.jit
 def whiten(
     points,

@@ -198,6 +198,7 @@ def expected_sums_kernel(
             WEIGHTS,
             False,
             MOST_SPLITS,
+            False,
         )
     elif first == 0:
         data = tl.zeros([BLOCK_B], tl.float64)

@@ -4,10 +4,11 @@ With weights w_ij (:func:`vmm_fast.kernels.blocks.pair_weights`), d = z_i - m_j 
 
     N_j = sum_i w_ij,   s_j = sum_i w_ij d,   M_j = sum_i w_ij d^T d,   g_i = -sum_j w_ij y W^T
 
-of which N, W W^T s and -M W are the gradients by offset, center and W, and g that by z. l is
-recomputed. One launch does both: its first programs take BLOCK_B points each through one split of
-the components for g, the others one component each through one split of the points for the sums.
-Where there are several splits, a second launch adds them up.
+of which N, W W^T s and -M W are the gradients by offset, center and W, and g that by z. For -M W
+float32 d are in units of :func:`vmm_fast.kernels.blocks.load_unit`. l is recomputed. One launch
+does both: its first programs take BLOCK_B points each through one split of the components for g,
+the others one component each through one split of the points for the sums. Where there are several
+splits, a second launch adds them up.
 
 The same input gives the same bits: every program adds in order, the numbers of splits follow from
 the sizes alone, the second launch adds splits in order, and nothing is added atomically.
@@ -25,10 +26,12 @@ from torch import Tensor
 from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
     chunk,
+    in_units,
     kahan,
     load_center,
     load_points,
     load_softmax,
+    load_unit,
     load_whitening,
     log_joint,
     merge_softmax,
@@ -64,7 +67,10 @@ def store_sums(
     PRECISION: tl.constexpr,
     GRADIENTS: tl.constexpr,
 ):
-    """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A."""
+    """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A.
+
+    For ``GRADIENTS`` M comes in units, if there are any.
+    """
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     every = tl.arange(0, P)
@@ -76,6 +82,9 @@ def store_sums(
         w = load_whitening(whitening, j, 0, 0, D, P, TRANSPOSE, DTYPE)
         whitened = tl.sum(w * s[:, None], 0)  # s W
         s = tl.sum(w * whitened[None, :], 1)
+        if in_units(DTYPE):
+            unit = 1.0 / load_unit(whitening, j, D, DTYPE)
+            w, M = w * unit, M * unit
         M = -tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
         if not TRANSPOSE:
             row, column = column, row
@@ -113,15 +122,18 @@ def add_sums(
     WEIGHTS: tl.constexpr,
     GRADIENTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
+    IN_UNITS: tl.constexpr,
 ):
     """Sums of component j over the points from ``begin`` to ``end``, stored at ``slot``.
 
-    Of M, Q columns from ``first`` on. With ``MOST_SPLITS`` above 1 the softmax is yet to be merged
-    from its ``splits``.
+    Of M, Q columns from ``first`` on, and for ``IN_UNITS``, as for ``GRADIENTS``, in units. With
+    ``MOST_SPLITS`` above 1 the softmax is yet to be merged from its ``splits``.
     """
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     center = load_center(centers, j, 0, D, P, DTYPE)
+    if IN_UNITS:
+        unit = load_unit(whitening, j, D, DTYPE)
     N = tl.zeros([BLOCK_B], DTYPE)
     N_excess = tl.zeros([BLOCK_B], DTYPE)
     s = tl.zeros([P], DTYPE)
@@ -167,6 +179,8 @@ def add_sums(
             some = load_center(centers, j, first, D, Q, DTYPE)
             d = load_points(z, rows, count, first, D, Q, DTYPE) - some[None, :]
             d = tl.where(present, d, 0.0)
+        if IN_UNITS:
+            weighted, d = weighted * unit, d * unit
         M += tl.dot(tl.trans(weighted), d, input_precision=PRECISION, out_dtype=DTYPE)
     store_sums(
         N_out,
@@ -386,6 +400,7 @@ def backward_kernel(
             WEIGHTS,
             not SUMS_ALONE,
             1,
+            in_units(DTYPE),
         )
 
 
@@ -438,6 +453,7 @@ def statistics_kernel(
         "lse",
         False,
         1,
+        False,
     )
 
 
@@ -470,7 +486,10 @@ def store_gradients(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block."""
+    """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block.
+
+    M comes in units, if there are any.
+    """
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     every = tl.arange(0, P)
@@ -483,7 +502,11 @@ def store_gradients(
                 slot = tl.cast(split, tl.int64) * components + j
                 M += load_block(M_parts, slot, first, k, D, Q, DTYPE)
             w = load_whitening(whitening, j, k, begin, D, Q, TRANSPOSE, DTYPE)
+            if in_units(DTYPE):
+                w /= load_unit(whitening, j, D, DTYPE)
             slope -= tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
+        if in_units(DTYPE):
+            slope /= load_unit(whitening, j, D, DTYPE)
         row = (first + tl.arange(0, Q))[:, None]
         column = (begin + tl.arange(0, Q))[None, :]
         if not TRANSPOSE:

@@ -57,6 +57,13 @@ def expanded(x):
     return x[:1].expand_as(x)
 
 
+def negated(x):
+    """The same values as a view of memory that holds the other sign, as of ``y.conj().imag``."""
+    view = torch._neg_view(-x.detach().contiguous())
+    assert view.is_neg() and torch.equal(view, x)
+    return view
+
+
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
     """z [B, D], centers [J, D], well-conditioned lower-triangular whitening, offsets [J]."""
     generator = torch.Generator().manual_seed(seed)

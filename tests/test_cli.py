@@ -443,7 +443,7 @@ def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
         ('"a","y"\n"1.5","7"\n"2","8"\n', (2, 1), ["7", "8"], False),
         ("x,y\n1,2\n3,4\n", (2, 2), None, True),  # a point in the plane
         (",a,b\n0,1,2\n1,3,4\n", (2, 2), None, True),  # as pandas writes a table
-        ("0,1\n5,6\n7,8\n", (2, 2), None, False),  # pandas again: columns without names
+        ("0,1\n5,6\n7,8\n", (2, 2), None, True),  # pandas again: columns without names
         ('"","a"\n"row 1",1\n"row 2",2\n', (2, 1), None, True),  # as R writes a table
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from support import (
     assert_all_close,
     assert_no_worse,
     expanded,
+    negated,
     on,
     on_backends,
     random_gaussians,
@@ -295,21 +296,24 @@ def test_gradients_of_one_output_of_what_a_prior_stores(backend, output):
 # --- memory and threads ---
 
 
-@pytest.mark.parametrize("layout", [shifted, strided, expanded])
+@pytest.mark.parametrize("layout", [shifted, strided, expanded, negated])
 @pytest.mark.parametrize(
     ("backend", "form"),
     [*(("core", form) for form in FORMS), ("triton", FORMS[1]), ("triton", FORMS[4])],
     indirect=["backend"],
 )
 def test_inputs_lie_anywhere_in_memory(backend, form, layout):
-    """Misaligned, with gaps, or with strides of zero: the values alone count."""
+    """Misaligned, with gaps, strides of zero, or the other sign: the values alone count."""
     for dtype in (torch.float32, torch.float64):
         inputs = random_gaussians(2, 2, 4, form, dtype)
         laid_out = [x if x is None else layout(x) for x in inputs]
         given = [x for x in laid_out if x is not None]
-        assert all(x.data_ptr() % 64 if layout is shifted else not x.is_contiguous() for x in given)
+        if layout is not negated:
+            misaligned = layout is shifted
+            assert all(x.data_ptr() % 64 if misaligned else not x.is_contiguous() for x in given)
         outputs = []
-        for tensors in (laid_out, [x if x is None else x.contiguous().clone() for x in laid_out]):
+        dense = [x if x is None else x.contiguous().clone().resolve_neg() for x in laid_out]
+        for tensors in (laid_out, dense):
             leaves = [x if x is None else x.detach().to(backend).requires_grad_() for x in tensors]
             values = ops.whitened_components(*leaves, 2)
             total = values[0].sum() + values[1].sum()  # upstream gradients have strides of zero

@@ -15,6 +15,7 @@ from support import (
     assert_all_close,
     counted_launches,
     expanded,
+    negated,
     on,
     on_backends,
     shifted,
@@ -231,7 +232,7 @@ def test_zeros_that_dropout_makes_nearly_sure(isa, logit):
     torch.testing.assert_close(found, exact.sum(-1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("change", [strided, shifted, expanded])
+@pytest.mark.parametrize("change", [strided, shifted, expanded, negated])
 @everywhere
 def test_any_memory_layout(backend, change):
     arguments = [change(x).to(backend) if x.ndim == 2 else x for x in random_counts(5, 19)]

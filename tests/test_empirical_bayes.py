@@ -11,6 +11,7 @@ from support import (
     Computations,
     counted_launches,
     expanded,
+    negated,
     on,
     on_backends,
     random_components,
@@ -580,16 +581,16 @@ def test_maximise_concentration(counts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", [shifted, strided, expanded])
+@pytest.mark.parametrize("layout", [shifted, strided, expanded, negated])
 @in_core_and_kernels
 def test_inputs_lie_anywhere_in_memory(device, layout, dtype):
-    """What the encoder gives may be misaligned, have gaps, or strides of zero."""
+    """What the encoder gives may be misaligned, have gaps, strides of zero, or the other sign."""
     parameters = random_parameters(c=3, d=4, dtype=dtype)
     centers, scale, z = given = [
         layout(x.detach()) for x in (*parameters[:2], points(4, dtype, b=20))
     ]
     outputs = []
-    for centers, scale, z in (given, [x.contiguous().clone() for x in given]):
+    for centers, scale, z in (given, [x.contiguous().clone().resolve_neg() for x in given]):
         laid_out = MixtureParameters(*on(device, (centers, scale, *parameters[2:])))
         laid_out = MixtureParameters(*(x.detach().requires_grad_() for x in laid_out))
         z = z.to(device)

@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -14,6 +15,7 @@ from support import files_of_at_most, mutated
 from vmm_fast._files import (
     SECONDS_TO_LOCK,
     Lock,
+    as_csv,
     read_json,
     save_atomically,
     write_atomically,
@@ -200,3 +202,23 @@ def test_every_changed_entry_of_a_json_file_is_found(tmp_path):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match="is damaged"):
             read_json(path)
+
+
+def test_tables_give_every_name_back(tmp_path):
+    """A carriage return does not end a row, and no name is changed for a spreadsheet's sake."""
+    names = [
+        *("a\rb", "\r", "a\r\nb", "a\nb", "a,b", 'say "x"', "\ttab", " space ", "", "\u2028", "é☃"),
+        *("=1+1", "+1", "-1", "@sum", "'", "\x0b"),
+    ]
+    rows = [[name, i, f"{-i / 7:.3f}"] for i, name in enumerate(names)]
+    write_atomically(tmp_path / "a.csv", as_csv(["cell", "n", "x"], rows), text=True)
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [
+            ["cell", "n", "x"],
+            *([r[0], str(r[1]), r[2]] for r in rows),
+        ]
+    raw = (tmp_path / "a.csv").read_bytes()
+    assert raw.startswith(b'cell,n,x\n"a\rb",0,0.000\n"\r",1,-0.143\n') and raw.endswith(b"\n")
+    pandas = pytest.importorskip("pandas")
+    table = pandas.read_csv(tmp_path / "a.csv", keep_default_na=False)
+    assert table.cell.tolist() == names and table.x.dtype == float

@@ -161,6 +161,29 @@ def test_mean_variance_and_samples(case):
     np.testing.assert_allclose(one.mean(0), centers[:k].mean(0), atol=0.06)
 
 
+@pytest.mark.parametrize("name", ["centers", "log_weights", "precision_cholesky", "scale"])
+@pytest.mark.parametrize("component", [None, 0, 1])
+def test_samples_of_what_is_no_mixture_are_refused(name, component):
+    """As densities are, whatever component is drawn."""
+    parts = random_components(c=3)._values()
+    names = ("centers", "log_weights", "precision_cholesky", "scale")
+    tensors = {n: x.clone() for n, x in zip(names, parts, strict=True)}
+    tensors[name][1] = torch.nan
+    components = Components(**tensors)
+    message = "centers must be finite|offsets must be finite|component 1 has no positive-definite"
+    with pytest.raises(ValueError, match=message):
+        components.log_prob(torch.zeros(1, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=message):
+        components.sample(4, component)
+
+
+def test_samples_beyond_the_dtype_are_refused():
+    wide = Components(torch.zeros(1, 2), torch.zeros(1), scale=torch.full((1, 2), 3e38))
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"samples must be finite, but the mixture is too wide"):
+        wide.sample(100)
+
+
 def test_component_samples():
     components = random_components(c=3)
     z = components.sample(6, component=torch.tensor([0, 0, 1, 1, 2, 2]))

@@ -19,6 +19,7 @@ from support import (
     expanded,
     gradients,
     kl_with_gradients,
+    negated,
     on,
     random_mixture,
     random_scale,
@@ -308,6 +309,36 @@ def test_what_overflows_in_float32_gives_no_nan(backend, points, centers, factor
     assert (ops.mixture_log_prob(*mixture)[0] == 0).all()
 
 
+@transposes
+@pytest.mark.parametrize("dim", [1, 3, pytest.param(40, marks=large)])
+@pytest.mark.parametrize(
+    "scale", [1e-30, 1e-20, 1e19, 1e35, "unlike dimensions", "unlike components"]
+)
+def test_gradients_at_any_scale(backend, scale, dim, transpose):
+    """A gradient may be an ordinary number where squares of distances overflow or vanish."""
+    z, centers, whitening, offsets = random_mixture(12, 4, dim, spread=0.5)
+    if scale == "unlike components":  # the points of each are its own
+        factor = torch.tensor([1.0, 1e22]).double()
+        z, centers = z * factor.repeat(6)[:, None], centers * factor.repeat(2)[:, None]
+        whitening = whitening / factor.repeat(2)[:, None, None]
+        offsets = offsets + torch.tensor([0, -100]).double().repeat(2)
+    else:
+        most = 1e9 if backends.FORCED == "triton" else 1e22  # one unit for all dimensions
+        unlike = torch.tensor([1 / most, 1, most, 1e5]).double().repeat(10)[:dim]
+        factor = unlike if scale == "unlike dimensions" else torch.full((dim,), scale).double()
+        z, centers = z * factor, centers * factor
+        whitening = whitening / (factor[:, None] if transpose else factor)
+    mixture = on(backend, (z, centers, whitening, offsets), torch.float32)
+    found = gradients(ops, mixture, transpose)
+    true = gradients(reference, on("cpu", mixture, torch.float64), transpose)
+    for name, x, y in zip(("z", "centers", "whitening", "offsets"), found, true, strict=True):
+        x, y = x.cpu().double(), y.cpu()
+        others = 0 if scale == "unlike dimensions" or y.ndim == 1 else tuple(range(1, y.ndim))
+        unit = y.abs().amax(others, keepdim=True)
+        # What is less than float32 holds may be 0.
+        assert ((x - y).abs() <= 1e-4 * unit + 1e-37).all(), (name, x, y)
+
+
 def test_kl_where_the_determinant_of_a_scale_overflows_and_underflows(backend):
     scale = torch.tensor([[1e-37], [1e37]]).expand(2, 100)
     *mixture, scale = on(backend, (*random_mixture(2, 3, 100, dtype=torch.float32), scale))
@@ -344,19 +375,38 @@ def test_equal_components_share_the_weight_and_the_first_is_assigned(backend):
     torch.testing.assert_close(probability, q[:, 1].amax(-1))
 
 
-@pytest.mark.parametrize("layout", [strided, expanded])
+@pytest.mark.parametrize("layout", [strided, expanded, negated])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_inputs_lie_anywhere_in_memory(backend, layout, transpose):
-    """With gaps or with strides of zero: the values alone count."""
+    """With gaps, with strides of zero, or with the other sign: the values alone count."""
     scale = random_scale(20, 3, full=not transpose)
     inputs = [layout(x) for x in on(backend, (*random_mixture(20, 6, 3), scale))]
-    assert not any(x.is_contiguous() for x in inputs)
-    dense = [x.contiguous() for x in inputs]
+    assert not any(x.is_contiguous() for x in inputs) or layout is negated
+    dense = [x.contiguous().resolve_neg() for x in inputs]
     found, true = (
         everything(module, given[:4], transpose) | kl_with_gradients(kl, given, transpose)
         for module, given, kl in ((ops, inputs, ops.mixture_kl), (reference, dense, composed_kl))
     )
     assert_all_close(found, true, 1e-9)
+
+
+def test_upstream_gradients_and_parts_of_conjugates(backend):
+    """What reaches a backward pass, and a single number, may have the other sign in memory."""
+    mixture = on(backend, random_mixture(7, 3, 2))
+    g = torch.linspace(-1, 2, 7, dtype=torch.float64, device=backend)
+    found = []
+    for upstream in (g, negated(g)):
+        inputs = [x.detach().requires_grad_() for x in mixture]
+        outputs = (
+            *ops.mixture_log_prob(*inputs),
+            ops.mixture_kl(*inputs, False, g[:, None] ** 2 + inputs[0] ** 2),
+        )
+        found.append(torch.autograd.grad(outputs, inputs, [upstream] * 3))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    number = torch.tensor([[1 - 2j]], device=backend).conj().imag
+    assert number.is_neg() and number.is_contiguous() and number.item() == 2
+    lse, _ = ops.mixture_log_prob(number, number * 0, number[None] / 2, number[0] * 0)
+    assert lse.item() == -2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -585,11 +635,17 @@ def test_errors_name_the_bad_value(backend, argument, row, bad, message, where):
             function(*mixture)
 
 
-def test_z_too_far_off_is_an_error():
+@checked
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_z_too_far_off_is_an_error(backend, differentiated):
+    """Of a log-density of -inf there are no responsibilities but NaN."""
     z, *components = random_mixture(3, 4, 2, dtype=torch.float32)
-    for function in UNGROUPED + GROUPED:
-        with pytest.raises(ValueError, match="z must be near enough"):
-            function(torch.full_like(z, 1e30), *components)
+    z[1] = 1e30
+    z.requires_grad_(differentiated)
+    scale = torch.ones(3, 2)
+    for function in UNGROUPED + GROUPED + [lambda *m: ops.mixture_kl(*m, False, scale)]:
+        with pytest.raises(ValueError, match=r"z must be near enough .* but row 1 is too far"):
+            function(z, *components)
 
 
 @checked

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
+from support import negated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmm_fast import _core
@@ -315,6 +316,12 @@ def test_results_follow_the_counts():
     strided = torch.stack([counts, -counts], dim=1)[:, 0]
     assert not strided.is_contiguous()
     torch.testing.assert_close(stick_breaking_posterior(strided, 1.3, 0.2), got, rtol=0, atol=0)
+    same = stick_breaking_posterior(negated(counts.double()), 1.3, 0.2)
+    torch.testing.assert_close(same, wide, rtol=0, atol=0)
+    sticks = got.mean_weights[1:].double()
+    assert torch.equal(sticks_to_log_weights(negated(sticks)), sticks_to_log_weights(sticks))
+    weights = wide.expected_log_weights
+    assert torch.equal(log_weights_to_sticks(negated(weights)), log_weights_to_sticks(weights))
     expanded = stick_breaking_posterior(torch.ones(1).expand(3), 1.0)
     assert expanded.order.tolist() == [0, 1, 2]
     assert not stick_breaking_posterior(counts.requires_grad_(), 1.0).a.requires_grad

@@ -424,6 +424,22 @@ def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch)
     )
 
 
+@pytest.mark.parametrize("value", [1e20, 1e38])
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_error_leaves_the_running_variance_alone(value, before):
+    """A square that overflows raises; nothing that has been learnt is lost with it."""
+    model = make_model()
+    if before:
+        fit(model, make_data(), epochs=before)
+    kept = {name: x.clone() for name, x in model.state_dict().items() if torch.is_tensor(x)}
+    x = make_data(16)
+    x[3, 2] = value
+    with pytest.raises(FloatingPointError, match="epoch 1, training step 1"):
+        fit(model, x, epochs=1)
+    for name, old in kept.items():
+        torch.testing.assert_close(model.state_dict()[name], old, rtol=0, atol=0)
+
+
 def test_what_does_not_fit_together_is_no_divergence():
     with pytest.raises(ValueError, match="prior must have latent_dim = 2 dimensions, has 3"):
         VAE(INPUTS, 2, VMMPrior(make_data(5), latent_dim=3))

@@ -9,6 +9,7 @@ killed process left is not, and the next one that writes the same file removes i
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import glob
@@ -20,7 +21,7 @@ import secrets
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 
 __all__ = [
     "Lock",
+    "as_csv",
     "check_archive",
     "load_checked",
     "read_json",
@@ -202,6 +204,35 @@ def _digest(state: Any) -> str:
 
     take(state)
     return found.hexdigest()
+
+
+class _LineFeeds:
+    """What a csv.writer writes rows to, which then end in a line feed.
+
+    The writer itself ends them in CR LF: only then does every version of Python quote a text with a
+    carriage return, which most readers would take for the end of a row.
+    """
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row[:-2] + "\n")
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Callable[[Any], None]:
+    """Return what writes a table to a file open for text, for :func:`write_atomically`.
+
+    Texts are written as they are, so that readers get them back: also one like ``=A1+A2``, which a
+    spreadsheet takes for a formula unless its column is imported as text.
+    """
+
+    def write(file: Any) -> None:
+        table = csv.writer(_LineFeeds(file), lineterminator="\r\n")
+        table.writerow(header)
+        table.writerows(rows)
+
+    return write
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:

@@ -71,10 +71,11 @@ DEMO = "the demo's MNIST images"  # stands for the input file in run.json
 EXPLANATION = """\
 FILE is one of
   .npz  an array called images, x or X, or the only one; true labels in
-        label, labels or y
+        label, labels, y, target or class
   .npy  one array
   .csv  numeric columns, with a header or without; true labels in a column called
-        label, labels or y (but columns x and y are a point)
+        label, labels, y, target or class (but columns x and y are a point); columns
+        that number the rows are left out
 
 Arrays are [rows, columns], or images [rows, height, width] with channels first,
 last or not at all. Images are scaled by their minimum and maximum to [-1, 1], other
@@ -545,7 +546,7 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
             ("ari", "ARI"),
         ):
             rows.append((title, f"{scores[name]:.3f}"))
-    held_out = f"{metrics['rows_held_out']:,} rows held out"
+    held_out = f"{counted(metrics['rows_held_out'], 'row')} held out"
     seconds, components = round(metrics["training_seconds"]), metrics["settings"]["components"]
     rows += [
         ("clusters", str(metrics["clusters"])),

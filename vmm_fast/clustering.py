@@ -8,7 +8,6 @@ many rows they hold, so 0 is the largest.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 import vmm_fast
-from vmm_fast._files import load_checked, save_atomically, write_atomically
+from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
@@ -302,15 +301,13 @@ class Clustering:
 
     def write_table(self, path: Path) -> None:
         """Write clusters.csv: a line per row, in the order of the input."""
-        columns = [column.tolist() for column in self.assigned[1:]]
-
-        def write(file: Any) -> None:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["index", "cluster", "probability", "entropy", "component"])
-            for index, row in enumerate(zip(*columns, strict=True)):
-                table.writerow([index, row[0], f"{row[1]:.6f}", f"{row[2]:.6f}", row[3]])
-
-        write_atomically(path, write, text=True)
+        header = ["index", "cluster", "probability", "entropy", "component"]
+        columns = zip(*(column.tolist() for column in self.assigned[1:]), strict=True)
+        rows = (
+            [index, row[0], f"{row[1]:.6f}", f"{row[2]:.6f}", row[3]]
+            for index, row in enumerate(columns)
+        )
+        write_atomically(path, as_csv(header, rows), text=True)
 
     def write_model(self, path: Path) -> None:
         """Write model.pt, which `Clusterer.load` reads."""

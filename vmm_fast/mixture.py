@@ -31,6 +31,7 @@ from torch.distributions import (
 )
 
 from vmm_fast import ops
+from vmm_fast.backends.plain import check_values
 
 if TYPE_CHECKING:
     from vmm_fast.clusters import Clusters
@@ -400,11 +401,17 @@ class Components:
         Raises
         ------
         ValueError
-            If ``n`` is negative or ``component`` is outside 0 .. C - 1.
+            If ``n`` is negative or ``component`` is outside 0 .. C - 1; on CPUs also if the mixture
+            has values that are not finite or no covariance, or is too wide for its dtype.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n must be an integer of at least 0, but is {n!r}")
         device, count = self.centers.device, self.num_components
+        look = self.centers.is_cpu and not torch.compiler.is_compiling()
+        if look:  # whatever component is drawn
+            with torch.no_grad():
+                centers, whitening, offsets, _ = self.marginal
+                check_values(centers[:0], centers, whitening, offsets)
         if component is None:  # multinomial() refuses n = 0
             component = self.component_weights.detach().multinomial(max(n, 1), replacement=True)[:n]
         component = torch.as_tensor(component, device=device)
@@ -427,6 +434,8 @@ class Components:
                 noise = torch.randn_like(z)[..., None]
                 factor = self.precision_cholesky[component]
                 z = z + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[..., 0]
+        if look and not z.isfinite().all():
+            raise ValueError(f"samples must be finite, but the mixture is too wide for {z.dtype}")
         return z
 
 

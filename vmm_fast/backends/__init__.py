@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vmm_fast.backends import core, plain
 
-__all__ = ["call", "core_serves", "in_kernels", "kernels_serve"]
+__all__ = ["call", "core_serves", "in_kernels", "in_memory", "kernels_serve"]
 
 FORCED = os.environ.get("VMM_FAST_BACKEND", "")
 if FORCED not in ("", "core", "triton", "reference"):
@@ -45,8 +45,19 @@ def kernels_serve(x: Tensor) -> bool:
     return FORCED == "triton" or (not FORCED and x.is_cuda)
 
 
+def in_memory(x: Tensor) -> Tensor:
+    """Return the same values as compiled code reads them: dense, and with their signs.
+
+    torch keeps the imaginary part of a conjugate as a view of the other sign, with a bit set.
+    """
+    x = x.contiguous()
+    return x.resolve_neg() if x.is_neg() else x
+
+
 def call(name: str, x: Tensor, dim: int, *arguments: Any) -> Any:
     """Compute an operation of dimension ``dim`` with the backend that serves x's device."""
+    if any(isinstance(a, Tensor) and a.is_neg() for a in arguments):
+        arguments = tuple(in_memory(a) if isinstance(a, Tensor) else a for a in arguments)
     if x.is_cpu and FORCED in ("", "core"):
         return getattr(core, name)(*arguments)
     return in_kernels(name, x, dim, arguments, lambda: getattr(plain, name)(*arguments))

@@ -1,6 +1,6 @@
 """The operations in plain torch, for any device: :mod:`vmm_fast.reference`, with values checked.
 
-Of size [B, J], and each check waits for the device. z's that overflow are not looked for.
+Of size [B, J], and each check waits for the device.
 """
 
 from __future__ import annotations
@@ -33,10 +33,39 @@ def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor)
         raise ValueError("offsets are all -inf, so that every component is pruned")
 
 
+def check_near(found: Tensor) -> None:
+    """Check for each z that some l is representable.
+
+    Parameters
+    ----------
+    found : Tensor [B] or [B, C]
+        Log-densities, of which none or all are -inf or NaN where all l overflow, or probabilities.
+
+    Raises
+    ------
+    ValueError
+        If one is too far away, as the compiled core says it.
+    """
+    near = found > -torch.inf
+    near = near.any(-1) if near.ndim == 2 else near
+    if not near.all():
+        row = int((~near).nonzero()[0, 0])
+        raise ValueError(
+            "z must be near enough to a center for its log-density to be representable, but row "
+            f"{row} is too far from all for its dtype"
+        )
+
+
 def _checked(function: Callable) -> Callable:
     def checked(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, *rest: Any) -> Any:
         check_values(z, centers, whitening, offsets)
-        return function(z, centers, whitening, offsets, *rest)
+        found = function(z, centers, whitening, offsets, *rest)
+        if function is reference.mixture_statistics:
+            if not found[0].isfinite().all():
+                check_near(reference.mixture_log_prob(z, centers, whitening, offsets, *rest)[0])
+        else:
+            check_near(found if isinstance(found, Tensor) else found[1])
+        return found
 
     return checked
 
@@ -46,6 +75,7 @@ def log_prob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_values(z, centers, whitening, offsets)
     lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    check_near(lse)
     return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
 
 

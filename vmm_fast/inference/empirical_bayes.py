@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
 from vmm_fast import _core
-from vmm_fast.backends import core_serves, in_kernels, kernels_serve
+from vmm_fast.backends import core_serves, in_kernels, in_memory, kernels_serve
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
@@ -144,7 +144,7 @@ def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and logits.dtype in SUFFIXES
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
-        and all(x.is_contiguous() for x in stored)  # they are written in place
+        and all(x.is_contiguous() and not x.is_neg() for x in stored)  # they are written in place
     )
 
 
@@ -163,8 +163,8 @@ class _CoreParameters:
 
     def __init__(self, parameters: MixtureParameters, suffix: str):
         centers, scale, *stored = parameters
-        self.centers = centers.contiguous()
-        self.scale = None if scale is None else scale.contiguous()
+        self.centers = in_memory(centers)
+        self.scale = None if scale is None else in_memory(scale)
         full_scale = scale is not None and scale.ndim == 3
         count, (total, dim) = len(parameters.logits), centers.shape
         self.view = _call(
@@ -321,7 +321,7 @@ def _map_gradients_in_core(
     gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in wanted}
     suffix = SUFFIXES[z.dtype]
     core_parameters = _CoreParameters(parameters, suffix)
-    z = z.contiguous()
+    z = in_memory(z)
     sums = _empty_statistics(parameters) if with_sums else None
     loss = _call(
         "map_gradients",
@@ -346,7 +346,7 @@ def _map_gradients_in_kernels(
     count, (total, dim) = len(parameters.logits), parameters.centers.shape
     normaliser = -count * map_objective.log_wishart_normaliser(count, dim)
     normaliser -= 0.5 * total * dim * math.log(2 * math.pi)
-    inputs = (x if x is None else x.detach().contiguous() for x in (*parameters, z))
+    inputs = (x if x is None else in_memory(x.detach()) for x in (*parameters, z))
     found = in_kernels(
         "map_gradients",
         z,
@@ -399,7 +399,7 @@ def statistics(parameters: MixtureParameters, z: Tensor) -> tuple[Statistics, fl
         return closed_form.statistics(parameters.components().detach(), z), None
     sums = _empty_statistics(parameters)
     core_parameters = _CoreParameters(parameters, suffix)
-    z = z.contiguous()
+    z = in_memory(z)
     total = _call(
         "mixture_sums",
         suffix,
@@ -568,7 +568,7 @@ def _online_step_in_kernels(
         z,
         dim,
         (
-            *(x if x is None else x.detach().contiguous() for x in (*parameters, z)),
+            *(x if x is None else in_memory(x.detach()) for x in (*parameters, z)),
             (*running.sums, running.steps),
             objective._replace(data_size=objective.data_size or len(z)),
             moves,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vmm_fast import _core
+from vmm_fast.backends import in_memory
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference.processes import average_over_processes
 
@@ -194,7 +195,7 @@ class PrivateAdam:
     ) -> bool:
         """Move parameters by their gradients, unless one is not finite."""
         (group,) = self._adam.param_groups
-        moved = [(p, g.contiguous()) for p, g in moved]
+        moved = [(p, in_memory(g)) for p, g in moved]
         taken = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
             group["lr"],
             *group["betas"],

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vmm_fast import _core
+from vmm_fast.backends import in_memory
 
 __all__ = [
     "StickBreakingPosterior",
@@ -204,9 +205,9 @@ def posterior_without_checks(
     size = counts.numel()
     cuda = _cuda_kernels(counts.device) if size <= _MAX_COMPONENTS_ON_GPU else None
     device = counts.device if cuda else torch.device("cpu")
-    n = counts.detach().to(device, torch.float64).contiguous()
+    n = in_memory(counts.detach().to(device, torch.float64))
     if isinstance(concentration, Tensor):
-        gamma = concentration.detach().to(n)
+        gamma = in_memory(concentration.detach().to(n))
     else:
         gamma = n.new_full((), concentration)
     found = Float64Posterior(
@@ -263,7 +264,7 @@ def sticks_to_log_weights(sticks: Tensor) -> Tensor:
         If it is not one-dimensional or has values outside [0, 1].
     """
     _check_vector("sticks", sticks, minimum_size=0)
-    v = sticks.detach().to("cpu", torch.float64).contiguous()
+    v = in_memory(sticks.detach().to("cpu", torch.float64))
     if not bool(((v >= 0) & (v <= 1)).all()):
         raise ValueError(
             f"sticks has values from {v.min().item()} to {v.max().item()}; they must lie in [0, 1]"
@@ -298,7 +299,7 @@ def log_weights_to_sticks(log_weights: Tensor) -> Tensor:
         If it is not one-dimensional, is empty, has NaN or +inf, or has no finite value.
     """
     _check_vector("log_weights", log_weights, minimum_size=1)
-    w = log_weights.detach().to("cpu", torch.float64).contiguous()
+    w = in_memory(log_weights.detach().to("cpu", torch.float64))
     if not math.isfinite(w.max().item()):  # the maximum of a tensor with NaN is NaN
         raise ValueError(
             f"log_weights has the maximum {w.max().item()}; it must be finite, with no value NaN"

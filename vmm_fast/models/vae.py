@@ -336,9 +336,12 @@ class VAE(nn.Module):
             return scale.square()
         variance = squared_errors.mean()
         with torch.no_grad():
-            self._variance_batches += 1
-            rate = (1 / self._variance_batches.to(variance.dtype)).clamp_min(VARIANCE_RATE)
-            self._variance.lerp_(variance.to(self._variance.dtype), rate.to(self._variance.dtype))
+            # An error that is not finite ends the training; the average stays as it was.
+            finite = variance.isfinite()
+            self._variance_batches += finite
+            rate = (1 / self._variance_batches.to(variance.dtype)).clamp(VARIANCE_RATE, 1)
+            newest = torch.where(finite, variance.to(self._variance.dtype), self._variance)
+            self._variance.lerp_(newest, rate.to(self._variance.dtype))
         return variance.clamp_min(SIGMA_FLOOR**2)
 
     def elbo(self, x: Tensor, prior: Prior | None = None) -> ELBOTerms:

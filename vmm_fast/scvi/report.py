@@ -456,8 +456,8 @@ def _where_cells_went(clusters: _Groups, groups: _Groups) -> str:
             g,
             shares[c, g],
             text=f"{100 * shares[c, g]:.0f}" if numbers and shares[c, g] >= 0.005 else "",
-            title=f"{groups.names[g]}, cluster {clusters.names[c]}: {counts[c, g]:,} cells, "
-            f"{plots._percent(shares[c, g])}",
+            title=f"{groups.names[g]}, cluster {clusters.names[c]}: "
+            f"{counted(int(counts[c, g]), 'cell')}, {plots._percent(shares[c, g])}",
         )
         for c, g in zip(*counts.nonzero(), strict=True)
     ]

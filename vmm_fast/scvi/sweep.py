@@ -7,7 +7,6 @@ on where it was stopped.
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from vmm_fast._files import read_json, write_atomically, write_json
+from vmm_fast._files import as_csv, read_json, write_atomically, write_json
 from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
 from vmm_fast.scvi.integration import Integration, Settings, integrate
@@ -175,13 +174,8 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
     columns = _columns(rows)
-
-    def write(file: Any) -> None:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows([row[name] for name in columns] for row in rows)
-
-    write_atomically(path, write, text=True)
+    values = ([row[name] for name in columns] for row in rows)
+    write_atomically(path, as_csv(columns, values), text=True)
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -7,7 +7,6 @@ with LZF, which is read faster than gzip.
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import shutil
@@ -25,7 +24,7 @@ from anndata import AnnData, settings
 from anndata.io import write_elem
 from scipy.sparse import csr_matrix
 
-from vmm_fast._files import write_atomically
+from vmm_fast._files import as_csv, write_atomically
 from vmm_fast._stopping import STOPS
 from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
@@ -606,14 +605,13 @@ def write_table(path: Path, parts: Iterable[tuple[Any, pd.DataFrame]]) -> None:
 
     Each part has the names of some cells and their :func:`cluster_columns`.
     """
-
-    def write(file: Any) -> None:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["cell", "cluster", "probability", "entropy", "component"])
-        for cells, clusters in parts:
-            columns = (clusters[name] for name in COLUMNS)
-            for cell, cluster, probability, entropy, component in zip(cells, *columns, strict=True):
-                table.writerow([cell, cluster, f"{probability:.6f}", f"{entropy:.6f}", component])
-
+    header = ["cell", "cluster", "probability", "entropy", "component"]
+    rows = (
+        [cell, cluster, f"{probability:.6f}", f"{entropy:.6f}", component]
+        for cells, clusters in parts
+        for cell, cluster, probability, entropy, component in zip(
+            cells, *(clusters[name] for name in COLUMNS), strict=True
+        )
+    )
     with _told(path):
-        write_atomically(path, write, text=True)
+        write_atomically(path, as_csv(header, rows), text=True)
