@@ -31,9 +31,10 @@ constraints: $(VENV)/.installed
 		--python-version 3.10 --all-extras --prerelease disallow --constraint /dev/stdin --no-annotate \
 		--custom-compile-command 'make constraints' --output-file constraints.txt pyproject.toml
 
-# The kernel tests on a core that stops at a bad address or at undefined behaviour. It lies in an
-# environment of its own, so that nothing else imports it; packages are those of $(VENV). The
-# sanitizer's runtime must be loaded before all else, with the library whose exceptions it follows.
+# The tests of kernels and of loading states, on a core that stops at a bad address or at undefined
+# behaviour. It lies in an environment of its own, so that nothing else imports it; packages are those
+# of $(VENV). The sanitizer's runtime must be loaded before all else, with the library whose exceptions
+# it follows.
 SANITIZE := build/sanitize
 SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
@@ -49,6 +50,7 @@ sanitize: $(VENV)/.installed
 	$(SANITIZED) -c 'import sys; from vmm_fast import _core; \
 		sys.exit(not _core.__file__.startswith(sys.prefix) and f"the core is {_core.__file__}")'
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys $(KERNEL_TESTS)
+	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys tests/test_priors.py -k state
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
