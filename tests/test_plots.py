@@ -12,10 +12,13 @@ import torch
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from vmm_fast import plots
+from vmm_fast.clusters import ClusterTree, Confusion, find_clusters
+from vmm_fast.mixture import Components
 from vmm_fast.plots import (
     plot_cluster_samples,
     plot_component_weights,
@@ -369,3 +372,23 @@ def test_missing_packages_name_the_extra(tmp_path, monkeypatch, module, options)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"vmm-fast\[cli\]"):
         plot_latent(np.eye(5), range(5), path=tmp_path / "a.png", **options)
+
+
+def test_the_tree_shows_how_sure_each_merge_between_clusters_is():
+    centers = 6 * torch.tensor([[0.0, 0], [0, 1], [1, 0]]).repeat_interleave(3, 0)
+    torch.manual_seed(0)
+    components = Components(
+        centers + torch.randn(9, 2) / 2,
+        torch.full((9,), -math.log(9)),
+        torch.eye(2).expand(9, 2, 2),
+    )
+    z = components.sample(400)
+    tree = ClusterTree(Confusion.of(components, z))
+    clusters = find_clusters(components, z, tree=tree, n_clusters=3)
+    (ax,) = plots._tree(tree, clusters).axes
+    bars = [line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)]
+    assert len(bars) == 2
+    shown = np.array([[10**-y for _, y in bar] for bar in bars])
+    np.testing.assert_allclose(shown, np.transpose(tree.interval())[-2:].clip(1e-4), rtol=1e-6)
+    assert max(y for bar in bars for _, y in bar) < ax.get_ylim()[1]
+    assert "95 % intervals" in ax.get_xlabel()

@@ -254,7 +254,9 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
     """Draw the tree of components, and where it is cut into clusters.
 
     Every leaf is a component that holds points; a branch joins two groups at their confusion, which
-    falls from 100 % at the leaves. Branches within a cluster have its colour.
+    falls from 100 % at the leaves. Branches within a cluster have its colour, those between
+    clusters a bar for the confusion's 95 % interval (see
+    :meth:`vmm_fast.clusters.ClusterTree.interval`).
 
     Parameters
     ----------
@@ -286,6 +288,8 @@ def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
     (order,) = members.values()
     at, low = {leaf: float(x) for x, leaf in enumerate(order)}, dict.fromkeys(order, 0.0)
     inside = dict(enumerate(of_leaf.tolist()))  # the cluster of a group that is in one alone
+    top = 1.0
+    bounds = [-np.log10(bound.clip(CONFUSIONS[-1])) for bound in tree.interval()]
     for merge, (a, b, distance, _) in enumerate(tree.linkage):
         a, b, group = int(a), int(b), count + merge
         height = -math.log10(max(1 - distance, CONFUSIONS[-1]))
@@ -296,6 +300,10 @@ def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
         at[group], low[group] = (at[a] + at[b]) / 2, height
         if cluster is not None:
             inside[group] = cluster
+        else:
+            ends = [bound[merge] for bound in bounds]
+            ax.vlines(at[group], *ends, color=color, alpha=0.35, linewidth=5, zorder=2)
+            top = max(top, *ends)
     for leaf, x in zip(order, range(count), strict=True):
         ax.scatter(x, 0, s=12, color=colors[of_leaf[leaf]], zorder=4, clip_on=False)
     names = of_leaf[order]
@@ -317,13 +325,16 @@ def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
             color=colors[names[start]],
             weight="bold",
         )
-    top = max(low.values())
-    ticks = [t for t in CONFUSIONS if -math.log10(t) <= max(top, 1)]
+    top = max(top, *low.values())
+    ticks = [t for t in CONFUSIONS if -math.log10(t) <= top]
     ax.set_yticks([-math.log10(t) for t in ticks], [f"{100 * t:g} %" for t in ticks])
-    ax.set_ylim(0, 1.05 * max(top, 1))
+    ax.set_ylim(0, 1.05 * top)
     ax.set_xlim(-1, count)
     ax.set_xticks([])
-    ax.set_xlabel("components, under them their cluster", labelpad=24)
+    ax.set_xlabel(
+        "components, under them their cluster; bars are 95 % intervals of the confusion",
+        labelpad=24,
+    )
     ax.set_ylabel("confusion")
     some = "1 cluster" if clusters.num_clusters == 1 else f"{clusters.num_clusters} clusters"
     ax.set_title(f"{count} components, {some}")
