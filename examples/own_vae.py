@@ -1,4 +1,4 @@
-"""The VMM prior in a VAE of your own: the three lines that change are marked.
+"""The VMM prior in a VAE of your own, here of convolutions: the three lines that change are marked.
 
     python examples/own_vae.py [epochs]
 
@@ -24,12 +24,12 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(PIXELS, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-            nn.Linear(256, 2 * LATENT_DIM),
+            nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 4, 2 * LATENT_DIM),
         )  # fmt: skip
 
     def forward(self, x):
-        """Posterior of a batch [B, 64]."""
+        """Posterior of a batch [B, 1, 8, 8]."""
         mean, raw = self.layers(x).chunk(2, -1)
         return Independent(Normal(mean, softplus(raw) + 1e-4), 1)
 
@@ -38,9 +38,12 @@ def main(epochs: int) -> None:
     """Train and report."""
     torch.manual_seed(0)
     images, _ = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32) / 8 - 1
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     encoder = Encoder()
-    decoder = nn.Sequential(nn.Linear(LATENT_DIM, 256), nn.ReLU(), nn.Linear(256, PIXELS))
+    decoder = nn.Sequential(
+        nn.Linear(LATENT_DIM, 64 * 4), nn.ReLU(), nn.Unflatten(1, (64, 2, 2)),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 1, 4, 2, 1),
+    )  # fmt: skip
     start = x[torch.randperm(len(x))[:50]]
     prior = VMMPrior(start, LATENT_DIM, data_size=len(x))  # 1. instead of N(0, I)
     network = [*encoder.parameters(), *decoder.parameters()]
