@@ -258,7 +258,7 @@ def test_many_components_and_dimensions(shape, form):
         ("precision+diagonal", 1, 1, 33),
     ],
 )
-@on_backends("plain", "triton")
+@on_backends("core", "plain", "triton")
 def test_components_from_what_a_prior_stores(monkeypatch, backend, form, components, centers, dim):
     if backends.FORCED == "triton":
         from vmm_fast.kernels import components as kernels
@@ -282,7 +282,7 @@ def test_components_from_what_a_prior_stores(monkeypatch, backend, form, compone
 
 
 @pytest.mark.parametrize("output", [0, 1])
-@on_backends("plain", "triton")
+@on_backends("core", "plain", "triton")
 def test_gradients_of_one_output_of_what_a_prior_stores(backend, output):
     *stored, scale = on(backend, random_gaussians(2, 2, 3, "precision+full"))
     scale.requires_grad_()

@@ -500,7 +500,7 @@ def stored_components(
     """Marginal :func:`whitened_components` from what a prior stores, in one launch on GPUs.
 
     log pi = log softmax(logits) and L = tril(raw_precision, -1) + diag softplus(diag
-    raw_precision). Differentiable once, in ``scale`` alone. Not for the compiled core.
+    raw_precision). Differentiable once, in ``scale`` alone.
 
     Parameters
     ----------

@@ -3,8 +3,8 @@
 Each of the modules :mod:`~vmm_fast.backends.core` (CPU, float32 and float64),
 :mod:`~vmm_fast.backends.gpu` and :mod:`~vmm_fast.backends.plain` (any device) has the same
 functions: log_prob, log_prob_backward, kl, kl_backward, statistics, log_joint, responsibilities,
-assign, whitened_components, whitened_components_backward, count_log_prob and
-count_log_prob_backward, and but for the core stored_components. The device decides.
+assign, whitened_components, whitened_components_backward, stored_components, count_log_prob and
+count_log_prob_backward. The device decides.
 On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
 not compile, or a dimension is beyond it, that operation does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that

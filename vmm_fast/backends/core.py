@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmm_fast import _core
+from vmm_fast import _core, reference
 
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 
@@ -231,6 +231,14 @@ def whitened_components(
         "whitened_components", log_weights, precision_cholesky, scale, whitening, expected, offsets
     )
     return whitening, offsets, condition
+
+
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, ...]:
+    log_weights, L = logits.log_softmax(-1), reference.precision_cholesky(raw_precision)
+    built = whitened_components(log_weights, L, scale, num_centers, expected=False)
+    return *built[:2], log_weights, L
 
 
 def whitened_components_backward(
