@@ -66,7 +66,8 @@ def test_content_is_on_disk_before_the_file_gets_its_name(tmp_path, monkeypatch)
     fsync, replace = os.fsync, os.replace
 
     def synced(descriptor):
-        done.append(os.fstat(descriptor).st_size)
+        status = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
         fsync(descriptor)
 
     def replaced(source, target):
@@ -77,7 +78,7 @@ def test_content_is_on_disk_before_the_file_gets_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     write_atomically(path, lambda file: file.write("content"), text=True)
-    assert done == [7, str(path)]
+    assert done == [7, str(path), "folder"]
 
 
 def test_a_failing_replace_leaves_no_temporary_file(tmp_path, monkeypatch):

@@ -2,8 +2,9 @@
 
 A run that is stopped while it writes must leave the old file or the new one, never half of one. The
 content goes to a temporary file in the same folder (so on the same file system), is forced to disk,
-and takes the final name by ``os.replace``, which POSIX makes atomic. It is locked meanwhile: what a
-killed process left is not, and the next one that writes the same file removes it.
+and takes the final name by ``os.replace``, which POSIX makes atomic; then the folder is forced to
+disk. The temporary file is locked meanwhile: what a killed process left is not, and the next one
+that writes the same file removes it.
 """
 
 from __future__ import annotations
@@ -101,12 +102,23 @@ def write_atomically(
         if replaces:
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
+        _sync_folder(folder)
     except BaseException as error:  # also KeyboardInterrupt: that is when files are cut in half
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Force a file's new name to disk, on file systems where a folder can be."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_atomically(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
