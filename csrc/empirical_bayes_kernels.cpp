@@ -316,9 +316,9 @@ void maximise_precision(const Parameters<T>& p, Lanes components, const Weighted
   V largest = V{};
   for (int64_t r = 0; r < D; r++) largest = max<double>(largest, scatter[r * D + r]);
   triangular::factorise(scatter, D, pivots, sqrt);
-  // Without the prior, a pivot that is rounding noise of the points' dtype is no evidence of a
-  // spread.
-  const V least = map_prior ? V{} : largest * (sizeof(T) == 4 ? FLT_EPSILON : DBL_EPSILON);
+  // Without the prior, a pivot that is rounding noise of the points' dtype, of some operations, is
+  // no evidence of a spread.
+  const V least = map_prior ? V{} : largest * (16 * (sizeof(T) == 4 ? FLT_EPSILON : DBL_EPSILON));
   V *inverse = scale, *raw = scatter;
   triangular::invert(scatter, D, inverse);  // scatter = F^T F, so that L is F^-1, scaled
   const V weight = sqrt(mass);

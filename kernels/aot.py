@@ -89,7 +89,7 @@ class Launch(NamedTuple):
     def configuration(self) -> str:
         """The constants in words."""
         dtype = {"*fp32": "float32", "*fp64": "float64"}[self.signature[0][1]]
-        left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "EPSILON", "FLOOR", "enable_fp_fusion")
+        left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "NOISE", "FLOOR", "enable_fp_fusion")
         words = [
             f"{name}={value}"
             for name, value in (*self.constants, *self.options)

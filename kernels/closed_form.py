@@ -174,7 +174,7 @@ def store_maximised_precision(
     mass,
     c,
     INVERSE_V: tl.constexpr,
-    EPSILON: tl.constexpr,
+    NOISE: tl.constexpr,
     MAP: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -195,11 +195,12 @@ def store_maximised_precision(
     wrong = tl.where((row < D) & (column <= row) & (finite == 0), 1, 0)
     sound = tl.sum(tl.sum(wrong, 1), 0) == 0
     if not MAP:
-        # A pivot that is rounding noise of the points' dtype is no evidence of a spread.
+        # A pivot that is rounding noise of the points' dtype, of some operations, is no evidence of
+        # a spread.
         root = diagonal(inverse, D)
         pivots = tl.where(tl.arange(0, P) < D, 1.0 / (root * root), float("inf"))
         largest = tl.max(tl.sum(tl.where(on_diagonal, scatter, 0.0), 0), 0)
-        sound = sound & (tl.min(pivots, 0) > EPSILON * largest)
+        sound = sound & (tl.min(pivots, 0) > NOISE * largest)
     if sound:
         store_lower(raw_precision, c, raw, D)
 
@@ -387,7 +388,7 @@ def maximise_kernel(
     keep: tl.float64,  # weight of the running sums
     add: tl.float64,  # weight of a point of the batch
     INVERSE_V: tl.constexpr,
-    EPSILON: tl.constexpr,
+    NOISE: tl.constexpr,
     FLOOR: tl.constexpr,
     SCALE: tl.constexpr,
     FREE: tl.constexpr,  # whether centers are parameters; K is 1 then
@@ -471,9 +472,7 @@ def maximise_kernel(
                         s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64
                     )
             if moves_precision != 0:
-                store_maximised_precision(
-                    raw_precision, scatter, mass, c, INVERSE_V, EPSILON, MAP, D
-                )
+                store_maximised_precision(raw_precision, scatter, mass, c, INVERSE_V, NOISE, MAP, D)
     else:
         tl.store(steps, tl.load(steps) + tl.where(sound, 1, 0))
         kept, all_mass = store_masses(
@@ -573,7 +572,7 @@ def online_step(
             float(objective.data_size),
             float(1 - rate),
             rate / count,
-            EPSILON=torch.finfo(z.dtype).eps,
+            NOISE=16 * torch.finfo(z.dtype).eps,
             FREE=free_centers,
             MAP=map_prior,
             MOST_SPLITS=launch.MOST_SPLITS,

@@ -557,9 +557,9 @@ def _without_row_numbers(
     matrix: np.ndarray, names: Sequence[str], places: Sequence[int]
 ) -> tuple[list[int], list[str]]:
     """Return the columns [N, V] that have more than the numbers of the rows, and what to tell."""
-    kept, notes = [], []
+    kept, notes, point = [], [], _point(names)
     for k, (name, place) in enumerate(zip(names, places, strict=True)):
-        if len(names) == 1 or name in _point(names) or not _numbers_rows(name, place, matrix[:, k]):
+        if len(names) == 1 or name in point or not _numbers_rows(name, place, matrix[:, k]):
             kept.append(k)
             continue
         cure = "" if _is_id(name) else "; to train on it, put it behind another column"
@@ -685,9 +685,10 @@ def _numbers_rows(name: str, position: int, column: np.ndarray) -> bool:
 
 
 def _is_id(name: str) -> bool:
-    """Whether the last word of a name, as in ``patient_id`` or ``patientId``, is one of an id."""
+    """Return whether a name is an id's or an index': ``patient_id``, ``patientId``, ``index``."""
     words = re.findall(r"[^\W_\d]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    return words[-1:] in (["id"], ["index"], ["idx"])
+    # A body-mass index is none.
+    return words[-1:] == ["id"] or words in (["index"], ["idx"], ["row", "index"])
 
 
 def _label_position(plain: Sequence[str]) -> int | None:

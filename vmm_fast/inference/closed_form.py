@@ -129,10 +129,11 @@ def maximise_precision(
     factor = mass.sqrt()[:, None, None] * inverse
     sound = (info == 0) & factor.isfinite().all(-1).all(-1)
     if not map_prior:
-        # A pivot that is rounding noise of the points' dtype is no evidence of a spread.
+        # A pivot that is rounding noise of the points' dtype, of some operations, is no evidence of
+        # a spread.
         pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
         largest = scatter.diagonal(dim1=-2, dim2=-1).amax(-1)
-        sound &= pivots.amin(-1) > torch.finfo(previous.dtype).eps * largest
+        sound &= pivots.amin(-1) > 16 * torch.finfo(previous.dtype).eps * largest
     return torch.where(sound[:, None, None], factor.to(previous.dtype), previous)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vmm_fast._files import load_checked, save_atomically
+from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
 from vmm_fast.priors.base import check_choice
@@ -415,7 +416,9 @@ class _Run:
         try:
             state = load_checked(path)
             settings = state["settings"]
-        except (ValueError, KeyError) as error:
+            if not all(isinstance(x, str | int | float | None) for x in settings.values()):
+                raise TypeError("settings must be texts and numbers")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"checkpoint {str(path)!r} cannot be read (damaged, or not written by `fit`)"
             ) from error
@@ -430,6 +433,11 @@ class _Run:
             raise ValueError(
                 f"checkpoint {str(path)!r} is of another run: {'; '.join(differ[:5])}{more}"
             )
+        try:
+            self.check(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"checkpoint {str(path)!r} is damaged: {reason}") from error
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         _set_noise_state(state["noise"], self.device)
@@ -439,6 +447,48 @@ class _Run:
         self.history.best_epoch = state["best_epoch"]
         self.best_elbo, self.best_weights = state["best_elbo"], state["best_weights"]
         self.stale = state["stale"]
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise unless every entry of a checkpoint is what `state` gives."""
+        trial, own = copy.deepcopy(self.model), self.model.state_dict()
+        best = state["best_weights"]
+        for weights in (state["model"],) if best is None else (state["model"], best):
+            trial.load_state_dict(weights)
+            for name, value in weights.items():
+                if isinstance(value, Tensor) and value.isnan().any():
+                    raise ValueError(f"{name} must have no NaN, but has")
+                if isinstance(value, Tensor) and value.dtype != own[name].dtype:
+                    raise ValueError(f"{name} must be {own[name].dtype}, but is {value.dtype}")
+        check_adam_state(self.optimizer, state["optimizer"])
+        for generator_state in (state["noise"]["cpu"], state["shuffle"]):
+            torch.Generator().set_state(generator_state)
+        history, best_epoch = state["history"], state["best_epoch"]
+        if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+            raise TypeError("history must be a list of dicts, but is not")
+        _check_count("epoch", state["epoch"], len(history), len(history))
+        _check_count("stale", state["stale"], 0, len(history))
+        _check_number("best_elbo", state["best_elbo"])
+        if (best is None) != (best_epoch is None):
+            raise ValueError("best_weights must be those of best_epoch")
+        if best_epoch is not None:
+            _check_count("best_epoch", best_epoch, 1, len(history))
+        for record in history:
+            for name in RECORD:
+                if record[name] is not None:
+                    _check_number(name, record[name])
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, but is {value!r}")
+
+
+def _check_count(name: str, value: Any, least: int, most: int) -> None:
+    """Raise unless ``value`` is an integer in a range."""
+    _check_number(name, value)
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, but is {value!r}")
 
 
 def _name(function: Callable) -> str:

@@ -48,6 +48,8 @@ def dtypes_of(frame: Any) -> dict[str, Any]:
 
 def _dtype(column: Any) -> Any:
     encoding = encoding_of(column)
+    if len(getattr(column, "shape", "1")) > 1:
+        raise ValueError("a column has two dimensions")
     if encoding == "categorical":
         # A frame's index makes of them what pandas makes of them elsewhere.
         categories = pd.Index(np.asarray(read_elem(column["categories"])))
@@ -58,7 +60,7 @@ def _dtype(column: Any) -> Any:
         return pd.StringDtype()
     if encoding in ("nullable-integer", "nullable-boolean"):
         return pd.array(np.empty(0, column["values"].dtype)).dtype
-    if encoding == "array" and column.dtype.kind in "biuf" and column.ndim == 1:
+    if encoding == "array" and column.dtype.kind in "biuf":
         return column.dtype
     raise ValueError(f"a column is stored as {encoding}, which is read from no slices")
 

@@ -133,7 +133,7 @@ def _storable(frame: pd.DataFrame) -> pd.DataFrame:
         if values.dtype == STRINGS and pd.api.types.infer_dtype(values, skipna=False) == "string":
             continue
         if values.dtype.kind not in "biuf":
-            found[key] = values.astype("string")
+            found[key] = values.map(str, na_action="ignore").astype("string")
         elif isinstance(values.dtype, pd.Float32Dtype | pd.Float64Dtype):
             found[key] = values.astype(values.dtype.numpy_dtype)
     return found

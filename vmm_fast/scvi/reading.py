@@ -40,6 +40,7 @@ __all__ = [
     "check_unique",
     "column",
     "counts_of",
+    "damage_of",
     "example",
     "kind_of",
     "lacks_chunks",
@@ -325,7 +326,7 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
         raise InputError(f"--layer {layer}: must be one of the layers, {listed(adata.layers)}")
     matrix = adata.X if layer is None else adata.layers[layer]
     where = "X" if layer is None else f"layers[{layer!r}]"
-    if damage := _damage_of(matrix):
+    if damage := damage_of(matrix):
         raise InputError(f"{where} is damaged, {damage}")
     fault = "is absent" if matrix is None else _no_counts(matrix, adata)
     if fault is None:
@@ -343,10 +344,10 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
 
 def check_counts(matrix: Any, adata: AnnData) -> str | None:
     """Say what is wrong with the matrix, or the first value that is no count, or None."""
-    return _damage_of(matrix) or _no_counts(matrix, adata)
+    return damage_of(matrix) or _no_counts(matrix, adata)
 
 
-def _damage_of(matrix: Any) -> str | None:
+def damage_of(matrix: Any) -> str | None:
     """Say what would let sparse counts reach beyond their arrays, or None."""
     if not issparse(matrix) or matrix.format not in ("csr", "csc"):
         return None

@@ -28,6 +28,7 @@ from vmm_fast._files import as_csv, write_atomically
 from vmm_fast._stopping import STOPS
 from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
+from vmm_fast.scvi.reading import damage_of
 from vmm_fast.scvi.store import CellStore
 
 __all__ = [
@@ -277,9 +278,11 @@ class _Elements:
             return
         if isinstance(value, pd.DataFrame):
             value = _writable(value, where, self._notes)
-        elif self._rows is not None and len(getattr(value, "shape", None) or ()) > 1:
-            value = value[: self._rows]
         try:
+            if damage := damage_of(value):
+                raise ValueError(damage)
+            if self._rows is not None and len(getattr(value, "shape", None) or ()) > 1:
+                value = value if isinstance(value, pd.DataFrame) else value[: self._rows]
             write_elem(group, name, value, dataset_kwargs={"compression": "gzip"})
         except MemoryError:
             raise
