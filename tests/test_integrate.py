@@ -684,11 +684,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_stopped_process_goes_on(h5ad, tmp_path, on):
     options = [h5ad, "--epochs", "8", "--accelerator", "cpu", "--out"]
     command = [sys.executable, "-c", STOPPED, "integrate", *options, "stopped"]
-    # A notebook's, which is not installed.
-    notebook = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=notebook
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     while not (tmp_path / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -906,13 +902,13 @@ def test_results_of_an_earlier_run(trained, tmp_path, capsys):
 
 
 FULL = """
-import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import integration
+import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import assignment, integration
 write = integration.write_adata
 def full(*arguments):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))
     write(*arguments)
-integration.write_adata = full
+assignment.write_adata = integration.write_adata = full
 sys.exit(cli.main(sys.argv[1:]))
 """
 
