@@ -76,7 +76,7 @@ def load_whitening(
 
 @triton.constexpr_function
 def in_units(DTYPE):
-    """Whether sums of squares are taken in units, where gradients follow from them."""
+    """Return whether sums of squares are taken in units, as gradients in float32 are."""
     return tl.float32 == DTYPE
 
 

@@ -67,7 +67,7 @@ def test_a_header_of_numbers_is_no_row(tmp_path, first, reason):
 
 @pytest.mark.parametrize("first", [",400,401.5,403", '"","400","401.5","403"', ",0,1,2", ",1,2,3"])
 def test_an_empty_first_cell_makes_a_header(tmp_path, first):
-    """As pandas and R write tables with an index, of numbers or of words."""
+    """Check that the column of row names that pandas and R write is left out."""
     for before in (lambda i: f"{i},", lambda i: f'"row {i}",'):
         found = table(tmp_path, f"{first}\n{rows(before=before)}")
         assert np.array_equal(found.values, X) and len(found.notes) == 2

@@ -584,7 +584,7 @@ def test_maximise_concentration(counts):
 @pytest.mark.parametrize("layout", [shifted, strided, expanded, negated])
 @in_core_and_kernels
 def test_inputs_lie_anywhere_in_memory(device, layout, dtype):
-    """What the encoder gives may be misaligned, have gaps, strides of zero, or the other sign."""
+    """Compare results where the encoder's tensors have gaps, strides of zero, or the other sign."""
     parameters = random_parameters(c=3, d=4, dtype=dtype)
     centers, scale, z = given = [
         layout(x.detach()) for x in (*parameters[:2], points(4, dtype, b=20))

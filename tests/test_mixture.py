@@ -164,7 +164,7 @@ def test_mean_variance_and_samples(case):
 @pytest.mark.parametrize("name", ["centers", "log_weights", "precision_cholesky", "scale"])
 @pytest.mark.parametrize("component", [None, 0, 1])
 def test_samples_of_what_is_no_mixture_are_refused(name, component):
-    """As densities are, whatever component is drawn."""
+    """Check that a mixture that is no density has no samples, whatever component is drawn."""
     parts = random_components(c=3)._values()
     names = ("centers", "log_weights", "precision_cholesky", "scale")
     tensors = {n: x.clone() for n, x in zip(names, parts, strict=True)}

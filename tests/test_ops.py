@@ -391,7 +391,7 @@ def test_inputs_lie_anywhere_in_memory(backend, layout, transpose):
 
 
 def test_upstream_gradients_and_parts_of_conjugates(backend):
-    """What reaches a backward pass, and a single number, may have the other sign in memory."""
+    """Compare gradients where upstream ones have the other sign in memory."""
     mixture = on(backend, random_mixture(7, 3, 2))
     g = torch.linspace(-1, 2, 7, dtype=torch.float64, device=backend)
     found = []
@@ -638,7 +638,7 @@ def test_errors_name_the_bad_value(backend, argument, row, bad, message, where):
 @checked
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_z_too_far_off_is_an_error(backend, differentiated):
-    """Of a log-density of -inf there are no responsibilities but NaN."""
+    """Check that points of density 0 raise, instead of NaN for responsibilities."""
     z, *components = random_mixture(3, 4, 2, dtype=torch.float32)
     z[1] = 1e30
     z.requires_grad_(differentiated)

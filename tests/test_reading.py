@@ -130,7 +130,7 @@ def test_folders_of_10x_that_cannot_be_read(tmp_path):
 
 
 def write_10x(path, types=TYPES, names=NAMES, genomes=None):
-    """Of Cell Ranger 3; of 2 for `genomes`."""
+    """Write a .h5 file as Cell Ranger 3 does, or as 2 does where there are `genomes`."""
     with h5py.File(path, "w") as file:
         for name in genomes or ["matrix"]:
             group, counts = file.create_group(name), csr_matrix(COUNTS)

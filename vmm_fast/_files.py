@@ -219,7 +219,7 @@ def _digest(state: Any) -> str:
 
 
 class _LineFeeds:
-    """What a csv.writer writes rows to, which then end in a line feed.
+    """File for a csv.writer, in which rows end in a line feed.
 
     The writer itself ends them in CR LF: only then does every version of Python quote a text with a
     carriage return, which most readers would take for the end of a row.

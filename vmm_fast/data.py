@@ -609,7 +609,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_rounded(cell: str, number: float) -> bool:
-    """Whether a whole number is beyond what float64 holds exactly; 1.5e300 is not meant to be."""
+    """Return whether a text is a whole number beyond what float64 holds exactly."""
     digits = re.fullmatch(r"\s*[+-]?\d+\s*", cell)
     return digits is not None and math.isfinite(number) and abs(number) > EXACT
 
@@ -624,7 +624,7 @@ def _inexact(where: str, value: object) -> str:
 def _look_at_first(
     cells: Sequence[str], start: Sequence[str], delimiter: str
 ) -> tuple[bool, list[str]]:
-    """Whether a first line is a header, and what to tell of a guess, from the first two lines."""
+    """Return whether a first line is a header, and a note where that is a guess."""
     words = [cell.strip() for cell in cells if cell.strip() and not _is_number(cell)]
     if words and not any(map(_is_number, cells)):
         return True, []
