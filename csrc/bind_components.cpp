@@ -1,5 +1,6 @@
-// Python bindings of csrc/components.h. Arguments are addresses and sizes: vmm_fast/ops.py checks
-// shapes, dtypes and devices before it takes an address.
+// Python bindings of csrc/components.h, in the order of vmm_fast/operations.py: addresses of the
+// tensors (0 is an argument that is None; after that of a scale whether it is of the full form), the
+// sizes C, D and J, flags, threads, addresses of the results (0 is a gradient that is not wanted).
 #include "bind.h"
 #include "components.h"
 
@@ -13,36 +14,34 @@ using vmm::pointer;
 
 template <class T>
 vmm::Components<T> components(Address log_weights, Address precision_cholesky, Address scale,
-                              bool diagonal, bool expected, int64_t C, int64_t J, int64_t D) {
+                              bool full, bool expected, int64_t C, int64_t J, int64_t D) {
   return {pointer<const T>(log_weights),
           pointer<const T>(precision_cholesky),
           pointer<const T>(scale),
-          diagonal,
+          !full,
           expected,
           C,
           J,
           D};
 }
 
-// One function a dtype, told apart by its suffix. An address of 0 is an argument that is None. The
-// order of arguments is that of ops.py: log_weights, precision_cholesky, scale, diagonal, expected,
-// C, J, D, threads; then what belongs to the operation; then outputs.
+// One function a dtype, told apart by its suffix.
 template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("whitened_components" + suffix).c_str(),
-        [](Address w, Address L, Address s, bool diagonal, bool expected, int64_t C, int64_t J,
-           int64_t D, int threads, Address whitening, Address offsets) {
-          return vmm::whitened_components<T>(components<T>(w, L, s, diagonal, expected, C, J, D),
+        [](Address w, Address L, Address s, bool full, int64_t C, int64_t D, int64_t J,
+           bool expected, int threads, Address whitening, Address offsets) {
+          return vmm::whitened_components<T>(components<T>(w, L, s, full, expected, C, J, D),
                                              threads, pointer<T>(whitening), pointer<T>(offsets));
         },
         nogil);
   m.def(("whitened_components_backward" + suffix).c_str(),
-        [](Address w, Address L, Address s, bool diagonal, bool expected, int64_t C, int64_t J,
-           int64_t D, int threads, Address whitening, Address grad_whitening, Address grad_offsets,
+        [](Address grad_whitening, Address grad_offsets, Address w, Address L, Address s, bool full,
+           Address whitening, int64_t C, int64_t D, int64_t J, bool expected, int threads,
            Address grad_log_weights, Address grad_precision_cholesky, Address grad_scale) {
           vmm::whitened_components_backward<T>(
-              components<T>(w, L, s, diagonal, expected, C, J, D), threads,
+              components<T>(w, L, s, full, expected, C, J, D), threads,
               pointer<const T>(whitening), pointer<const T>(grad_whitening),
               pointer<const T>(grad_offsets),
               {pointer<T>(grad_log_weights), pointer<T>(grad_precision_cholesky),

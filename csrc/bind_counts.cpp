@@ -1,5 +1,6 @@
-// Python bindings of csrc/counts.h. Arguments are addresses and sizes: vmm_fast/counts.py checks
-// shapes, dtypes and devices before it takes an address.
+// Python bindings of csrc/counts.h, in the order of vmm_fast/operations.py: addresses of the tensors
+// (0 is what a model lacks; after that of the inverse dispersion whether it is of genes in cells),
+// the sizes B and G, threads, addresses of the results (0 is a gradient that is not wanted).
 #include "bind.h"
 #include "counts.h"
 
@@ -27,22 +28,21 @@ vmm::CountModel<T> model(int64_t cells, int64_t genes, Address counts, Address r
           pointer<const T>(library_size)};
 }
 
-// One function a dtype, told apart by its suffix; what a model lacks has the address 0. After the
-// model come threads, what belongs to the operation, and outputs.
+// One function a dtype, told apart by its suffix.
 template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("count_log_prob" + suffix).c_str(),
-        [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
-           bool per_cell, Address l, Address n, int threads, Address log_prob) {
+        [](Address x, Address starts, Address genes, Address mean, Address r, bool per_cell,
+           Address l, Address n, int64_t B, int64_t G, int threads, Address log_prob) {
           vmm::count_log_prob<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l, n), threads,
                                  pointer<T>(log_prob));
         },
         nogil);
   m.def(("count_log_prob_backward" + suffix).c_str(),
-        [](int64_t B, int64_t G, Address x, Address starts, Address genes, Address mean, Address r,
-           bool per_cell, Address l, Address n, int threads, Address grad, Address grad_mean,
-           Address grad_r, Address grad_l, Address grad_n) {
+        [](Address grad, Address x, Address starts, Address genes, Address mean, Address r,
+           bool per_cell, Address l, Address n, int64_t B, int64_t G, int threads,
+           Address grad_mean, Address grad_r, Address grad_l, Address grad_n) {
           vmm::count_log_prob_backward<T>(model<T>(B, G, x, starts, genes, mean, r, per_cell, l, n),
                                           pointer<const T>(grad), threads, pointer<T>(grad_mean),
                                           pointer<T>(grad_r), pointer<T>(grad_l),

@@ -1,5 +1,7 @@
-// Python bindings of csrc/mixture.h. Arguments are addresses and sizes: vmm_fast/ops.py checks
-// shapes, dtypes and devices before it takes an address.
+// Python bindings of csrc/mixture.h, in the order of vmm_fast/operations.py: addresses of the
+// tensors (after that of a scale whether it is of the full form), the sizes B, D, J and K, flags,
+// threads, addresses of the results. vmm_fast/torch_ops.py checks shapes, dtypes and devices before
+// an address is taken.
 #include "bind.h"
 #include "instruction_set.h"
 #include "mixture.h"
@@ -28,22 +30,20 @@ vmm::Samples<T> samples(Address z, int64_t B) {
   return {pointer<const T>(z), B};
 }
 
-// One function a dtype, told apart by its suffix. The order of arguments is that of ops.py: z,
-// centers, whitening, offsets, B, J, D, transpose, threads; then what belongs to the operation;
-// then outputs.
+// One function a dtype, told apart by its suffix.
 template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  m.def(("log_prob" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+  m.def(("mixture_log_prob" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t D, int64_t J, bool t,
            int threads, Address lse, Address expected, Address softmax) {
           vmm::log_prob<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(lse),
                            pointer<T>(expected), pointer<T>(softmax));
         },
         nogil);
-  m.def(("log_prob_backward" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, Address softmax, Address grad_lse, Address grad_expected, Address grad_z,
+  m.def(("mixture_log_prob_backward" + suffix).c_str(),
+        [](Address grad_lse, Address grad_expected, Address z, Address c, Address w, Address o,
+           Address softmax, int64_t B, int64_t D, int64_t J, bool t, int threads, Address grad_z,
            Address grad_centers, Address grad_whitening, Address grad_offsets) {
           vmm::log_prob_backward<T>(
               mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<const T>(softmax),
@@ -51,17 +51,18 @@ void bind(py::module_& m, const std::string& suffix) {
               pointer<T>(grad_centers), pointer<T>(grad_whitening), pointer<T>(grad_offsets));
         },
         nogil);
-  m.def(("kl" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, Address scale, bool full, Address kl, Address softmax) {
+  m.def(("mixture_kl" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, Address scale, bool full, int64_t B,
+           int64_t D, int64_t J, bool t, int threads, Address kl, Address softmax) {
           vmm::kl<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
                      {pointer<const T>(scale), full}, threads, pointer<T>(kl), pointer<T>(softmax));
         },
         nogil);
-  m.def(("kl_backward" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, Address scale, bool full, Address softmax, Address grad_kl, Address grad_z,
-           Address grad_scale, Address grad_centers, Address grad_whitening, Address grad_offsets) {
+  m.def(("mixture_kl_backward" + suffix).c_str(),
+        [](Address grad_kl, Address z, Address c, Address w, Address o, Address scale, bool full,
+           Address softmax, int64_t B, int64_t D, int64_t J, bool t, int threads, Address grad_z,
+           Address grad_centers, Address grad_whitening, Address grad_offsets,
+           Address grad_scale) {
           vmm::kl_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
                               {pointer<const T>(scale), full}, threads, pointer<const T>(softmax),
                               pointer<const T>(grad_kl), pointer<T>(grad_z), pointer<T>(grad_scale),
@@ -69,31 +70,31 @@ void bind(py::module_& m, const std::string& suffix) {
                               pointer<T>(grad_offsets));
         },
         nogil);
-  m.def(("statistics" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
+  m.def(("mixture_statistics" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t D, int64_t J, bool t,
            int threads, Address N, Address s, Address M) {
           vmm::statistics<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), threads, pointer<T>(N),
                              pointer<T>(s), pointer<T>(M));
         },
         nogil);
-  m.def(("log_joint" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, int64_t group, Address out) {
-          vmm::log_joint<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+  m.def(("mixture_log_joint" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t D, int64_t J, int64_t K,
+           bool t, int threads, Address out) {
+          vmm::log_joint<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), K, threads,
                             pointer<T>(out));
         },
         nogil);
-  m.def(("responsibilities" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, int64_t group, Address out) {
-          vmm::responsibilities<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+  m.def(("mixture_responsibilities" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t D, int64_t J, int64_t K,
+           bool t, int threads, Address out) {
+          vmm::responsibilities<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), K, threads,
                                    pointer<T>(out));
         },
         nogil);
-  m.def(("assign" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, int64_t B, int64_t J, int64_t D, bool t,
-           int threads, int64_t group, Address label, Address probability, Address entropy) {
-          vmm::assign<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), group, threads,
+  m.def(("mixture_assign" + suffix).c_str(),
+        [](Address z, Address c, Address w, Address o, int64_t B, int64_t D, int64_t J, int64_t K,
+           bool t, int threads, Address label, Address probability, Address entropy) {
+          vmm::assign<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B), K, threads,
                          pointer<int64_t>(label), pointer<T>(probability), pointer<T>(entropy));
         },
         nogil);

@@ -101,6 +101,17 @@ def random_gaussians(components, centers, dim, form, dtype=torch.float64, seed=0
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
+def random_counts(cells, genes, seed=0, dtype=torch.float64, per_cell=False, depth=1.0):
+    """Counts, most of them 0, and mean, inverse dispersion and dropout logits."""
+    random = np.random.default_rng(seed)
+    mean = random.lognormal(-1, 2, (cells, genes)) * depth
+    theta = random.lognormal(0, 1.5, (cells, genes) if per_cell else genes)
+    x = random.poisson(random.gamma(theta, mean / theta, (cells, genes)))
+    x[random.random((cells, genes)) < 0.3] = 0
+    logits = random.normal(size=(cells, genes)) * 3
+    return tuple(torch.tensor(a, dtype=dtype) for a in (x, mean, theta, logits))
+
+
 FORMS = ["precision", "precision+full", "precision+diagonal", "full", "diagonal"]
 
 

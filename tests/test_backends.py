@@ -10,6 +10,7 @@ from support import composed_kl, kl_with_gradients, random_mixture, random_scale
 
 from vmm_fast import backends, ops, reference
 from vmm_fast.backends import core, plain
+from vmm_fast.operations import MIXTURE_LOG_PROB
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -20,10 +21,16 @@ from vmm_fast.backends import gpu  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-class OnGPU:
-    """A stand-in for a CUDA tensor, with what the choice of a backend looks at."""
+class OnGPU(torch.Tensor):
+    """A tensor in the CPU's memory that says it is a GPU's, which decides the backend."""
 
-    is_cpu, is_cuda, device, dtype = False, True, "cuda:0", torch.float64
+    is_cpu, is_cuda = False, True
+
+
+def on_gpu(dim=3):
+    """Arguments of ``mixture_log_prob``, of which the first says where all are."""
+    z, *others = random_mixture(5, 4, dim)
+    return (z.as_subclass(OnGPU), *others, False)
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +42,14 @@ def unforced(monkeypatch):
 @pytest.fixture
 def three(monkeypatch):
     """Backends that give their own names."""
-    for module in (core, gpu, plain):
+    for module in (core, plain):
         name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, "log_prob", lambda *_, name=name: name)
+        monkeypatch.setattr(module, "call", lambda *_, name=name: name)
+    monkeypatch.setattr(gpu, "mixture_log_prob", lambda *_: "gpu")
 
 
 @pytest.mark.parametrize(
-    ("forced", "on_cpu", "on_gpu"),
+    ("forced", "for_cpu", "for_gpu"),
     [
         ("", "core", "gpu"),
         ("core", "core", None),
@@ -49,27 +57,33 @@ def three(monkeypatch):
         ("reference", "plain", "plain"),
     ],
 )
-def test_the_device_or_who_forces_decides(monkeypatch, three, forced, on_cpu, on_gpu):
+def test_the_device_or_who_forces_decides(monkeypatch, three, forced, for_cpu, for_gpu):
     monkeypatch.setattr(backends, "FORCED", forced)
     monkeypatch.setattr(gpu, "INTERPRETED", True)
-    x = torch.zeros(1, dtype=torch.float64)
-    assert backends.call("log_prob", x, 10) == on_cpu
-    assert backends.core_serves(x) == (on_cpu == "core")
-    assert backends.kernels_serve(x) == (on_cpu == "gpu")
-    assert not backends.core_serves(OnGPU())
-    if on_gpu is not None:
-        assert backends.call("log_prob", OnGPU(), 10) == on_gpu
-        assert backends.kernels_serve(OnGPU()) == (on_gpu == "gpu")
+
+    def served(inputs):
+        found = backends.call(MIXTURE_LOG_PROB, inputs)
+        return found if isinstance(found, str) else found[0]
+
+    of_cpu, of_gpu = (*random_mixture(5, 4, 3), False), on_gpu()
+    assert served(of_cpu) == for_cpu
+    assert backends.core_serves(of_cpu[0]) == (for_cpu == "core")
+    assert backends.kernels_serve(of_cpu[0]) == (for_cpu == "gpu")
+    assert not backends.core_serves(of_gpu[0])
+    if for_gpu is not None:
+        assert served(of_gpu) == for_gpu
+        assert backends.kernels_serve(of_gpu[0]) == (for_gpu == "gpu")
 
 
 def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.setattr(backends, "FORCED", "core")
-    for name in ("log_prob", "map_gradients"):
-        with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
-            backends.in_kernels(name, OnGPU(), 3, (), lambda: None)
+    with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
+        backends.call(MIXTURE_LOG_PROB, on_gpu())
+    with pytest.raises(ValueError, match="VMM_FAST_BACKEND=core serves CPU tensors"):
+        backends.in_kernels("map_gradients", on_gpu()[0], 3, ())
     monkeypatch.setattr(backends, "FORCED", "triton")
     monkeypatch.setattr(gpu, "INTERPRETED", True)
-    with pytest.raises(ValueError, match="serves up to 128 dimensions in log_prob, not 129"):
+    with pytest.raises(ValueError, match="up to 128 dimensions in mixture_log_prob, not 129"):
         ops.mixture_log_prob(*random_mixture(2, 2, 129))
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 as well"):
@@ -90,10 +104,10 @@ def test_an_unknown_backend_is_an_error(monkeypatch):
 
 def assert_warns_once(recwarn, message, dim=3):
     """Plain torch computes, and says so at the first of two calls."""
-    mixture = random_mixture(5, 4, dim)
+    true, _ = reference.mixture_log_prob(*random_mixture(5, 4, dim))
     for _ in range(2):
-        lse, _, _ = backends.call("log_prob", OnGPU(), dim, *mixture, False)
-        torch.testing.assert_close(lse, reference.mixture_log_prob(*mixture)[0])
+        (lse, *_), _ = backends.call(MIXTURE_LOG_PROB, on_gpu(dim))
+        torch.testing.assert_close(lse.as_subclass(torch.Tensor), true)
     (warning,) = recwarn
     assert message in str(warning.message) and "plain torch takes over" in str(warning.message)
 
@@ -130,7 +144,7 @@ def fail_with(monkeypatch, error):
         calls.append(arguments)
         raise error
 
-    monkeypatch.setattr(gpu, "log_prob", fail)
+    monkeypatch.setattr(gpu, "mixture_log_prob", fail)
     return calls
 
 
@@ -140,7 +154,7 @@ def test_a_failing_compiler_is_asked_once_for_each_dimension(monkeypatch, recwar
     assert_warns_once(recwarn, "Error: Failed to find C compiler")
     assert len(calls) == 1
     with pytest.warns(UserWarning, match="does not compile"):
-        backends.call("log_prob", OnGPU(), 4, *random_mixture(5, 4, 4), False)
+        backends.call(MIXTURE_LOG_PROB, on_gpu(4))
     assert len(calls) == 2
 
 
@@ -156,7 +170,7 @@ def test_a_failing_compiler_is_asked_once_for_each_dimension(monkeypatch, recwar
 def test_an_error_of_the_device_is_no_fault_of_the_kernel(monkeypatch, recwarn, error):
     fail_with(monkeypatch, error)
     with pytest.raises(type(error)) as raised:
-        backends.call("log_prob", OnGPU(), 3, *random_mixture(5, 4, 3), False)
+        backends.call(MIXTURE_LOG_PROB, on_gpu())
     assert raised.value is error and not backends._failed and not recwarn.list
 
 

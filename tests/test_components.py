@@ -203,9 +203,7 @@ def test_badly_conditioned_float32_becomes_float64(backend):
 @on_backends(*EVERY)
 def test_halves_are_computed_in_float32_and_several_dtypes_in_the_widest(backend):
     inputs = on(backend, random_gaussians(3, 3, 4, "precision+full"))
-    builds = [ops.whitened_components]
-    if not backends.core_serves(inputs[0]):  # which does not have the other
-        builds.append(ops.stored_components)
+    builds = [ops.whitened_components, ops.stored_components]
     for dtype, build in itertools.product((torch.bfloat16, torch.float16), builds):
         halves = on(backend, inputs, dtype)
         found, single = build(*halves, 3), build(*(x.float() for x in halves), 3)
@@ -350,22 +348,6 @@ def test_same_bits_at_any_thread_count(form, expected):
 # --- torch's own checks ---
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype"), [("precision+full", torch.float64), ("diagonal", torch.float32)]
-)
-def test_opcheck(form, dtype):
-    op = torch.ops.vmm_fast
-    inputs = random_gaussians(2, 4, 3, form, dtype)
-    with_grad = tuple(x if x is None else x.clone().requires_grad_() for x in inputs)
-    torch.library.opcheck(op.whitened_components, (*with_grad, 4, True))
-    whitening, offsets = op.whitened_components(*inputs, 4, False)
-    wanted = [x is not None for x in inputs]
-    torch.library.opcheck(
-        op.whitened_components_backward,
-        (whitening, offsets, *inputs, whitening, False, wanted),
-    )
-
-
 @on_backends(*EVERY)
 def test_compiles_without_graph_breaks(backend):
     inputs = on(backend, random_gaussians(2, 4, 3, "precision+diagonal"))
@@ -380,13 +362,6 @@ def test_compiles_without_graph_breaks(backend):
     torch.testing.assert_close(
         torch.autograd.grad(compiled(*inputs), given), torch.autograd.grad(step(*inputs), given)
     )
-
-
-def test_second_derivative_is_refused():
-    inputs = [x.requires_grad_() for x in random_gaussians(2, 2, 3, "precision+full")]
-    whitening, _ = ops.whitened_components(*inputs, 2)
-    with pytest.raises(RuntimeError, match=r"whitened_components has no second derivative"):
-        torch.autograd.grad(whitening.sum(), inputs[2], create_graph=True)
 
 
 # --- errors ---
@@ -436,34 +411,20 @@ def test_kernels_give_nan_where_there_is_no_covariance(backend, dim, expected, v
     assert offsets.isnan().tolist() == [False, True]
 
 
-NO_PRECISION = {"precision_cholesky": None}
-
-
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"log_weights": [0.0, 0.0]}, TypeError, "log_weights must be a torch.Tensor, but is list"),
-        ({"log_weights": torch.zeros(2, 1)}, ValueError, r"log_weights must have shape \[C\]"),
-        (
-            {"log_weights": torch.zeros(2, dtype=torch.int64)},
-            TypeError,
-            "log_weights must be float64, float32, float16 or bfloat16, but is torch.int64",
-        ),
-        ({"precision_cholesky": torch.eye(3)}, ValueError, "precision_cholesky must have shape"),
-        (
-            {"precision_cholesky": torch.zeros(2, 3, 3, device="meta")},
-            ValueError,
-            "precision_cholesky must be on log_weights' device cpu, but is on meta",
-        ),
-        ({"scale": torch.ones(2, 3)}, ValueError, r"scale must .* \[J, D\] or .* with J = 4"),
-        ({"scale": torch.ones(4, 3, 2), **NO_PRECISION}, ValueError, "scale must have shape"),
-        ({"scale": torch.ones(4), **NO_PRECISION}, ValueError, "scale must have shape"),
-        ({"num_centers": 3}, ValueError, "num_centers must be a multiple of C = 2, but is 3"),
-        ({"scale": None, **NO_PRECISION}, ValueError, "cholesky and scale must not both be None"),
+        ({"log_weights": torch.zeros(2, 1)}, r"log_weights must have shape \[C\] with C >= 1"),
+        ({"precision_cholesky": torch.eye(3)}, "precision_cholesky must have shape"),
+        ({"scale": torch.ones(2, 3)}, r"scale must .* \[J, D\] or .* with J = 4, D = 3, but"),
+        ({"scale": torch.ones(4, 3, 2), "precision_cholesky": None}, "scale must have shape"),
+        ({"scale": torch.ones(4), "precision_cholesky": None}, "scale must have shape"),
+        ({"num_centers": 3}, "num_centers must be a multiple of C = 2, but is 3"),
+        ({"scale": None, "precision_cholesky": None}, "and scale must not both be None"),
     ],
 )
-def test_errors_name_the_argument(change, error, message):
+def test_errors_name_the_argument(change, message):
     names = ("log_weights", "precision_cholesky", "scale")
     arguments = dict(zip(names, random_gaussians(2, 4, 3, "precision+full"), strict=True))
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         ops.whitened_components(**{**arguments, "num_centers": 4, **change})

@@ -25,74 +25,15 @@ Lopez et al. (2018), Nature Methods 15, 1053; Grun et al. (2014), Nature Methods
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmm_fast import backends
+from vmm_fast.operations import COUNT_LOG_PROB
+from vmm_fast.torch_ops import check, run
 
 __all__ = ["SoftmaxMean", "nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
-
-_library = torch.library.Library("vmm_fast", "FRAGMENT")
-# Sparse counts [B, G] come as values, row_starts [B + 1] and gene_indices; with a library_size [B]
-# mean holds logits.
-_MODEL = (
-    "Tensor counts, Tensor? row_starts, Tensor? gene_indices, Tensor mean, "
-    "Tensor? inverse_dispersion, Tensor? dropout_logits, Tensor? library_size"
-)
-_library.define(f"count_log_prob({_MODEL}) -> Tensor")
-# Returns the gradients that are wanted, of the last four.
-_library.define(f"count_log_prob_backward(Tensor grad, {_MODEL}, bool[4] wanted) -> Tensor[]")
-
-
-def _count_log_prob(counts: Tensor, *rest: Any) -> Tensor:
-    return backends.call("count_log_prob", counts, 1, counts, *rest)
-
-
-def _count_log_prob_backward(grad: Tensor, *model_and_wanted: Any) -> list[Tensor]:
-    found = backends.call("count_log_prob_backward", grad, 1, grad, *model_and_wanted)
-    return [x for x in found if x is not None]
-
-
-_library.impl("count_log_prob", _count_log_prob, "CompositeExplicitAutograd")
-_library.impl("count_log_prob_backward", _count_log_prob_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("vmm_fast::count_log_prob", lib=_library)
-def _(counts, row_starts, gene_indices, mean, *rest):
-    return mean.new_empty(mean.shape[0])
-
-
-@torch.library.register_fake("vmm_fast::count_log_prob_backward", lib=_library)
-def _(grad, counts, row_starts, gene_indices, *parameters_and_wanted):
-    *parameters, wanted = parameters_and_wanted
-    return [x.new_empty(x.shape) for x, want in zip(parameters, wanted, strict=True) if want]
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    wanted = list(ctx.needs_input_grad[3:])
-    found = iter(torch.ops.vmm_fast.count_log_prob_backward(grad, *ctx.saved_tensors, wanted))
-    return None, None, None, *(next(found) if want else None for want in wanted)
-
-
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "count_log_prob has no second derivative in compiled code; use "
-        "vmm_fast.reference.count_log_prob, which has"
-    )
-
-
-torch.library.register_autograd(
-    "vmm_fast::count_log_prob", _backward, setup_context=_save, lib=_library
-)
-torch.library.register_autograd(
-    "vmm_fast::count_log_prob_backward", _refuse_double_backward, lib=_library
-)
 
 
 class SoftmaxMean(NamedTuple):
@@ -193,45 +134,26 @@ def zinb_log_prob(
 def _log_prob(
     counts: Tensor, mean: Tensor | SoftmaxMean, more_parameters: dict[str, Tensor]
 ) -> Tensor:
-    if isinstance(mean, SoftmaxMean):
-        means = {"mean.logits": mean.logits, "mean.library_size": mean.library_size}
-    else:
-        means = {"mean": mean}
-    parameters = means | more_parameters
-    for name, value in {"counts": counts, **parameters}.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
-    for name, value in parameters.items():
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, but has {value.dtype}")
-        if value.device != counts.device:
-            raise ValueError(
-                f"{name} must be on counts' device {counts.device}, but is on {value.device}"
-            )
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a torch.Tensor, but is {type(counts).__name__}")
     if counts.ndim != 2:
         raise ValueError(f"counts must have shape [B, G], but has {list(counts.shape)}")
-    fitting: dict[str, tuple[str, tuple[torch.Size, ...]]] = {
-        "inverse_dispersion": ("[G] or [B, G]", (counts.shape[1:], counts.shape)),
-        "mean.library_size": ("[B]", (counts.shape[:1],)),
-    }
-    for name, value in parameters.items():
-        shapes, fit = fitting.get(name, ("[B, G]", (counts.shape,)))
-        if value.shape not in fit:
-            raise ValueError(
-                f"{name} must have shape {shapes} with [B, G] = {list(counts.shape)} as of "
-                f"counts, but has {list(value.shape)}"
-            )
-    double = any(value.dtype == torch.float64 for value in parameters.values())
-    dtype = torch.float64 if double else torch.float32
-    cast = {name: value.to(dtype) for name, value in parameters.items()}
-    (first, *_), rest = means, ("inverse_dispersion", "dropout_logits", "mean.library_size")
-    return torch.ops.vmm_fast.count_log_prob(
-        *_stored(counts, dtype), cast[first], *map(cast.get, rest)
-    )
+    names, library_size = {}, None
+    if isinstance(mean, SoftmaxMean):
+        names = {"mean": "mean.logits", "library_size": "mean.library_size"}
+        mean, library_size = mean
+    more = (more_parameters.get(name) for name in ("inverse_dispersion", "dropout_logits"))
+    parameters = (mean, *more, library_size)
+    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in parameters)
+    cells, genes = counts.shape
+    stored = _stored(counts, torch.float64 if double else torch.float32)
+    given = (*stored, *parameters)
+    inputs = check(COUNT_LOG_PROB, given, names, B=cells, G=genes)
+    return run(COUNT_LOG_PROB, inputs)[0]
 
 
 def _stored(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values, and row_starts and gene_indices of sparse ones."""
+    """Return values, and row starts and gene indices of sparse ones."""
     if counts.layout == torch.strided:
         return counts.to(dtype), None, None
     if counts.layout != torch.sparse_csr:

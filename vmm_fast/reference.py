@@ -18,12 +18,15 @@ from torch.nn.functional import softplus
 
 __all__ = [
     "count_log_prob",
+    "kl_from_lse",
     "mixture_assign",
+    "mixture_kl",
     "mixture_log_joint",
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_statistics",
     "precision_cholesky",
+    "stored_components",
     "whitened_components",
 ]
 
@@ -46,6 +49,26 @@ def mixture_log_prob(
     # A pruned component (l = -inf) has q = 0 and contributes 0 to the expectation, not 0 * inf.
     finite = log_joint.masked_fill(log_joint == -torch.inf, 0)
     return log_joint.logsumexp(-1), (log_joint.softmax(-1) * finite).sum(-1)
+
+
+def kl_from_lse(lse: Tensor, scale: Tensor) -> Tensor:
+    """-H(q_i) - lse_i [B] of Gaussians q_i with a scale s_i, [B, D] or [B, D, D]."""
+    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
+    constant = 0.5 * diagonal.shape[-1] * math.log(2 * math.pi * math.e)
+    return -diagonal.log().sum(-1) - constant - lse
+
+
+def mixture_kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool = False,
+) -> Tensor:
+    """Estimate of KL(q_i || p) [B] from a sample z_i of each q_i: -H(q_i) - lse_i."""
+    lse, _ = mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return kl_from_lse(lse, scale)
 
 
 def mixture_statistics(
@@ -153,6 +176,17 @@ def precision_cholesky(raw_precision: Tensor) -> Tensor:
     """L [C, D, D] from its unconstrained form, tril(raw, -1) + diag softplus(diag raw)."""
     diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
     return raw_precision.tril(-1) + torch.diag_embed(diagonal)
+
+
+def stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Marginal A [J, D, D] and offsets [J], log pi [C] and L [C, D, D] from what a prior stores.
+
+    log pi = log softmax(logits) and L of :func:`precision_cholesky`.
+    """
+    log_weights, L = logits.log_softmax(-1), precision_cholesky(raw_precision)
+    return *whitened_components(log_weights, L, scale, num_centers), log_weights, L
 
 
 LEAST = 1e-15  # mean and inverse dispersion

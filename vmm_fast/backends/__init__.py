@@ -1,10 +1,8 @@
 """Which code computes an operation: the compiled core, Triton's kernels, or plain torch.
 
-Each of the modules :mod:`~vmm_fast.backends.core` (CPU, float32 and float64),
-:mod:`~vmm_fast.backends.gpu` and :mod:`~vmm_fast.backends.plain` (any device) has the same
-functions: log_prob, log_prob_backward, kl, kl_backward, statistics, log_joint, responsibilities,
-assign, whitened_components, whitened_components_backward, stored_components, count_log_prob and
-count_log_prob_backward. The device decides.
+:mod:`~vmm_fast.backends.core` serves CPU tensors of float32 and float64,
+:mod:`~vmm_fast.backends.gpu` those of GPUs, and :mod:`~vmm_fast.backends.plain` those of any
+device; each computes the operations of :mod:`vmm_fast.operations`. The device decides.
 On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
 not compile, or a dimension is beyond it, that operation does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
@@ -17,7 +15,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,8 +23,16 @@ import torch
 from torch import Tensor
 
 from vmm_fast.backends import core, plain
+from vmm_fast.operations import Operation
 
-__all__ = ["call", "core_serves", "in_kernels", "in_memory", "kernels_serve"]
+__all__ = [
+    "call",
+    "compiled_code_serves",
+    "core_serves",
+    "in_kernels",
+    "in_memory",
+    "kernels_serve",
+]
 
 FORCED = os.environ.get("VMM_FAST_BACKEND", "")
 if FORCED not in ("", "core", "triton", "reference"):
@@ -42,7 +48,14 @@ def core_serves(x: Tensor) -> bool:
 
 def kernels_serve(x: Tensor) -> bool:
     """Whether the kernels are asked for what is on x's device, and plain torch after them."""
-    return FORCED == "triton" or (not FORCED and x.is_cuda)
+    return FORCED == "triton" or (not FORCED and x.is_cuda and "everything" not in _failed)
+
+
+def compiled_code_serves(x: Tensor) -> bool:
+    """Whether the compiled core or the kernels are asked for what is on x's device."""
+    if FORCED == "core" and not x.is_cpu:
+        raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
+    return core_serves(x) or kernels_serve(x)
 
 
 def in_memory(x: Tensor) -> Tensor:
@@ -54,23 +67,44 @@ def in_memory(x: Tensor) -> Tensor:
     return x.resolve_neg() if x.is_neg() else x
 
 
-def call(name: str, x: Tensor, dim: int, *arguments: Any) -> Any:
-    """Compute an operation of dimension ``dim`` with the backend that serves x's device."""
-    if any(isinstance(a, Tensor) and a.is_neg() for a in arguments):
-        arguments = tuple(in_memory(a) if isinstance(a, Tensor) else a for a in arguments)
-    if x.is_cpu and FORCED in ("", "core"):
-        return getattr(core, name)(*arguments)
-    return in_kernels(name, x, dim, arguments, lambda: getattr(plain, name)(*arguments))
+def call(
+    operation: Operation, inputs: Sequence[Any]
+) -> tuple[Sequence[Tensor | None], float | None]:
+    """Compute an operation with the backend that serves its tensors' device.
+
+    Parameters
+    ----------
+    operation : Operation
+    inputs : sequence
+        Tensors and constants; in a backward, then whether each gradient is wanted.
+
+    Returns
+    -------
+    results : sequence of Tensor or None
+        Results and extras; None for a gradient that is not wanted.
+    number : float or None
+        What the core gives beside them.
+    """
+    x = inputs[operation.lead]
+    if core_serves(x):
+        dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
+        compute = core if core.computes(operation) else plain
+        return compute.call(operation, dense)
+    if kernels_serve(x):
+        dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
+        dim = dict(zip(operation.letters, operation.sizes(inputs), strict=True)).get("D", 1)
+        found = in_kernels(operation.name, x, dim, dense)
+        if found is not None:
+            return found, None
+    return plain.call(operation, inputs)
 
 
-def in_kernels(
-    name: str, x: Tensor, dim: int, arguments: Sequence[Any], otherwise: Callable[[], Any]
-) -> Any:
-    """Compute an operation in the kernels if they serve x's device, else ``otherwise``."""
+def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
+    """Compute an operation of dimension ``dim`` in the kernels; None where plain torch has to."""
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
     if not kernels_serve(x):
-        return otherwise()
+        return None
     if FORCED:
         gpu = _gpu()
         if x.is_cpu and not gpu.INTERPRETED:
@@ -85,13 +119,14 @@ def in_kernels(
             )
         return getattr(gpu, name)(*arguments)
     served: Any = (name, dim, x.dtype)
-    if _failed.intersection((served, "everything")):
-        return otherwise()
+    if served in _failed:
+        return None
     try:
         gpu = _gpu()
     except Exception as error:  # whatever a broken installation raises
         _failed.add("everything")
-        return _in_plain_torch(name, str(error), otherwise)
+        _warn(name, str(error))
+        return None
     try:
         if dim > gpu.largest_dim(name):
             reason = f"the kernels serve up to {gpu.largest_dim(name)} dimensions, not {dim}"
@@ -103,14 +138,14 @@ def in_kernels(
             raise
         reason = f"a kernel does not compile ({type(error).__name__}: {error})"
     _failed.add(served)
-    return _in_plain_torch(name, reason, otherwise)
+    _warn(name, reason)
+    return None
 
 
-def _in_plain_torch(name: str, reason: str, otherwise: Callable[[], Any]) -> Any:
+def _warn(name: str, reason: str) -> None:
     warnings.warn(
         f"{name}: {reason}; plain torch takes over, slower and with more memory", stacklevel=4
     )
-    return otherwise()
 
 
 # What the kernels do not serve, as was found out: (operation, dimension, dtype), or "everything".

@@ -1,17 +1,16 @@
 """The operations in the Triton kernels of :mod:`vmm_fast.kernels`, for GPUs of NVIDIA and AMD.
 
-Nothing here waits for the device, so that values are not checked: a NaN gives NaN, as does a
-component whose covariance is not positive definite.
+Functions take dense tensors and constants in the order of :mod:`vmm_fast.operations`, and give
+results and extras. Nothing here waits for the device, so that values are not checked: a NaN gives
+NaN, as does a component whose covariance is not positive definite.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
 
 import torch
 import triton
-from torch import Tensor
 
 from vmm_fast.backends import plain
 from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, launch, sums
@@ -30,167 +29,101 @@ def largest_dim(name: str) -> int:
     return components.LARGEST_TILE if name == "online_step" else launch.LARGEST_DIM
 
 
-def log_prob(
-    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return log_prob_kernels.log_prob(*_dense(z, centers, whitening, offsets), transpose)
+def mixture_log_prob(*mixture_and_transpose):
+    return log_prob_kernels.log_prob(*mixture_and_transpose)
 
 
-def log_prob_backward(
-    grad_lse: Tensor | None,
-    grad_expected: Tensor | None,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, ...]:
+def mixture_log_prob_backward(
+    grad_lse, grad_expected, z, centers, whitening, offsets, softmax, transpose, wanted
+):
     if grad_lse is None:
         grad_lse = torch.zeros_like(z[:, 0])
-    upstream = _dense(grad_lse, grad_expected)
-    mixture = _dense(z, centers, whitening, offsets)
-    return sums.backward(*mixture, softmax, *upstream, transpose)[:4]
+    mixture = (z, centers, whitening, offsets)
+    return sums.backward(*mixture, softmax, grad_lse, grad_expected, transpose)[:4]
 
 
-def kl(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, Tensor]:
-    *mixture, scale = _dense(z, centers, whitening, offsets, scale)
-    value, _, softmax = log_prob_kernels.log_prob(*mixture, transpose, scale)
+def mixture_kl(z, centers, whitening, offsets, scale, transpose):
+    value, _, softmax = log_prob_kernels.log_prob(z, centers, whitening, offsets, transpose, scale)
     return value, softmax
 
 
-def kl_backward(
-    grad_kl: Tensor,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> tuple[Tensor | None, ...]:
-    *mixture, scale, grad_kl = _dense(z, centers, whitening, offsets, scale, grad_kl)
+def mixture_kl_backward(grad_kl, z, centers, whitening, offsets, scale, softmax, transpose, wanted):
+    mixture = (z, centers, whitening, offsets)
     return sums.backward(*mixture, softmax, grad_kl, None, transpose, scale)
 
 
-def statistics(
-    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, ...]:
-    mixture = _dense(z, centers, whitening, offsets)
+def mixture_statistics(*mixture_and_transpose):
+    *mixture, transpose = mixture_and_transpose
     *_, softmax = log_prob_kernels.log_prob(*mixture, transpose)
     return sums.statistics(*mixture, softmax, transpose)
 
 
-def log_joint(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    transpose: bool,
-    per_component: int,
-) -> Tensor:
-    mixture = _dense(z, centers, whitening, offsets)
-    return groups.matrix(*mixture, transpose, per_component, None)
+def mixture_log_joint(*mixture_and_constants):
+    return (groups.matrix(*mixture_and_constants, None),)
 
 
-def responsibilities(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    transpose: bool,
-    per_component: int,
-) -> Tensor:
-    mixture = _dense(z, centers, whitening, offsets)
-    *_, softmax = log_prob_kernels.log_prob(*mixture, transpose)
-    return groups.matrix(*mixture, transpose, per_component, softmax)
+def mixture_responsibilities(*mixture_and_constants):
+    *_, softmax = log_prob_kernels.log_prob(*mixture_and_constants[:-1])
+    return (groups.matrix(*mixture_and_constants, softmax),)
 
 
-def assign(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    transpose: bool,
-    per_component: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mixture = _dense(z, centers, whitening, offsets)
-    return groups.assign(*mixture, transpose, per_component)
+mixture_assign = groups.assign
+whitened_components = components.whitened_components
+stored_components = components.stored_components
 
 
-def whitened_components(
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    num_centers: int,
-    expected: bool,
-) -> tuple[Tensor, Tensor, None]:
-    inputs = _dense(log_weights, precision_cholesky, scale)
-    return *components.whitened_components(*inputs, num_centers, expected), None
+def whitened_components_backward(*arguments):
+    *tensors, _, expected, wanted = arguments
+    return components.whitened_components_backward(*tensors, expected, wanted)
 
 
-def stored_components(
-    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
-) -> tuple[Tensor, ...]:
-    return components.stored_components(*_dense(logits, raw_precision, scale), num_centers)
-
-
-def whitened_components_backward(
-    grad_whitening: Tensor,
-    grad_offsets: Tensor,
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    whitening: Tensor,
-    expected: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    upstream = _dense(grad_whitening, grad_offsets)
-    inputs = _dense(log_weights, precision_cholesky, scale, whitening)
-    return components.whitened_components_backward(*upstream, *inputs, expected, wanted)
+def stored_components_backward(
+    grad_whitening,
+    grad_offsets,
+    logits,
+    raw_precision,
+    scale,
+    whitening,
+    log_weights,
+    precision_cholesky,
+    num_centers,
+    wanted,
+):
+    built = (log_weights, precision_cholesky, scale, whitening)
+    return components.whitened_components_backward(
+        grad_whitening, grad_offsets, *built, False, (False, False, *wanted)
+    )[2:]
 
 
 def count_log_prob(
-    counts: Tensor,
-    row_starts: Tensor | None,
-    gene_indices: Tensor | None,
-    mean: Tensor,
-    inverse_dispersion: Tensor | None,
-    dropout_logits: Tensor | None,
-    library_size: Tensor | None,
-) -> Tensor:
+    counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits, library_size
+):
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
     if library_size is not None:
         mean = library_size[:, None] * mean.softmax(-1)
-    return count_kernels.log_prob(*_dense(dense, mean, inverse_dispersion, dropout_logits))
+    return (count_kernels.log_prob(dense, mean, inverse_dispersion, dropout_logits),)
 
 
 def count_log_prob_backward(
-    grad: Tensor,
-    counts: Tensor,
-    row_starts: Tensor | None,
-    gene_indices: Tensor | None,
-    mean: Tensor,
-    inverse_dispersion: Tensor | None,
-    dropout_logits: Tensor | None,
-    library_size: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
+    grad,
+    counts,
+    row_starts,
+    gene_indices,
+    mean,
+    inverse_dispersion,
+    dropout_logits,
+    library_size,
+    wanted,
+):
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
+    more = (inverse_dispersion, dropout_logits)
     if library_size is None:
-        model = _dense(grad, dense, mean, inverse_dispersion, dropout_logits)
-        return [*count_kernels.backward(*model, wanted[:3]), None]
+        return [*count_kernels.backward(grad, dense, mean, *more, wanted[:3]), None]
     shares = mean.softmax(-1)
     mean = library_size[:, None] * shares
-    model = _dense(grad, dense, mean, inverse_dispersion, dropout_logits)
-    of_mean, *rest = count_kernels.backward(*model, [wanted[0] or wanted[3], *wanted[1:3]])
+    of_mean, *rest = count_kernels.backward(
+        grad, dense, mean, *more, [wanted[0] or wanted[3], *wanted[1:3]]
+    )
     if of_mean is None:
         return [None, *rest, None]
     of_library_size = (shares * of_mean).sum(-1)
@@ -200,7 +133,3 @@ def count_log_prob_backward(
 
 map_gradients = empirical_bayes.map_gradients
 online_step = closed_form.online_step
-
-
-def _dense(*tensors):
-    return tuple(x if x is None else x.contiguous() for x in tensors)

@@ -1,12 +1,10 @@
 """The operations in plain torch, for any device: :mod:`vmm_fast.reference`, with values checked.
 
-Of size [B, J], and each check waits for the device.
+Of size [B, J], and each check waits for the device. Differentiable any number of times.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +12,12 @@ import torch
 from torch import Tensor
 
 from vmm_fast import reference
+from vmm_fast.operations import Operation
+
+__all__ = ["call", "check_near", "check_values", "dense_counts"]
+
+
+# --- values ---
 
 
 def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor) -> None:
@@ -56,175 +60,80 @@ def check_near(found: Tensor) -> None:
         )
 
 
-def _checked(function: Callable) -> Callable:
-    def checked(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, *rest: Any) -> Any:
-        check_values(z, centers, whitening, offsets)
-        found = function(z, centers, whitening, offsets, *rest)
-        if function is reference.mixture_statistics:
-            if not found[0].isfinite().all():
-                check_near(reference.mixture_log_prob(z, centers, whitening, offsets, *rest)[0])
-        else:
-            check_near(found if isinstance(found, Tensor) else found[1])
-        return found
-
-    return checked
-
-
-def log_prob(
-    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_values(z, centers, whitening, offsets)
-    lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
-    check_near(lse)
-    return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
+def _check_mixture(operation: Operation, inputs: Sequence[Any], found: Sequence[Tensor]) -> None:
+    """Check the results of an operation on a mixture."""
+    if operation.name == "mixture_statistics":
+        if not found[0].isfinite().all():
+            check_near(reference.mixture_log_prob(*inputs)[0])
+    elif operation.name == "mixture_assign":
+        check_near(found[1])
+    elif operation.name == "mixture_kl":
+        check_near(found[1][0])
+        if not found[0].isfinite().all():
+            row = int((~found[0].isfinite()).nonzero()[0, 0])
+            raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
+    else:
+        check_near(found[0])
 
 
-def _gradients(
-    function: Callable,
-    inputs: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    wanted: Sequence[bool] | None = None,
-) -> list[Tensor | None]:
-    """Return the gradients of a function's outputs by its inputs, None for what is not wanted.
+def _check_components(log_weights: Tensor, scale: Tensor | None, whitening: Tensor) -> float:
+    """Return the largest |A_j| / min_r A_jrr, a bound of the condition number from below.
 
-    By :func:`torch.func.vjp`, which also records inside an operation of torch's dispatcher, as
-    which compiled code calls this; :mod:`torch.autograd` records nothing there.
+    Raises
+    ------
+    ValueError
+        If a component has no positive-definite covariance.
     """
-    asked = [x is not None and (not wanted or wanted[i]) for i, x in enumerate(inputs)]
-
-    def of_asked(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = iter(tensors)
-        return function(*(next(given) if ask else x for x, ask in zip(inputs, asked, strict=True)))
-
-    variables = (x.detach() for x, ask in zip(inputs, asked, strict=True) if x is not None and ask)
-    outputs, pull_back, *_ = torch.func.vjp(of_asked, *variables)
-    given = (
-        torch.zeros_like(y) if g is None else g.to(y.dtype)
-        for y, g in zip(outputs, upstream, strict=True)
-    )
-    found = iter(pull_back(tuple(given)))
-    return [next(found) if ask else None for ask in asked]
-
-
-def log_prob_backward(
-    grad_lse: Tensor | None,
-    grad_expected: Tensor | None,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> list[Tensor | None]:
-    function = functools.partial(reference.mixture_log_prob, transpose=transpose)
-    return _gradients(function, (z, centers, whitening, offsets), (grad_lse, grad_expected))
-
-
-def kl_from_lse(lse: Tensor, scale: Tensor) -> Tensor:
-    """-H(q) - lse [B] of Gaussians q with a scale [B, D] or [B, D, D]."""
-    diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
-    constant = 0.5 * diagonal.shape[-1] * math.log(2 * math.pi * math.e)
-    return -diagonal.log().sum(-1) - constant - lse
-
-
-def _kl(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, ...]:
-    lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
-    return (kl_from_lse(lse, scale),)
-
-
-def kl(
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    transpose: bool,
-) -> tuple[Tensor, Tensor]:
-    lse, _, softmax = log_prob(z, centers, whitening, offsets, transpose)
-    value = kl_from_lse(lse, scale)
-    if not value.isfinite().all():
-        row = int((~value.isfinite()).nonzero()[0, 0])
-        raise ValueError(f"q must be finite with a positive scale, but row {row} is not")
-    return value, softmax
-
-
-def kl_backward(
-    grad_kl: Tensor,
-    z: Tensor,
-    centers: Tensor,
-    whitening: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    softmax: Tensor,
-    transpose: bool,
-) -> list[Tensor | None]:
-    function = functools.partial(_kl, transpose=transpose)
-    return _gradients(function, (z, centers, whitening, offsets, scale), (grad_kl,))
-
-
-statistics = _checked(reference.mixture_statistics)
-log_joint = _checked(reference.mixture_log_joint)
-responsibilities = _checked(reference.mixture_responsibilities)
-assign = _checked(reference.mixture_assign)
-
-
-def whitened_components(
-    log_weights: Tensor,
-    precision_cholesky: Tensor | None,
-    scale: Tensor | None,
-    num_centers: int,
-    expected: bool,
-) -> tuple[Tensor, Tensor, float]:
-    pi, L, s = (None if x is None else x.double() for x in (log_weights, precision_cholesky, scale))
-    assert pi is not None
-    whitening, offsets = reference.whitened_components(pi, L, s, num_centers, expected)
     diagonal = whitening.diagonal(dim1=-2, dim2=-1)
     good = (diagonal > 0).all(-1)
     good &= whitening.isfinite().flatten(1).all(-1)
     if scale is not None:
         good &= (scale.tril() if scale.ndim == 3 else scale).isfinite().flatten(1).all(-1)
     if not good.all():
-        component = int((~good).nonzero()[0, 0]) * len(log_weights) // num_centers
+        component = int((~good).nonzero()[0, 0]) * len(log_weights) // len(whitening)
         raise ValueError(
             f"component {component} has no positive-definite covariance: precision_cholesky and "
             "the scale that the encoder gives its pseudo-input must be finite with a positive "
             "diagonal"
         )
-    condition = float((whitening.norm(dim=(-2, -1)) / diagonal.amin(-1)).max())
-    return whitening.to(log_weights.dtype), offsets.to(log_weights.dtype), condition
+    return float((whitening.norm(dim=(-2, -1)) / diagonal.amin(-1)).max())
 
 
-def stored_components(
-    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+# --- definitions, with what backends give beside the results ---
+
+
+def _log_prob(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
 ) -> tuple[Tensor, ...]:
-    log_weights, L = logits.log_softmax(-1), reference.precision_cholesky(raw_precision)
-    built = whitened_components(log_weights, L, scale, num_centers, expected=False)
-    return *built[:2], log_weights, L
+    lse, expected = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
+    return lse, expected, torch.stack([lse, torch.zeros_like(lse), expected - lse])
 
 
-def whitened_components_backward(
-    grad_whitening: Tensor,
-    grad_offsets: Tensor,
+def _kl(
+    z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, scale: Tensor, transpose: bool
+) -> tuple[Tensor, ...]:
+    lse, _, softmax = _log_prob(z, centers, whitening, offsets, transpose)
+    return reference.kl_from_lse(lse, scale), softmax
+
+
+def _whitened_components(
     log_weights: Tensor,
     precision_cholesky: Tensor | None,
     scale: Tensor | None,
-    whitening: Tensor,
+    num_centers: int,
     expected: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    inputs = [x if x is None else x.double() for x in (log_weights, precision_cholesky, scale)]
-    function = functools.partial(
-        reference.whitened_components, num_centers=len(whitening), expected=expected
-    )
-    found = _gradients(function, inputs, (grad_whitening, grad_offsets), wanted)
-    return [x if x is None else x.to(whitening.dtype) for x in found]
+) -> tuple[Tensor, ...]:
+    """Compute in float64."""
+    L, s = (None if x is None else x.double() for x in (precision_cholesky, scale))
+    built = reference.whitened_components(log_weights.double(), L, s, num_centers, expected)
+    return tuple(x.to(log_weights.dtype) for x in built)
+
+
+def _stored_components(
+    logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
+) -> tuple[Tensor, ...]:
+    log_weights, L = logits.log_softmax(-1), reference.precision_cholesky(raw_precision)
+    return *_whitened_components(log_weights, L, scale, num_centers, False), log_weights, L
 
 
 def dense_counts(
@@ -243,32 +152,85 @@ def dense_counts(
     return sparse.to_dense()
 
 
-def count_log_prob(
+def _count_log_prob(
     counts: Tensor,
     row_starts: Tensor | None,
     gene_indices: Tensor | None,
     mean: Tensor,
     *rest: Tensor | None,
-) -> Tensor:
-    dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
-    return reference.count_log_prob(dense, mean, *rest)
+) -> tuple[Tensor, ...]:
+    checked = not torch.compiler.is_compiling()
+    dense = dense_counts(counts, row_starts, gene_indices, mean, checked)
+    return (reference.count_log_prob(dense, mean, *rest),)
 
 
-def count_log_prob_backward(
-    grad: Tensor,
-    counts: Tensor,
-    row_starts: Tensor | None,
-    gene_indices: Tensor | None,
-    mean: Tensor,
-    inverse_dispersion: Tensor | None,
-    dropout_logits: Tensor | None,
-    library_size: Tensor | None,
-    wanted: Sequence[bool],
+_DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "mixture_log_prob": _log_prob,
+    "mixture_kl": _kl,
+    "whitened_components": _whitened_components,
+    "stored_components": _stored_components,
+    "count_log_prob": _count_log_prob,
+}
+
+
+def _define(operation: Operation, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    compute = _DEFINITIONS.get(operation.name) or getattr(reference, operation.name)
+    found = compute(*inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def call(
+    operation: Operation, inputs: Sequence[Any]
+) -> tuple[Sequence[Tensor | None], float | None]:
+    """Compute an operation: results and extras, and the number that it gives beside them, if any.
+
+    Raises
+    ------
+    ValueError
+        As the compiled core does for bad values; not under ``torch.compile``.
+    """
+    if operation.forward:
+        return _gradients(operation, operation.forward, inputs), None
+    look = not torch.compiler.is_compiling()
+    if look and "whitening" in operation.tensors:
+        check_values(*inputs[:4])
+    found = _define(operation, inputs)
+    number = None
+    if look and "whitening" in operation.tensors:
+        _check_mixture(operation, inputs, found)
+    elif look and "whitening" in operation.results:
+        with torch.no_grad():
+            number = _check_components(inputs[0], inputs[2], found[0])
+    return found, number
+
+
+def _gradients(
+    backward: Operation, operation: Operation, inputs: Sequence[Any]
 ) -> list[Tensor | None]:
-    dense = dense_counts(counts, row_starts, gene_indices, mean, checked=True)
+    """Return the gradients that are wanted, None for the others and for missing arguments.
 
-    def log_prob(mean: Tensor, *rest: Tensor | None) -> tuple[Tensor]:
-        return (reference.count_log_prob(dense, mean, *rest),)
+    By :func:`torch.func.vjp`, which also records inside an operation of torch's dispatcher, as
+    which compiled code calls this; :mod:`torch.autograd` records nothing there.
+    """
+    upstream, wanted = inputs[: backward.lead], inputs[-1]
+    tensors = list(inputs[backward.lead : backward.lead + len(operation.tensors)])
+    constants = inputs[len(backward.tensors) : -1]
+    asked = [
+        i
+        for i, want in zip(operation.differentiable_positions, wanted, strict=True)
+        if want and tensors[i] is not None
+    ]
 
-    parameters = (mean, inverse_dispersion, dropout_logits, library_size)
-    return _gradients(log_prob, parameters, (grad,), wanted)
+    def results(*variables: Tensor) -> tuple[Tensor, ...]:
+        for i, x in zip(asked, variables, strict=True):
+            tensors[i] = x
+        found = _define(operation, (*tensors, *constants))
+        return tuple(found[i] for i in operation.gradient_positions)
+
+    outputs, pull_back, *_ = torch.func.vjp(results, *(tensors[i].detach() for i in asked))
+    given = (
+        torch.zeros_like(y) if g is None else g.to(y.dtype)
+        for y, g in zip(outputs, upstream, strict=True)
+    )
+    found = dict(zip(asked, pull_back(tuple(given)), strict=True))
+    return [found.get(i) for i in operation.differentiable_positions]

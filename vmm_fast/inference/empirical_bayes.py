@@ -358,7 +358,6 @@ def _map_gradients_in_kernels(
             normaliser,
             map_objective.LOG_WEIGHT_FLOOR,
         ),
-        lambda: None,
     )
     if found is None:
         return None
@@ -577,7 +576,6 @@ def _online_step_in_kernels(
             map_objective.wishart_scale(count, dim),
             map_objective.LOG_WEIGHT_FLOOR,
         ),
-        lambda: None,
     )
     if mass is None:
         return False

@@ -1,0 +1,281 @@
+"""Operations of the table as torch's: checked, differentiable, and known to ``torch.compile``.
+
+:func:`check` looks at arguments once, at the public border; :func:`run` computes. Where compiled
+code serves a device, an operation is a :class:`torch.autograd.Function` in eager mode, and an op of
+the library ``vmm_fast`` under ``torch.compile``; it has one derivative. Elsewhere it is its
+definition in plain torch, which has all derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmm_fast import backends
+from vmm_fast.operations import OPERATIONS, Argument, Operation
+
+__all__ = ["check", "run"]
+
+_FLOATS = (torch.float32, torch.float64)
+_COMPUTED = (*_FLOATS, torch.float16, torch.bfloat16)
+_MAY_BE_0 = ("B", "G")  # no points, no genes
+
+# --- arguments ---
+
+
+def check(
+    operation: Operation,
+    inputs: Sequence[Any],
+    names: dict[str, str] | None = None,
+    **sizes: int,
+) -> Sequence[Any]:
+    """Return the arguments in one dtype, the widest of all and at least float32.
+
+    Parameters
+    ----------
+    operation : Operation
+    inputs : sequence
+        Its tensors and constants.
+    names : dict of str to str, optional
+        What the user calls arguments, where that is not their name in the table.
+    **sizes : int
+        Numbers that letters stand for, where they are known.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no tensor, or has no floating dtype.
+    ValueError
+        If its shape does not fit those before it, or it lies on another device.
+    """
+    first: Tensor | None = None
+    alike = True
+    for i, name, argument in operation.checked:
+        x = inputs[i]
+        if x is None and argument.optional:
+            continue
+        if names:
+            name = names.get(name, name)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(x).__name__}")
+        dtype, device = x.dtype, x.device
+        if first is None:
+            first, first_name, common, place = x, name, dtype, device
+        if dtype is not common or dtype not in _FLOATS:
+            alike = False
+            if dtype not in _COMPUTED:
+                raise TypeError(
+                    f"{name} must be float64, float32, float16 or bfloat16, but is {dtype}"
+                )
+        if device != place:
+            raise ValueError(f"{name} must be on {first_name}'s device {place}, but is on {device}")
+        if argument.shapes and not _fits(argument, x.shape, sizes):
+            _refuse_shape(name, argument, x.shape, sizes)
+    if alike:
+        return inputs
+    kinds = [x.dtype for x in inputs if isinstance(x, Tensor) and x.dtype in _COMPUTED]
+    widest = functools.reduce(torch.promote_types, kinds, torch.float32)
+    return [x.to(widest) if isinstance(x, Tensor) and x.dtype in _COMPUTED else x for x in inputs]
+
+
+def _fits(argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> bool:
+    """Let the shape tell sizes that are not known yet; whether it fits those that are."""
+    letters = argument.shapes[0]
+    if len(letters) != len(shape):
+        letters = argument.shapes[-1]
+        if len(letters) != len(shape):
+            return False
+    told = []
+    for letter, size in zip(letters, shape, strict=True):
+        known = sizes.get(letter)
+        if known is None and (size > 0 or letter in _MAY_BE_0):
+            sizes[letter] = size
+            told.append(letter)
+        elif known != size:
+            for other in told:
+                del sizes[other]
+            return False
+    return True
+
+
+def _refuse_shape(name: str, argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> None:
+    forms = " or ".join(f"[{', '.join(letters)}]" for letters in argument.shapes)
+    used = dict.fromkeys(letter for form in argument.shapes for letter in form)
+    limits = [
+        f"{letter} = {sizes[letter]}" if letter in sizes else f"{letter} >= 1"
+        for letter in used
+        if letter in sizes or letter not in _MAY_BE_0
+    ]
+    limits = limits and [f" with {', '.join(limits)}"]
+    raise ValueError(f"{name} must have shape {forms}{''.join(limits)}, but has {list(shape)}")
+
+
+# --- eager mode ---
+
+
+def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Compute an operation: its results, and the number that the core gives beside them, or None.
+
+    Parameters
+    ----------
+    operation : Operation
+    inputs : sequence
+        Tensors and constants, as :func:`check` returns them.
+    """
+    shown = len(operation.results)
+    if not operation.differentiable and not operation.reference_gradient:
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    in_plain_torch = not backends.compiled_code_serves(inputs[0]) or (
+        operation.reference_gradient
+        and torch.is_grad_enabled()
+        and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    )
+    if not in_plain_torch and torch.compiler.is_compiling():
+        found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
+        return (*found[:shown], None) if isinstance(found, tuple) else (found, None)
+    if not in_plain_torch and operation.differentiable:
+        return _FUNCTIONS[operation.name].apply(*inputs)
+    compute = backends.plain.call if in_plain_torch else backends.call
+    results, number = compute(operation, inputs)
+    return (*results[:shown], number)
+
+
+def _refuse_second_derivative(name: str) -> None:
+    raise RuntimeError(
+        f"{name} has no second derivative in compiled code; use vmm_fast.reference.{name}, "
+        "which has"
+    )
+
+
+def _function(operation: Operation) -> type[torch.autograd.Function]:
+    """Make the operation's autograd without torch's dispatch, which is slow for small kernels."""
+    shown, number_of_tensors = len(operation.results), operation.num_tensors
+    kept, with_gradient = operation.kept_positions, operation.gradient_positions
+    constant = set(range(shown)).difference(with_gradient)
+    positions = operation.differentiable_positions
+
+    class Compiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            results, number = backends.call(operation, inputs)
+            ctx.save_for_backward(*inputs[:number_of_tensors], *[results[i] for i in kept])
+            ctx.constants = inputs[number_of_tensors:]
+            ctx.set_materialize_grads(False)
+            if constant:
+                ctx.mark_non_differentiable(*[results[i] for i in constant])
+            if len(with_gradient) > 1:
+                ctx.shapes = [results[i].shape for i in with_gradient]
+            return (*results[:shown], number)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            if torch.is_grad_enabled():  # only under create_graph=True
+                _refuse_second_derivative(operation.name)
+            saved, constants = ctx.saved_tensors, ctx.constants
+            upstream = [gradients[i] for i in with_gradient]
+            if len(with_gradient) > 1 and not operation.missing_gradients:
+                shapes = zip(upstream, ctx.shapes, strict=True)
+                upstream = [saved[0].new_zeros(s) if x is None else x for x, s in shapes]
+            wanted = [ctx.needs_input_grad[i] for i in positions]
+            found, _ = backends.call(operation.backward, (*upstream, *saved, *constants, wanted))
+            return _at(positions, found, number_of_tensors + len(constants))
+
+    return Compiled
+
+
+def _at(positions: Sequence[int], values: Sequence[Any], length: int) -> tuple[Any, ...]:
+    """Return a tuple of this length with the values at these positions, else None."""
+    found = [None] * length
+    for i, value in zip(positions, values, strict=True):
+        found[i] = value
+    return tuple(found)
+
+
+_FUNCTIONS = {x.name: _function(x) for x in OPERATIONS if x.differentiable}
+
+# --- torch.compile ---
+
+_library = torch.library.Library("vmm_fast", "DEF")
+
+
+def _schema(operation: Operation) -> str:
+    given = [
+        f"Tensor{'?' * argument.optional} {name}" for name, argument in operation.arguments.items()
+    ]
+    given += [
+        f"{'bool' if kind == 'bool' else 'int'} {name}"
+        for name, kind in operation.constants.items()
+    ]
+    if operation.forward:
+        given.append(f"bool[{len(operation.results)}] wanted")
+        results = "Tensor[]"  # those that are wanted
+    else:
+        names = list(operation.outputs)
+        results = ", ".join(f"Tensor {name}" for name in names)
+        results = f"({results})" if len(names) > 1 else "Tensor"
+    return f"{operation.name}({', '.join(given)}) -> {results}"
+
+
+def _define(operation: Operation) -> None:
+    """Tell torch an operation's schema, its code and the shapes of its results."""
+
+    def in_schema(found: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        if operation.forward:
+            wanted = zip(found, inputs[-1], strict=True)
+            return [x for x, want in wanted if want and x is not None]
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def implementation(*inputs):
+        found, _ = backends.call(operation, inputs)
+        # Strides are those of the fake.
+        return in_schema([x if x is None else x.contiguous() for x in found], inputs)
+
+    def fake(*inputs):
+        lead = inputs[operation.lead]
+        shapes = operation.shapes(inputs, operation.sizes(inputs))
+        found = [
+            None if shape is None else lead.new_empty(shape, dtype=dtype or lead.dtype)
+            for shape, dtype in shapes
+        ]
+        return in_schema(found, inputs)
+
+    _library.define(_schema(operation))
+    _library.impl(operation.name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vmm_fast::{operation.name}", fake, lib=_library)
+
+
+def _differentiate(operation: Operation) -> None:
+    """Tell torch the backward of an operation."""
+    number_of_tensors = len(operation.tensors)
+
+    def save(ctx, inputs, output):
+        output = output if isinstance(output, tuple) else (output,)
+        kept = [output[i] for i in operation.kept_positions]
+        ctx.save_for_backward(*inputs[:number_of_tensors], *kept)
+        ctx.constants = inputs[number_of_tensors:]
+
+    def backward(ctx, *gradients):
+        upstream = [gradients[i] for i in operation.gradient_positions]
+        positions = [i for i in operation.differentiable_positions if ctx.needs_input_grad[i]]
+        wanted = [ctx.needs_input_grad[i] for i in operation.differentiable_positions]
+        op = getattr(torch.ops.vmm_fast, operation.backward.name)
+        found = op(*upstream, *ctx.saved_tensors, *ctx.constants, wanted)
+        return _at(positions, found, number_of_tensors + len(ctx.constants))
+
+    def refuse(ctx, *gradients):
+        _refuse_second_derivative(operation.name)
+
+    register = functools.partial(torch.library.register_autograd, lib=_library)
+    register(f"vmm_fast::{operation.name}", backward, setup_context=save)
+    register(f"vmm_fast::{operation.backward.name}", refuse)
+
+
+for _operation in OPERATIONS:
+    _define(_operation)
+    if _operation.differentiable:
+        _define(_operation.backward)
+        _differentiate(_operation)
