@@ -21,9 +21,9 @@ and what goes through memory: inputs and outputs once, what splits leave written
 of a resource is its count over the device's rate, and the largest of these bounds the kernel. On
 small sizes none of them does, but the wait: launches, and the blocks of the components that a
 program takes one after the other. Components are built in float64 on the vector units, as many
-operations as the formulas of ``kernels/components.py`` have, and beyond Q columns go through
-scratch memory. What the caches between memory and processor carry is left out. Rates are those of
-the makers' data sheets; the waits are assumptions, named below. No figure on the page is measured.
+operations as the formulas of ``kernels/components.py`` have. What the caches between memory and
+processor carry is left out. Rates are those of the makers' data sheets; the waits are assumptions,
+named below. No figure on the page is measured.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.problems import Parameters, Size
 from bench.providers import torch_distributions
 from vmm_fast._files import write_atomically
+from vmm_fast.operations import LARGEST_COMPONENT_DIM
 
 SIZES = (
     Size(256, 100, 10),
@@ -233,11 +234,6 @@ def statistics(size: Size, device: Device) -> Work:
     return _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
 
 
-def _scratch(size: Size, p: Plan, matrices: int) -> int:
-    """Bytes through scratch memory beyond Q columns: every block is read for each of a row's."""
-    return 8 * size.J * matrices * (p.blocks * p.Q) ** 2 * (p.blocks + 1) if p.blocks > 1 else 0
-
-
 def components(size: Size, device: Device) -> Work:
     """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64.
 
@@ -245,13 +241,12 @@ def components(size: Size, device: Device) -> Work:
     """
     p = _plan(size, device)
     operations = 4 * p.P**3 + size.D * 7 * p.P**2
-    programs = size.J if p.blocks == 1 else min(size.J, RESIDENT)
     return Work(
         1,
-        4 * size.J * (3 * size.D**2 + 2) + _scratch(size, p, 2),
+        4 * size.J * (3 * size.D**2 + 2),
         FLOAT64 * size.J * operations,
         0,
-        size.J * p.P + programs * size.J,
+        size.J * (p.P + size.J),
         size.D * -(-size.J // RESIDENT),
     )
 
@@ -260,7 +255,7 @@ def components_backward(size: Size, device: Device) -> Work:
     """The factorisation again, five products, and D steps of substitution."""
     p, first = _plan(size, device), components(size, device)
     return first._replace(
-        bytes=4 * size.J * (6 * size.D**2 + 2) + _scratch(size, p, 6),
+        bytes=4 * size.J * (6 * size.D**2 + 2),
         special=size.J * p.P,
         vector=first.vector + FLOAT64 * size.J * (10 * p.P**3 + size.D * 4 * p.P**2),
         steps=2 * first.steps,
@@ -276,7 +271,7 @@ def empirical_bayes(size: Size, device: Device) -> Work:
         launches=4,
         bytes=on_pairs.bytes + 4 * size.J * 5 * size.D**2,
         vector=on_pairs.vector + FLOAT64 * size.J * 10 * p.P**3,
-        steps=on_pairs.steps + 2 * p.blocks**3,
+        steps=on_pairs.steps + 2,
     )
 
 
@@ -321,6 +316,9 @@ KERNELS: dict[str, Callable[[Size, Device], Work]] = {
     "empirical-Bayes step": empirical_bayes,
     "online step in closed form": closed_form,
 }
+
+
+ON_COMPONENTS = (components, components_backward, empirical_bayes, closed_form)
 
 
 def times(work: Work, device: Device) -> dict[str, float]:
@@ -415,7 +413,7 @@ def page() -> str:
         heads = ("kernel", *heads, *(d.name for d in DEVICES))
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name, count in KERNELS.items():
-            if count is closed_form and size.D > 32:  # in plain torch
+            if count in ON_COMPONENTS and size.D > LARGEST_COMPONENT_DIM:  # in plain torch
                 continue
             launches, *counts, _ = count(size, H100)
             cells = [name, str(launches), *map(_count, counts)]

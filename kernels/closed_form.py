@@ -32,17 +32,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocked import identity, times_inverse_root
 from vmm_fast.kernels.blocks import BLOCK, load_center, padded, softplus
 from vmm_fast.kernels.components import (
     constrained,
     diagonal,
+    dot,
+    identity,
     load_diagonal,
     load_lower,
     solve_lower,
     store_diagonal,
     store_lower,
     times_inverse_factor,
+    times_inverse_root,
 )
 from vmm_fast.kernels.empirical_bayes import (
     WARPS,
@@ -412,9 +414,7 @@ def maximise_kernel(
             covariance = tl.zeros([P, P], tl.float64)
             if first:
                 inverse = solve_lower(whitening, c * per_component, identity(D), D)
-                covariance = tl.dot(
-                    tl.trans(inverse), inverse, input_precision="ieee", out_dtype=tl.float64
-                )
+                covariance = dot(tl.trans(inverse), inverse)
             scatter = tl.zeros([P, P], tl.float64)
             mass = tl.full([], 0.0, tl.float64)
             total = count * per_component
@@ -468,9 +468,7 @@ def maximise_kernel(
                     scatter += tl.where(row == column, (N * s * s)[:, None], 0.0)
                 elif SCALE == "full":
                     s = load_lower(scale, j, D)
-                    scatter += N * tl.dot(
-                        s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64
-                    )
+                    scatter += N * dot(s, tl.trans(s))
             if moves_precision != 0:
                 store_maximised_precision(raw_precision, scatter, mass, c, INVERSE_V, NOISE, MAP, D)
     else:

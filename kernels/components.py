@@ -15,12 +15,11 @@ offset, with M = tril(A^T G) + g I made symmetric
 
 so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). L and
 log pi may be made on the way from what a prior stores: L = tril(raw, -1) + diag softplus(diag raw)
-and log pi = log softmax(logits). A matrix
-is a tile [P, P] in registers, which has no element access: a row or a column is a masked sum, and
-the factorisations take one rank-1 update of the tile a step; beyond 32 dimensions the same is done
-in blocks (:mod:`blocked`). Arithmetic is in float64, since a scale may be a thousandth or a
-thousandfold of the others. One program has one center, or in the backward all centers of a
-component, in order: the same input gives the same bits.
+and log pi = log softmax(logits). A matrix is a tile [P, P] in registers, which has no element
+access: a row or a column is a masked sum, and the factorisations take one rank-1 update of the tile
+a step. Arithmetic is in float64, since a scale may be a thousandth or a thousandfold of the others.
+One program has one center, or in the backward all centers of a component, in order: the same input
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -33,19 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocked import (
-    Q,
-    blocked_components_backward_kernel,
-    blocked_components_kernel,
-    identity,
-    times_inverse_root,
-)
 from vmm_fast.kernels.blocks import BLOCK, log_normaliser, log_pivot, padded, softplus
 
-# Two tiles and a rank-1 update fit into registers up to here; in the backward, with the gradient
-# of the precision, up to 16.
-LARGEST_TILE = 32
-WARPS = {16: 1, 32: 4, 64: 8, 128: 8}
+WARPS = {16: 1, 32: 4}
 
 
 @triton.jit
@@ -97,19 +86,71 @@ def constrained(raw, D: tl.constexpr):
 
 
 @triton.jit
-def scaled_precision(scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr):
+def dot(X, Y, COLUMNWISE: tl.constexpr = False):
+    """X Y; for ``COLUMNWISE`` one column of X at a time, in fewer registers than ``tl.dot``."""
+    if COLUMNWISE:
+        row = tl.arange(0, X.shape[0])[:, None]
+        column = tl.arange(0, X.shape[0])[None, :]
+        total = tl.zeros_like(X)
+        for k in range(X.shape[0]):
+            x = tl.sum(tl.where(column == k, X, 0.0), 1)
+            y = tl.sum(tl.where(row == k, Y, 0.0), 0)
+            total += x[:, None] * y[None, :]
+    else:
+        total = tl.dot(X, Y, input_precision="ieee", out_dtype=tl.float64)
+    return total
+
+
+@triton.jit
+def scaled_precision(
+    scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNWISE: tl.constexpr = False
+):
     """P = s^T L."""
     if DIAGONAL:
         return load_diagonal(scale, j, D)[:, None] * L
     else:
         s = load_lower(scale, j, D)
-        return tl.dot(tl.trans(s), L, input_precision="ieee", out_dtype=tl.float64)
+        return dot(tl.trans(s), L, COLUMNWISE)
 
 
 @triton.jit
-def times_inverse_factor(scaled, X, D: tl.constexpr):
+def identity(D: tl.constexpr):
+    """A tile that is 1 on the diagonal."""
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)[:, None]
+    column = tl.arange(0, P)[None, :]
+    return tl.where(row == column, 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
+def times_inverse_root(gram, X, D: tl.constexpr):
+    """X U^-T for U U^T = gram, U upper triangular, by elimination from the last column on.
+
+    Where ``gram`` is not positive definite, the result is not finite.
+    """
+    P: tl.constexpr = padded(D)
+    row = tl.arange(0, P)
+    column = tl.arange(0, P)[None, :]
+    for step in range(D):
+        t = D - 1 - step
+        # gram is symmetric: its row t is its column t.
+        across = tl.sum(tl.where(row[:, None] == t, gram, 0.0), 0)
+        down = tl.sum(tl.where(column == t, gram, 0.0), 1)
+        pivot = tl.sum(tl.where(row == t, down, 0.0), 0)
+        root = tl.sqrt(pivot)
+        across = tl.where(row < t, across, 0.0)
+        # Divided by the pivot, not twice by its root: what is singular leaves less than rounding.
+        down = tl.where(row < t, down / pivot, 0.0)
+        x = tl.sum(tl.where(column == t, X, 0.0), 1) / root
+        X = tl.where(column == t, x[:, None], X - x[:, None] * (across / root)[None, :])
+        gram -= down[:, None] * across[None, :]
+    return X
+
+
+@triton.jit
+def times_inverse_factor(scaled, X, D: tl.constexpr, COLUMNWISE: tl.constexpr = False):
     """X U^-T for U U^T = I + P^T P."""
-    gram = tl.dot(tl.trans(scaled), scaled, input_precision="ieee", out_dtype=tl.float64)
+    gram = dot(tl.trans(scaled), scaled, COLUMNWISE)
     return times_inverse_root(gram + identity(D), X, D)
 
 
@@ -218,6 +259,8 @@ def components_backward_kernel(
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
+    # Beside the precision's gradient the products of larger tiles would spill.
+    COLUMNWISE: tl.constexpr = WANT_PRECISION and D > 16
     c = tl.program_id(0)
     by_weight = tl.zeros([1], tl.float64)
     by_precision = tl.zeros([P, P], tl.float64)
@@ -229,23 +272,23 @@ def components_backward_kernel(
             G = load_lower(grad_whitening, j, D)
             if FORM == "marginal":
                 A = load_lower(whitening, j, D)
-                M = tl.dot(tl.trans(A), G, input_precision="ieee", out_dtype=tl.float64)
+                M = dot(tl.trans(A), G, COLUMNWISE)
                 M = tl.where(column <= row, M, 0.0)
                 M = tl.where(column < row, M, 0.0) + tl.trans(M) + g * identity(D)
                 if WANT_SCALE:
-                    H = tl.dot(A, M, input_precision="ieee", out_dtype=tl.float64)
-                    store_scale_product(grad_scale, scale, j, H, A, -1.0, D, DIAGONAL)
+                    H = dot(A, M, COLUMNWISE)
+                    store_scale_product(grad_scale, scale, j, H, A, -1.0, D, DIAGONAL, COLUMNWISE)
                 if WANT_PRECISION:
                     L = load_lower(precision_cholesky, c, D)
-                    scaled = scaled_precision(scale, j, L, D, DIAGONAL)
-                    inverse = times_inverse_factor(scaled, identity(D), D)
-                    N = tl.dot(inverse, M, input_precision="ieee", out_dtype=tl.float64)
-                    N = tl.dot(N, tl.trans(inverse), input_precision="ieee", out_dtype=tl.float64)
+                    scaled = scaled_precision(scale, j, L, D, DIAGONAL, COLUMNWISE)
+                    inverse = times_inverse_factor(scaled, identity(D), D, COLUMNWISE)
+                    N = dot(inverse, M, COLUMNWISE)
+                    N = dot(N, tl.trans(inverse), COLUMNWISE)
                     by_precision += solve_lower_transposed(precision_cholesky, c, N, D)
             elif FORM == "scale":
                 A = load_lower(whitening, j, D)
-                H = tl.dot(tl.trans(A), G, input_precision="ieee", out_dtype=tl.float64)
-                H = tl.dot(H, tl.trans(A), input_precision="ieee", out_dtype=tl.float64)
+                H = dot(tl.trans(A), G)
+                H = dot(H, tl.trans(A))
                 H = -H - g * tl.where(row == column, A, 0.0)
                 if DIAGONAL:
                     store_diagonal(grad_scale, j, tl.sum(tl.where(row == column, H, 0.0), 1), D)
@@ -258,17 +301,15 @@ def components_backward_kernel(
                     by_precision += G + tl.where(inside, g / tl.where(inside, L, 1.0), 0.0)
                 if FORM == "expected":
                     if WANT_PRECISION:
-                        scaled = scaled_precision(scale, j, L, D, DIAGONAL)
+                        scaled = scaled_precision(scale, j, L, D, DIAGONAL, COLUMNWISE)
                         if DIAGONAL:
                             product = load_diagonal(scale, j, D)[:, None] * scaled
                         else:
                             s = load_lower(scale, j, D)
-                            product = tl.dot(
-                                s, scaled, input_precision="ieee", out_dtype=tl.float64
-                            )
+                            product = dot(s, scaled, COLUMNWISE)
                         by_precision -= g * product
                     if WANT_SCALE:
-                        store_scale_product(grad_scale, scale, j, L, L, -g, D, DIAGONAL)
+                        store_scale_product(grad_scale, scale, j, L, L, -g, D, DIAGONAL, COLUMNWISE)
     if WANT_WEIGHTS:
         tl.store(log_weights + c + tl.arange(0, 1), by_weight)
     if WANT_PRECISION:
@@ -285,7 +326,15 @@ def store_diagonal(pointer, index, values, D: tl.constexpr):
 
 @triton.jit
 def store_scale_product(
-    grad_scale, scale, j, X, Y, factor, D: tl.constexpr, DIAGONAL: tl.constexpr
+    grad_scale,
+    scale,
+    j,
+    X,
+    Y,
+    factor,
+    D: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    COLUMNWISE: tl.constexpr,
 ):
     """Write factor tril(X Y^T s)."""
     if DIAGONAL:
@@ -293,8 +342,7 @@ def store_scale_product(
         store_diagonal(grad_scale, j, slope, D)
     else:
         s = load_lower(scale, j, D)
-        product = tl.dot(tl.trans(Y), s, input_precision="ieee", out_dtype=tl.float64)
-        product = tl.dot(X, product, input_precision="ieee", out_dtype=tl.float64)
+        product = dot(X, dot(tl.trans(Y), s, COLUMNWISE), COLUMNWISE)
         store_lower(grad_scale, j, factor * product, D)
 
 
@@ -305,12 +353,6 @@ def form(precision_cholesky: Tensor | None, scale: Tensor | None, expected: bool
     if scale is None:
         return "precision"
     return "expected" if expected else "marginal"
-
-
-def scratch(programs: int, matrices: int, like: Tensor) -> Tensor:
-    """Memory for so many matrices a program in blocks."""
-    size = triton.cdiv(like.shape[-1], Q.value) * Q.value
-    return like.new_empty(programs, matrices, size, size, dtype=torch.float64)
 
 
 def whitened_components(
@@ -367,14 +409,7 @@ def _build(
         **launch.options(WARPS[padded(dim)]),
     }
     with launch.on(log_weights.device):
-        if dim <= LARGEST_TILE:
-            components_kernel[(num_centers,)](*arguments, count, num_centers // count, **constants)
-        else:
-            programs = min(num_centers, launch.PROGRAMS)
-            memory = scratch(programs, 2, whitening)
-            blocked_components_kernel[(programs,)](
-                *arguments, memory, num_centers, count, num_centers // count, **constants
-            )
+        components_kernel[(num_centers,)](*arguments, count, num_centers // count, **constants)
     return whitening, offsets
 
 
@@ -410,7 +445,6 @@ def whitened_components_backward(
         grad_whitening,
         grad_offsets,
     )
-    in_registers = dim <= (LARGEST_TILE if grads[1] is None else LARGEST_TILE // 2)
     constants = {
         "D": dim,
         "FORM": form(precision_cholesky, scale, expected),
@@ -418,15 +452,8 @@ def whitened_components_backward(
         "WANT_WEIGHTS": grads[0] is not None,
         "WANT_PRECISION": grads[1] is not None,
         "WANT_SCALE": grads[2] is not None,
-        **launch.options(WARPS[padded(dim) if in_registers else 128]),
+        **launch.options(WARPS[padded(dim)]),
     }
     with launch.on(log_weights.device):
-        if in_registers:
-            components_backward_kernel[(components,)](*arguments, per_component, **constants)
-        else:
-            programs = min(components, launch.PROGRAMS)
-            memory = scratch(programs, 6, whitening)
-            blocked_components_backward_kernel[(programs,)](
-                *arguments, memory, components, per_component, **constants
-            )
+        components_backward_kernel[(components,)](*arguments, per_component, **constants)
     return grads

@@ -7,14 +7,13 @@ are. The launches
    in place of log pi (a common offset drops out of responsibilities), and each component's
    log-prior; one more program has the sum over all logits, and what their prior needs of them;
 2. take the online softmax of every point (:func:`vmm_fast.kernels.log_prob.log_prob_kernel`);
-3. sum over the points, one program a component, split of the points and 32 columns of M, which
-   merges the softmax's splits as it goes; further programs have the data term;
+3. sum over the points, one program a component and split of the points, which merges the softmax's
+   splits as it goes; further programs have the data term;
 4. add up the splits and apply the chain rule, one program a component; one more has the loss and
    the concentration's gradient.
 
-Arithmetic on components is in float64, on pairs in the parameters' dtype. Beyond 32 dimensions the
-first and the last launch take components in blocks (:mod:`blocked_empirical_bayes`). The same input
-gives the same bits: every sum is the work of one program, in order.
+Arithmetic on components is in float64, on pairs in the parameters' dtype. The same input gives the
+same bits: every sum is the work of one program, in order.
 """
 
 from __future__ import annotations
@@ -27,19 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vmm_fast.kernels import launch
-from vmm_fast.kernels.blocked_empirical_bayes import (
-    blocked_expected_kernel,
-    blocked_map_gradients_kernel,
-)
-from vmm_fast.kernels.blocks import BLOCK, chunk, load_center, merge_softmax, padded
+from vmm_fast.kernels.blocks import BLOCK, load_center, merge_softmax, padded
 from vmm_fast.kernels.components import (
-    LARGEST_TILE,
     constrained,
     diagonal,
+    dot,
     load_diagonal,
     load_lower,
     scaled_precision,
-    scratch,
     store_diagonal,
     store_lower,
 )
@@ -54,7 +48,7 @@ from vmm_fast.kernels.weight_priors import (
     store_loss,
 )
 
-WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
+WARPS = {16: 4, 32: 8}
 
 
 # --- 1: the expected log-joint ---
@@ -165,10 +159,9 @@ def expected_sums_kernel(
     WEIGHTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """N, s and Q columns of M of one split of the points; or the sum of its expected log-joint."""
+    """N, s and M of one split of the points; or the sum of its expected log-joint."""
     j = tl.program_id(0)
     point_split = tl.program_id(1)
-    first = tl.program_id(2) * chunk(D)
     begin = point_split * points_a_split
     end = tl.minimum(begin + points_a_split, count)
     if j < components:
@@ -184,7 +177,7 @@ def expected_sums_kernel(
             s_out,
             M_out,
             j,
-            first,
+            0,
             point_split * components + j,
             begin,
             end,
@@ -200,7 +193,7 @@ def expected_sums_kernel(
             MOST_SPLITS,
             False,
         )
-    elif first == 0:
+    else:
         data = tl.zeros([BLOCK_B], tl.float64)
         for start in range(begin, end, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
@@ -289,14 +282,14 @@ def map_gradients_kernel(
                 second += tl.where(row == column, (N * s * s)[:, None], 0.0)
             elif SCALE == "full":
                 s = load_lower(scale, j, D)
-                scaled = tl.dot(tl.trans(L), s, input_precision="ieee", out_dtype=tl.float64)
-                by_s = tl.dot(L, scaled, input_precision="ieee", out_dtype=tl.float64)
+                scaled = dot(tl.trans(L), s)
+                by_s = dot(L, scaled)
                 store_lower(grad_scale, j, data * N * by_s + prior * s, D)
-                second += N * tl.dot(s, tl.trans(s), input_precision="ieee", out_dtype=tl.float64)
+                second += N * dot(s, tl.trans(s))
         # Only lower triangles were added: make it symmetric.
         second = tl.where(column <= row, second, 0.0)
         second += tl.trans(tl.where(column < row, second, 0.0))
-        by_L = data * tl.dot(second, L, input_precision="ieee", out_dtype=tl.float64)
+        by_L = data * dot(second, L)
         by_L += prior * INVERSE_V * L
         on_diagonal = (row == column) & (row < D)
         pivot = tl.where(on_diagonal, L, 1.0)
@@ -377,7 +370,7 @@ def sums_over_points(
         SPLIT=True,
         **constants,
     )
-    expected_sums_kernel[(total + 1, point_splits, triton.cdiv(dim, chunk(dim)))](
+    expected_sums_kernel[(total + 1, point_splits)](
         z,
         centers,
         whitening,
@@ -440,28 +433,20 @@ def map_gradients(
         "BLOCK": BLOCK,
         **launch.options(WARPS[padded(dim)]),
     }
-    if dim <= LARGEST_TILE:
-        build, chain_rule = expected_kernel, map_gradients_kernel
-        programs, memory = number, []
-    else:
-        build, chain_rule = blocked_expected_kernel, blocked_map_gradients_kernel
-        programs = min(number, launch.PROGRAMS)
-        memory = [scratch(programs, 3, whitening)]
     with launch.on(z.device):
-        build[(programs + 1,)](
+        expected_kernel[(number + 1,)](
             *given[:4],
             whitening,
             offsets,
             log_priors,
             hyper,
-            *memory,
             number,
             per_component,
             **on_components,
         )
         weights = "expected" if objective.responsibility_gradient else "lse"
         sums, data = sums_over_points(z, centers, whitening, offsets, weights)
-        chain_rule[(programs + 1,)](
+        map_gradients_kernel[(number + 1,)](
             *given,
             *sums,
             data,
@@ -469,7 +454,6 @@ def map_gradients(
             hyper,
             loss,
             *written,
-            *memory,
             number,
             per_component,
             count,

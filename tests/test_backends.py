@@ -6,11 +6,22 @@ import sys
 import pytest
 import torch
 from conftest import ON_GPU
-from support import composed_kl, kl_with_gradients, random_mixture, random_scale
+from support import (
+    composed_kl,
+    kl_with_gradients,
+    random_gaussians,
+    random_mixture,
+    random_scale,
+)
 
 from vmm_fast import backends, ops, reference
 from vmm_fast.backends import core, plain
-from vmm_fast.operations import MIXTURE_LOG_PROB
+from vmm_fast.operations import (
+    LARGEST_COMPONENT_DIM,
+    MIXTURE_LOG_PROB,
+    STORED_COMPONENTS,
+    WHITENED_COMPONENTS,
+)
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -134,6 +145,18 @@ def test_a_broken_triton_warns_once(monkeypatch, recwarn):
 
 def test_dimensions_beyond_the_kernels_warn_once(recwarn):
     assert_warns_once(recwarn, "up to 128 dimensions, not 129", dim=129)
+
+
+@pytest.mark.parametrize("forced", ["", "core", "triton", "reference"])
+def test_components_of_many_dimensions_are_built_in_plain_torch(monkeypatch, forced):
+    """Whatever is forced, on CPUs and GPUs, and without a warning."""
+    monkeypatch.setattr(backends, "FORCED", forced)
+    monkeypatch.setattr(plain, "call", lambda *_: "plain")
+    log_weights, *factors = random_gaussians(2, 2, LARGEST_COMPONENT_DIM + 1, "precision+full")
+    places = [log_weights] if forced == "core" else [log_weights, log_weights.as_subclass(OnGPU)]
+    for first in places:
+        assert backends.call(WHITENED_COMPONENTS, (first, *factors, 2, False)) == "plain"
+        assert backends.call(STORED_COMPONENTS, (first, *factors, 2)) == "plain"
 
 
 def fail_with(monkeypatch, error):

@@ -84,29 +84,18 @@ def test_every_form(backend, form, expected):
         assert_equals_reference(inputs, centers, expected)
 
 
-large = pytest.mark.slow("many blocks in the interpreter")
-
-
 @kinds
-@pytest.mark.parametrize(
-    ("backend", "components", "centers", "dim"),
-    [
-        ("triton", 2, 2, 33),
-        ("triton-split", 1, 2, 33),
-        pytest.param("triton", 1, 2, 65, marks=large),
-        pytest.param("triton", 1, 1, 128, marks=large),
-    ],
-    indirect=["backend"],
-)
-def test_kernels_in_blocks(backend, components, centers, dim, form, expected):
-    """Beyond 32 dimensions, with one program for all centers, and one for each."""
-    inputs = on(backend, wide_gaussians(components, centers, dim, form))
-    assert_equals_reference(inputs, centers, expected)
+@pytest.mark.parametrize("dim", [17, 33, 64])
+@on_backends("core", "triton")
+def test_more_dimensions(backend, dim, form, expected):
+    """In a kernel's larger tile, and beyond all tiles, where nothing warns."""
+    inputs = on(backend, wide_gaussians(1, 2, dim, form))
+    assert_equals_reference(inputs, 2, expected)
 
 
 @kinds
 def test_every_instruction_set(isa, form, expected):
-    for components, per_component, dim in [(1, 1, 1), (5, 2, 10), (9, 1, 33), (2, 1, 64)]:
+    for components, per_component, dim in [(1, 1, 1), (5, 2, 10), (9, 1, 31), (2, 1, 32)]:
         centers = components * per_component
         inputs = random_gaussians(components, centers, dim, form)
         assert_equals_reference(inputs, centers, expected)
@@ -124,8 +113,8 @@ def test_gradients_of_some_inputs(backend, form, expected):
 @pytest.mark.parametrize("wanted", [{1}, {2}])
 @pytest.mark.parametrize("expected", [False, True])
 @on_backends("triton")
-def test_gradients_of_one_input_in_blocks(backend, expected, wanted):
-    inputs = on(backend, wide_gaussians(1, 1, 33, "precision+full"))
+def test_gradients_of_one_input_in_the_larger_tile(backend, expected, wanted):
+    inputs = on(backend, wide_gaussians(1, 1, 32, "precision+full"))
     assert_equals_reference(inputs, 1, expected, wanted=wanted)
 
 
@@ -152,12 +141,12 @@ def test_float32_error_budget(isa, form, expected, size):
 @kinds
 @on_backends("plain", "triton")
 def test_float32_error_budget_elsewhere(backend, form, expected):
-    for dim in (10, 50, 128) if backend.type == "cuda" else (5,):
+    for dim in (10, 32) if backend.type == "cuda" else (5,):
         inputs = on(backend, wide_gaussians(4, 8, dim, form), torch.float32)
         assert_within_budget(inputs, 8, expected)
 
 
-@pytest.mark.parametrize(("form", "dim"), [(FORMS[1], 6), (FORMS[1], 33), (FORMS[2], 6)])
+@pytest.mark.parametrize(("form", "dim"), [(FORMS[1], 6), (FORMS[1], 32), (FORMS[2], 6)])
 @on_backends("core", "triton")
 def test_float32_with_unlike_scales(backend, form, dim):
     log_weights, precision_cholesky, scale = wide_gaussians(3, 3, dim, form)
@@ -235,7 +224,7 @@ def test_a_pruned_component_has_no_gradient(backend, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(100_000, 1, 2), (2, 2, 128), (1, 1, 129)])
+@pytest.mark.parametrize("shape", [(100_000, 1, 2), (2, 2, 32), (1, 1, 128)])
 def test_many_components_and_dimensions(shape, form):
     components, per_component, dim = shape
     inputs = wide_gaussians(components, components * per_component, dim, form)
@@ -249,11 +238,12 @@ def test_many_components_and_dimensions(shape, form):
     ("form", "components", "centers", "dim"),
     [
         ("precision", 5, 5, 1),
-        ("precision", 2, 2, 33),
+        ("precision", 2, 2, 31),
         ("precision+full", 3, 6, 10),
-        ("precision+full", 1, 2, 33),
+        ("precision+full", 1, 2, 32),
+        ("precision+full", 2, 2, 33),
         ("precision+diagonal", 2, 2, 32),
-        ("precision+diagonal", 1, 1, 33),
+        ("precision+diagonal", 1, 1, 64),
     ],
 )
 @on_backends("core", "plain", "triton")
@@ -397,9 +387,9 @@ def test_no_positive_definite_covariance(monkeypatch, isa, form, position, value
         (3, True, 0.0),
         (3, False, -1.0),
         (3, False, torch.nan),
-        (33, True, -1.0),
-        (33, False, 0.0),
-        (33, False, torch.nan),
+        (17, True, -1.0),
+        (17, False, 0.0),
+        (17, False, torch.nan),
     ],
 )
 @on_backends("triton")

@@ -23,6 +23,7 @@ import torch
 
 __all__ = [
     "COUNT_LOG_PROB",
+    "LARGEST_COMPONENT_DIM",
     "MIXTURE_ASSIGN",
     "MIXTURE_KL",
     "MIXTURE_LOG_JOINT",
@@ -93,6 +94,8 @@ class Operation:
         Whether the backward takes None for the gradient of a result that nobody used.
     all_gradients : bool
         Whether the backward always gives all gradients, wanted or not.
+    largest_dim : int or None
+        The D beyond which it is computed in plain torch.
     forward : Operation or None
         The operation that this is the backward of.
     """
@@ -108,6 +111,7 @@ class Operation:
     reference_gradient: bool = False
     missing_gradients: bool = False
     all_gradients: bool = False
+    largest_dim: int | None = None
     forward: Operation | None = None
 
     @functools.cached_property
@@ -143,6 +147,7 @@ class Operation:
             self.constants,
             {f"grad_{name}": self.tensors[name] for name in self.differentiable},
             all_gradients=self.all_gradients,
+            largest_dim=self.largest_dim,
             forward=self,
         )
 
@@ -242,6 +247,11 @@ class Operation:
             found.append(letter)
         return found
 
+    def size(self, letter: str, inputs: Sequence[Any]) -> int:
+        """Return the number that one letter stands for; 1 where there is none."""
+        sizes = self.sizes(inputs)
+        return sizes[self.letters.index(letter)] if letter in self.letters else 1
+
     def shapes(
         self, inputs: Sequence[Any], sizes: Sequence[int]
     ) -> list[tuple[Sequence[int] | None, torch.dtype | None]]:
@@ -257,6 +267,10 @@ class Operation:
 
 
 # --- what several operations share ---
+
+# Beyond so many dimensions components are built, and their parameters moved, in plain torch: whole
+# matrices no longer stay in a GPU's registers, and few latent spaces are larger.
+LARGEST_COMPONENT_DIM = 32
 
 # A point and the mixture that :class:`vmm_fast.mixture.WhitenedMixture` names.
 _MIXTURE = {"z": "B D", "centers": "J D", "whitening": "J D D", "offsets": "J"}
@@ -328,6 +342,7 @@ WHITENED_COMPONENTS = Operation(
     {"whitening": "J D D", "offsets": "J"},
     differentiable=tuple(_COMPONENTS),
     kept=("whitening",),
+    largest_dim=LARGEST_COMPONENT_DIM,
 )
 STORED_COMPONENTS = Operation(
     "stored_components",
@@ -337,6 +352,7 @@ STORED_COMPONENTS = Operation(
     differentiable=("scale",),
     kept=("whitening", "log_weights", "precision_cholesky"),
     constant_results=("log_weights", "precision_cholesky"),
+    largest_dim=LARGEST_COMPONENT_DIM,
 )
 COUNT_LOG_PROB = Operation(
     "count_log_prob",

@@ -129,7 +129,7 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     shown = len(operation.results)
     if not operation.differentiable and not operation.reference_gradient:
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-    in_plain_torch = not backends.compiled_code_serves(inputs[0]) or (
+    in_plain_torch = not backends.compiled_code_serves(operation, inputs) or (
         operation.reference_gradient
         and torch.is_grad_enabled()
         and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)

@@ -3,6 +3,8 @@
 :mod:`~vmm_fast.backends.core` serves CPU tensors of float32 and float64,
 :mod:`~vmm_fast.backends.gpu` those of GPUs, and :mod:`~vmm_fast.backends.plain` those of any
 device; each computes the operations of :mod:`vmm_fast.operations`. The device decides.
+Components are built, and the empirical-Bayes steps taken, in compiled code up to
+:data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions, and in plain torch beyond.
 On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
 not compile, or a dimension is beyond it, that operation does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
@@ -51,10 +53,13 @@ def kernels_serve(x: Tensor) -> bool:
     return FORCED == "triton" or (not FORCED and x.is_cuda and "everything" not in _failed)
 
 
-def compiled_code_serves(x: Tensor) -> bool:
-    """Whether the compiled core or the kernels are asked for what is on x's device."""
+def compiled_code_serves(operation: Operation, inputs: Sequence[Any]) -> bool:
+    """Whether the compiled core or the kernels are asked for an operation on these arguments."""
+    x = inputs[operation.lead]
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
+    if operation.largest_dim and operation.size("D", inputs) > operation.largest_dim:
+        return False
     return core_serves(x) or kernels_serve(x)
 
 
@@ -85,18 +90,15 @@ def call(
     number : float or None
         What the core gives beside them.
     """
+    if not compiled_code_serves(operation, inputs):
+        return plain.call(operation, inputs)
     x = inputs[operation.lead]
+    dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
     if core_serves(x):
-        dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
         compute = core if core.computes(operation) else plain
         return compute.call(operation, dense)
-    if kernels_serve(x):
-        dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
-        dim = dict(zip(operation.letters, operation.sizes(inputs), strict=True)).get("D", 1)
-        found = in_kernels(operation.name, x, dim, dense)
-        if found is not None:
-            return found, None
-    return plain.call(operation, inputs)
+    found = in_kernels(operation.name, x, operation.size("D", inputs), dense)
+    return plain.call(operation, inputs) if found is None else (found, None)
 
 
 def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
@@ -112,9 +114,9 @@ def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
                 "VMM_FAST_BACKEND=triton serves CPU tensors in Triton's interpreter alone: set "
                 f"TRITON_INTERPRET=1 as well ({name})"
             )
-        if dim > gpu.largest_dim(name):
+        if dim > gpu.LARGEST_DIM:
             raise ValueError(
-                f"VMM_FAST_BACKEND=triton serves up to {gpu.largest_dim(name)} dimensions in "
+                f"VMM_FAST_BACKEND=triton serves up to {gpu.LARGEST_DIM} dimensions in "
                 f"{name}, not {dim}"
             )
         return getattr(gpu, name)(*arguments)
@@ -128,8 +130,8 @@ def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
         _warn(name, str(error))
         return None
     try:
-        if dim > gpu.largest_dim(name):
-            reason = f"the kernels serve up to {gpu.largest_dim(name)} dimensions, not {dim}"
+        if dim > gpu.LARGEST_DIM:
+            reason = f"the kernels serve up to {gpu.LARGEST_DIM} dimensions, not {dim}"
         else:
             return getattr(gpu, name)(*arguments)
     except gpu.COMPILER_ERRORS as error:

@@ -13,20 +13,16 @@ import torch
 import triton
 
 from vmm_fast.backends import plain
-from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, launch, sums
+from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, sums
 from vmm_fast.kernels import counts as count_kernels
 from vmm_fast.kernels import log_prob as log_prob_kernels
+from vmm_fast.kernels.launch import LARGEST_DIM as LARGEST_DIM
 
 # What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
 COMPILER_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
 # Whether the kernels, as they were imported, run on a CPU.
 INTERPRETED = triton.knobs.runtime.interpret
-
-
-def largest_dim(name: str) -> int:
-    """Most dimensions that an operation's kernels serve."""
-    return components.LARGEST_TILE if name == "online_step" else launch.LARGEST_DIM
 
 
 def mixture_log_prob(*mixture_and_transpose):

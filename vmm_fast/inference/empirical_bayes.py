@@ -2,9 +2,10 @@
 
 The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
 float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py`` and
-the online step in closed form from ``kernels/closed_form.py``. Elsewhere the same steps run in
-plain torch: :mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their
-definitions. Which of these it is, is decided here and nowhere else.
+the online step in closed form from ``kernels/closed_form.py``. Elsewhere, and beyond
+:data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions, the same steps run in plain torch:
+:mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their definitions.
+Which of these it is, is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
+from vmm_fast.operations import LARGEST_COMPONENT_DIM
 from vmm_fast.reference import precision_cholesky
 
 __all__ = [
@@ -137,12 +139,13 @@ def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | No
 
 
 def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
-    """Whether all tensors have one device and dtype, as compiled code takes them."""
+    """Whether all tensors have one device and dtype, and few dimensions, as compiled code asks."""
     logits, stored = parameters.logits, parameters[2:]
     given = [x for x in (*parameters[:2], z) if x is not None]
     return (
         not torch.compiler.is_compiling()
         and logits.dtype in SUFFIXES
+        and parameters.raw_precision.shape[-1] <= LARGEST_COMPONENT_DIM
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
         and all(x.is_contiguous() and not x.is_neg() for x in stored)  # they are written in place
     )
