@@ -363,7 +363,7 @@ def written(folder, adata=None, name="cells.h5ad"):
 
 
 def mutated(state, rng):
-    """A copy with one entry gone, of another type or shape, or not a number; and where."""
+    """A copy with one entry gone, of another type, size or shape, or not a number; and where."""
     state = copy.deepcopy(state)
     holder, key, path = [state], 0, []
     while isinstance(holder[key], dict | list) and holder[key] and (not path or rng.random() < 0.9):
@@ -371,7 +371,9 @@ def mutated(state, rng):
         key = rng.choice(list(holder if isinstance(holder, dict) else range(len(holder))))
         path.append(key)
     old = holder[key]
-    others = ["text", None, -1, math.nan, [], {}, torch.zeros(3)]
+    others = ["text", None, True, -1, 10**30, 0.5, math.nan, math.inf, [], {}, torch.zeros(3)]
+    if isinstance(old, list | tuple):
+        others += [old[1:], 2 * old]
     if isinstance(old, torch.Tensor):
         others += [old.flatten()[1:].clone(), old[None].repeat(2, *[1] * old.ndim)]
         if old.is_floating_point():

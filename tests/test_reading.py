@@ -320,7 +320,9 @@ def test_shards_without_names_are_matched_by_those_that_a_column_has(tmp_path):
 def test_genes_that_are_only_numbered_are_noted(tmp_path):
     adata = AnnData(csr_matrix(COUNTS.astype(np.float32)))
     adata.write_h5ad(tmp_path / "a.h5ad")
-    settings = integration.Settings(None, None, None, None, 1, 2)
+    settings = integration.Settings(
+        batch_key=None, layer=None, labels_key=None, genes=None, epochs=1, components=2
+    )
     for first, noted in ((0, True), (1, True), (2, False)):
         adata.var_names = [str(i) for i in range(first, first + 9)]
         _, notes = integration.training_cells(adata, settings)
@@ -467,7 +469,9 @@ def test_zeros_that_are_stored_are_no_counts_of_a_cell(tmp_path, on_disk):
     adata = make_cells()
     adata.X.data[: adata.X.indptr[1]] = 0
     adata.write_h5ad(tmp_path / "a.h5ad")
-    settings = integration.Settings(None, None, None, None, 1, 2)
+    settings = integration.Settings(
+        batch_key=None, layer=None, labels_key=None, genes=None, epochs=1, components=2
+    )
     with CellStore(tmp_path / "a.h5ad") as store:
         assert store.read(0, 1).nnz > 0
         if on_disk:

@@ -97,10 +97,11 @@ def test_sweep_goes_on(tmp_path, capsys, runs):
     assert "holds another run" in complaint(capsys, run(h5ad, stopped))
     finished = stopped / sweep.FINISHED
     whole = finished.read_text()
-    for damaged in (whole[:-9], whole.replace('"ratio": 5.0', '"ratio": "5"'), "[]", "{}"):
+    for damaged in (whole[:-9], whole.replace('"seconds": 1.0', '"seconds": "1"'), "[]", "{}"):
         assert damaged != whole
         finished.write_text(damaged)
-        assert "sweep.json: is damaged" in complaint(capsys, run(h5ad, stopped, "--resume"))
+        error = complaint(capsys, run(h5ad, stopped, "--resume"))
+        assert "is damaged" in error and "start the sweep again with --overwrite" in error
 
 
 def test_labels_that_are_all_missing_and_a_knob_given_twice(tmp_path, runs):

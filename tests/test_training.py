@@ -17,7 +17,6 @@ from torch.distributions import MultivariateNormal
 
 from vmm_fast._files import load_checked, save_atomically
 from vmm_fast.models import VAE, History, RandomShifts, fit, training
-from vmm_fast.models.training import RECORD
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 from vmm_fast.schedules import learning_rate_share
 
@@ -552,25 +551,25 @@ def test_every_changed_entry_of_a_checkpoint_is_found(checkpoint):
 
 
 def test_checkpoints_of_other_content_are_refused(checkpoint):
-    """An entry that is gone, of another type or shape, or not a number: nothing has changed."""
+    """An entry that is gone, of another type or shape, or no number: nothing has changed."""
     path, rng = checkpoint(2), random.Random(0)
     sound = load_checked(path)
     model = make_model()
     before = str(model.state_dict())
     refused = 0
-    for _ in range(150):
+    for _ in range(200):
         state, where = mutated(sound, rng)
         try:
             save_atomically(path, state)
             run(model, epochs=2, checkpoint=path, resume=True)
         except ValueError as error:
             refused += 1
-            assert re.search(r"run\.pt' (is|cannot be)", str(error))
+            assert re.search(r"run\.pt' is (damaged: |of another run)", str(error))
             assert str(model.state_dict()) == before
         else:
-            assert where[0] in ("versions", "best_elbo", "stale", "settings") or where[-1] in RECORD
+            assert where[0] in ("versions", "history") or "param_groups" in where, where
             model = make_model()
-    assert refused > 100
+    assert refused > 150
 
 
 def test_damaged_checkpoint(checkpoint):

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from vmm_fast._files import Lock, read_json, write_json
+from vmm_fast._schema import check, rules_of, table, text
 from vmm_fast.data import InputError
 
 __all__ = ["Folder", "digest"]
 
 RUN = "run.json"
+RECORD = table({"vmm_fast": text, "input": text, "settings": table({})})
 RUNNING = ".running"  # locked while a run lasts
 
 
@@ -48,7 +50,7 @@ class Folder:
     command : str
         That runs end up here by.
     settings : type
-        Dataclass of the run's settings.
+        Dataclass of the run's settings, whose fields are annotated with their rules.
     checkpoint : str
         Name of the file.
     results : sequence of str
@@ -73,8 +75,9 @@ class Folder:
         self.changeable = changeable
         self._names = (checkpoint, *results, RUN)
         self._settings = {field.name for field in fields(settings)}
-        # Runs of earlier versions lack settings that have a default.
+        self._rules = table(rules_of(settings))
         self._lock: Lock | None = None
+        # Runs of earlier versions lack settings that have a default.
         self._defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
         self.record = self._read_record()
 
@@ -94,12 +97,10 @@ class Folder:
     def _read_record(self) -> dict[str, Any] | None:
         try:
             record = read_json(self.path / RUN)
-            record["settings"] = {**self._defaults, **record["settings"]}
-            if isinstance(record["input"], str) and "vmm_fast" in record:
-                return record
-        except (OSError, ValueError, TypeError, KeyError):
-            pass  # then it is no run's
-        return None
+            check(f"{RUN} of {self.path}", record, RECORD)
+        except (OSError, ValueError):
+            return None  # then it is no run's
+        return {**record, "settings": {**self._defaults, **record["settings"]}}
 
     def must_not_hold(self, file: str | os.PathLike[str]) -> None:
         """Refuse to write over the input, a file or a folder."""
@@ -131,6 +132,12 @@ class Folder:
                 f"--resume: the run in {self.path} is of another version of vmm_fast, with other "
                 f"settings; replace it by {self.command} --overwrite"
             )
+        try:
+            check(f"{RUN} of {self.path}", {"settings": stored}, table({"settings": self._rules}))
+        except ValueError as error:
+            raise InputError(
+                f"--resume: {error}; replace the run by {self.command} --overwrite"
+            ) from None
         changed = {name: value for name, value in given.items() if value is not None}
         for name, value in changed.items():
             if value != stored[name] and name not in self.changeable:

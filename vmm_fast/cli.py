@@ -324,9 +324,9 @@ def _add_cut(parser: argparse.ArgumentParser, resolution: str = "2", share: str 
     )
 
 
-def _cut_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return where to cut the tree, as it was asked for."""
-    cut = {name: getattr(arguments, name) for name in CUT}
+def _cut_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return where to cut the tree, of options or of the settings of a run."""
+    cut = {name: given[name] for name in CUT}
     if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
         raise InputError("--clusters must be given without --resolution and --separation")
     return cut
@@ -334,8 +334,8 @@ def _cut_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Replace the cut of the run that goes on by the one that was asked for, if any was."""
-    cut = _cut_of(arguments)
-    return given if set(cut.values()) == {None} else {**given, **cut}
+    cut = _cut_of(vars(arguments))
+    return {**given, **(_cut_of(given) if set(cut.values()) == {None} else cut)}
 
 
 def _add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
@@ -858,7 +858,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
     file = arguments.file
     out = _out_file(arguments, "-vmm")
-    cut = _cut_of(arguments)
+    cut = _cut_of(vars(arguments))
     cut["n_clusters"] = cut.pop("clusters")
     model = assignment.find_model(arguments.model, **cut)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)

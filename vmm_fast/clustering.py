@@ -15,14 +15,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import vmm_fast
+from vmm_fast._cut import Cut
 from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
+from vmm_fast._schema import RATE, check, listed, table, tensor, weights_of, whole
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
@@ -42,28 +44,15 @@ TSNE_ROWS = 2000
 SAMPLES = 10  # of each cluster, in the picture
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Cut):
     """What a run depends on besides its data."""
 
-    epochs: int
-    latent_dim: int
-    components: int
-    batch_size: int
-    learning_rate: float
-    seed: int = 0
-    resolution: float | None = None
-    separation: float | None = None
-    clusters: int | None = None
-
-    @property
-    def cut(self) -> dict[str, Any]:
-        """Return where to cut the tree, as :func:`vmm_fast.clusters.find_clusters` takes it."""
-        return {
-            "resolution": self.resolution,
-            "separation": self.separation,
-            "n_clusters": self.clusters,
-        }
+    epochs: Annotated[int, whole(1)]
+    latent_dim: Annotated[int, whole(1)]
+    batch_size: Annotated[int, whole(1)]
+    learning_rate: Annotated[float, RATE]
+    seed: Annotated[int, whole()] = 0
 
     @classmethod
     def suited_to(cls, data: Data, **given: Any) -> Settings:
@@ -72,7 +61,8 @@ class Settings:
         Raises
         ------
         InputError
-            If there are too few rows, or more components than rows to start them from.
+            If there are too few rows, more components than rows to start them from, or more
+            clusters than components.
         """
         rows = len(data.values)
         if rows < LEAST_ROWS:
@@ -99,13 +89,7 @@ class Settings:
             "components": min(100, max(10, training // 20), training),
             "batch_size": batch_size,
         }
-        found = cls(**{**suited, **chosen})
-        if found.clusters is not None and found.clusters > found.components:
-            raise InputError(
-                f"--clusters must be at most {found.components}, the number of components, is "
-                f"{found.clusters}"
-            )
-        return found
+        return cls(**{**suited, **chosen})
 
 
 def _held_out(rows: int) -> int:
@@ -225,7 +209,7 @@ class Clusterer:
         ValueError
             If it is damaged, or of another version.
         """
-        return cls.from_state_dict(load_checked(path))
+        return cls._restored(repr(os.fspath(path)), load_checked(path))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
@@ -234,15 +218,55 @@ class Clusterer:
         Raises
         ------
         ValueError
-            If it is of another version, which may have no tree of components.
+            If it is of another version, which may have no tree of components, or holds other
+            entries than `state_dict` gives.
         """
+        return cls._restored("state", state)
+
+    @classmethod
+    def _restored(cls, what: str, state: dict[str, Any]) -> Clusterer:
         if state.get("vmm_fast") != FORMAT:
-            raise ValueError(f"state must be of {FORMAT!r}, but is of {state.get('vmm_fast')!r}")
-        network = VAE(**state["network"])
-        network.load_state_dict(state["weights"])
-        clusters = Clusters(Components(**state["components"]), state["clusters"])
-        tree = ClusterTree(Confusion(**state["confusion"]))
+            raise ValueError(f"{what} must be of {FORMAT!r}, but is of {state.get('vmm_fast')!r}")
+        check(what, state, _check_state)
+        try:
+            network = VAE(**state["network"])
+            network.load_state_dict(state["weights"])
+            clusters = Clusters(Components(**state["components"]), state["clusters"])
+            clusters.assign(torch.zeros(1, network.latent_dim))  # or says what cannot be evaluated
+            tree = ClusterTree(Confusion(**state["confusion"]))
+            tree.check_fits(clusters)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{what} is damaged: {error}") from None
         return cls(network.eval(), clusters, tree, Scaling(**state["scaling"]))
+
+
+def _check_state(name: str, state: Any) -> None:
+    """Raise ValueError unless the entries are of the kinds and sizes that a Clusterer's have."""
+    table({"weights": table({}, tensor())})(name, state)
+    # A layer has a weight for each of its values: no network is made that is larger than these.
+    size = whole(1, sum(value.numel() for value in state["weights"].values()))
+    sizes = {"input_shape": listed(size, least=1), "hidden": listed(size), "channels": listed(size)}
+    table({"network": table({"latent_dim": size, **sizes}, None)})(name, state)
+    try:
+        with torch.device("meta"):
+            network = VAE(**state["network"])
+    except (RuntimeError, TypeError, OverflowError) as error:  # of sizes that no tensor has
+        raise ValueError(f"network must be that of a VAE, but is not: {error}") from None
+    single, double = tensor(torch.float32), tensor(torch.float64)
+    components = {"centers": single, "log_weights": tensor(torch.float32, pruned=True)}
+    confusion = {"sums": double, "counts": tensor(torch.int64)}
+    table(
+        {
+            "weights": weights_of(network.state_dict()),
+            "components": table(components, single),
+            "clusters": tensor(torch.int64),
+            "confusion": table(confusion, None),
+            "scaling": table({"offset": double, "scale": double}, None),
+        }
+    )(name, state)
+    offset, scale = state["scaling"]["offset"], state["scaling"]["scale"]
+    if not offset.shape == scale.shape in ((), network.input_shape) or not (scale > 0).all():
+        raise ValueError("scaling must have an offset and a positive scale, of all or each column")
 
 
 @dataclass(frozen=True)
@@ -418,9 +442,7 @@ def train(
     z = torch.cat([bare.eval().encode(scaling.apply(x)).mean for x in data.values.split(CHUNK)])
     components = _by_size(components, components.assign(z).labels)
     tree = ClusterTree(Confusion.of(components, z))
-    cut = settings.cut
-    if settings.clusters is not None:  # training is not to be lost for one that there is not
-        cut["n_clusters"] = min(settings.clusters, len(tree.leaves))
+    cut = settings.at_most(len(tree.leaves))
     with warnings.catch_warnings():  # the result says how many there are
         warnings.filterwarnings("ignore", message="n_clusters is")
         clusters = find_clusters(components, z, tree=tree, **cut)

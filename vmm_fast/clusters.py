@@ -176,6 +176,18 @@ class ClusterTree:
                 "points, but are not"
             )
 
+    def check_fits(self, clusters: Clusters) -> None:
+        """Raise ValueError unless clusters are of this tree's components and all hold points."""
+        of_component, own = clusters.of_component.cpu(), len(self.confusion.counts)
+        if len(of_component) != own:
+            raise ValueError(
+                f"tree must be of these {len(of_component)} components, but is of {own}"
+            )
+        if len(of_component[self.leaves].unique()) != clusters.num_clusters:
+            raise ValueError(
+                "clusters must be of a cut of this tree, but some hold no points of it"
+            )
+
     # --- the tree ---
 
     @cached_property

@@ -268,9 +268,12 @@ def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str
 
     Raises
     ------
+    ValueError
+        If the clusters are of other components.
     ImportError
         If matplotlib is not installed.
     """
+    tree.check_fits(clusters)
     _save(_tree(tree, clusters), path)
 
 

@@ -26,6 +26,19 @@ import torch
 from torch import Tensor
 
 from vmm_fast._files import load_checked, save_atomically
+from vmm_fast._schema import (
+    check,
+    generator_state,
+    listed,
+    none,
+    number,
+    optional,
+    plain,
+    table,
+    tensor,
+    weights_of,
+    whole,
+)
 from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
@@ -406,22 +419,18 @@ class _Run:
             "epoch": self.epoch,
             "history": list(self.history),
             "best_epoch": self.history.best_epoch,
-            "best_elbo": self.best_elbo,
             "best_weights": self.best_weights,
-            "stale": self.stale,
         }
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; nothing has changed where that raises ValueError."""
+        what = f"checkpoint {str(path)!r}"
         try:
             state = load_checked(path)
-            settings = state["settings"]
-            if not all(isinstance(x, str | int | float | None) for x in settings.values()):
-                raise TypeError("settings must be texts and numbers")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"checkpoint {str(path)!r} cannot be read (damaged, or not written by `fit`)"
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{what} cannot be read (damaged, or not written by `fit`)") from error
+        check(what, state, table({"settings": table({}, plain)}))
+        settings = state["settings"]
         differ = [
             f"{key}: {settings.get(key, 'absent')} in the checkpoint, "
             f"{self.settings.get(key, 'absent')} now"
@@ -430,65 +439,59 @@ class _Run:
         ]
         if differ:
             more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
-            raise ValueError(
-                f"checkpoint {str(path)!r} is of another run: {'; '.join(differ[:5])}{more}"
-            )
-        try:
-            self.check(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"checkpoint {str(path)!r} is damaged: {reason}") from error
+            raise ValueError(f"{what} is of another run: {'; '.join(differ[:5])}{more}")
+        check(what, state, self.check)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         _set_noise_state(state["noise"], self.device)
         self.shuffle.set_state(state["shuffle"])
-        self.epoch = state["epoch"]
         self.history = History(state["history"])
-        self.history.best_epoch = state["best_epoch"]
-        self.best_elbo, self.best_weights = state["best_elbo"], state["best_weights"]
-        self.stale = state["stale"]
+        self.epoch = len(self.history)
+        best = self.history.best_epoch = state["best_epoch"]
+        if best is not None:
+            self.best_weights = state["best_weights"]
+            self.best_elbo = self.history[best - 1]["validation_elbo"]
+            self.stale = self.epoch - best
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise unless every entry of a checkpoint is what `state` gives."""
-        trial, own = copy.deepcopy(self.model), self.model.state_dict()
-        best = state["best_weights"]
-        for weights in (state["model"],) if best is None else (state["model"], best):
-            trial.load_state_dict(weights)
-            for name, value in weights.items():
-                if isinstance(value, Tensor) and value.isnan().any():
-                    raise ValueError(f"{name} must have no NaN, but has")
-                if isinstance(value, Tensor) and value.dtype != own[name].dtype:
-                    raise ValueError(f"{name} must be {own[name].dtype}, but is {value.dtype}")
-        check_adam_state(self.optimizer, state["optimizer"])
-        for generator_state in (state["noise"]["cpu"], state["shuffle"]):
-            torch.Generator().set_state(generator_state)
-        history, best_epoch = state["history"], state["best_epoch"]
-        if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-            raise TypeError("history must be a list of dicts, but is not")
-        _check_count("epoch", state["epoch"], len(history), len(history))
-        _check_count("stale", state["stale"], 0, len(history))
-        _check_number("best_elbo", state["best_elbo"])
-        if (best is None) != (best_epoch is None):
-            raise ValueError("best_weights must be those of best_epoch")
-        if best_epoch is not None:
-            _check_count("best_epoch", best_epoch, 1, len(history))
-        for record in history:
-            for name in RECORD:
-                if record[name] is not None:
-                    _check_number(name, record[name])
+    def check(self, name: str, state: Any) -> None:
+        """Raise ValueError unless every entry of a checkpoint is what `state` gives."""
+        weights = weights_of(self.model.state_dict())
+        rows = listed(self.check_record, least=1)
+        noise = table({"cpu": generator_state}, tensor(torch.uint8, [16]))  # others are GPUs'
+        table({"model": weights, "noise": noise, "shuffle": generator_state, "history": rows})(
+            name, state
+        )
+        epochs = len(state["history"])
+        for epoch, record in enumerate(state["history"], 1):
+            whole(epoch, epoch)(f"history[{epoch - 1}].epoch", record["epoch"])
+        best = none if state.get("best_weights") is None else whole(1, epochs)
+        table({"best_epoch": best, "epoch": whole(epochs, epochs)})(name, state)
+        table({"best_weights": none if state["best_epoch"] is None else weights})(name, state)
+        try:
+            check_adam_state(self.optimizer, state.get("optimizer"))
+            (group,), (own,) = state["optimizer"]["param_groups"], self.optimizer.param_groups
+            for key in sorted(own.keys() - {"params", "lr"}):  # the rate is the schedule's
+                if group.get(key, own[key]) != own[key]:
+                    raise ValueError(f"optimizer: {key} must be {own[key]}, but is {group[key]!r}")
+            trial = copy.deepcopy(self.model)
+            for key in ("model", "best_weights"):
+                if state[key] is not None:
+                    trial.load_state_dict(state[key])
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
 
-
-def _check_number(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, but is {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int, most: int) -> None:
-    """Raise unless ``value`` is an integer in a range."""
-    _check_number(name, value)
-    if not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer from {least} to {most}, but is {value!r}")
+    def check_record(self, name: str, record: Any) -> None:
+        """Raise ValueError unless this is what `one_epoch` gives."""
+        validated = self.x_val is not None
+        values = {
+            "seconds": number("of at least 0", lambda x: x >= 0),
+            **{f"train_{term}": number() for term in TERMS},
+            **{f"validation_{term}": number() if validated else none for term in TERMS},
+            "scale": optional(number()),
+            "concentration": optional(number()),
+            "components_active": optional(whole()) if validated else none,
+        }
+        table({"epoch": whole(1), **values}, None)(name, record)
 
 
 def _name(function: Callable) -> str:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from vmm_fast._cut import Cut
 from vmm_fast._files import write_atomically
+from vmm_fast._schema import RATE, flag, optional, text, whole
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted
 from vmm_fast.clusters import Clusters, Confusion
@@ -103,25 +105,22 @@ DENDROGRAM = "dendrogram_vmm_cluster"  # where scanpy looks for it in uns
 EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Cut):
     """What a run depends on besides its cells, and the labels that it is shown with."""
 
-    batch_key: str | None
-    layer: str | None
-    labels_key: str | None
-    genes: int | None
-    epochs: int
-    components: int
-    latent_dim: int = 10
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    prior_learning_rate: float = PRIOR_LEARNING_RATE
-    seed: int = 0
-    on_disk: bool = False  # counts are read while training, in an order that depends on it
-    resolution: float | None = None
-    separation: float | None = None
-    clusters: int | None = None
+    batch_key: Annotated[str | None, optional(text)]
+    layer: Annotated[str | None, optional(text)]
+    labels_key: Annotated[str | None, optional(text)]
+    genes: Annotated[int | None, optional(whole(1))]
+    epochs: Annotated[int, whole(1)]
+    latent_dim: Annotated[int, whole(1)] = 10
+    batch_size: Annotated[int, whole(2)] = 128
+    learning_rate: Annotated[float, RATE] = 1e-3
+    prior_learning_rate: Annotated[float, RATE] = PRIOR_LEARNING_RATE
+    seed: Annotated[int, whole(0, 2**32 - 1)] = 0
+    # Counts are read while training, in an order that depends on it.
+    on_disk: Annotated[bool, flag] = False
 
     @classmethod
     def suited_to(cls, cells: AnnData | CellStore, **given: Any) -> Settings:
@@ -130,7 +129,8 @@ class Settings:
         Raises
         ------
         InputError
-            If there are too few cells, or more components than cells that they start as.
+            If there are too few cells, more components than cells that they start as, or more
+            clusters than components.
         """
         number = cells.n_obs
         if number < LEAST_CELLS:
@@ -151,13 +151,7 @@ class Settings:
             "epochs": max(1, min(100, round(400 * 20_000 / number))),
             "components": min(100, max(10, number // 20)),
         }
-        found = cls(**suited | {name: value for name, value in given.items() if value is not None})
-        if found.clusters is not None and found.clusters > found.components:
-            raise InputError(
-                f"--clusters must be at most {found.components}, the number of components, is "
-                f"{found.clusters}"
-            )
-        return found
+        return cls(**suited | {name: value for name, value in given.items() if value is not None})
 
 
 # --- the cells to train on ---
@@ -630,9 +624,7 @@ def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.Data
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
-    cut: dict[str, Any] = {"resolution": settings.resolution, "separation": settings.separation}
-    if settings.clusters is not None:  # training is not to be lost for one that there is not
-        cut["n_clusters"] = min(settings.clusters, int((counts > 0).sum()))
+    cut = settings.at_most(int((counts > 0).sum()))
     return assigned(model.keep_clusters_of(means, **cut), z)
 
 

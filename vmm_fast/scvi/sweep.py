@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from vmm_fast._files import as_csv, read_json, write_atomically, write_json
+from vmm_fast._schema import RATE, Rule, check, listed, number, table, whole
 from vmm_fast.data import InputError
 from vmm_fast.metrics import clustering_scores_from_assignment
 from vmm_fast.scvi.integration import Integration, Settings, integrate
@@ -37,17 +38,27 @@ COLUMNS = {
     "ari": "ARI",
     "nmi": "NMI",
 }
+SHARE = number("of at least 0", lambda x: x >= 0)
+# What is measured of every run; of one of several batches; of one with labels.
+OF_ALL = {"clusters": whole(), "held_out_elbo": number(), "entropy": SHARE, "seconds": SHARE}
+OF_BATCHES = {"batch_mixing": SHARE, "nmi_batch": SHARE}
+OF_LABELS = {"ari": number(), "nmi": SHARE}
+FILE = table({"runs": listed(table({"settings": table({})}))})
 NEIGHBOURS = 30
 MOST_CELLS = 10_000  # whose neighbours are looked at
 ACTIVE = 0.002  # a cluster counts from this share of the cells
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
     """Those of all runs, and the knobs' values in place of the two that these set."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [64, 128, 256])
-    ratios: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0])
+    batch_sizes: Annotated[list[int], listed(whole(2), least=1)] = field(
+        default_factory=lambda: [64, 128, 256]
+    )
+    ratios: Annotated[list[float], listed(RATE, least=1)] = field(
+        default_factory=lambda: [1.0, 2.0, 5.0, 10.0]
+    )
 
     def of_runs(self) -> Iterator[tuple[Settings, float]]:
         """Settings of every run, and its ratio."""
@@ -94,16 +105,18 @@ def sweep(
     KeyboardInterrupt
     """
     path = folder / FINISHED
-    kept = _read_kept(path) if path.exists() else []
+    measured = _measured(cells, labels, settings)
+    kept = _read_kept(path, settings, measured) if path.exists() else []
     rows = []
     for one, ratio in settings.of_runs():
-        row = next((row for row in kept if row["settings"] == asdict(one)), None)
-        if row is None:
+        kept_row = next((row for row in kept if row["settings"] == asdict(one)), None)
+        if kept_row is None:
             found = integrate(cells, one, accelerator=accelerator, progress=progress)
-            row = {"batch_size": one.batch_size, "ratio": ratio}
-            row |= {**_measure(found, cells, labels), "settings": asdict(one)}
-            kept.append(row)
+            kept_row = {**_measure(found, cells, labels, measured), "settings": asdict(one)}
+            kept.append(kept_row)
             write_json(path, {"runs": kept})
+        row = {"batch_size": one.batch_size, "ratio": ratio}
+        row |= {name: kept_row[name] for name in measured}
         rows.append(row)
         # After every run: one that diverges must not cost the others.
         _write_table(rows, folder / "sweep.csv")
@@ -111,16 +124,38 @@ def sweep(
         yield row
 
 
-def _read_kept(path: Path) -> list[dict[str, Any]]:
+def _read_kept(
+    path: Path, settings: SweepSettings, measured: dict[str, Rule]
+) -> list[dict[str, Any]]:
+    """Return what has been measured of each run, those of other settings besides."""
+    wanted = [asdict(one) for one, _ in settings.of_runs()]
+    what = f"{path.name} of {path.parent}"
     try:
-        return read_json(path)["runs"]
-    except (ValueError, KeyError):
-        raise InputError(
-            f"{path}: is damaged and cannot be read; start the sweep again with --overwrite"
-        ) from None
+        content = read_json(path)
+        check(what, content, FILE)
+        taken = [row for row in content["runs"] if row["settings"] in wanted]
+        check(what, {"runs": taken}, table({"runs": listed(table(measured))}))
+    except ValueError as error:
+        raise InputError(f"{error}; start the sweep again with --overwrite") from None
+    return content["runs"]
 
 
-def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> dict[str, Any]:
+def _measured(
+    cells: AnnData, labels: np.ndarray | None, settings: SweepSettings
+) -> dict[str, Rule]:
+    """Return the names of what is measured of every run, and the rules of their values."""
+    key = settings.batch_key
+    found = dict(OF_ALL)
+    if key is not None and cells.obs[key].astype(str).nunique() > 1:
+        found |= OF_BATCHES
+    if labels is not None and not pd.isna(labels).all():
+        found |= OF_LABELS
+    return found
+
+
+def _measure(
+    found: Integration, cells: AnnData, labels: np.ndarray | None, measured: dict[str, Rule]
+) -> dict[str, Any]:
     z, clusters = found.z, found.clusters["vmm_cluster"].cat.codes.to_numpy()
     entropy = found.clusters["vmm_cluster_entropy"]
     sizes = np.bincount(clusters)
@@ -130,15 +165,13 @@ def _measure(found: Integration, cells: AnnData, labels: np.ndarray | None) -> d
         "entropy": float(entropy.mean()),
         "seconds": found.seconds,
     }
-    if found.settings.batch_key is not None:
+    if OF_BATCHES.keys() <= measured.keys():
         batches = cells.obs[found.settings.batch_key].astype(str).to_numpy()
-        if len(set(batches)) > 1:
-            row["batch_mixing"] = batch_mixing(z, batches)
-            row["nmi_batch"] = clustering_scores_from_assignment(clusters, batches).nmi
-    if labels is not None:
+        row["batch_mixing"] = batch_mixing(z, batches)
+        row["nmi_batch"] = clustering_scores_from_assignment(clusters, batches).nmi
+    if OF_LABELS.keys() <= measured.keys():
+        assert labels is not None
         known = ~pd.isna(labels)
-        if not known.any():
-            return row
         scores = clustering_scores_from_assignment(clusters[known], labels[known].astype(str))
         row |= {"ari": scores.ari, "nmi": scores.nmi}
     return row

@@ -1,0 +1,48 @@
+"""Where a run cuts its tree of components into clusters: settings of every command that trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from vmm_fast._schema import number, optional, whole
+from vmm_fast.data import InputError
+
+__all__ = ["Cut"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The number of components, and how they are grouped into clusters.
+
+    Raises
+    ------
+    InputError
+        If there are to be more clusters than components.
+    """
+
+    components: Annotated[int, whole(1)]
+    resolution: Annotated[float | None, optional(number("of at least 0", lambda x: x >= 0))] = None
+    separation: Annotated[
+        float | None, optional(number("between 0 and 1", lambda x: 0 < x < 1))
+    ] = None
+    clusters: Annotated[int | None, optional(whole(1))] = None
+
+    def __post_init__(self) -> None:
+        if self.clusters is not None and self.clusters > self.components:
+            raise InputError(
+                f"--clusters must be at most {self.components}, the number of components, is "
+                f"{self.clusters}"
+            )
+
+    def at_most(self, most: int) -> dict[str, Any]:
+        """Return where to cut, as :func:`vmm_fast.clusters.find_clusters` takes it.
+
+        Of a number of clusters no more than `most`, the components that hold points: training is
+        not to be lost for one that there is not.
+        """
+        return {
+            "resolution": self.resolution,
+            "separation": self.separation,
+            "n_clusters": None if self.clusters is None else min(self.clusters, most),
+        }

@@ -1,0 +1,246 @@
+"""Rules that the content of a file must keep, said once for each file.
+
+A digest tells damage, not content: a file of another version, or one that somebody changed together
+with its digest, may hold a text where a number is due. What reads such a file says what it takes,
+
+    RUN = table({"input": text, "settings": table({"epochs": whole(1)})})
+    check("run.json of out", content, RUN)
+
+and whoever comes after the check may trust the values. A rule is called with the name and the value
+of an entry, and raises ValueError if the value does not keep it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "RATE",
+    "Rule",
+    "anything",
+    "check",
+    "flag",
+    "generator_state",
+    "like",
+    "listed",
+    "none",
+    "number",
+    "optional",
+    "plain",
+    "rules_of",
+    "table",
+    "tensor",
+    "text",
+    "weights_of",
+    "whole",
+]
+
+Rule = Callable[[str, Any], None]
+MOST = 2**63 - 1  # what torch and numpy take for a whole number
+LONGEST = 60  # characters of a value that are shown
+
+
+def check(what: str, value: Any, rule: Rule) -> None:
+    """Raise ValueError, which says what is damaged and why, unless a value keeps a rule."""
+    try:
+        rule("", value)
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} {list(value.shape)}"
+    found = repr(value)
+    return found if len(found) <= LONGEST else found[:LONGEST] + ".."
+
+
+def _refuse(name: str, what: str, value: Any) -> None:
+    raise ValueError(f"{name or 'its content'} must be {what}, but is {_shown(value)}")
+
+
+def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def anything(name: str, value: Any) -> None:
+    """Take every value."""
+
+
+def text(name: str, value: Any) -> None:
+    """Take a text."""
+    if not isinstance(value, str):
+        _refuse(name, "a text", value)
+
+
+def flag(name: str, value: Any) -> None:
+    """Take True and False."""
+    if not isinstance(value, bool):
+        _refuse(name, "true or false", value)
+
+
+def none(name: str, value: Any) -> None:
+    """Take None."""
+    if value is not None:
+        _refuse(name, "absent", value)
+
+
+def plain(name: str, value: Any) -> None:
+    """Take a text, a number, True, False and None."""
+    if not isinstance(value, str | int | float | None):
+        _refuse(name, "a text or a number", value)
+
+
+def whole(least: int = 0, most: int = MOST) -> Rule:
+    """Return the rule of a whole number in a range, whose ends are in it."""
+    bounds = f"of at least {least}" if most == MOST else f"from {least} to {most}"
+
+    def rule(name: str, value: Any) -> None:
+        if not _is_number(value, (int,)) or not least <= value <= most:
+            _refuse(name, f"a whole number {bounds}", value)
+
+    return rule
+
+
+def number(bounds: str = "", fits: Callable[[float], bool] = lambda x: True) -> Rule:
+    """Return the rule of a finite number that fits: ``number("above 0", lambda x: x > 0)``."""
+
+    def rule(name: str, value: Any) -> None:
+        finite = _is_number(value, (int, float)) and abs(value) <= sys.float_info.max
+        if not finite or not fits(value):
+            _refuse(name, f"a finite number {bounds}".rstrip(), value)
+
+    return rule
+
+
+RATE = number("above 0", lambda x: x > 0)
+
+
+def optional(inner: Rule) -> Rule:
+    """Return the rule of a value that may be None."""
+
+    def rule(name: str, value: Any) -> None:
+        if value is not None:
+            inner(name, value)
+
+    return rule
+
+
+def listed(inner: Rule, length: int | None = None, least: int = 0) -> Rule:
+    """Return the rule of a list or tuple, of so many values if its length is given."""
+
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, list | tuple):
+            _refuse(name, "a list", value)
+        if (length is not None and len(value) != length) or len(value) < least:
+            wanted = f"at least {least}" if length is None else str(length)
+            raise ValueError(f"{name} must have {wanted} values, but has {len(value)}")
+        for index, one in enumerate(value):
+            inner(f"{name}[{index}]", one)
+
+    return rule
+
+
+def table(entries: dict[str, Rule], others: Rule | None = anything) -> Rule:
+    """Return the rule of a dict with these entries; of any others, which None does not allow."""
+
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            _refuse(name, "a table", value)
+        for key in entries.keys() - value.keys():
+            raise ValueError(f"{name or 'it'} must have {key!r}, but has not")
+        for key, one in value.items():
+            inner = entries.get(key, others)
+            if inner is None:
+                raise ValueError(f"{name or 'it'} must not have {key!r}, but has")
+            inner(f"{name}.{key}" if name else str(key), one)
+
+    return rule
+
+
+def tensor(
+    dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
+    *,
+    pruned: bool = False,
+) -> Rule:
+    """Return the rule of a finite tensor, of a kind and shape if these are given.
+
+    One that is `pruned` may hold -inf besides, if not alone.
+    """
+    what = "a tensor"
+    what += "" if dtype is None else f" of {dtype}"
+    what += "" if shape is None else f" {list(shape)}"
+
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            _refuse(name, what, value)
+        if value.dtype != (dtype or value.dtype) or (
+            shape is not None and value.shape != torch.Size(shape)
+        ):
+            _refuse(name, what, value)
+        finite = value.isfinite()
+        sound = finite | (value == -torch.inf) if pruned and finite.any() else finite
+        if not sound.all():
+            raise ValueError(f"{name} must be finite{' or -inf' if pruned else ''}, but is not")
+
+    return rule
+
+
+def weights_of(state: dict[str, Any]) -> Rule:
+    """Return the rule of the ``state_dict`` of a module like the one that `state` is of.
+
+    Logits of components that were pruned are -inf. What is no tensor the module checks itself.
+    """
+    return table(
+        {
+            name: tensor(value.dtype, value.shape, pruned=name.endswith("prior.logits"))
+            if isinstance(value, Tensor)
+            else anything
+            for name, value in state.items()
+        },
+        None,
+    )
+
+
+def generator_state(name: str, value: Any) -> None:
+    """Take the state of a generator of random numbers on the CPU."""
+    try:
+        torch.Generator().set_state(value)
+    except (TypeError, RuntimeError):
+        _refuse(name, "the state of a generator of random numbers", value)
+
+
+def like(example: Any) -> Rule:
+    """Return the rule of what has an example's keys, lengths and kinds of values.
+
+    Numbers must be finite, and whole ones not negative.
+    """
+    if isinstance(example, dict):
+        return table({key: like(value) for key, value in example.items()}, None)
+    if isinstance(example, list | tuple):
+        inner = [like(value) for value in example]
+
+        def rule(name: str, value: Any) -> None:
+            listed(anything, len(inner))(name, value)
+            for index, (one, each) in enumerate(zip(inner, value, strict=True)):
+                one(f"{name}[{index}]", each)
+
+        return rule
+    if isinstance(example, Tensor):
+        return tensor(example.dtype, example.shape)
+    for kind, found in ((bool, flag), (int, whole()), (float, number()), (str, text)):
+        if isinstance(example, kind):
+            return found
+    return anything
+
+
+def rules_of(settings: type) -> dict[str, Rule]:
+    """Return the rules of a dataclass's fields: those that are ``Annotated`` with one."""
+    hints = get_type_hints(settings, include_extras=True)
+    return {name: getattr(hint, "__metadata__", [anything])[0] for name, hint in hints.items()}
