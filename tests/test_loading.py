@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import re
 from functools import cache
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import files_of_at_most
+from support import files_of_at_most, mutated
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -447,6 +448,57 @@ def test_what_training_cannot_go_on_from(tmp_path):
     refused("is damaged")
     path.unlink()
     refused("must be a checkpoint to go on from, is no file")
+
+
+def test_checkpoints_of_other_content_are_refused(tmp_path, monkeypatch):
+    """Their digest would be right; Lightning would restore them part by part."""
+    path, rng, taken = tmp_path / "kept.ckpt", random.Random(0), []
+    train(Checkpoints(path, seconds=math.inf, steps=3), 1)
+    check = checkpoints._check_all
+
+    def check_often(trainer, plan, path, checkpoint):
+        for _ in range(200):
+            changed, where = mutated(checkpoint, rng)
+            try:
+                check(trainer, plan, path, changed)
+            except InputError as error:
+                assert re.search(r"kept\.ckpt( is damaged)?: ", str(error))
+            else:
+                taken.append(where)
+        check(trainer, plan, path, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "_check_all", check_often)
+    train(Checkpoints(path), 2, ckpt_path=path)
+    assert 0 < len(taken) < 50
+    for where in taken:  # what is not restored, or as good
+        unused = where[0] in ("lr_schedulers", "callbacks") or where[:2] in (
+            ["loops", "validate_loop"],
+            ["loops", "test_loop"],
+            ["loops", "predict_loop"],
+        )
+        assert unused or "param_groups" in where or where[-1] in ("step", "stopped"), where
+
+
+def test_curves_of_other_content_are_refused():
+    curves = {"elbo_train": [3.0, 2.0], "elbo_validation": [4.0, math.nan], "other": [1.0]}
+    state = {"seconds": 3.0, "epoch": 2, "history": curves}
+    integration.check_progress("run", state)
+    integration.check_progress("run", {"seconds": 0.1, "epoch": 0, "history": {}})
+    rng = random.Random(0)
+    for _ in range(100):
+        changed, where = mutated(state, rng)
+        try:
+            integration.check_progress("run", changed)
+        except ValueError as error:
+            assert str(error).startswith("run")
+        else:
+            assert where[0] in ("seconds", "epoch", "history"), where
+            assert changed["epoch"] == 2 and len(changed["history"]["elbo_train"]) == 2
+    for name in ("elbo_train", "elbo_validation"):
+        with pytest.raises(ValueError, match=f"run.history must have '{name}', but has not"):
+            integration.check_progress(
+                "run", {**state, "history": {k: v for k, v in curves.items() if k != name}}
+            )
 
 
 def test_each_of_several_processes_goes_on_with_its_own_part(tmp_path):

@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support import TRAIN, batch_of, prior_steps, scvi_model, separated_cells
+from support import (
+    TRAIN,
+    batch_of,
+    complaint,
+    prior_steps,
+    scvi_model,
+    separated_cells,
+    written,
+)
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +25,7 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 from anndata import AnnData  # noqa: E402
 
-from vmm_fast import Components  # noqa: E402
+from vmm_fast import Components, cli  # noqa: E402
 from vmm_fast.clusters import find_clusters  # noqa: E402
 from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
 from vmm_fast.scvi.assignment import find_model  # noqa: E402
@@ -208,10 +216,10 @@ class MakesFolder:
         self.path = path
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.makedirs, (str(self.path), 0o777, True)
 
 
-def test_a_saved_model_runs_nothing_as_it_is_read(tmp_path):
+def test_a_saved_model_runs_nothing_as_it_is_read(tmp_path, capsys):
     model, ran = learnt("SCVI"), tmp_path / "ran"
     model.save(tmp_path, save_anndata=True, overwrite=True)
     saved = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -224,12 +232,19 @@ def test_a_saved_model_runs_nothing_as_it_is_read(tmp_path):
         lambda: VMMSCVI.prepare_query_anndata(model.adata, str(tmp_path)),
         lambda: find_model(str(tmp_path)),
     ):
-        with pytest.raises(ValueError, match=r"tensors and tables alone, but holds posix\.mkdir"):
+        with pytest.raises(ValueError, match=r"tensors and tables alone, but holds os\.makedirs"):
             load()
         assert not ran.exists()
     VMMSCVI.load(tmp_path, accelerator="cpu", trust=True)
     ran.rmdir()
     assert VMMSCVI.load_registry(str(tmp_path), trust=True)["model_name"] == "VMMSCVI"
+    ran.rmdir()
+    capsys.readouterr()
+    cells = written(tmp_path, model.adata)
+    command = ["assign", str(tmp_path), str(cells), "--out", str(tmp_path / "out.h5ad")]
+    error = complaint(capsys, cli.main(command))
+    assert "if you made it yourself, load it with --trust\n" in error and not ran.exists()
+    assert cli.main([*command, "--trust"]) == 0 and ran.exists()
 
 
 def test_every_flipped_bit_of_a_saved_model_is_found(tmp_path):

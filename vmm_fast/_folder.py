@@ -21,7 +21,7 @@ from vmm_fast._files import Lock, read_json, write_json
 from vmm_fast._schema import check, rules_of, table, text
 from vmm_fast.data import InputError
 
-__all__ = ["Folder", "digest"]
+__all__ = ["Folder", "digest", "folder_of_model", "must_hold_run"]
 
 RUN = "run.json"
 RECORD = table({"vmm_fast": text, "input": text, "settings": table({})})
@@ -39,6 +39,26 @@ def digest(path: str | os.PathLike[str]) -> str:
             while block := stream.read(1 << 20):
                 found.update(block)
     return "sha256 " + found.hexdigest()
+
+
+def must_hold_run(path: str | os.PathLike[str]) -> None:
+    """Raise InputError if there is no run in a folder to go on with."""
+    if not (Path(path) / RUN).exists():
+        raise InputError(f"--resume: {path} holds no run; leave --resume out to start one")
+
+
+def folder_of_model(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model.pt: this one, of :meth:`VMMSCVI.save`, or ``model`` in it.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "model.pt").is_file():
+            return folder
+    raise InputError(f"{path}: must be a folder that integrate wrote, holds no model.pt")
 
 
 class Folder:
@@ -120,10 +140,9 @@ class Folder:
 
     def resumed(self, source: str, given: dict[str, Any]) -> dict[str, Any]:
         """Give the settings to go on with: those of the run, which `given` may not contradict."""
-        if self.record is None and (self.path / RUN).exists():
-            raise InputError(f"--resume: {self.path / RUN} is damaged; choose another folder")
+        must_hold_run(self.path)
         if self.record is None:
-            raise InputError(f"--resume: {self.path} holds no run; leave --resume out to start one")
+            raise InputError(f"--resume: {self.path / RUN} is damaged; choose another folder")
         if self.record["input"] != source:
             raise InputError(f"--resume: the run in {self.path} was started on another input")
         stored = self.record["settings"]

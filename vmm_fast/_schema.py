@@ -167,11 +167,12 @@ def tensor(
     dtype: torch.dtype | None = None,
     shape: Sequence[int] | None = None,
     *,
+    finite: bool = True,
     pruned: bool = False,
 ) -> Rule:
-    """Return the rule of a finite tensor, of a kind and shape if these are given.
+    """Return the rule of a tensor, of a kind and shape if these are given, with finite values.
 
-    One that is `pruned` may hold -inf besides, if not alone.
+    One that is `pruned` may hold -inf besides, if not alone; one that is not `finite` anything.
     """
     what = "a tensor"
     what += "" if dtype is None else f" of {dtype}"
@@ -184,9 +185,10 @@ def tensor(
             shape is not None and value.shape != torch.Size(shape)
         ):
             _refuse(name, what, value)
-        finite = value.isfinite()
-        sound = finite | (value == -torch.inf) if pruned and finite.any() else finite
-        if not sound.all():
+        sound = value.isfinite()
+        if pruned and sound.any():
+            sound |= value == -torch.inf
+        if finite and not sound.all():
             raise ValueError(f"{name} must be finite{' or -inf' if pruned else ''}, but is not")
 
     return rule
@@ -195,17 +197,17 @@ def tensor(
 def weights_of(state: dict[str, Any]) -> Rule:
     """Return the rule of the ``state_dict`` of a module like the one that `state` is of.
 
-    Logits of components that were pruned are -inf. What is no tensor the module checks itself.
+    Logits of components that were pruned are -inf, and what is not finite in `state` need not be
+    elsewhere. What is no tensor the module checks itself.
     """
-    return table(
-        {
-            name: tensor(value.dtype, value.shape, pruned=name.endswith("prior.logits"))
-            if isinstance(value, Tensor)
-            else anything
-            for name, value in state.items()
-        },
-        None,
-    )
+
+    def of(name: str, value: Any) -> Rule:
+        if not isinstance(value, Tensor):
+            return anything
+        finite = value.is_meta or bool(value.isfinite().all())
+        return tensor(value.dtype, value.shape, finite=finite, pruned=name.endswith("prior.logits"))
+
+    return table({name: of(name, value) for name, value in state.items()}, None)
 
 
 def generator_state(name: str, value: Any) -> None:

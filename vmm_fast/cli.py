@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from vmm_fast._folder import Folder, digest
+from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._stopping import HungUp, Terminated, stoppable
 from vmm_fast._text import counted
 from vmm_fast.clustering import Settings, train
@@ -264,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cut(assign, "the model's", "the model's")
     assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
+    assign.add_argument(
+        "--trust",
+        action="store_true",
+        help="read a MODEL that may run anything: only for files that you made yourself",
+    )
     assign.set_defaults(run=_assign)
 
     prepare = commands.add_parser(
@@ -586,17 +591,11 @@ class _Run(NamedTuple):
     again: str  # the command that goes on
 
 
-def _read_cells(
-    arguments: argparse.Namespace, kind: Any, suffix: str, checkpoint: str, **folder: Any
-) -> _Run:
+def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
     """Read, check and describe cells, and make the folder: for the commands that train on them."""
     from vmm_fast.scvi import integration, reading, writing
 
-    file, command = arguments.file, arguments.command
-    if (file is None) != arguments.example:
-        raise InputError(f"give either FILE or --example; see vmm-fast {command} --help")
-    name = EXAMPLE if file is None else Path(file).resolve().stem
-    out = arguments.out or f"{name}{suffix}"
+    file, command, out = arguments.file, arguments.command, arguments.out
     place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
     cells: Any = None
     notes: list[str] = []
@@ -649,6 +648,25 @@ def _read_cells(
     if arguments.accelerator != "auto":
         again += ["--accelerator", arguments.accelerator]
     return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+
+
+def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
+    """Complain at once of what needs no import of scvi-tools, and find the folder's name."""
+    file = arguments.file
+    if (file is None) != arguments.example:
+        raise InputError(f"give either FILE or --example; see vmm-fast {arguments.command} --help")
+    _cut_of(vars(arguments))
+    if file is not None:
+        _must_exist(file)
+    name = EXAMPLE if file is None else Path(file).resolve().stem
+    arguments.out = arguments.out or f"{name}{suffix}"
+    if arguments.resume:
+        must_hold_run(arguments.out)
+
+
+def _must_exist(file: str) -> None:
+    if not os.path.exists(file):
+        raise InputError(f"{file}: no such file or folder")
 
 
 def _size(cells: Any) -> str:
@@ -715,13 +733,13 @@ def _give_back_freed_memory() -> None:
 
 
 def _integrate(arguments: argparse.Namespace) -> None:
+    _check_before_imports(arguments, "-vmm")
     _require_scvi()
     from vmm_fast.scvi import integration, report
 
     run = _read_cells(
         arguments,
         integration.Settings,
-        "-vmm",
         "checkpoint.ckpt",
         results=integration.RESULTS,
         changeable=("epochs", "labels_key", *CUT),
@@ -773,13 +791,13 @@ def _integrate(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
+    _check_before_imports(arguments, "-sweep")
     _require_scvi()
     from vmm_fast.scvi import sweep
 
     run = _read_cells(
         arguments,
         sweep.SweepSettings,
-        "-sweep",
         sweep.FINISHED,
         results=sweep.RESULTS,
         changeable=("epochs", "batch_sizes", "ratios"),
@@ -853,14 +871,16 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
 
 
 def _assign(arguments: argparse.Namespace) -> None:
+    file = arguments.file
+    cut = _cut_of(vars(arguments))
+    cut["n_clusters"] = cut.pop("clusters")
+    folder_of_model(arguments.model)  # or says that there is none
+    _must_exist(file)
+    out = _out_file(arguments, "-vmm")
     _require_scvi()
     from vmm_fast.scvi import assignment, integration, reading, writing
 
-    file = arguments.file
-    out = _out_file(arguments, "-vmm")
-    cut = _cut_of(vars(arguments))
-    cut["n_clusters"] = cut.pop("clusters")
-    model = assignment.find_model(arguments.model, **cut)
+    model = assignment.find_model(arguments.model, trust=arguments.trust, **cut)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
     with ExitStack() as opened:
         if cells is not None:
@@ -884,10 +904,11 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    _must_exist(arguments.file)
+    out = _out_file(arguments, "-prepared")
     _require_scvi()
     from vmm_fast.scvi import preparing
 
-    out = _out_file(arguments, "-prepared")
     start = time.monotonic()
     found = preparing.prepare(
         Path(arguments.file),

@@ -37,13 +37,13 @@ def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
     for group, own_group in zip(groups, own, strict=True):
         _check_settings(group, own_group)
         numbers, parameters = group["params"], own_group["params"]
-        if not isinstance(numbers, list) or len(numbers) != len(parameters):
+        whole = isinstance(numbers, list) and all(isinstance(each, int) for each in numbers)
+        if not whole or len(numbers) != len(parameters):
             raise ValueError(f"state must be of {len(parameters)} parameters, but is of {numbers}")
         amsgrad = group.get("amsgrad", False)
         found |= {
             number: (parameter, amsgrad)
             for number, parameter in zip(numbers, parameters, strict=True)
-            if isinstance(number, int)
         }
     for number, entry in entries.items():
         if number not in found:
@@ -71,6 +71,9 @@ def _check_settings(group: Any, own: dict[str, Any]) -> None:
             isinstance(value, bool) or (value is None and own[name] is None)
         ):
             raise ValueError(f"{name} must be True or False, but is {value!r}")
+    for name in ("capturable", "differentiable"):  # which steps on a CPU cannot be at will
+        if group.get(name, own[name]) != own[name]:
+            raise ValueError(f"{name} must be {own[name]}, but is {group[name]}")
 
 
 def _check_moments(number: int, entry: Any, parameter: Tensor, amsgrad: bool) -> None:

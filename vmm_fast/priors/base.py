@@ -287,6 +287,11 @@ class LearntPrior(Prior):
         if self._adam is not None and state:
             self._adam.load_state_dict(state)
 
+    def check_extra_state(self, state: Any) -> None:
+        """Raise ValueError if the private optimizer, where there is one, cannot take a state."""
+        if self._adam is not None:
+            self._adam.check_state_dict(state)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -17,6 +17,8 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
+from vmm_fast._files import check_archive
+from vmm_fast._folder import folder_of_model
 from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
 from vmm_fast.scvi.integration import (
@@ -66,10 +68,11 @@ class SavedModel(NamedTuple):
     batches: pd.Index
 
 
-def find_model(path: str, **cut: Any) -> SavedModel:
+def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     """Load the model in a folder that ``vmm-fast integrate`` or ``VMMSCVI.save`` wrote.
 
-    With a cut of :func:`vmm_fast.clusters.find_clusters` its clusters are those, else its own.
+    It must hold tensors and tables alone unless ``trust``: others may run anything as they are
+    read. With a cut of :func:`vmm_fast.clusters.find_clusters` its clusters are those.
 
     Raises
     ------
@@ -77,21 +80,21 @@ def find_model(path: str, **cut: Any) -> SavedModel:
         If there is none, or none that has clusters and needs no more of a cell than counts and
         batch.
     """
-    folders = [Path(path), Path(path) / "model"]
-    found = [folder for folder in folders if (folder / "model.pt").is_file()]
-    if not found:
-        raise InputError(f"{path}: must be a folder that integrate wrote, holds no model.pt")
+    folder = folder_of_model(path)
     damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
     try:
-        check_model(found[0] / "model.pt")
+        if trust:
+            check_archive(folder / "model.pt")
+        else:
+            check_model(folder / "model.pt", "--trust")
     except OSError as error:
         raise InputError(f"{path}: model.pt cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     try:
         with quiet():
-            registry = VMMSCVI.load_registry(str(found[0]), trust=True)
-            genes = VMMSCVI.prepare_query_anndata(None, str(found[0]), True, trust=True)
+            registry = VMMSCVI.load_registry(str(folder), trust=True)
+            genes = VMMSCVI.prepare_query_anndata(None, str(folder), True, trust=True)
         name, setup = registry["model_name"], registry["setup_args"]
     except Exception:  # pickle raises of all kinds
         raise damaged from None
@@ -112,7 +115,7 @@ def find_model(path: str, **cut: Any) -> SavedModel:
         obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
         with quiet():
             cells = in_place_of(counts, obs, genes, layer)
-            model = VMMSCVI.load(str(found[0]), cells, trust=True)
+            model = VMMSCVI.load(str(folder), cells, trust=True)
     except MemoryError:
         raise
     except Exception:  # of what does not fit together in a file, scvi-tools raises all kinds
@@ -133,7 +136,7 @@ def find_model(path: str, **cut: Any) -> SavedModel:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         model.module.cluster_of_component.copy_(clusters.of_component)
-    return SavedModel(model, found[0], genes, layer, key, batches)
+    return SavedModel(model, folder, genes, layer, key, batches)
 
 
 # --- cells that fit the model ---

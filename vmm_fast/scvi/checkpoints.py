@@ -8,29 +8,58 @@ and the sums of the losses of an epoch that has begun.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
+from torch.optim import Adam, Optimizer
 
 from vmm_fast._files import load_checked, save_atomically
+from vmm_fast._schema import (
+    anything,
+    check,
+    flag,
+    generator_state,
+    like,
+    listed,
+    plain,
+    table,
+    tensor,
+    text,
+    weights_of,
+    whole,
+)
 from vmm_fast.data import InputError
+from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.priors.base import check_integer
 from vmm_fast.scvi.loading import CellDataModule
+from vmm_fast.scvi.training import EmpiricalBayes
 
 __all__ = ["CheckpointFile", "Checkpoints"]
 
 STATES = "state of each process"
 RUN = "cells and settings"  # of the run that a checkpoint is of
 STOPPED = "stopped"  # whether it has ended before its last epoch
+LIGHTNING = "pytorch-lightning_version"
+GPU_STATE = tensor(torch.uint8, [16])
+OF_A_RUN = table(
+    {
+        STATES: listed(anything),
+        RUN: table({}, plain),
+        STOPPED: flag,
+        "state_dict": table({}, tensor(finite=False)),
+    }
+)
 STEPS_BETWEEN_LOOKS = 16  # at the clocks of several processes, which have to wait for each other
 
 
@@ -72,7 +101,7 @@ class CheckpointFile(TorchCheckpointIO):
             checkpoint = load_checked(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: is damaged and cannot be read: {error}") from None
-        if not {"pytorch-lightning_version", "state_dict"} <= checkpoint.keys():
+        if not {LIGHTNING, "state_dict"} <= checkpoint.keys():
             raise InputError(f"{path}: is no checkpoint of training")
         if self.check is not None:
             self.check(path, checkpoint)
@@ -140,7 +169,7 @@ class Checkpoints(Callback):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFile()
         if isinstance(trainer.strategy.checkpoint_io, CheckpointFile):
-            trainer.strategy.checkpoint_io.check = partial(_check, trainer, pl_module)
+            trainer.strategy.checkpoint_io.check = partial(_check_all, trainer, pl_module)
         # A time limit is seen right after the batch. Not after others, too: the first process alone
         # may have a bar, whose losses wait for the other processes.
         trainer.callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Timer))
@@ -255,6 +284,10 @@ def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> No
             f"{path}: must be a checkpoint with the state of random numbers, has none: it was "
             "not written by vmm_fast.scvi.Checkpoints"
         )
+    try:
+        check(str(path), checkpoint, OF_A_RUN)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     processes, of_file, given = len(checkpoint[STATES]), checkpoint[RUN], _run(trainer)
     if processes != trainer.world_size:
         raise InputError(
@@ -263,6 +296,79 @@ def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> No
         )
     _compare(path, of_file, given)
     _compare(path, _shapes(checkpoint["state_dict"]), _shapes(plan.state_dict()))
+
+
+def _check_all(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise InputError unless the checkpoint is of this run, and all in it is what this restores.
+
+    Lightning would restore it part by part, and look at little.
+    """
+    _check(trainer, plan, path, checkpoint)
+    try:
+        check(str(path), checkpoint, partial(_check_content, trainer, plan))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _check_content(trainer: Any, plan: Any, name: str, checkpoint: Any) -> None:
+    own = table({"random": generator_state, "losses": like(_state(plan)["losses"])}, GPU_STATE)
+    entries = {
+        LIGHTNING: text,
+        "state_dict": weights_of(plan.state_dict()),
+        STATES: listed(own),
+        "epoch": whole(),
+        "global_step": whole(),
+        "callbacks": table({}),
+        "optimizer_states": listed(table({})),
+        "lr_schedulers": listed(table({})),
+        "loops": table({"fit_loop": table({})}),
+    }
+    table(entries)(name, checkpoint)
+    optimizers = _optimizers(plan.configure_optimizers())
+    listed(table({}), len(optimizers))("optimizer_states", checkpoint["optimizer_states"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        if isinstance(optimizer, Adam):
+            check_adam_state(optimizer, state)
+    if isinstance(plan, EmpiricalBayes):
+        plan.check_prior_optimizer(checkpoint)
+    if checkpoint[LIGHTNING] == lightning.__version__:  # others are converted first
+        _check_loops(trainer, checkpoint)
+    elif not re.match(r"\d+\.\d+", checkpoint[LIGHTNING]):
+        raise ValueError(f"{LIGHTNING} must be a version, but is {checkpoint[LIGHTNING]!r}")
+
+
+def _check_loops(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError unless the places of Lightning's loops are such, and agree."""
+    own = {**trainer.fit_loop.state_dict(), "state_dict": None}
+    fit = checkpoint["loops"]["fit_loop"]
+    like(own)("loops.fit_loop", fit)
+    places = fit["state_dict"]
+    if isinstance(trainer.datamodule, CellDataModule):
+        batches = whole(0, len(trainer.datamodule.train_dataloader()))
+        place = table({"pass": whole(), "done": batches}, None)
+        loaders = table({"combined_loader": listed(place, 1)}, None)
+        loaders("loops.fit_loop.state_dict", places)
+    automatic, manual = (
+        fit[f"epoch_loop.{kind}_optimization.{progress}"]
+        for kind, progress in (("automatic", "optim_progress"), ("manual", "optim_step_progress"))
+    )
+    steps = automatic["optimizer"]["step"]["total"]["completed"] + manual["total"]["completed"]
+    epoch = fit["epoch_progress"]["current"]["completed"]
+    for key, value in (("global_step", steps), ("epoch", epoch)):
+        whole(value, value)(key, checkpoint[key])
+
+
+def _optimizers(found: Any) -> list[Optimizer]:
+    """Return the optimizers in what ``configure_optimizers`` gave."""
+    if isinstance(found, Optimizer):
+        return [found]
+    if isinstance(found, dict):
+        return _optimizers(found["optimizer"])
+    return (
+        [each for one in found for each in _optimizers(one)]
+        if isinstance(found, tuple | list)
+        else []
+    )
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

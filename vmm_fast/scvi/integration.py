@@ -42,7 +42,7 @@ from torch.nn.functional import one_hot
 
 from vmm_fast._cut import Cut
 from vmm_fast._files import write_atomically
-from vmm_fast._schema import RATE, flag, optional, text, whole
+from vmm_fast._schema import RATE, check, flag, listed, number, optional, table, text, whole
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted
 from vmm_fast.clusters import Clusters, Confusion
@@ -357,9 +357,29 @@ class _CheckpointFile(CheckpointFile):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
-        except InputError as error:
+            checkpoint = super().load_checkpoint(path, *args, **kwargs)
+            check(
+                str(path), checkpoint["callbacks"], table({_Progress.__qualname__: check_progress})
+            )
+        except ValueError as error:
             raise InputError(f"{error}; start the run again with --overwrite") from None
+        return checkpoint
+
+
+def check_progress(name: str, state: Any) -> None:
+    """Raise ValueError unless this is a state of :class:`_Progress`."""
+    seconds = number("of at least 0", lambda x: x >= 0)
+    table({"seconds": seconds, "epoch": whole(), "history": table({})}, None)(name, state)
+    epochs = state["epoch"]
+    curves = {"elbo_train": number(), "elbo_validation": measured} if epochs else {}
+    values = {key: listed(rule, epochs) for key, rule in curves.items()}
+    table(values, listed(measured))(f"{name}.history", state["history"])
+
+
+def measured(name: str, value: Any) -> None:
+    """Take a number, which a loss of cells that are held out need not be finite."""
+    if not isinstance(value, float):
+        raise ValueError(f"{name} must be a number, but is {value!r}")
 
 
 class _Progress(Callback):

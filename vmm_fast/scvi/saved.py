@@ -45,8 +45,10 @@ ALLOWED = {
 }
 
 
-def check_model(path: str | os.PathLike[str]) -> None:
+def check_model(path: str | os.PathLike[str], cure: str = "trust=True") -> None:
     """Raise ValueError if a ``model.pt`` is damaged, or would run anything when it is read.
+
+    `cure` is what the message names for a file that may run anything nevertheless.
 
     Raises
     ------
@@ -65,6 +67,6 @@ def check_model(path: str | os.PathLike[str]) -> None:
     if foreign := sorted(held - ALLOWED):
         raise ValueError(
             f"{os.fspath(path)!r} must hold tensors and tables alone, but holds "
-            f"{', '.join(foreign)}, which may run anything; if you know who wrote it, load it with "
-            "trust=True"
+            f"{', '.join(foreign)}, which may run anything; if you made it yourself, load it with "
+            f"{cure}"
         )

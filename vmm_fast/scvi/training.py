@@ -201,6 +201,12 @@ class EmpiricalBayes(LightningModule):
         if self.module.prior is not None and "prior_optimizer" in checkpoint:
             self.module.prior.set_extra_state(checkpoint["prior_optimizer"])
 
+    def check_prior_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError unless a checkpoint has a state that the private optimizer takes."""
+        prior = self.module.prior
+        if prior is not None and prior.get_extra_state():
+            prior.check_extra_state(checkpoint.get("prior_optimizer"))
+
 
 class EmpiricalBayesTrainingPlan(EmpiricalBayes, TrainingPlan):
     """:class:`scvi.train.TrainingPlan` with the prior's own step."""
