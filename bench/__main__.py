@@ -142,7 +142,11 @@ def main() -> int:
     elif args.part == "settings":
         peers.main(args, settings.SETTINGS)
     elif args.part == "report":
-        report.write(Path(args.out))
+        try:
+            report.write(Path(args.out))
+        except FileNotFoundError as error:
+            print(error)
+            return 1
     elif getattr(args, "make_tfp_environment", None):
         make_tfp_environment(args.make_tfp_environment)
     else:

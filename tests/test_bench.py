@@ -132,8 +132,8 @@ def test_command_line(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(__main__, "measure", lambda name, args: done.append(name))
     assert bench("all", "--quick") == (0, "")
     assert done == ["throughput", "roofline", "scaling", "step", "likelihood", "scvi-step"]
-    with pytest.raises(FileNotFoundError, match="no results in"):
-        bench("report", "--out", tmp_path)
+    nothing = f"no results in {tmp_path}: run python -m bench throughput first\n"
+    assert bench("report", "--out", tmp_path) == (1, nothing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     nothing = 1, "no GPU was found: torch.cuda.is_available() is False\n"
     assert bench("gpu", "--out", tmp_path) == nothing
