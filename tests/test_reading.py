@@ -1,7 +1,6 @@
 """Files of cells as programs and people write them: what is read is what they hold, by value."""
 
 import fcntl
-import gzip
 import shutil
 
 import numpy as np
@@ -14,26 +13,19 @@ import anndata
 import h5py
 import zarr
 from anndata import AnnData
-from scipy.io import mmwrite
 from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast.data import InputError
-from vmm_fast.scvi import assignment, formats, frames, integration
+from vmm_fast.scvi import assignment, frames, integration
 from vmm_fast.scvi.names import find_names, notes_on_genes
 from vmm_fast.scvi.preparing import prepare
 from vmm_fast.scvi.reading import not_counts, read_cells
-from vmm_fast.scvi.store import CannotStream, CellStore
+from vmm_fast.scvi.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 COUNTS = np.random.default_rng(0).poisson(2, (12, 9))
 BARCODES = [f"AAAC-{i}" for i in range(12)]
-# Of Drosophila, of pandas' words for what is missing, and of what looks like a number.
-NAMES = ["nan", "NA", "null", "None", "N/A", "", "True", "007", 'g"e']
-TYPES = [*["Gene Expression"] * 5, "Antibody Capture", "Peaks", "Antibody Capture", "Custom"]
-LEFT_OUT = (
-    "4 features are left out, since genes alone are read: 2 Antibody Capture, 1 Peaks, 1 Custom"
-)
 
 
 def make_cells():
@@ -46,241 +38,6 @@ def read(path):
     """The counts, and names of cells and genes, and notes."""
     adata, notes = (cells := read_cells(str(path))).adata, cells.notes
     return adata.X.toarray().tolist(), list(adata.obs_names), list(adata.var_names), notes
-
-
-# --- 10x ---
-
-
-def write_mtx(folder, names=NAMES, columns=2, file="features.tsv", prefix="", gz=(), types=TYPES):
-    """The three files; those whose names begin so are compressed."""
-    folder.mkdir(exist_ok=True)
-    mmwrite(folder / f"{prefix}matrix.mtx", csr_matrix(COUNTS.T))
-    rows = [
-        (f"id{i}", name, kind)[:columns]
-        for i, (name, kind) in enumerate(zip(names, types, strict=True))
-    ]
-    tables = {file: map("\t".join, rows), "barcodes.tsv": BARCODES}
-    for name, lines in tables.items():
-        (folder / (prefix + name)).write_text("".join(f"{line}\n" for line in lines))
-    for path in [path for path in folder.iterdir() if path.name.removeprefix(prefix)[0] in gz]:
-        with gzip.open(f"{path}.gz", "wb") as packed:
-            packed.write(path.read_bytes())
-        path.unlink()
-    return folder
-
-
-@pytest.mark.parametrize("prefix", ["", "GSM1_a_"])
-@pytest.mark.parametrize("gz", ["", "mfgb", "m", "fb"])
-@pytest.mark.parametrize(("file", "columns"), [("features.tsv", 2), ("genes.tsv", 2)])
-def test_folders_of_cell_ranger_starsolo_and_geo(tmp_path, prefix, gz, file, columns):
-    folder = write_mtx(tmp_path / "a", columns=columns, file=file, prefix=prefix, gz=gz)
-    (folder / f"._{prefix}matrix.mtx").write_bytes(b"of macOS")
-    assert read(folder) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    ids = read_cells(str(folder)).adata.var["gene_ids"]
-    assert list(ids) == [f"id{i}" for i in range(9)]
-
-
-def test_genes_of_10x_that_are_named_in_other_ways(tmp_path):
-    one = write_mtx(tmp_path / "one", columns=1)
-    assert read(one)[2] == [f"id{i}" for i in range(9)]
-    twice = ["nan", "nan", "", "", "x", "nan", "a", "b", "c"]
-    expected = ["nan", "nan-1", "", "-1", "x", "nan-2", "a", "b", "c"]
-    note = "3 gene names that occur again got a number: -1, -2, ..."
-    found = read(write_mtx(tmp_path / "twice", twice))
-    assert found == (COUNTS.tolist(), BARCODES, expected, [note])
-    three = write_mtx(tmp_path / "three", columns=3, file="genes.tsv", types=["chr1"] * 9)
-    assert read(three) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    cut = write_mtx(tmp_path / "cut")
-    (cut / "features.tsv").write_text("id0\ta\nid1\n" + "".join(f"i{i}\tb{i}\n" for i in range(7)))
-    assert read(cut)[2][:3] == ["a", "", "b0"]
-    quoted = write_mtx(tmp_path / "quoted")  # by R
-    (quoted / "features.tsv").write_text("".join(f'"id{i}"\t"g{i}"\r\n' for i in range(9)))
-    (quoted / "barcodes.tsv").write_text("".join(f'"{name}"\n' for name in BARCODES) + "\n")
-    assert read(quoted)[1:3] == (BARCODES, [f"g{i}" for i in range(9)])
-    turned = write_mtx(tmp_path / "turned")  # by Python
-    mmwrite(turned / "matrix.mtx", csr_matrix(COUNTS))
-    assert read(turned) == (COUNTS.tolist(), BARCODES, NAMES, [])
-
-
-def test_counts_of_mtx_are_exact(tmp_path):
-    large = COUNTS.copy()
-    large[0, 0] = 2**24 + 1
-    folder = write_mtx(tmp_path / "a")
-    assert read_cells(str(folder)).adata.X.dtype == np.float32
-    mmwrite(folder / "matrix.mtx", csr_matrix(large.T))
-    assert read(folder)[0] == large.tolist()
-
-
-def test_folders_of_10x_that_cannot_be_read(tmp_path):
-    folder = write_mtx(tmp_path / "a", prefix="b_")
-    write_mtx(folder, prefix="a_")
-    with pytest.raises(InputError, match=r"must hold one .* holds a_matrix.mtx, b_matrix.mtx; put"):
-        read_cells(str(folder))
-    for path in folder.glob("a_*"):
-        path.rename(path.with_name(path.name[2:]))
-    assert read(folder)[2] == NAMES  # the one without a prefix is meant
-    with open(folder / "barcodes.tsv", "a") as file:
-        file.write("more\n")
-    message = "must be 9 x 13, as features.tsv and barcodes.tsv have lines, but is 9 x 12"
-    with pytest.raises(InputError, match=message):
-        read_cells(str(folder))
-    (folder / "features.tsv").unlink()
-    with pytest.raises(InputError, match=r"must hold features.tsv or genes.tsv beside matrix.mtx"):
-        read_cells(str(folder))
-
-
-def write_10x(path, types=TYPES, names=NAMES, genomes=None):
-    """Write a .h5 file as Cell Ranger 3 does, or as 2 does where there are `genomes`."""
-    with h5py.File(path, "w") as file:
-        for name in genomes or ["matrix"]:
-            group, counts = file.create_group(name), csr_matrix(COUNTS)
-            group["barcodes"], group["shape"] = np.array(BARCODES, "S"), (9, 12)
-            for part in ("data", "indices", "indptr"):
-                group[part] = getattr(counts, part).astype("i4")
-            ids = np.array([f"id{i}" for i in range(9)], "S")
-            if genomes:
-                group["genes"], group["gene_names"] = ids, np.array(names, "S")
-            else:
-                group["features/id"], group["features/name"] = ids, np.array(names, "S")
-                group["features/feature_type"] = np.array(types, "S")
-    return path
-
-
-@pytest.mark.parametrize("kind", ["h5", "mtx"])
-def test_features_that_are_no_genes_are_told(tmp_path, kind):
-    def write(name, types):
-        if kind == "h5":
-            return write_10x(tmp_path / f"{name}.h5", types)
-        return write_mtx(tmp_path / name, columns=3, types=types)
-
-    path = write("some", TYPES)
-    expected = COUNTS[:, :5].tolist(), BARCODES, NAMES[:5], [LEFT_OUT]
-    assert read(path) == expected
-    assert prepare(path, tmp_path / "out.h5ad").notes[0] == LEFT_OUT
-    assert read(tmp_path / "out.h5ad")[:3] == expected[:3]
-    (note,) = read(write("one", [*["Gene Expression"] * 8, "Peaks"]))[3]
-    assert note == "1 feature is left out, since genes alone are read: 1 Peaks"
-    assert read(write("all", ["Gene Expression"] * 9))[2:] == (NAMES, [])
-    with pytest.raises(InputError, match="must hold features of Gene Expression, but holds 9 Peak"):
-        read_cells(str(write("none", ["Peaks"] * 9)))
-
-
-def test_genomes_of_cell_ranger_2(tmp_path):
-    path = write_10x(tmp_path / "a.h5", genomes=["hg19"])
-    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    write_10x(path, genomes=["hg19", "mm10"])
-    notes = [
-        "the genes of 2 genomes are read: hg19, mm10",
-        "9 gene names that occur again got a number: -1, -2, ...",
-    ]
-    expected = np.concatenate([COUNTS, COUNTS], 1).tolist()
-    again = [f"{name}-1" for name in NAMES]
-    assert read(path) == (expected, BARCODES, [*NAMES, *again], notes)
-    assert list(read_cells(str(path)).adata.var["genome"]) == ["hg19"] * 9 + ["mm10"] * 9
-    with h5py.File(path, "r+") as file:  # other cells were found by the other genome
-        file["mm10/barcodes"][:6] = [f"other-{i}".encode() for i in range(6)]
-    adata = read_cells(str(path)).adata
-    assert adata.shape == (18, 18)
-    nothing = np.zeros((6, 9))
-    for cells, hg19, mm10 in (
-        (BARCODES[:6], COUNTS[:6], nothing),
-        (BARCODES[6:], COUNTS[6:], COUNTS[6:]),
-        ([f"other-{i}"[:7] for i in range(6)], nothing, COUNTS[:6]),
-    ):
-        assert adata[cells].X.toarray().tolist() == np.concatenate([hg19, mm10], 1).tolist()
-    with h5py.File(path, "w") as file:
-        file["barcodes"], file["umi"] = [b"a"], [1]
-    with pytest.raises(InputError, match=r"must be a feature-barcode .* but holds barcodes, umi$"):
-        read_cells(str(path))
-
-
-def test_what_an_hdf5_file_holds_counts_not_its_suffix(tmp_path):
-    path = write_10x(tmp_path / "a.h5ad", ["Gene Expression"] * 9)
-    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    with pytest.raises(CannotStream):
-        CellStore(path)
-    path = tmp_path / "b.h5ad"
-    make_cells().write_h5ad(path)
-    path = path.rename(tmp_path / "b.h5")
-    assert read(path)[:2] == (COUNTS.tolist(), BARCODES)
-    with CellStore(path) as found:
-        assert found.read(0, 12).toarray().tolist() == COUNTS.tolist()
-    loom = write_loom(tmp_path / "c.loom").rename(tmp_path / "c.h5")
-    assert read(loom)[0] == COUNTS.tolist()
-
-
-# --- loom ---
-
-
-def write_loom(path, cells="CellID", genes="Gene", names=NAMES, layers=()):
-    text = h5py.string_dtype()
-    with h5py.File(path, "w") as file:
-        file.create_dataset("matrix", data=COUNTS.T)
-        for name in ("row_attrs", "col_attrs", "layers"):
-            file.create_group(name)
-        if cells:
-            file.create_dataset(f"col_attrs/{cells}", data=BARCODES, dtype=text)
-            file["col_attrs/depth"], file["col_attrs/plane"] = COUNTS.sum(1), np.ones((12, 2))
-        if genes:
-            file.create_dataset(f"row_attrs/{genes}", data=names, dtype=text)
-            file["row_attrs/Chromosome"] = np.full(9, b"4")
-        for name in layers:
-            file[f"layers/{name}"] = COUNTS.T // 2
-    return path
-
-
-def test_loom_is_its_main_matrix(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "VALUES", 30)  # some genes at a time
-    path = write_loom(tmp_path / "a.loom", layers=["spliced", "unspliced"])
-    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
-    adata = read_cells(str(path)).adata
-    assert sorted(adata.layers) == ["spliced", "unspliced"]
-    assert adata.layers["spliced"].toarray().tolist() == (COUNTS // 2).tolist()
-    assert list(adata.obs) == ["depth"] and list(adata.obs["depth"]) == COUNTS.sum(1).tolist()
-    assert list(adata.var["Chromosome"]) == ["4"] * 9
-    assert adata.obsm["plane"].shape == (12, 2)
-
-
-def test_loom_is_what_loompy_writes(tmp_path):
-    pytest.importorskip("loompy", reason="loompy is not installed")
-    adata = make_cells()
-    adata.obs["note"] = ["é<&" for _ in BARCODES]
-    adata.layers["twice"] = adata.X * 2
-    adata.write_loom(tmp_path / "a.loom")
-    found = read_cells(str(tmp_path / "a.loom")).adata
-    assert found.X.toarray().tolist() == COUNTS.tolist()
-    assert found.layers["twice"].toarray().tolist() == (2 * COUNTS).tolist()
-    pd.testing.assert_frame_equal(found.obs, adata.obs)
-    assert found.var_names.equals(adata.var_names)
-
-
-@pytest.mark.parametrize(
-    ("cells", "genes"),
-    [("barcode", "gene_name"), ("cell_id", "target_name"), ("obs_names", "var_names")],
-)
-def test_names_in_loom_that_others_call_otherwise(tmp_path, cells, genes):
-    path = write_loom(tmp_path / "a.loom", cells, genes)
-    notes = [
-        f"names of cells are those of {cells}, there is no CellID",
-        f"names of genes are those of {genes}, there is no Gene",
-    ]
-    expected = [] if cells == "obs_names" else notes
-    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, expected)
-
-
-def test_names_in_loom_that_occur_again_or_are_not_there(tmp_path):
-    found = read(write_loom(tmp_path / "a.loom", names=["x", "x", *NAMES[2:]]))
-    assert found[2] == ["x", "x-1", *NAMES[2:]]
-    assert found[3] == ["1 gene name that occurs again got a number: -1, -2, ..."]
-    numbers = list(map(str, range(12)))
-    found = read(write_loom(tmp_path / "a.loom", genes=None))
-    assert found == (COUNTS.tolist(), BARCODES, numbers[:9], [])
-    with h5py.File(tmp_path / "a.loom", "r+") as file:
-        del file["row_attrs"]
-        file["row_attrs/Gene"] = np.arange(100, 109)
-    assert read(tmp_path / "a.loom")[2] == [str(i) for i in range(100, 109)]
-    found = read(write_loom(tmp_path / "a.loom", None, None))
-    assert found == (COUNTS.tolist(), numbers, numbers[:9], [])
 
 
 # --- names ---

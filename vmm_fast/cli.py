@@ -615,7 +615,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
     given["on_disk"] = cells is not None
     if cells is None:
-        read = reading.example() if file is None else reading.read_cells(file)
+        read = reading.example() if file is None else reading.read_cells(file, given["layer"])
         cells, notes = read.adata, notes + read.notes
     on_disk = None
     with _naming(file or EXAMPLE):
@@ -886,7 +886,7 @@ def _assign(arguments: argparse.Namespace) -> None:
         if cells is not None:
             opened.enter_context(cells)
         else:
-            read = reading.read_cells(file)
+            read = reading.read_cells(file, arguments.layer or model.layer)
             cells, notes = read.adata, notes + read.notes
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
@@ -915,9 +915,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         out,
         arguments.layer,
         progress=sys.stderr is not None and sys.stderr.isatty(),
+        tell=lambda note: print(f"note: {note}", flush=True),
     )
-    for note in found.notes:
-        print(f"note: {note}")
     print(
         f"{_size(found)}, {found.nbytes / 1e6:,.1f} MB in "
         f"{time.monotonic() - start:.1f} s, in {out}"

@@ -189,7 +189,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     else:
         if layer is None and saved.layer in cells.layers:
             layer = saved.layer
-        source = MemoryCells(csr_matrix(counts_of(cells, layer), dtype=np.float32))
+        source = MemoryCells(csr_matrix(counts_of(cells, layer, np.float32), dtype=np.float32))
         earlier = "vmm_cluster" in cells.obs or "X_vmm" in cells.obsm
         if key in cells.obs:
             batch = pd.Categorical(cells.obs[key])

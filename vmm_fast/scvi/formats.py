@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from anndata import AnnData, concat
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_matrix, vstack
 
+from vmm_fast._text import counted
 from vmm_fast.data import InputError
 from vmm_fast.scvi.names import CELLS, GENES, find_names
 
 __all__ = ["kind_of_hdf5", "matrices", "read_10x_h5", "read_10x_mtx", "read_loom", "visible"]
 
 GENE = "Gene Expression"  # the type of a feature that is a gene
+# Types of Cell Ranger, its kin for open chromatin, and Xenium that are none.
+OTHER = re.compile("capture$|control|codeword|^peaks$|^custom$", re.IGNORECASE)
 VALUES = 1 << 24  # of a dense matrix that are read together
 
 
@@ -51,39 +56,108 @@ def kind_of_hdf5(file: Path) -> str | None:
 
 def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
     """Read the genes of a feature-barcode matrix, and give notes."""
-    from scanpy import read_10x_h5
-
     with h5py.File(file, "r") as opened:
-        names = list(opened)
         groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
         genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
-    if genomes:  # of Cell Ranger 2, which has a group for each; 3 has them side by side
-        parts = [read_10x_h5(file, genome=genome) for genome in genomes]
-        if len(parts) == 1:
-            return parts[0], []
-        both = concat(parts, axis=1, join="outer", merge="first", label="genome", keys=genomes)
-        return both, [f"the genes of {len(genomes)} genomes are read: {', '.join(genomes)}"]
-    if "matrix" not in names:
+        if genomes:  # of Cell Ranger 2, which has a group for each; 3 has them side by side
+            parts = [
+                _matrix_of(opened[key], opened[key]["genes"], opened[key]["gene_names"])
+                for key in genomes
+            ]
+            notes = []
+        elif "matrix" in opened:
+            features = opened["matrix/features"]
+            adata = _matrix_of(opened["matrix"], features["id"], features["name"])
+            for key in features:
+                values = features[key]
+                if key not in ("id", "name") and getattr(values, "shape", ()) == (adata.n_vars,):
+                    key = "feature_types" if key == "feature_type" else key
+                    adata.var[key] = _values_of(values)
+            keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
+            adata = adata if keep.all() else adata[:, keep].copy()
+            genomes = list(adata.var.get("genome", pd.Series(dtype=object)).unique())
+            parts = [adata]
+        else:
+            raise InputError(
+                "must be a feature-barcode matrix of 10x Genomics, but holds "
+                f"{', '.join(opened) or 'nothing'}"
+            )
+    if len(parts) > 1:
+        parts = [concat(parts, axis=1, join="outer", merge="first", label="genome", keys=genomes)]
+    (adata,) = parts
+    if len(genomes) > 1:
+        _check_genomes(adata.var)
+        notes.append(f"the genes of {len(genomes)} genomes are read: {_cut(genomes)}")
+    return adata, notes
+
+
+def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
+    """Return cells with the counts in a group, whole numbers as they are."""
+    number, cells = map(int, group["shape"][()])
+    parts = tuple(group[name][()] for name in ("data", "indices", "indptr"))
+    counts = csr_matrix(parts, shape=(cells, number))
+    counts.check_format(full_check=True)
+    gene_ids = _values_of(ids)
+    var = pd.DataFrame({"gene_ids": gene_ids}, index=_named(_values_of(names), gene_ids))
+    return AnnData(_as_float32(counts), pd.DataFrame(index=_values_of(group["barcodes"])), var)
+
+
+def _values_of(element: Any) -> np.ndarray:
+    """Return an array, text as text whatever its bytes are."""
+    if h5py.check_string_dtype(element.dtype) is None:
+        return element[()]
+    return element.asstr("utf-8", errors="replace")[()].astype(object)
+
+
+def _named(names: Sequence[str], ids: Sequence[str]) -> list[str]:
+    """Return names of genes, with ids for empty ones if several are empty."""
+    several = sum(not name for name in names) > 1
+    return [id_ if several and not name else name for name, id_ in zip(names, ids, strict=True)]
+
+
+def _check_genomes(var: pd.DataFrame) -> None:
+    """Refuse genes of different genomes that have the same name."""
+    number = var["genome"].groupby(var.index).nunique()
+    if len(same := number.index[number > 1]):
+        first = var["genome"].iloc[0]
         raise InputError(
-            "must be a feature-barcode matrix of 10x Genomics, but holds "
-            f"{', '.join(names) or 'nothing'}"
+            "genes of different genomes must have different names, but "
+            f"{counted(len(same), 'name')}, the first of them {str(same[0])!r}, would be of "
+            "several; write one genome to a file, by "
+            f"scanpy.read_10x_h5(FILE, genome={first!r}).write_h5ad({f'{first}.h5ad'!r})"
         )
-    adata = read_10x_h5(file, gex_only=False)
-    keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
-    return (adata if keep.all() else adata[:, keep].copy()), notes
 
 
 def _genes_of(types: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Return which features are genes, and a note on the others."""
-    keep = types == GENE
-    if keep.all():
-        return keep, []
-    others = pd.Series(types[~keep]).value_counts(sort=False)
-    named = ", ".join(f"{number:,} {kind or 'of no type'}" for kind, number in others.items())
+    """Return which features are genes, and notes on the others and on unknown types."""
+    keep = np.array([kind == GENE or not OTHER.search(kind) for kind in types])
     if not keep.any():
-        raise InputError(f"must hold features of {GENE}, but holds {named}")
-    are = "feature is" if others.sum() == 1 else "features are"
-    return keep, [f"{others.sum():,} {are} left out, since genes alone are read: {named}"]
+        raise InputError(f"must hold features of {GENE}, but holds {_listed_types(types)}")
+    notes = []
+    if not keep.all():
+        are = "feature is" if (~keep).sum() == 1 else "features are"
+        notes.append(
+            f"{(~keep).sum():,} {are} left out, since genes alone are read: "
+            f"{_listed_types(types[~keep])}"
+        )
+    if (unknown := keep & (types != GENE)).any():
+        are = "feature is" if unknown.sum() == 1 else "features are"
+        notes.append(
+            f"{unknown.sum():,} {are} of a type that 10x does not have, and taken for genes: "
+            f"{_listed_types(types[unknown])}"
+        )
+    return keep, notes
+
+
+def _listed_types(types: np.ndarray) -> str:
+    numbers = pd.Series(types).value_counts(sort=False)
+    return _cut([f"{number:,} {kind or 'of no type'}" for kind, number in numbers.items()])
+
+
+def _cut(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(str(name)[:100] for name in names[:5]) + more
 
 
 # --- 10x, a folder ---
@@ -104,7 +178,7 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
         prefixes.setdefault(_bare(file).removesuffix("matrix.mtx"), file)
     if len(prefixes) > 1 and "" not in prefixes:
         raise InputError(
-            f"must hold one matrix.mtx, but holds {', '.join(f.name for f in prefixes.values())}; "
+            f"must hold one matrix.mtx, but holds {_cut([f.name for f in prefixes.values()])}; "
             "put the files of each into a folder of its own"
         )
     prefix = "" if "" in prefixes else next(iter(prefixes))
@@ -123,8 +197,9 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
     counts = csr_matrix(counts.T if (rows, columns) == shape else counts)
     width = max(map(len, features), default=1)
     features = [row + [""] * (width - len(row)) for row in features]
-    names = [row[min(1, width - 1)] for row in features]
-    var = pd.DataFrame({"gene_ids": [row[0] for row in features]}, index=names)
+    ids = [row[0] for row in features]
+    names = _named([row[min(1, width - 1)] for row in features], ids)
+    var = pd.DataFrame({"gene_ids": ids}, index=names)
     adata = AnnData(_as_float32(counts), pd.DataFrame(index=barcodes), var)
     types = np.array([row[2] if width > 2 else "" for row in features], dtype=object)
     # Elsewhere than in features.tsv, a third column may be anything.

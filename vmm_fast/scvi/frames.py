@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
+from vmm_fast.scvi.elements import told
+
 __all__ = [
     "cast",
     "common_dtype",
@@ -38,18 +40,36 @@ def encoding_of(element: Any) -> str:
     return found
 
 
-def dtypes_of(frame: Any) -> dict[str, Any]:
-    """Pandas' dtype of each column; categories are read with it."""
+def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return pandas' dtype of each column, with categories, and what is wrong with the others.
+
+    Raises
+    ------
+    ValueError
+        If no column can be read in slices.
+    """
     encoding = encoding_of(frame)
     if encoding != "dataframe" or "__categories" in frame:
         raise ValueError("it was written by an anndata older than 0.8")
-    return {str(key): _dtype(frame[key]) for key in frame.attrs["column-order"]}
+    found, faults, rows = {}, [], rows_of(frame)
+    for key in map(str, frame.attrs["column-order"]):
+        try:
+            dtype = _dtype(frame, key)
+            if (number := _rows(frame[key])) != rows:
+                raise LookupError(f"it must have {rows} values, but has {number}")
+            found[key] = dtype
+        except (TypeError, LookupError, UnicodeDecodeError) as error:
+            faults.append((f"column {key!r} of obs", told(error)))
+    return found, faults
 
 
-def _dtype(column: Any) -> Any:
+def _dtype(frame: Any, key: str) -> Any:
+    if key not in frame:
+        raise LookupError("it is not there, or a link to nothing")
+    column = frame[key]
     encoding = encoding_of(column)
     if len(getattr(column, "shape", "1")) > 1:
-        raise ValueError("a column has two dimensions")
+        raise TypeError(f"it must have one dimension, but has the shape {column.shape}")
     if encoding == "categorical":
         # A frame's index makes of them what pandas makes of them elsewhere.
         categories = pd.Index(np.asarray(read_elem(column["categories"])))
@@ -62,15 +82,20 @@ def _dtype(column: Any) -> Any:
         return pd.array(np.empty(0, column["values"].dtype)).dtype
     if encoding == "array" and column.dtype.kind in "biuf":
         return column.dtype
-    raise ValueError(f"a column is stored as {encoding}, which is read from no slices")
+    if encoding == "array" and column.dtype.kind == "S":
+        return STRINGS
+    raise TypeError(f"it is stored as {encoding} of {getattr(column, 'dtype', 'several')}")
 
 
 def rows_of(frame: Any) -> int:
     """Number of rows."""
-    index = frame[frame.attrs["_index"]]
-    if not hasattr(index, "shape"):
-        index = index["codes" if "codes" in index else "values"]
-    return int(index.shape[0])
+    return _rows(frame[frame.attrs["_index"]])
+
+
+def _rows(column: Any) -> int:
+    if not hasattr(column, "shape"):
+        column = column["codes" if "codes" in column else "values"]
+    return int(column.shape[0])
 
 
 def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
@@ -103,9 +128,13 @@ def read_slice(frame: Any, key: str, dtype: Any, start: int, stop: int) -> Any:
 
 
 def _strings(array: Any, start: int, stop: int) -> np.ndarray:
+    """Return text, in which bytes that are no UTF-8 are replaced."""
     if hasattr(array, "asstr"):  # HDF5
-        array = array.asstr()
-    return np.asarray(array[start:stop]).astype(object)
+        array = array.asstr("utf-8", "replace")
+    values = np.asarray(array[start:stop])
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "replace")
+    return values.astype(object)
 
 
 def common_dtype(dtypes: Sequence[Any]) -> Any:

@@ -186,7 +186,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
         If the values are no counts, or a key is missing or cannot be used.
     """
     _check_keys(settings)
-    counts = csr_matrix(counts_of(adata, settings.layer), dtype=np.float32)
+    counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
     notes = [EARLIER] if "vmm_cluster" in adata.obs else []
     notes += notes_on_genes(adata.var_names)
     obs = pd.DataFrame(index=adata.obs_names)

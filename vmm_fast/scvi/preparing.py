@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi.frames import STRINGS
-from vmm_fast.scvi.reading import counts_of, kind_of, read_cells
+from vmm_fast.scvi.reading import MOST, counts_of, kind_of, read_cells
 from vmm_fast.scvi.store import CannotStream, CellStore, kept_alone, others_of
 from vmm_fast.scvi.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
@@ -36,7 +37,14 @@ class _TooLarge(Exception):
     """A count does not fit in uint16."""
 
 
-def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool = False) -> Prepared:
+def prepare(
+    path: Path,
+    out: Path,
+    layer: str | None = None,
+    *,
+    progress: bool = False,
+    tell: Callable[[str], object] = str,
+) -> Prepared:
     """Write counts, obs and var of cells to one .h5ad, whole or not at all.
 
     Parameters
@@ -49,6 +57,8 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
         With the counts; default X.
     progress : bool
         Show a bar on stderr.
+    tell : callable
+        Gets each note, on what is read otherwise or left out, before anything is written.
 
     Raises
     ------
@@ -63,21 +73,29 @@ def prepare(path: Path, out: Path, layer: str | None = None, *, progress: bool =
         with cells_bar(source.n_obs, progress) as bar:
             for start in range(0, source.n_obs, step):
                 stop = min(start + step, source.n_obs)
-                counts = source.read(start, stop, np.int32)
+                counts = source.read(start, stop, np.int64)
                 counts.sum_duplicates()
-                if dtype is np.uint16 and counts.data.max(initial=0) >= 1 << 16:
+                largest = counts.data.max(initial=0)
+                if largest > MOST:
+                    raise InputError(
+                        f"{path}: counts of a gene that occurs again in a cell must add up to at "
+                        f"most {MOST:,}, but add up to {largest:,}"
+                    )
+                if dtype is np.uint16 and largest >= 1 << 16:
                     raise _TooLarge
                 writer.append(source.obs(start, stop), counts)
                 bar.update(stop - start)
 
     with source:
+        notes = notes + kept_alone("counts, obs and var", source.others) + notes_on_writing(source)
+        for note in notes:
+            tell(note)
         for dtype in (np.uint16, np.int32):
             with suppress(_TooLarge):
                 size = write_h5ad(
                     out, source.n_obs, fill=partial(fill, dtype=dtype), counts=dtype, **columns
                 )
                 break
-        notes = notes + kept_alone("counts, obs and var", source.others) + notes_on_writing(source)
         return Prepared(source.n_obs, source.n_vars, size, notes)
 
 
@@ -90,11 +108,12 @@ def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[st
         except CannotStream:
             if kind == "shards":
                 raise
-    cells = read_cells(str(path))
+    cells = read_cells(str(path), layer)
     try:
-        return _InMemory(cells.adata, layer), cells.notes
+        source = _InMemory(cells.adata, layer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    return source, cells.notes + source.notes
 
 
 class _InMemory:
@@ -102,7 +121,9 @@ class _InMemory:
 
     def __init__(self, adata: AnnData, layer: str | None) -> None:
         self._counts = csr_matrix(counts_of(adata, layer))
-        self._obs, self.var = _storable(adata.obs), _storable(adata.var)
+        self.notes: list[str] = []
+        self._obs = _storable(adata.obs, "obs", self.notes)
+        self.var = _storable(adata.var, "var", self.notes)
         self.n_obs, self.n_vars = adata.shape
         self.nbytes = 8 * self._counts.nnz
         self.dtypes = dict(self._obs.dtypes)
@@ -123,8 +144,8 @@ class _InMemory:
         return self._obs.iloc[start:stop]
 
 
-def _storable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of other kinds than categories, numbers and strings as strings."""
+def _storable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
+    """Columns of other kinds than categories, numbers and strings as strings, with a note."""
     found = frame.copy(deep=False)
     for key in frame:
         values = frame[key]
@@ -134,6 +155,8 @@ def _storable(frame: pd.DataFrame) -> pd.DataFrame:
             continue
         if values.dtype.kind not in "biuf":
             found[key] = values.map(str, na_action="ignore").astype("string")
+            if not all(isinstance(value, str) for value in values.dropna()):
+                notes.append(f"column {key!r} of {where} is written as text")
         elif isinstance(values.dtype, pd.Float32Dtype | pd.Float64Dtype):
             found[key] = values.astype(values.dtype.numpy_dtype)
     return found

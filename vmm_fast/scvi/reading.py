@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData, read_h5ad
-from anndata.experimental import read_dispatched
 from anndata.io import read_zarr
-from scipy.sparse import csc_matrix, csr_matrix, issparse
+from scipy.sparse import csr_matrix, issparse
 
 from vmm_fast._text import counted
 from vmm_fast.data import InputError
+from vmm_fast.scvi.elements import read_elements, told
 from vmm_fast.scvi.formats import (
     kind_of_hdf5,
     matrices,
@@ -33,6 +35,7 @@ from vmm_fast.scvi.formats import (
 from vmm_fast.scvi.names import GENES, find_names, numbered
 
 __all__ = [
+    "MOST",
     "Cells",
     "batches_of",
     "check_counts",
@@ -43,7 +46,6 @@ __all__ = [
     "damage_of",
     "example",
     "kind_of",
-    "lacks_chunks",
     "listed",
     "names_of_genes",
     "no_column",
@@ -56,6 +58,7 @@ __all__ = [
 
 CHUNK = 1 << 22  # values that are looked at together
 MOST = 2**31 - 1  # counts go through int32
+SINGLE = 2**24  # float32 holds every whole number up to this
 SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
@@ -67,7 +70,7 @@ class Cells:
     notes: list[str] = field(default_factory=list)
 
 
-def read_cells(path: str) -> Cells:
+def read_cells(path: str, layer: str | None = None) -> Cells:
     """Read a file or folder of cells.
 
     Parameters
@@ -75,6 +78,8 @@ def read_cells(path: str) -> Cells:
     path : str
         ``.h5ad``, a ``.zarr`` folder, ``.h5`` of 10x Genomics, their folder with ``matrix.mtx``, or
         ``.loom``. What an HDF5 file holds counts, not its suffix.
+    layer : str, optional
+        With the counts, if it is there; default X. What else cannot be read is left out.
 
     Raises
     ------
@@ -88,7 +93,7 @@ def read_cells(path: str) -> Cells:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that are not unique: looked at below
-            adata, notes = _READERS[kind](file)
+            adata, notes = _reader(kind, layer)(file)
     except MemoryError:
         raise
     except InputError as error:
@@ -154,11 +159,6 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def told(error: Exception) -> str:
-    """A library's error in one line."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
 def unreadable(error: Exception, kind: str) -> str:
     """What to say of a file of this kind that an error has come of."""
     if "unable to lock file" in str(error):  # HDF5 locks what it writes
@@ -176,40 +176,6 @@ def names_of_genes(var: pd.DataFrame) -> tuple[pd.Index, list[str]]:
         return names, []
     note = f"names of genes are those of {key} in var, whose own are numbers"
     return pd.Index(var[key].to_numpy(object)), [note]
-
-
-def lacks_chunks(matrix: Any, width: int) -> bool:
-    """Whether a sparse matrix of zarr has lost chunks, which zarr takes for ones of zeros.
-
-    Zarr leaves chunks of zeros out, too. Of indices there are such ones where no row or column has
-    two values in a chunk, of ends in a matrix without values; of values none but stored zeros.
-
-    Parameters
-    ----------
-    matrix : zarr.Group
-    width : int
-        Of the matrix, along which indices go.
-    """
-    data, indices, indptr = (matrix[name] for name in ("data", "indices", "indptr"))
-    if not all(isinstance(part, zarr.Array) for part in (data, indices, indptr)):
-        return False
-
-    def lacks(part: Any) -> bool:
-        return part.nchunks_initialized < part.nchunks
-
-    if lacks(data) or (lacks(indptr) and data.shape[0] > 0):
-        return True
-    if width == 1 or not lacks(indices):
-        return False
-    # A value behind another of the same row or column has a higher index than 0, if sorted.
-    ends = indptr[:].astype(np.int64)
-    step = indices.chunks[0]
-    for at in range(0, indices.shape[0], step):
-        part = indices[at : at + step]
-        inside = np.unique(np.clip(ends, at, at + len(part)))
-        if not part.any() and len(inside) - 1 < len(part):
-            return True
-    return False
 
 
 def notes_on_chunks(matrix: Any, where: str) -> list[str]:
@@ -230,51 +196,35 @@ def open_zarr(folder: Path) -> Any:
     return zarr.open_group(folder, mode="r", use_consolidated=False)
 
 
-def _read_h5ad(file: Path) -> tuple[AnnData, list[str]]:
+def _read_h5ad(file: Path, layer: str | None) -> tuple[AnnData, list[str]]:
     with h5py.File(file, "r") as opened:
-        if _swapped(opened):
-            return read_dispatched(opened, _in_own_order), []
+        if not _is_old(opened):
+            return read_elements(opened, layer)
     return read_h5ad(file), []
 
 
-def _swapped(group: Any) -> bool:
-    """Whether sparse counts have another byte order, as Java writes them; scipy has no such."""
-    names = ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ())))
-    places = (group[name] for name in names if name in group)
-    sparse = [place for place in places if hasattr(place, "keys") and "data" in place]
-    return not all(place["data"].dtype.isnative for place in sparse)
-
-
-def _in_own_order(read: Any, name: str, element: Any, *, iospec: Any) -> Any:
-    """Read an element as anndata does, but a sparse matrix in the machine's byte order."""
-    make = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}.get(iospec.encoding_type)
-    if make is None:
-        return read(element)
-    parts = (np.asarray(element[key][:]) for key in ("data", "indices", "indptr"))
-    native = tuple(part.astype(part.dtype.newbyteorder("="), copy=False) for part in parts)
-    return make(native, shape=tuple(element.attrs["shape"]))
-
-
-def _read_zarr(folder: Path) -> tuple[AnnData, list[str]]:
+def _read_zarr(folder: Path, layer: str | None) -> tuple[AnnData, list[str]]:
     group = open_zarr(folder)
-    for name in ("X", "raw/X", *(f"layers/{name}" for name in group.get("layers", ()))):
-        matrix = group.get(name)
-        kind = None if matrix is None else matrix.attrs.get("encoding-type")
-        if kind not in ("csr_matrix", "csc_matrix"):
-            continue
-        if lacks_chunks(matrix, int(matrix.attrs["shape"][kind == "csr_matrix"])):
-            raise InputError(f"{name.replace('layers/', 'layer ')} lacks chunks")
-    adata = read_dispatched(group, _in_own_order) if _swapped(group) else read_zarr(group)
-    return adata, notes_on_chunks(group.get("X"), "X")
+    if _is_old(group):
+        return read_zarr(group), []
+    adata, notes = read_elements(group, layer)
+    return adata, notes + notes_on_chunks(group.get("X"), "X")
 
 
-_READERS = {
-    ".h5ad": _read_h5ad,
-    ".zarr": _read_zarr,
-    ".h5": read_10x_h5,
-    ".mtx": read_10x_mtx,
-    ".loom": read_loom,
-}
+def _is_old(group: Any) -> bool:
+    """Whether a file is of the first versions of anndata, which have tables for obs and var."""
+    return "raw.X" in group or not all(hasattr(group.get(n), "keys") for n in ("obs", "var"))
+
+
+def _reader(kind: str, layer: str | None) -> Callable[[Path], tuple[AnnData, list[str]]]:
+    readers: dict[str, Callable[[Path], tuple[AnnData, list[str]]]] = {
+        ".h5ad": partial(_read_h5ad, layer=layer),
+        ".zarr": partial(_read_zarr, layer=layer),
+        ".h5": read_10x_h5,
+        ".mtx": read_10x_mtx,
+        ".loom": read_loom,
+    }
+    return readers[kind]
 
 
 def check_shape(cells: int, genes: int) -> None:
@@ -313,8 +263,8 @@ def example() -> Cells:
 # --- counts ---
 
 
-def counts_of(adata: AnnData, layer: str | None) -> Any:
-    """Give X, or the layer, after a check that it holds counts.
+def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
+    """Give X, or the layer, after a check that it holds counts, exact also in a dtype if given.
 
     Raises
     ------
@@ -328,7 +278,7 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
     where = "X" if layer is None else f"layers[{layer!r}]"
     if damage := damage_of(matrix):
         raise InputError(f"{where} is damaged, {damage}")
-    fault = "is absent" if matrix is None else _no_counts(matrix, adata)
+    fault = "is absent" if matrix is None else _no_counts(matrix, adata, dtype)
     if fault is None:
         return matrix
     others = [name for name in adata.layers if check_counts(adata.layers[name], adata) is None]
@@ -365,14 +315,14 @@ def damage_of(matrix: Any) -> str | None:
     return None
 
 
-def _no_counts(matrix: Any, adata: AnnData) -> str | None:
+def _no_counts(matrix: Any, adata: AnnData, dtype: Any = None) -> str | None:
     sparse = issparse(matrix)
     values = matrix.data if sparse else np.asarray(matrix)
     if values.dtype == bool or values.dtype.kind not in "iuf":
         return f"holds {values.dtype}"
     values = values.reshape(-1)
     for start in range(0, len(values), CHUNK):
-        wrong = not_counts(values[start : start + CHUNK])
+        wrong = not_counts(values[start : start + CHUNK], dtype)
         if wrong is not None:
             at = start + wrong[0]
             row, gene = _place(matrix, at) if sparse else divmod(at, matrix.shape[1])
@@ -383,18 +333,26 @@ def _no_counts(matrix: Any, adata: AnnData) -> str | None:
     return None
 
 
-def not_counts(values: np.ndarray) -> tuple[int, str] | None:
-    """Where the first value is that is no count, and what it is; None if all are."""
+def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
+    """Where the first value is that is no count, and what it is; None if all are.
+
+    With a dtype, such as the float32 that models are trained in, it must have the same value there.
+    """
     if values.dtype.kind == "u" and values.dtype.itemsize < 4:
         return None
     with np.errstate(invalid="ignore"):
         right = (values >= 0) & (values <= MOST)  # not so of nan
         if values.dtype.kind == "f":
             right &= values == np.floor(values)
+    if right.all() and dtype is not None and values.max(initial=0) > SINGLE:
+        right = values.astype(dtype) == values
     if right.all():
         return None
     at = int(right.argmin())
     value = float(values[at])
+    if SINGLE < value <= MOST and value.is_integer():
+        rounded = int(np.asarray(value, dtype))
+        return at, f"has {int(value):,} (of which {np.dtype(dtype)} would make {rounded:,})"
     text = f"{value:.6g}"
     if float(text).is_integer() and not value.is_integer():  # 1.9999999 is not told as 2
         text = str(values[at])

@@ -19,17 +19,16 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem
 from scipy.sparse import csr_matrix
 
 from vmm_fast.data import InputError
 from vmm_fast.scvi import frames
+from vmm_fast.scvi.elements import lacks_chunks, left_out, read_var
 from vmm_fast.scvi.formats import visible
 from vmm_fast.scvi.reading import (
     check_shape,
     check_unique,
     kind_of,
-    lacks_chunks,
     listed,
     names_of_genes,
     no_column,
@@ -242,9 +241,10 @@ class CellStore:
                         f"cannot be read in parts, it lacks {name}; {self._prepared(file)}"
                     )
             try:
-                dtypes = frames.dtypes_of(group["obs"])
-                var = read_elem(group["var"])
+                dtypes, faults = frames.dtypes_of(group["obs"])
+                var, more_faults = read_var(group)
                 genes, notes = names_of_genes(var)
+                notes = left_out(faults + more_faults) + notes
                 encoding = (
                     frames.encoding_of(group[self._element]) if self._element in group else ""
                 )
@@ -261,7 +261,7 @@ class CellStore:
                 )
             if encoding not in ("csr_matrix", "array"):
                 raise CannotStream(f"{self._where} must be a matrix of counts, is a {encoding}")
-            there = {name: group[name] for name in group}
+            there = {name: group[name] for name in group if name in group}  # no links to nothing
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
             others = others_of(there.get, self._element)
             self.others += [name for name in others if name not in self.others]
@@ -335,7 +335,7 @@ class CellStore:
         starts, stops : int or array of int [runs]
             The cells of each run, ``range(start, stop)``.
         dtype : dtype, default float32
-            Of the result; float32 is exact up to 2^24, int32 always.
+            Of the result, in which every count must be exact; float32 has all up to 2^24.
 
         Returns
         -------
@@ -352,7 +352,7 @@ class CellStore:
         for shard, start, stop in runs:
             with self._reading(shard.file, shard.stamp) as opened:
                 length, part = self._slice(shard, opened, start, stop)
-                self._check(shard, opened.group, start, length, part)
+                self._check(shard, opened.group, start, length, part, dtype)
             if shard.take is not None:
                 part = part[0], shard.take[part[1]]
             lengths.append(length)
@@ -397,11 +397,17 @@ class CellStore:
         return length, (opened[f"{self._element}/data"][first:last], genes)
 
     def _check(
-        self, shard: _Shard, group: Any, start: int, length: np.ndarray, part: tuple[Any, Any]
+        self,
+        shard: _Shard,
+        group: Any,
+        start: int,
+        length: np.ndarray,
+        part: tuple[Any, Any],
+        dtype: Any,
     ) -> None:
-        """Refuse values that are no counts."""
+        """Refuse values that are no counts, or other ones in this dtype."""
         values, genes = part
-        wrong = not_counts(values)
+        wrong = not_counts(values, dtype)
         if wrong is None:
             return
         at, fault = wrong
