@@ -553,7 +553,7 @@ def bad_files(folder):
         ("word", "a,b\n1,2\n3,cat\n", "line 3, column 'b' must be a number, is 'cat'"),
         ("word column", "1,2\n3,cat\n", "line 2, column 2 must be a number, is 'cat'"),
         ("gap", "a,b\n1,\n", "line 2, column 'b' must be a number, is empty"),
-        ("gap in labels", "a,label\n1,u\n2,\n", "line 3 has no 'label'"),
+        ("gap in labels", "a,label\n1,u\n2,\n", "but 'label' is empty; fill it in"),
         ("ragged", "a,b\n1,2\n1,2,3\n", "line 3 has 3 columns, the first line has 2"),
         ("header alone", "a,b\n", "has a header alone"),
         ("labels alone", "label\nu\n", "must have a numeric column"),

@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vmm_fast import data
+from vmm_fast import data, tables
 from vmm_fast.data import InputError, read
 
 X = np.round(np.random.default_rng(0).normal(size=(12, 3)), 3)
@@ -84,11 +84,40 @@ def test_other_first_lines_are_rows(tmp_path):
     found = table(tmp_path, f"400,401.5,403\n{rows()}")
     assert np.array_equal(found.values, [[400, 401.5, 403], *X])
     risen = "the numbers of the first line rise, but it is taken for a row"
-    assert found.notes[0] == f"{risen}; if it is a header, quote them"
+    cure = "if it is a header, quote its numbers"
+    assert found.notes[0] == f"{risen}; {cure}"
+    found = table(tmp_path, "400,401\n3,1\n")
+    assert found.values.tolist() == [[400, 401], [3, 1]] and found.notes == [f"{risen}; {cure}"]
+    assert table(tmp_path, "400,500\n3,1\n").notes == []  # as in half of all tables
     assert table(tmp_path, f"9,8,7\n{rows()}").values[0].tolist() == [9, 8, 7]
-    # Two small whole numbers above others are a row, above measurements a header.
-    assert table(tmp_path, "1,2\n4,3\n5,9\n").values.tolist() == [[1, 2], [4, 3], [5, 9]]
-    assert table(tmp_path, "1,2\n4.5,3\n5,9\n").values.tolist() == [[4.5, 3], [5, 9]]
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "decimals"),
+    [
+        ("1,2\n4{},3\n5,9\n", [[1, 2], [4, 3], [5, 9]], [[4.5, 3], [5, 9]]),
+        ("0\n4{}\n5\n", [[0], [4], [5]], [[4.5], [5]]),
+        ("1\n4{}\n5\n", [[1], [4], [5]], [[4.5], [5]]),
+    ],
+)
+def test_few_numbers_that_count_are_a_row_above_whole_numbers_alone(
+    tmp_path, text, whole, decimals
+):
+    found = table(tmp_path, text.format(""))
+    assert found.values.tolist() == whole
+    assert found.notes[0].startswith("the first line may count the columns, but it is taken for a")
+    found = table(tmp_path, text.format(".5"))
+    assert found.values.tolist() == decimals
+    assert found.notes[0].startswith("the first line is taken for a header: its numbers count")
+
+
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "sep=;\r"])
+def test_the_line_in_which_excel_says_what_separates_cells(tmp_path, line):
+    found = table(tmp_path, f"{line}\na;b\n1.5;2\n3;4\n")
+    assert found.values.tolist() == [[1.5, 2], [3, 4]]
+    assert found.notes == ["the first line says what separates the cells, ';'"]
+    (tmp_path / "x.csv").write_text(f"{line}\na;b\n1.5;2\nx;4\n")
+    assert "line 4, column 'a' must be a number, is 'x'" in refusal(tmp_path / "x.csv")
 
 
 # --- numbers ---
@@ -109,9 +138,20 @@ def test_numbers_as_they_are_written(tmp_path):
 
 
 def test_commas_in_numbers_are_told(tmp_path):
-    for text in ('a,b\n"6,990",1\n', "a;b\n6,99;1\n", "6,99;1,5\n7,5;2,5\n"):
+    for text in ('a,b\n"6,990",1\n', "a;b\n6,99;1\n", "6,99;1,5\n7,5;2,5\n", "a\n6,99\n7,5\n"):
         (tmp_path / "x.csv").write_text(text)
         assert "write numbers as 1234.5, without commas" in refusal(tmp_path / "x.csv")
+
+
+def test_two_whole_numbers_a_line_may_be_one_with_a_decimal_comma(tmp_path):
+    found = table(tmp_path, "6,99\n7,50\n8,05\n")
+    assert found.values.tolist() == [[6, 99], [7, 50], [8, 5]]
+    assert found.notes == [
+        "every line is two whole numbers, the second of 2 digits: they are two columns; if the "
+        "comma is a decimal one, write numbers as 1234.5, without commas"
+    ]
+    for text in ("6,99\n7,5\n", "6,9\n7,5\n", "6.5,99\n7,50\n", "6,99,1\n7,50,1\n"):
+        assert table(tmp_path, text).notes == []
 
 
 def test_whole_numbers_that_float64_rounds_are_refused(tmp_path):
@@ -125,6 +165,13 @@ def test_whole_numbers_that_float64_rounds_are_refused(tmp_path):
     assert "but has -1152921504606846976" in refusal(tmp_path / "x.npy")
     (tmp_path / "x.csv").write_text(f"a,b\n1,2\n3,{2**60 + 1}\n")
     assert "line 3, column 'b', must hold whole numbers" in refusal(tmp_path / "x.csv")
+    for cell in (f"{2**53 + 1}", f"-{2**53 + 1}", f" {2**53 + 1}.00"):  # float64 has 2^53
+        (tmp_path / "x.csv").write_text(f"a,b\n1,2\n3,{cell}\n")
+        assert f"but has {cell.strip()}; subtract" in refusal(tmp_path / "x.csv")
+    assert table(tmp_path, f"a,b\n1,{2**53}\n2,-{2**53}\n").values[:, 1].tolist() == [
+        2**53,
+        -(2**53),
+    ]
     np.save(tmp_path / "x.npy", big - 2**60 + 2**53 - 19)
     assert read(tmp_path / "x.npy").values[-1].long().tolist() == [2**53 - 1, 2**53]
     assert table(tmp_path, "a,b\n1e20,2.5e300\n1,2\n").values[0].tolist() == [1e20, 2.5e300]
@@ -186,6 +233,14 @@ def test_labels_by_their_usual_names_are_not_trained_on(tmp_path, name):
     assert np.array_equal(found.values, X) and found.labels.tolist() == [0, 1, 2] * 4
 
 
+@pytest.mark.parametrize("label", ["", " ", "NA", "nan", "NULL", "None", "#N/A"])
+def test_rows_without_a_label(tmp_path, label):
+    (tmp_path / "x.csv").write_text(f"a,b,species\n1,2,u\n3,4,{label}\n")
+    said = f"line 3 must have a label, but 'species' is {label.strip() or 'empty'}; fill it in"
+    assert said in refusal(tmp_path / "x.csv")
+    assert table(tmp_path, "a,label\n1,na\n2,none\n").labels.tolist() == ["na", "none"]
+
+
 def test_a_capital_x_is_no_coordinate_of_a_small_y(tmp_path):
     found = table(
         tmp_path, "X,a,b,c,y\n" + rows(before=lambda i: f"{i + 1},", after=lambda i: ",u")
@@ -244,7 +299,7 @@ def test_usual_columns_are_not_told_of(tmp_path):
 
 
 def test_lines_without_an_end_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(tables, "MOST_CHARACTERS", 1000)
     for text in ("1," * 600, "a,b\n1,2\n" + "1" * 2000, "\n" + " " * 1001):
         (tmp_path / "x.csv").write_text(text)
         line = text.count("\n") + 1
@@ -252,6 +307,17 @@ def test_lines_without_an_end_are_not_read(tmp_path, monkeypatch):
         assert expected in refusal(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text(rows())
     assert np.array_equal(read(tmp_path / "x.csv").values, X)
+
+
+def test_cells_without_an_end_are_told_by_their_line(tmp_path):
+    (tmp_path / "x.csv").write_text('a,label\n1,"u\n' + "2,v\n" * 40_000)
+    error = refusal(tmp_path / "x.csv")
+    assert (
+        "must end a cell of at most 131,072 characters, but it goes on; look for a quote" in error
+    )
+    (tmp_path / "x.csv").write_text('a,b\n1,"2\n' + "2,3\n" * 400)
+    error = refusal(tmp_path / "x.csv")
+    assert "column 'b' must be a number, is '2\\n2,3" in error and len(error) < 300
 
 
 def declare(file, shape, dtype="<f4"):

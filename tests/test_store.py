@@ -1011,18 +1011,6 @@ def test_a_damaged_matrix_that_is_not_trained_on_is_left_out(tmp_path, name):
         assert name not in file and (file["X/data"][:] == adata.X.data).all()
 
 
-def test_a_column_of_two_dimensions_is_told_before_anything_is_done(tmp_path):
-    path = written(tmp_path / "c.h5ad")
-    with h5py.File(path, "a") as file:
-        write_elem(file["obs"], "wide", np.zeros((60, 2)))
-        columns = [*file["obs"].attrs["column-order"], "wide"]
-        file["obs"].attrs["column-order"] = columns
-    with pytest.raises(CannotStream, match="a column has two dimensions"):
-        CellStore(path)
-    with pytest.raises(InputError, match=r"c\.h5ad: .* cannot be read: .* 1-dimensional"):
-        prepare(path, tmp_path / "out.h5ad")
-
-
 # --- results ---
 
 

@@ -1,4 +1,4 @@
-"""Data of a person's own: reading .npz, .npy and .csv files, and the scaling that a VAE needs.
+"""Data of a person's own: .npz, .npy and .csv files, and the scaling that a VAE needs.
 
     images     x' = (x - offset) / scale with one offset and scale for all pixels: into [-1, 1]
     vectors    x' = (x - mean) / standard deviation, column by column; a constant column becomes 0
@@ -8,43 +8,28 @@ A file is only ever read, and nothing in it is executed: pickled objects are ref
 
 from __future__ import annotations
 
-import array
-import csv
-import io
-import itertools
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vmm_fast._errors import InputError
 from vmm_fast._text import counted
+from vmm_fast.tables import EXACT, inexact, label_position, plain, read_table
 
 __all__ = ["Data", "InputError", "Scaling", "make_data", "read"]
 
 IMAGE_NAME = "images"
 ARRAY_NAMES = (IMAGE_NAME, "x", "X")
-# As :func:`_plain` gives them; the first that is there is taken.
-LABEL_NAMES = (
-    *("label", "labels", "y", "target", "targets", "class", "classes", "truth", "groundtruth"),
-    *("truelabel", "truelabels", "classlabel", "ytrue", "species", "category", "celltype"),
-    *("cluster", "clusters", "group"),
-)
 CHUNK = 4096  # rows that are looked at together
-EXACT = 2**53  # float64 holds every whole number up to this
-MOST_CHARACTERS = 2**24  # of a line: a million columns
 # An array that unpacks to more bytes, and to so many times what it is in the file, is not unpacked.
 PACKED_BYTES, MOST_PACKED = 2**28, 500
-
-
-class InputError(ValueError):
-    """Input that cannot be used; the message is one line that says what it was and the cure."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +245,7 @@ def make_data(
             value = block[row][tuple(place)]
             where = f"row {start + row}, {_place(place, columns)}"
             if whole:
-                raise InputError(_inexact(f"{name}, {where},", value))
+                raise InputError(inexact(f"{name}, {where},", value))
             raise InputError(
                 f"{name} must be finite, has {value} in {where}; mend or leave out such rows"
             )
@@ -406,7 +391,7 @@ def _read_npz(file: BinaryIO) -> Data:
     if isinstance(archive, np.ndarray):
         raise InputError("is a single .npy array, must be called so")
     with archive:
-        label_at = _label_position([_plain(n) for n in archive.files])
+        label_at = label_position([plain(n) for n in archive.files])
         label_name = None if label_at is None else archive.files[label_at]
         candidates = [n for n in ARRAY_NAMES if n in archive.files]
         others = [n for n in archive.files if n != label_name]
@@ -447,262 +432,8 @@ def _member(archive: Any, name: str) -> np.ndarray:
     return value
 
 
-# --- tables ---
-
-
 def _read_csv(file: BinaryIO) -> Data:
-    try:
-        # A byte-order mark, as spreadsheets write it, would otherwise be part of the first name.
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            return _parse_csv(text)
-    except UnicodeDecodeError:
-        raise InputError("must be text in UTF-8, is something else") from None
-    except (csv.Error, OSError) as error:
-        raise InputError(f"cannot be read as a table: {error}") from None
-
-
-def _lines(file: TextIO) -> Iterator[str]:
-    """Lines of a file, none of which is taken into memory where it has no end."""
-    for number in itertools.count(1):
-        line = file.readline(MOST_CHARACTERS + 1)
-        if not line:
-            return
-        if len(line) > MOST_CHARACTERS:
-            raise InputError(
-                f"line {number} must have at most {MOST_CHARACTERS:,} characters, but has more; "
-                "write each row in a line of its own"
-            )
-        yield line
-
-
-def _parse_csv(file: TextIO) -> Data:
-    start = list(itertools.islice((line for line in _lines(file) if line.strip()), 2))
-    file.seek(0)
-    delimiter = _delimiter(start)
-    lines = _lines(file) if delimiter != " " else (line.strip() for line in _lines(file))
-    table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    first = next((row for row in table if not _is_blank(row)), [])
-    header, notes = _look_at_first(first, start, delimiter)
-    names = [n.strip() if header else str(i + 1) for i, n in enumerate(first)]
-    used, label_at, more_notes = _choose_columns(names)
-    if not used:
-        raise InputError("must have a numeric column, has none")
-
-    values, labels, count = array.array("d"), [], 0
-    for row in table if header else itertools.chain([first], table):
-        if _is_blank(row) and (not row or len(names) > 1):
-            continue
-        if len(row) != len(names):
-            raise InputError(
-                f"line {table.line_num} has {counted(len(row), 'column')}, the first line has "
-                f"{len(names)}"
-            )
-        try:
-            numbers = _numbers([row[i] for i in used])
-        except ValueError:
-            raise InputError(_bad_cell(row, used, names, header, table.line_num)) from None
-        if max(numbers) > EXACT or min(numbers) < -EXACT:
-            for i, number in zip(used, numbers, strict=True):
-                if _is_rounded(row[i], number):
-                    column = repr(names[i]) if header else names[i]
-                    where = f"line {table.line_num}, column {column},"
-                    raise InputError(_inexact(where, row[i].strip()))
-        values.extend(numbers)
-        if label_at is not None:
-            if not row[label_at].strip():
-                raise InputError(
-                    f"line {table.line_num} has no {names[label_at]!r}; fill it in or leave the "
-                    "column out"
-                )
-            labels.append(row[label_at].strip())
-        count += 1
-    if count == 0:
-        held = "a header alone" if header else "none"
-        raise InputError(f"must have rows of numbers, has {held}")
-    matrix = np.frombuffer(values, dtype=np.float64).reshape(count, len(used))
-    kept, row_numbers = _without_row_numbers(matrix, [names[i] for i in used], used)
+    table = read_table(file)
     return make_data(
-        matrix if len(kept) == len(used) else matrix[:, kept],
-        np.array(labels) if labels else None,
-        name="the table",
-        columns=[names[used[k]] for k in kept] if header else None,
-        notes=notes + more_notes + row_numbers,
+        table.values, table.labels, name="the table", columns=table.columns, notes=table.notes
     )
-
-
-def _choose_columns(names: Sequence[str]) -> tuple[list[int], int | None, list[str]]:
-    """Return the columns to use and that of the labels, by name, and what to tell of the others."""
-    used, notes = list(range(len(names))), []
-    for i in [i for i in used if len(names) > 1 and _is_nameless(names[i], i)]:
-        used.remove(i)
-        what = f"column {names[i]!r}" if names[i] else "the first column"
-        notes.append(f"{what} has no name: taken for the rows' names and left out")
-    plain = [_plain(name) for name in names]
-    if point := _point(names):
-        notes.append(f"columns {' and '.join(point)}: taken for a point, {point[1]} is no label")
-        plain[names.index(point[1])] = ""
-    label_at = _label_position(plain)
-    if label_at is not None:
-        used.remove(label_at)
-        if plain[label_at] not in LABEL_NAMES[:3]:
-            notes.append(f"column {names[label_at]!r}: taken for the true labels")
-    # Truth must never reach the training unseen, whatever further name it goes by.
-    for i in [i for i in used if plain[i] in LABEL_NAMES]:
-        used.remove(i)
-        notes.append(f"column {names[i]!r} is named like a label too: left out")
-    return used, label_at, notes
-
-
-def _without_row_numbers(
-    matrix: np.ndarray, names: Sequence[str], places: Sequence[int]
-) -> tuple[list[int], list[str]]:
-    """Return the columns [N, V] that have more than the numbers of the rows, and what to tell."""
-    kept, notes, point = [], [], _point(names)
-    for k, (name, place) in enumerate(zip(names, places, strict=True)):
-        if len(names) == 1 or name in point or not _numbers_rows(name, place, matrix[:, k]):
-            kept.append(k)
-            continue
-        cure = "" if _is_id(name) else "; to train on it, put it behind another column"
-        notes.append(f"column {name!r} numbers the rows: left out{cure}")
-    if not kept:
-        raise InputError("must have a column besides the numbers of its rows, has none")
-    return kept, notes
-
-
-def _point(names: Sequence[str]) -> Sequence[str]:
-    """Return the names of two columns that are a point in the plane, if there are such."""
-    return next((pair for pair in ("xy", "XY") if set(pair) <= set(names)), "")
-
-
-def _delimiter(start: Sequence[str]) -> str:
-    """Return what separates the cells, from the first lines."""
-    bare = [re.sub(r'"[^"]*"', "", line).strip(" \r\n") for line in start]
-    # A comma may be a decimal one, and a space may follow any other.
-    for delimiter in "\t;|,":
-        counts = {line.count(delimiter) for line in bare}
-        if len(counts) == 1 and counts != {0}:
-            return delimiter
-    usual = max(",;\t", key=bare[0].count) if bare else ","
-    words = [line.split() for line in bare]
-    if usual not in "".join(bare) and words and any(map(_is_number, words[-1])):
-        return " " if len({len(cells) for cells in words}) == 1 else usual
-    return usual
-
-
-def _numbers(cells: Iterable[str]) -> list[float]:
-    """Values of numbers; ValueError for anything else, also for 1_2 and for other digits than 0-9.
-
-    Python takes those, but no other reader of tables does.
-    """
-    text = "".join(cells)
-    if "_" in text or not text.isascii():
-        raise ValueError
-    return [float(cell) for cell in cells]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        _numbers([text])
-    except ValueError:
-        return False
-    return True
-
-
-def _is_rounded(cell: str, number: float) -> bool:
-    """Return whether a text is a whole number beyond what float64 holds exactly."""
-    digits = re.fullmatch(r"\s*[+-]?\d+\s*", cell)
-    return digits is not None and math.isfinite(number) and abs(number) > EXACT
-
-
-def _inexact(where: str, value: object) -> str:
-    return (
-        f"{where} must hold whole numbers up to 2^53, beyond which float64 rounds them, but has "
-        f"{value}; subtract the smallest from its column"
-    )
-
-
-def _look_at_first(
-    cells: Sequence[str], start: Sequence[str], delimiter: str
-) -> tuple[bool, list[str]]:
-    """Return whether a first line is a header, and a note where that is a guess."""
-    words = [cell.strip() for cell in cells if cell.strip() and not _is_number(cell)]
-    if words and not any(map(_is_number, cells)):
-        return True, []
-    as_written = csv.reader(
-        start, delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
-    )
-    quoted = [
-        [cell.startswith('"') for cell in row if cell not in ("", '""')] for row in as_written
-    ]
-    named = cells[1:] if cells and not cells[0].strip() else cells
-    numbers = _numbers(named) if not words and all(cell.strip() for cell in named) else []
-    counted = [named == [str(i + k) for i in range(len(named))] for k in (0, 1)]
-    reason = None
-    if words:
-        reason = f"it holds {words[0]!r}, which is no number"
-    elif len(quoted) == 2 and quoted[0] and all(quoted[0]) and not all(quoted[1]):
-        reason = "its numbers are quoted, those of the next are not"
-    # 1, 2 may well be a row, if others are whole numbers too.
-    elif len(named) > 1 and (counted[0] or (counted[1] and (len(named) > 2 or "." in start[-1]))):
-        reason = f"its numbers count the columns from {named[0]}"
-    elif numbers and len(named) < len(cells):
-        reason = "its first cell is empty"
-    if reason is not None:
-        return True, [f"the first line is taken for a header: {reason}"]
-    if len(numbers) > 2 and all(a < b for a, b in itertools.pairwise(numbers)):
-        risen = "the numbers of the first line rise, but it is taken for a row"
-        return False, [f"{risen}; if it is a header, quote them"]
-    return False, []
-
-
-def _is_blank(row: Sequence[str]) -> bool:
-    return not row or (len(row) == 1 and not row[0].strip())
-
-
-def _plain(name: str) -> str:
-    """Return a name without all but letters and digits, in lower case."""
-    return "".join(c for c in name.lower() if c.isalnum())
-
-
-def _is_nameless(name: str, position: int) -> bool:
-    """Whether a column holds the rows' names: pandas writes them without a name, and reads that.
-
-    ``Unnamed: 0`` is a first column that had no name; ``Unnamed: 0.1`` the same once more.
-    """
-    return (not name and position == 0) or re.fullmatch(r"Unnamed: 0(\.\d+)*", name) is not None
-
-
-def _numbers_rows(name: str, position: int, column: np.ndarray) -> bool:
-    """Whether a column has but the numbers of the rows.
-
-    The first column does if it counts them, any id or index if its whole numbers are distinct.
-    """
-    if len(column) < 3 or (column != np.floor(column)).any():
-        return False
-    if position == 0 and column[0] in (0, 1) and (np.diff(column) == 1).all():
-        return True
-    return _is_id(name) and len(np.unique(column)) == len(column)
-
-
-def _is_id(name: str) -> bool:
-    """Return whether a name is an id's or an index': ``patient_id``, ``patientId``, ``index``."""
-    words = re.findall(r"[^\W_\d]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    # A body-mass index is none.
-    return words[-1:] == ["id"] or words in (["index"], ["idx"], ["row", "index"])
-
-
-def _label_position(plain: Sequence[str]) -> int | None:
-    """Return where the labels are among names that :func:`_plain` gave."""
-    return next((plain.index(name) for name in LABEL_NAMES if name in plain), None)
-
-
-def _bad_cell(row: list[str], used: list[int], names: list[str], header: bool, line: int) -> str:
-    at = next(i for i in used if not _is_number(row[i]))
-    column = f"column {names[at]!r}" if header else f"column {names[at]}"
-    value = f"is {row[at]!r}" if row[at].strip() else "is empty"
-    cure = "leave the column out"
-    if re.fullmatch(r"[+-]?[\d,]+,\d+", row[at].strip()):
-        cure = "write numbers as 1234.5, without commas"
-    elif header:
-        cure += ", or call it 'label' if it holds true labels"
-    return f"line {line}, {column} must be a number, {value}; {cure}"
