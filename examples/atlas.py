@@ -25,7 +25,8 @@ import scvi
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-from vmm_fast.scvi import VMMSCVI, CellDataModule, CellStore, Checkpoints
+from vmm_fast.cells import CellStore
+from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints
 
 
 def main() -> None:

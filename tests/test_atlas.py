@@ -109,7 +109,7 @@ def test_a_run_is_killed_and_goes_on_until_it_ends(tmp_path, lives, end, kills):
 def in_this_process(patch):
     """Run steps here, where scanpy's cells and small blocks are; pictures without UMAP."""
     from vmm_fast import cli
-    from vmm_fast.scvi import report as pictures
+    from vmm_fast.cells import report as pictures
 
     def run(function, *, threads, **arguments):
         found = function(**json.loads(json.dumps(arguments)))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from support import complaint
 
-import vmm_fast.clustering
+import vmm_fast.arrays.clustering
 from vmm_fast import _stopping, cli
-from vmm_fast.clustering import Clusterer, Clustering
-from vmm_fast.data import make_data, read
+from vmm_fast.arrays.clustering import Clusterer, Clustering
+from vmm_fast.arrays.data import make_data, read
 
 pytest.importorskip("matplotlib", reason="the command needs vmm-fast[cli]")
 
@@ -27,7 +27,7 @@ COMMANDS = ["demo", "cluster", "integrate", "assign", "prepare"]
 FILES = {"run.json", "checkpoint.pt", *cli.RESULTS}
 PICTURES = [name for name in cli.RESULTS if name.endswith(".png")]
 WRITE_PICTURES = Clustering.write_pictures
-NETWORK = vmm_fast.clustering._network
+NETWORK = vmm_fast.arrays.clustering._network
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,14 @@ def small_and_quick(monkeypatch):
         for name in PICTURES:
             (folder / name).touch()
 
-    monkeypatch.setattr(vmm_fast.clustering, "_network", lambda data: {"hidden": (16, 12)})
+    monkeypatch.setattr(vmm_fast.arrays.clustering, "_network", lambda data: {"hidden": (16, 12)})
     monkeypatch.setattr(Clustering, "write_pictures", touch)
 
 
 @pytest.fixture
 def pictures(monkeypatch, small_and_quick):
     """Pictures all the same, t-SNE of few points."""
-    monkeypatch.setattr(vmm_fast.clustering, "TSNE_ROWS", 40)
+    monkeypatch.setattr(vmm_fast.arrays.clustering, "TSNE_ROWS", 40)
     monkeypatch.setattr(Clustering, "write_pictures", WRITE_PICTURES)
 
 
@@ -265,7 +265,7 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, w
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--epochs", "4", "--seed", "1", "--components", "6"]
     assert cluster(npy, whole, *options) == 0
-    real = vmm_fast.clustering.fit
+    real = vmm_fast.arrays.clustering.fit
 
     def stopped(*args, **keywords):
         def stop(record):
@@ -277,7 +277,7 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, w
 
         return real(*args, **{**keywords, "on_epoch_end": stop})
 
-    monkeypatch.setattr(vmm_fast.clustering, "fit", stopped)
+    monkeypatch.setattr(vmm_fast.arrays.clustering, "fit", stopped)
     capsys.readouterr()
     handler = signal.getsignal(on)
     error = complaint(capsys, cluster(npy, broken, *options), code)
@@ -285,7 +285,7 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, w
     assert signal.getsignal(on) is handler
     assert {p.name for p in broken.iterdir()} == {"run.json", "checkpoint.pt"}
     torch.load(broken / "checkpoint.pt", weights_only=True)
-    monkeypatch.setattr(vmm_fast.clustering, "fit", real)
+    monkeypatch.setattr(vmm_fast.arrays.clustering, "fit", real)
     # Settings are the run's, without being given again.
     resume = ["cluster", str(npy), "--out", str(broken), "--resume"]
     assert cli.main(resume) == 0
@@ -331,7 +331,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     np.save(folder / "x.npy", vectors()[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vmm_fast.clustering, "_network", lambda data: {"hidden": (16, 12)})
+        patch.setattr(vmm_fast.arrays.clustering, "_network", lambda data: {"hidden": (16, 12)})
         patch.setattr(Clustering, "write_pictures", lambda self, folder: None)
         assert cluster(folder / "x.npy", folder / "out") == 0
     return folder
@@ -385,7 +385,7 @@ def test_results_are_kept_until_others_take_their_place(again, tmp_path, capsys,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vmm_fast.clustering, "fit", stop)
+        patch.setattr(vmm_fast.arrays.clustering, "fit", stop)
         complaint(capsys, cluster(tmp_path / "y.npz", out, "--overwrite"), 130)
     del before["run.json"], before["checkpoint.pt"]
     after = contents(out)
@@ -605,7 +605,7 @@ def test_a_full_disk_and_divergence_are_told_in_a_line(npy, tmp_path, capsys, mo
     def full(path, writer, **keywords):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(vmm_fast.clustering, "write_atomically", full)
+    monkeypatch.setattr(vmm_fast.arrays.clustering, "write_atomically", full)
     error = complaint(capsys, cluster(npy, tmp_path / "out"), 1)
     assert "clusters.csv: No space left on device" in error
     error = complaint(capsys, cluster(npy, tmp_path / "far", "--learning-rate", 1e30), 1)

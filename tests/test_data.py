@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from vmm_fast import data, tables
-from vmm_fast.data import InputError, read
+from vmm_fast.arrays import data, tables
+from vmm_fast.arrays.data import InputError, read
 
 X = np.round(np.random.default_rng(0).normal(size=(12, 3)), 3)
 

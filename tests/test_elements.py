@@ -12,11 +12,11 @@ import h5py
 import zarr
 from test_reading import COUNTS, make_cells
 
-from vmm_fast.data import InputError
-from vmm_fast.scvi import elements, writing
-from vmm_fast.scvi.preparing import prepare
-from vmm_fast.scvi.reading import counts_of, read_cells
-from vmm_fast.scvi.store import CellStore
+from vmm_fast._errors import InputError
+from vmm_fast.cells import elements, writing
+from vmm_fast.cells.preparing import prepare
+from vmm_fast.cells.reading import counts_of, read_cells
+from vmm_fast.cells.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -50,7 +50,8 @@ ATLAS = ("cells.h5ad", "--batch-size", "32", "--components", "5", "--out", "mode
 
 def check_model(cells):
     """It is all that was left, and assigns every cell."""
-    from vmm_fast.scvi import VMMSCVI, CellStore
+    from vmm_fast.cells import CellStore
+    from vmm_fast.scvi import VMMSCVI
 
     assert {path.name for path in cells.iterdir()} == {"cells.h5ad", "model"}
     with CellStore(cells / "cells.h5ad") as store:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from vmm_fast import _folder
+from vmm_fast._errors import InputError
 from vmm_fast._files import read_json, write_json
 from vmm_fast._folder import Folder, digest
-from vmm_fast.data import InputError
 
 
 @dataclass

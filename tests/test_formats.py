@@ -14,11 +14,11 @@ from scipy.io import mmwrite
 from scipy.sparse import csr_matrix
 from test_reading import BARCODES, COUNTS, make_cells, read
 
-from vmm_fast.data import InputError
-from vmm_fast.scvi import formats, integration
-from vmm_fast.scvi.preparing import prepare
-from vmm_fast.scvi.reading import read_cells
-from vmm_fast.scvi.store import CannotStream, CellStore
+from vmm_fast._errors import InputError
+from vmm_fast.cells import formats, integration
+from vmm_fast.cells.preparing import prepare
+from vmm_fast.cells.reading import read_cells
+from vmm_fast.cells.store import CannotStream, CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -28,16 +28,8 @@ from scipy.io import mmwrite  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import cli  # noqa: E402
-from vmm_fast.scvi import (  # noqa: E402
-    VMMSCVI,
-    CellStore,
-    assignment,
-    integration,
-    loading,
-    reading,
-    report,
-    writing,
-)
+from vmm_fast.cells import CellStore, assignment, integration, reading, report, writing  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, loading  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -663,7 +655,7 @@ import pathlib, signal, sys, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 from vmm_fast import cli
-from vmm_fast.scvi import integration
+from vmm_fast.cells import integration
 integration.CHECKPOINT_SECONDS = 0
 real = integration._Progress.on_train_epoch_end
 def wait_to_be_stopped(self, *args):

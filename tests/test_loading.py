@@ -19,18 +19,10 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
+from vmm_fast._errors import InputError  # noqa: E402
 from vmm_fast._files import load_checked, save_atomically  # noqa: E402
-from vmm_fast.data import InputError  # noqa: E402
-from vmm_fast.scvi import (  # noqa: E402
-    VMMSCVI,
-    CellDataModule,
-    CellStore,
-    Checkpoints,
-    MemoryCells,
-    checkpoints,
-    integration,
-    loading,
-)
+from vmm_fast.cells import CellStore, integration  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, MemoryCells, checkpoints, loading  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 

@@ -15,12 +15,12 @@ import zarr
 from anndata import AnnData
 from scipy.sparse import csc_matrix, csr_matrix
 
-from vmm_fast.data import InputError
-from vmm_fast.scvi import assignment, frames, integration
-from vmm_fast.scvi.names import find_names, notes_on_genes
-from vmm_fast.scvi.preparing import prepare
-from vmm_fast.scvi.reading import not_counts, read_cells
-from vmm_fast.scvi.store import CellStore
+from vmm_fast._errors import InputError
+from vmm_fast.cells import assignment, frames, integration
+from vmm_fast.cells.names import find_names, notes_on_genes
+from vmm_fast.cells.preparing import prepare
+from vmm_fast.cells.reading import not_counts, read_cells
+from vmm_fast.cells.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -18,9 +18,9 @@ from matplotlib.image import imread
 from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast import Components
+from vmm_fast.cells import report
+from vmm_fast.cells.report import write_report
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion
-from vmm_fast.scvi import report
-from vmm_fast.scvi.report import write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

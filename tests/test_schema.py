@@ -11,9 +11,9 @@ from vmm_fast import _schema
 from vmm_fast._files import save_atomically, write_json
 from vmm_fast._folder import Folder
 from vmm_fast._schema import check, listed, number, optional, table, tensor, text, whole
-from vmm_fast.clustering import Clusterer, Settings
+from vmm_fast.arrays.clustering import Clusterer, Settings
+from vmm_fast.arrays.data import InputError, Scaling
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion
-from vmm_fast.data import InputError, Scaling
 from vmm_fast.mixture import Components
 from vmm_fast.models import VAE
 

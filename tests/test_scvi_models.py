@@ -26,9 +26,9 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 from anndata import AnnData  # noqa: E402
 
 from vmm_fast import Components, cli  # noqa: E402
+from vmm_fast.cells.assignment import find_model  # noqa: E402
 from vmm_fast.clusters import find_clusters  # noqa: E402
 from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
-from vmm_fast.scvi.assignment import find_model  # noqa: E402
 from vmm_fast.scvi.saved import check_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")

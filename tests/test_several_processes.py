@@ -19,14 +19,8 @@ import torch.multiprocessing as multiprocessing  # noqa: E402
 from anndata import AnnData  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
-from vmm_fast.scvi import (  # noqa: E402
-    VMMSCVI,
-    CellDataModule,
-    CellStore,
-    Checkpoints,
-    checkpoints,
-    training,
-)
+from vmm_fast.cells import CellStore  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, checkpoints, training  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -22,12 +22,12 @@ from scipy.io import mmwrite
 from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast import cli
-from vmm_fast.data import InputError
-from vmm_fast.scvi import preparing, reading, store, writing
-from vmm_fast.scvi.preparing import prepare
-from vmm_fast.scvi.reading import counts_of, read_cells
-from vmm_fast.scvi.store import CannotStream, CellStore
-from vmm_fast.scvi.writing import write_adata, write_results
+from vmm_fast._errors import InputError
+from vmm_fast.cells import preparing, reading, store, writing
+from vmm_fast.cells.preparing import prepare
+from vmm_fast.cells.reading import counts_of, read_cells
+from vmm_fast.cells.store import CannotStream, CellStore
+from vmm_fast.cells.writing import write_adata, write_results
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

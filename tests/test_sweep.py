@@ -12,9 +12,9 @@ from support import complaint, make_cells, written
 
 from vmm_fast import cli
 from vmm_fast._files import read_json
-from vmm_fast.scvi import sweep
-from vmm_fast.scvi.integration import Integration
-from vmm_fast.scvi.writing import cluster_columns
+from vmm_fast.cells import sweep
+from vmm_fast.cells.integration import Integration
+from vmm_fast.cells.writing import cluster_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

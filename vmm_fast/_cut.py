@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from vmm_fast._errors import InputError
 from vmm_fast._schema import number, optional, whole
-from vmm_fast.data import InputError
 
 __all__ = ["Cut"]
 

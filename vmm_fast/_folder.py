@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vmm_fast._errors import InputError
 from vmm_fast._files import Lock, read_json, write_json
 from vmm_fast._schema import check, rules_of, table, text
-from vmm_fast.data import InputError
 
 __all__ = ["Folder", "digest", "folder_of_model", "must_hold_run"]
 

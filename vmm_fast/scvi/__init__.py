@@ -4,7 +4,6 @@ from vmm_fast.scvi.checkpoints import Checkpoints
 from vmm_fast.scvi.loading import CellDataModule, MemoryCells
 from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI, LatentPriorModel
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, LatentPrior
-from vmm_fast.scvi.store import CellStore
 from vmm_fast.scvi.training import (
     EmpiricalBayes,
     EmpiricalBayesAdversarialTrainingPlan,
@@ -22,7 +21,6 @@ __all__ = [
     "VMMTOTALVI",
     "VMMVAE",
     "CellDataModule",
-    "CellStore",
     "Checkpoints",
     "EmpiricalBayes",
     "EmpiricalBayesAdversarialTrainingPlan",

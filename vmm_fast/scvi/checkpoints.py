@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 from torch.optim import Adam, Optimizer
 
+from vmm_fast._errors import InputError
 from vmm_fast._files import load_checked, save_atomically
 from vmm_fast._schema import (
     anything,
@@ -38,7 +39,6 @@ from vmm_fast._schema import (
     weights_of,
     whole,
 )
-from vmm_fast.data import InputError
 from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.priors.base import check_integer

@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
 
 def read_table(file: BinaryIO) -> Table:
-    """Read a table, as :func:`vmm_fast.data.read` says.
+    """Read a table, as :func:`vmm_fast.arrays.data.read` says.
 
     Raises
     ------

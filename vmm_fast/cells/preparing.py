@@ -13,11 +13,11 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from vmm_fast.data import InputError
-from vmm_fast.scvi.frames import STRINGS
-from vmm_fast.scvi.reading import MOST, counts_of, kind_of, read_cells
-from vmm_fast.scvi.store import CannotStream, CellStore, kept_alone, others_of
-from vmm_fast.scvi.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
+from vmm_fast._errors import InputError
+from vmm_fast.cells.frames import STRINGS
+from vmm_fast.cells.reading import MOST, counts_of, kind_of, read_cells
+from vmm_fast.cells.store import CannotStream, CellStore, kept_alone, others_of
+from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
 __all__ = ["Prepared", "cells_bar", "prepare"]
 

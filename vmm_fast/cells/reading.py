@@ -21,10 +21,10 @@ from anndata import AnnData, read_h5ad
 from anndata.io import read_zarr
 from scipy.sparse import csr_matrix, issparse
 
+from vmm_fast._errors import InputError
 from vmm_fast._text import counted
-from vmm_fast.data import InputError
-from vmm_fast.scvi.elements import read_elements, told
-from vmm_fast.scvi.formats import (
+from vmm_fast.cells.elements import read_elements, told
+from vmm_fast.cells.formats import (
     kind_of_hdf5,
     matrices,
     read_10x_h5,
@@ -32,7 +32,7 @@ from vmm_fast.scvi.formats import (
     read_loom,
     visible,
 )
-from vmm_fast.scvi.names import GENES, find_names, numbered
+from vmm_fast.cells.names import GENES, find_names, numbered
 
 __all__ = [
     "MOST",

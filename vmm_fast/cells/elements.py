@@ -18,7 +18,7 @@ from anndata import AnnData
 from anndata.experimental import read_dispatched
 from scipy.sparse import csc_matrix, csr_matrix
 
-from vmm_fast.data import InputError
+from vmm_fast._errors import InputError
 
 __all__ = ["lacks_chunks", "left_out", "read_elements", "read_var", "told"]
 

@@ -25,8 +25,8 @@ import vmm_fast
 from vmm_fast._cut import Cut
 from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
 from vmm_fast._schema import RATE, check, listed, table, tensor, weights_of, whole
+from vmm_fast.arrays.data import Data, InputError, Scaling
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
-from vmm_fast.data import Data, InputError, Scaling
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
 from vmm_fast.models import VAE, History, RandomShifts, fit

@@ -17,11 +17,11 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
+from vmm_fast._errors import InputError
 from vmm_fast._files import check_archive
 from vmm_fast._folder import folder_of_model
-from vmm_fast.data import InputError
-from vmm_fast.scvi import frames
-from vmm_fast.scvi.integration import (
+from vmm_fast.cells import frames
+from vmm_fast.cells.integration import (
     EARLIER,
     OF_ALL_BATCHES,
     assigned,
@@ -32,13 +32,13 @@ from vmm_fast.scvi.integration import (
     quiet,
     set_clusters,
 )
+from vmm_fast.cells.names import notes_on_genes
+from vmm_fast.cells.reading import counts_of
+from vmm_fast.cells.store import CellStore, kept_alone
+from vmm_fast.cells.writing import write_adata, write_clustered
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
-from vmm_fast.scvi.names import notes_on_genes
-from vmm_fast.scvi.reading import counts_of
 from vmm_fast.scvi.saved import check_model
-from vmm_fast.scvi.store import CellStore, kept_alone
-from vmm_fast.scvi.writing import write_adata, write_clustered
 
 __all__ = ["Found", "MatchedCells", "SavedModel", "assign", "find_model", "match"]
 
@@ -266,7 +266,7 @@ def _batches(
 class Found:
     """The embedding z [cells, D] of cells, with clusters; and the model that it is of.
 
-    Clusters are columns of obs, as :func:`vmm_fast.scvi.integration.assigned` gives them.
+    Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` gives them.
     """
 
     saved: SavedModel

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from anndata import AnnData, concat
 from scipy.io import mminfo, mmread
 from scipy.sparse import csr_matrix, vstack
 
+from vmm_fast._errors import InputError
 from vmm_fast._text import counted
-from vmm_fast.data import InputError
-from vmm_fast.scvi.names import CELLS, GENES, find_names
+from vmm_fast.cells.names import CELLS, GENES, find_names
 
 __all__ = ["kind_of_hdf5", "matrices", "read_10x_h5", "read_10x_mtx", "read_loom", "visible"]
 
@@ -64,7 +64,7 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
                 _matrix_of(opened[key], opened[key]["genes"], opened[key]["gene_names"])
                 for key in genomes
             ]
-            notes = []
+            notes: list[str] = []
         elif "matrix" in opened:
             features = opened["matrix/features"]
             adata = _matrix_of(opened["matrix"], features["id"], features["name"])
@@ -109,8 +109,9 @@ def _values_of(element: Any) -> np.ndarray:
     return element.asstr("utf-8", errors="replace")[()].astype(object)
 
 
-def _named(names: Sequence[str], ids: Sequence[str]) -> list[str]:
+def _named(names: Iterable[str], ids: Iterable[str]) -> list[str]:
     """Return names of genes, with ids for empty ones if several are empty."""
+    names = list(names)
     several = sum(not name for name in names) > 1
     return [id_ if several and not name else name for name, id_ in zip(names, ids, strict=True)]
 

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple, NoReturn
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._stopping import HungUp, Terminated, stoppable
 from vmm_fast._text import counted
-from vmm_fast.clustering import Settings, train
-from vmm_fast.data import Data, InputError, Scaling, make_data, read
+from vmm_fast.arrays.clustering import Settings, train
+from vmm_fast.arrays.data import Data, InputError, Scaling, make_data, read
 
 __all__ = ["main"]
 
@@ -593,7 +593,7 @@ class _Run(NamedTuple):
 
 def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
     """Read, check and describe cells, and make the folder: for the commands that train on them."""
-    from vmm_fast.scvi import integration, reading, writing
+    from vmm_fast.cells import integration, reading, writing
 
     file, command, out = arguments.file, arguments.command, arguments.out
     place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
@@ -696,8 +696,8 @@ def _on_disk(
 
     `before` is what was chosen in the run that goes on, if one does; `options` are the store's.
     """
-    from vmm_fast.scvi import CellStore, reading
-    from vmm_fast.scvi.store import CannotStream
+    from vmm_fast.cells import CellStore, reading
+    from vmm_fast.cells.store import CannotStream
 
     kind = reading.kind_of(Path(file))
     if before is False:
@@ -735,7 +735,7 @@ def _give_back_freed_memory() -> None:
 def _integrate(arguments: argparse.Namespace) -> None:
     _check_before_imports(arguments, "-vmm")
     _require_scvi()
-    from vmm_fast.scvi import integration, report
+    from vmm_fast.cells import integration, report
 
     run = _read_cells(
         arguments,
@@ -793,7 +793,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     _check_before_imports(arguments, "-sweep")
     _require_scvi()
-    from vmm_fast.scvi import sweep
+    from vmm_fast.cells import sweep
 
     run = _read_cells(
         arguments,
@@ -878,7 +878,7 @@ def _assign(arguments: argparse.Namespace) -> None:
     _must_exist(file)
     out = _out_file(arguments, "-vmm")
     _require_scvi()
-    from vmm_fast.scvi import assignment, integration, reading, writing
+    from vmm_fast.cells import assignment, integration, reading, writing
 
     model = assignment.find_model(arguments.model, trust=arguments.trust, **cut)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
@@ -907,7 +907,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     _must_exist(arguments.file)
     out = _out_file(arguments, "-prepared")
     _require_scvi()
-    from vmm_fast.scvi import preparing
+    from vmm_fast.cells import preparing
 
     start = time.monotonic()
     found = preparing.prepare(

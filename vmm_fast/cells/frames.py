@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from vmm_fast.scvi.elements import told
+from vmm_fast.cells.elements import told
 
 __all__ = [
     "cast",

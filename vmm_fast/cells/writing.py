@@ -24,12 +24,12 @@ from anndata import AnnData, settings
 from anndata.io import write_elem
 from scipy.sparse import csr_matrix
 
+from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, write_atomically
 from vmm_fast._stopping import STOPS
-from vmm_fast.data import InputError
-from vmm_fast.scvi.frames import STRINGS
-from vmm_fast.scvi.reading import damage_of
-from vmm_fast.scvi.store import CellStore
+from vmm_fast.cells.frames import STRINGS
+from vmm_fast.cells.reading import damage_of
+from vmm_fast.cells.store import CellStore
 
 __all__ = [
     "COLUMNS",

@@ -21,11 +21,11 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from vmm_fast.data import InputError
-from vmm_fast.scvi import frames
-from vmm_fast.scvi.elements import lacks_chunks, left_out, read_var
-from vmm_fast.scvi.formats import visible
-from vmm_fast.scvi.reading import (
+from vmm_fast._errors import InputError
+from vmm_fast.cells import frames
+from vmm_fast.cells.elements import lacks_chunks, left_out, read_var
+from vmm_fast.cells.formats import visible
+from vmm_fast.cells.reading import (
     check_shape,
     check_unique,
     kind_of,

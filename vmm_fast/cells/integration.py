@@ -41,12 +41,24 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vmm_fast._cut import Cut
+from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
 from vmm_fast._schema import RATE, check, flag, listed, number, optional, table, text, whole
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted
+from vmm_fast.cells.names import notes_on_genes
+from vmm_fast.cells.preparing import cells_bar
+from vmm_fast.cells.reading import batches_of, column, counts_of, without_batch
+from vmm_fast.cells.store import CellStore, kept_alone
+from vmm_fast.cells.writing import (
+    COLUMNS,
+    ROWS,
+    cluster_columns,
+    write_adata,
+    write_results,
+    write_table,
+)
 from vmm_fast.clusters import Clusters, Confusion
-from vmm_fast.data import InputError
 from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
@@ -58,19 +70,7 @@ from vmm_fast.scvi.loading import (
 )
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
-from vmm_fast.scvi.names import notes_on_genes
-from vmm_fast.scvi.preparing import cells_bar
 from vmm_fast.scvi.pseudo_cells import Cells
-from vmm_fast.scvi.reading import batches_of, column, counts_of, without_batch
-from vmm_fast.scvi.store import CellStore, kept_alone
-from vmm_fast.scvi.writing import (
-    COLUMNS,
-    ROWS,
-    cluster_columns,
-    write_adata,
-    write_results,
-    write_table,
-)
 
 __all__ = [
     "OF_ALL_BATCHES",

@@ -1,8 +1,8 @@
 """The two knobs between fine clusters and well-mixed batches: batch size and prior learning ratio.
 
-A run of :func:`vmm_fast.scvi.integration.integrate` for every pair of a batch size and a ratio, the
-prior's learning rate over the network's. What a finished run showed is kept, so that a sweep goes
-on where it was stopped.
+A run of :func:`vmm_fast.cells.integration.integrate` for every pair of a batch size and a ratio,
+the prior's learning rate over the network's. What a finished run showed is kept, so that a sweep
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, read_json, write_atomically, write_json
 from vmm_fast._schema import RATE, Rule, check, listed, number, table, whole
-from vmm_fast.data import InputError
+from vmm_fast.cells.integration import Integration, Settings, integrate
 from vmm_fast.metrics import clustering_scores_from_assignment
-from vmm_fast.scvi.integration import Integration, Settings, integrate
 
 __all__ = ["COLUMNS", "FINISHED", "RESULTS", "SweepSettings", "batch_mixing", "sweep"]
 
@@ -85,7 +85,7 @@ def sweep(
     Parameters
     ----------
     cells : AnnData
-        Of :func:`vmm_fast.scvi.integration.training_cells`.
+        Of :func:`vmm_fast.cells.integration.training_cells`.
     labels : ndarray [cells], optional
         For scores alone; NaN for none.
     settings : SweepSettings

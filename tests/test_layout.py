@@ -1,0 +1,67 @@
+"""Imports between the package's rooms run one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vmm_fast"
+# From the applications down to what computes. A room imports from those after it, not from its
+# neighbours in one row and not from those before it.
+ROWS = [
+    {"cli"},
+    {"cells", "arrays"},
+    {"plots"},
+    {"metrics"},
+    {"scvi", "models"},
+    {"schedules"},
+    {"priors"},
+    {"clusters"},
+    {"inference"},
+    {"mixture"},
+    {"ops", "counts"},
+    {"torch_ops"},
+    {"backends"},
+    {"operations", "reference", "kernels"},
+    {"_core", "_cuda"},
+]
+# ``Components.clusters`` is where users look for them.
+EXCEPTIONS = {("mixture", "clusters")}
+RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
+
+
+def room_of(name):
+    """The room of a module, None of what all may import: files, errors, texts."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "vmm_fast" and len(parts) > 1 and parts[1] in RANKS else None
+
+
+def imports_of(path):
+    """Modules of the package that a file imports when it is imported, or later in a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            if node.module == "vmm_fast":
+                yield from (f"vmm_fast.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_every_room_has_its_place():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py", ".pyi")}
+    shared = {room for room in rooms if room.startswith("_") and room not in RANKS}
+    assert rooms - shared - {"py"} == set(RANKS) - {"kernels"}
+
+
+@pytest.mark.parametrize("room", [x for x in RANKS if not x.startswith("_")])
+def test_a_room_imports_from_those_below(room):
+    """Rooms of one row stand side by side."""
+    folder = PACKAGE.parent / room if room == "kernels" else PACKAGE / room
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+    for path in paths:
+        if path.name == "aot.py":  # a tool that compiles what the package launches
+            continue
+        for other in map(room_of, imports_of(path)):
+            below = other in (None, room) or RANKS[other] > RANKS[room]
+            assert below or (room, other) in EXCEPTIONS, f"{path.name} imports from {other}"
