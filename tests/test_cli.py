@@ -633,7 +633,7 @@ def test_a_closed_pipe_is_no_error(monkeypatch):
     os.close(read_end)
     with os.fdopen(write_end, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        monkeypatch.setattr(cli, "_demo", lambda arguments: print("a table", flush=True))
+        monkeypatch.setattr(cli.arrays, "_demo", lambda arguments: print("a table", flush=True))
         assert cli.main(["demo"]) == 0
         print("more", flush=True)  # goes nowhere, as what the interpreter flushes at its end
 

@@ -248,11 +248,11 @@ def test_it_trains_in_one_process_whatever_the_surroundings_say(
 
 def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "own")
-    monkeypatch.setattr(cli, "_can_be_written", lambda folder: False)
-    cli._require_scvi()
+    monkeypatch.setattr(cli.cells, "_can_be_written", lambda folder: False)
+    cli.cells._require_scvi()
     assert os.environ["NUMBA_CACHE_DIR"] == "own"
     monkeypatch.delenv("NUMBA_CACHE_DIR")
-    cli._require_scvi()
+    cli.cells._require_scvi()
     assert os.listdir(os.environ["NUMBA_CACHE_DIR"]) == []
 
 
@@ -970,7 +970,7 @@ def test_a_file_to_write_that_is_a_folder_or_in_none(trained, h5ad, tmp_path, ca
     def refused(*arguments, **keywords):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(cli.cells.tempfile, "TemporaryFile", refused)
     error = complaint(capsys, assigned(trained, h5ad, tmp_path / "o.h5ad"))
     assert f"--out {tmp_path / 'o.h5ad'}: must lie in a folder that can be written to" in error
     assert "Read-only file system" in error

@@ -438,7 +438,7 @@ def test_columns_that_not_all_files_have_are_told(shards, tmp_path):
         assert found.notes == [of_var, note]
         assert {"first alone", "flag"}.isdisjoint(found.obs(0, 5))
     assert prepare(folder, tmp_path / "out.h5ad").notes[:2] == [of_var, note]
-    found, notes = cli._on_disk(str(folder), None, None)
+    found, notes = cli.cells._on_disk(str(folder), None, None)
     found.close()
     assert notes == ["counts stay on disk, in several files", of_var, note]
     for number in range(30):

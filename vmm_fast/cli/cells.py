@@ -1,0 +1,552 @@
+"""``vmm-fast integrate``, ``sweep``, ``assign`` and ``prepare``: files of single cells."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import ctypes
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vmm_fast._errors import InputError
+from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
+from vmm_fast._text import counted
+from vmm_fast.cli.options import (
+    CUT,
+    Option,
+    add_cut,
+    add_existing,
+    add_options,
+    at_least_0,
+    cut_of,
+    must_exist,
+    note_fewer,
+    print_files,
+    print_table,
+    rate,
+    require,
+    whole,
+    with_cut,
+)
+
+__all__ = ["add_commands"]
+
+SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
+EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
+EPOCHS_HELP = "passes over the cells (default: 100, from 80,000 cells on fewer)"
+ASSIGN = """\
+Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
+Cells of a batch that the model does not know are encoded as of all batches that it
+knows, in equal shares.
+The results have all that CELLS has; of cells that stay on disk, obs and var alone.
+"""
+SWEEP = """\
+The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out cells;
+the mean entropy of the cluster probabilities; how well batches mix (1: neighbours are of other
+batches as often as by chance, 0: never) and the NMI of clusters with batches (low is mixed);
+ARI and NMI where there are labels. Choose without labels where you can: batches that mix, and
+no more clusters than you can name.
+
+"""
+CELLS = """\
+FILE is one of
+  .h5ad   counts in X or in a layer (--layer)
+  .zarr   a folder as anndata writes it
+  .h5     of 10x Genomics, or the folder with their matrix.mtx, as STARsolo and GEO
+          have it, too; genes alone are read, not antibodies, guides and peaks
+  .loom   its main matrix
+
+Values must be counts: normalised or logarithmic ones are refused. The file is only read.
+The results have all its cells and genes, also those that --genes leaves out of training.
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the four commands to the parser's."""
+    memory: Option = (
+        "--memory",
+        "GIB",
+        at_least_0,
+        "most that counts may take in memory; more are read from disk, part by part (default: 1)",
+    )
+    integrate = commands.add_parser(
+        "integrate",
+        help="integrate batches of single cells and cluster them",
+        description="Integrate the batches of single cells and cluster them: scVI with a mixture "
+        "prior.",
+        epilog=CELLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_cells_options(
+        integrate,
+        "-vmm",
+        "more --epochs, --labels-key and where the tree is cut",
+        ("--batch-size", "B", whole(2), "cells per step (default: 128)"),
+        ("--prior-learning-rate", "R", rate, "of the prior (default: 0.005)"),
+        memory,
+        ("--checkpoint-steps", "N", whole(1), "steps between checkpoints, besides every 30 s"),
+    )
+    add_cut(integrate)
+    integrate.set_defaults(run=_integrate)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="try batch sizes and prior learning rates on single cells",
+        description="Run integrate for every batch size and prior learning ratio, the prior's "
+        "learning rate over the network's: the two knobs between many fine clusters and few, well "
+        "mixed ones.",
+        epilog=SWEEP + CELLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_cells_options(sweep, "-sweep", "more --epochs, --batch-sizes and --ratios")
+    sweep.add_argument(
+        "--batch-sizes", nargs="+", metavar="B", type=whole(2), help="default: 64 128 256"
+    )
+    sweep.add_argument("--ratios", nargs="+", metavar="R", type=rate, help="default: 1 2 5 10")
+    add_cut(sweep)
+    sweep.set_defaults(run=_sweep)
+
+    assign = commands.add_parser(
+        "assign",
+        help="put new cells into the clusters of a trained model",
+        description="Put new cells into the clusters of a model that integrate has trained. "
+        "Nothing is trained.",
+        epilog=ASSIGN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    assign.add_argument("model", metavar="MODEL", help="folder that integrate wrote, or its model")
+    assign.add_argument("file", metavar="CELLS", help="as integrate reads them")
+    add_options(
+        assign,
+        ("--out", "FILE.h5ad", str, "(default: CELLS's name with -vmm.h5ad, here)"),
+        ("--layer", "NAME", str, "layer with the counts (default: the model's, else X)"),
+        memory,
+    )
+    add_cut(assign, "the model's", "the model's")
+    assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
+    assign.add_argument(
+        "--trust",
+        action="store_true",
+        help="read a MODEL that may run anything: only for files that you made yourself",
+    )
+    assign.set_defaults(run=_assign)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="write single cells so that they are read fast, part by part",
+        description="Write the counts, obs and var of single cells to one .h5ad file of which "
+        "integrate reads random cells fast. In bounded memory, if CELLS is a .h5ad file, a zarr "
+        "folder or a folder of .h5ad files, with cells in its rows.",
+    )
+    prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")
+    add_options(
+        prepare,
+        ("--out", "FILE.h5ad", str, "(default: CELLS's name with -prepared.h5ad, here)"),
+        ("--layer", "NAME", str, "layer with the counts, which become X (default: X)"),
+    )
+    prepare.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
+    prepare.set_defaults(run=_prepare)
+
+
+def _add_cells_options(
+    parser: argparse.ArgumentParser, suffix: str, changeable: str, *more: Option
+) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
+    parser.add_argument(
+        "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
+    )
+    add_options(
+        parser,
+        ("--out", "DIR", str, f"folder for the results (default: FILE's name with {suffix}, here)"),
+        ("--batch-key", "KEY", str, "column of obs with the batches (default: one batch)"),
+        ("--layer", "NAME", str, "layer with the counts (default: X)"),
+        ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
+        ("--genes", "N", whole(1), "train on so many variable genes (default: on all)"),
+        ("--components", "C", whole(1), "Gaussians at most (default: cells / 20, 10 to 100)"),
+        ("--latent-dim", "D", whole(1), "latent dimensions (default: 10)"),
+        ("--epochs", "N", whole(1), EPOCHS_HELP),
+        ("--learning-rate", "R", rate, "of the network (default: 0.001)"),
+        *more,
+        ("--seed", "N", whole(0, 2**32 - 1), "of all randomness (default: 0)"),
+    )
+    parser.add_argument(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu", "mps"),
+        default="auto",
+        help="where to train (default: %(default)s)",
+    )
+    add_existing(parser, changeable)
+
+
+def _require_scvi() -> None:
+    """Import what works on cells.
+
+    numba, which scanpy and UMAP need, fails where it finds no folder for its cache: where neither
+    the installation nor the home can be written to it gets one that goes with the process.
+    """
+    scanpy = importlib.util.find_spec("scanpy")
+    if scanpy is not None and scanpy.origin is not None and "NUMBA_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        usual = (Path(scanpy.origin).parent / "__pycache__", Path(home) / "numba")
+        if not any(map(_can_be_written, usual)):
+            cache = tempfile.mkdtemp(prefix="vmm-fast-numba-")
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
+            os.environ["NUMBA_CACHE_DIR"] = cache
+    require(*SCVI_NEEDS, extra="cli,scvi")
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+class _Run(NamedTuple):
+    """What a command that trains on cells works with."""
+
+    cells: Any  # AnnData as read, or CellStore
+    training: Any  # AnnData of the cells to train on, or of some of them
+    on_disk: Any  # OnDisk, or None
+    settings: Any
+    folder: Folder
+    again: str  # the command that goes on
+
+
+def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
+    """Read, check and describe cells, and make the folder: for the commands that train on them."""
+    from vmm_fast.cells import integration, reading, writing
+
+    file, command, out = arguments.file, arguments.command, arguments.out
+    place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
+    cells: Any = None
+    notes: list[str] = []
+    if file is None:
+        source = EXAMPLE
+        arguments.labels_key = arguments.labels_key or "bulk_labels"
+    else:
+        reading.kind_of(Path(file))  # or says what is wrong with it
+        place.must_not_hold(file)
+        source = digest(file)
+    given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
+    if arguments.resume:
+        with _naming(file or EXAMPLE):
+            given = place.resumed(source, given)
+    given = with_cut(given, arguments)
+    if file is not None and command == "integrate":
+        cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
+    given["on_disk"] = cells is not None
+    if cells is None:
+        read = reading.example() if file is None else reading.read_cells(file, given["layer"])
+        cells, notes = read.adata, notes + read.notes
+    on_disk = None
+    with _naming(file or EXAMPLE):
+        settings = kind.suited_to(cells, **given)
+        if settings.on_disk:
+            training, on_disk, more = integration.training_cells_on_disk(cells, settings)
+        else:
+            training, more = integration.training_cells(cells, settings)
+    if command == "integrate":
+        with integration.quiet():
+            more = more + writing.notes_on_writing(cells)
+    _check_accelerator(arguments.accelerator)
+    place.start(
+        {"input": source, "settings": asdict(settings)},
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+    )
+    parts = [_size(cells)]
+    if settings.batch_key is not None:
+        batches = training.obs[settings.batch_key].nunique()
+        parts.append(counted(batches, "batch", "batches"))
+    if training.n_vars < cells.n_vars:
+        parts.append(f"trained on the {training.n_vars:,} genes that vary most")
+    if command == "integrate" and on_disk is None:
+        parts.append("counts in memory")
+    print(", ".join(parts))
+    for note in notes + more:
+        print(f"note: {note}", flush=True)
+    again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
+    if arguments.accelerator != "auto":
+        again += ["--accelerator", arguments.accelerator]
+    return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+
+
+def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
+    """Complain at once of what needs no import of scvi-tools, and find the folder's name."""
+    file = arguments.file
+    if (file is None) != arguments.example:
+        raise InputError(f"give either FILE or --example; see vmm-fast {arguments.command} --help")
+    cut_of(vars(arguments))
+    if file is not None:
+        must_exist(file)
+    name = EXAMPLE if file is None else Path(file).resolve().stem
+    arguments.out = arguments.out or f"{name}{suffix}"
+    if arguments.resume:
+        must_hold_run(arguments.out)
+
+
+def _size(cells: Any) -> str:
+    return f"{counted(cells.n_obs, 'cell')} x {counted(cells.n_vars, 'gene')}"
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Let errors begin with the file, if not with one of its files, which a store names."""
+    try:
+        yield
+    except InputError as error:
+        paths = (file, str(Path(file)))
+        if str(error).startswith(tuple(path + end for path in paths for end in (":", os.sep))):
+            raise
+        raise InputError(f"{file}: {error}") from None
+
+
+def _on_disk(
+    file: str,
+    layer: str | None,
+    memory: float | None,
+    before: bool | None = None,
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """Open the cells as a store if they are to stay on disk, else give None; and notes.
+
+    `before` is what was chosen in the run that goes on, if one does; `options` are the store's.
+    """
+    from vmm_fast.cells import CellStore, reading
+    from vmm_fast.cells.store import CannotStream
+
+    kind = reading.kind_of(Path(file))
+    if before is False:
+        return None, []
+    most = 1.0 if memory is None else memory
+    try:
+        store = CellStore(file, layer, **options)
+    except CannotStream as error:
+        if kind == "shards":
+            raise
+        # All is right, or what is wrong is told, where they are read into memory.
+        large = reading.size_of(Path(file)) / 2**30 > most
+        return None, [f"all counts are read into memory: {error}"] if large else []
+    size = store.nbytes / 2**30
+    if before or size > most:
+        _give_back_freed_memory()
+        takes = f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
+        return store, [f"counts stay on disk: in memory they would take {takes}", *store.notes]
+    if kind == "shards":
+        return store, ["counts stay on disk, in several files", *store.notes]
+    store.close()
+    return None, []
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return large arrays to the system when they are freed.
+
+    Of windows of cells, which differ in size, it would keep some hundred megabytes of holes.
+    """
+    with suppress(OSError, AttributeError):
+        M_MMAP_THRESHOLD = -3
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 24)
+
+
+def _integrate(arguments: argparse.Namespace) -> None:
+    _check_before_imports(arguments, "-vmm")
+    _require_scvi()
+    from vmm_fast.cells import integration, report
+
+    run = _read_cells(
+        arguments,
+        integration.Settings,
+        "checkpoint.ckpt",
+        results=integration.RESULTS,
+        changeable=("epochs", "labels_key", *CUT),
+    )
+    folder, settings = run.folder, run.settings
+    progress = sys.stderr is not None and sys.stderr.isatty()
+    with folder, nullcontext() if run.on_disk is None else run.cells:
+        try:
+            found = integration.integrate(
+                run.training,
+                settings,
+                on_disk=run.on_disk,
+                checkpoint=folder.checkpoint,
+                checkpoint_steps=arguments.checkpoint_steps,
+                # A run that was stopped before its first checkpoint starts again.
+                resume=arguments.resume and folder.checkpoint.exists(),
+                accelerator=arguments.accelerator,
+                progress=progress,
+            )
+            if run.on_disk is None:
+                record = found.add_to(run.cells)
+                found.write(run.cells, folder.path)
+                shown, drawn_from = run.cells, None
+            else:
+                record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
+            if progress:
+                print("drawing the report", file=sys.stderr, flush=True)
+            tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
+            report.write_report(folder.path / "report.html", shown, found.history, drawn_from, tree)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"; go on with: {run.again}") from None
+    rows = [
+        (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
+        for s, value in record.get("scores", {}).items()
+    ]
+    note_fewer(settings.clusters, record["clusters_used"], "cells")
+    seconds = round(record["training_seconds"])
+    rows += [
+        ("clusters", str(record["clusters_used"])),
+        ("components with any cell", f"{record['components_used']} of {settings.components}"),
+        (
+            f"ELBO, {counted(record['held_out_cells'], 'cell')} held out",
+            f"{record['held_out_elbo']:.2f} nats",
+        ),
+        ("epochs", str(settings.epochs)),
+        ("training time", f"{seconds // 60}:{seconds % 60:02d} min"),
+    ]
+    print_table(rows, folder.path, integration.RESULTS)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    _check_before_imports(arguments, "-sweep")
+    _require_scvi()
+    from vmm_fast.cells import sweep
+
+    run = _read_cells(
+        arguments,
+        sweep.SweepSettings,
+        sweep.FINISHED,
+        results=sweep.RESULTS,
+        changeable=("epochs", "batch_sizes", "ratios"),
+    )
+    folder, key = run.folder, run.settings.labels_key
+    labels = None if key is None else run.cells.obs[key].to_numpy()
+    with folder:
+        rows = sweep.sweep(
+            run.training,
+            labels,
+            run.settings,
+            folder.path,
+            accelerator=arguments.accelerator,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
+        )
+        names: list[str] = []
+        try:
+            for row in rows:
+                if not names:
+                    names = [name for name in sweep.COLUMNS if name in row]
+                    print("\n" + "  ".join(sweep.COLUMNS[name] for name in names))
+                texts = (
+                    f"{row[name]:g}"
+                    if name in ("batch_size", "ratio", "clusters")
+                    else f"{row[name]:.{1 if name == 'held_out_elbo' else 3}f}"
+                    for name in names
+                )
+                cells = zip(texts, (len(sweep.COLUMNS[name]) for name in names), strict=True)
+                print("  ".join(f"{text:>{width}}" for text, width in cells), flush=True)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"; go on with: {run.again}") from None
+    print_files(folder.path, sweep.RESULTS)
+
+
+def _check_accelerator(name: str) -> None:
+    import torch
+
+    absent = (name == "gpu" and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    )
+    if absent:
+        raise InputError(f"--accelerator {name}: torch finds none on this machine")
+
+
+def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
+    """The .h5ad file to write, which must be no other than it may be."""
+    file = arguments.file
+    out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
+    if out.suffix != ".h5ad":
+        raise InputError(f"--out {out}: must end in .h5ad")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: must lie in a folder that can be written to")
+    if out.exists() and not out.is_file():
+        raise InputError(
+            f"--out {out}: must be a file, is {'a folder' if out.is_dir() else 'none'}"
+        )
+    if out.exists() and os.path.exists(file) and out.samefile(file):
+        raise InputError(f"--out {out}: is the input, which is never written to")
+    if Path(file).resolve() in out.resolve().parents:
+        raise InputError(f"--out {out}: lies in the input, which is never written to")
+    if out.exists() and not arguments.overwrite:
+        raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
+    try:  # of a folder that may be written to, the disk may not
+        with tempfile.TemporaryFile(dir=out.resolve().parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: must lie in a folder that can be written to: {error.strerror or error}"
+        ) from None
+    return out
+
+
+def _assign(arguments: argparse.Namespace) -> None:
+    file = arguments.file
+    cut = cut_of(vars(arguments))
+    cut["n_clusters"] = cut.pop("clusters")
+    folder_of_model(arguments.model)  # or says that there is none
+    must_exist(file)
+    out = _out_file(arguments, "-vmm")
+    _require_scvi()
+    from vmm_fast.cells import assignment, integration, reading, writing
+
+    model = assignment.find_model(arguments.model, trust=arguments.trust, **cut)
+    cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
+    with ExitStack() as opened:
+        if cells is not None:
+            opened.enter_context(cells)
+        else:
+            read = reading.read_cells(file, arguments.layer or model.layer)
+            cells, notes = read.adata, notes + read.notes
+        with _naming(file):
+            matched = assignment.match(cells, model, arguments.layer)
+            print(_size(cells))
+            with integration.quiet():
+                more = writing.notes_on_writing(cells)
+            for note in notes + matched.notes + more:
+                print(f"note: {note}", flush=True)
+            progress = sys.stderr is not None and sys.stderr.isatty()
+            found = assignment.assign(matched, model, progress=progress)
+        found.write(cells, out)
+    clusters = len(found.clusters["vmm_cluster"].cat.categories)
+    probability = found.clusters["vmm_cluster_probability"].median()
+    print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    must_exist(arguments.file)
+    out = _out_file(arguments, "-prepared")
+    _require_scvi()
+    from vmm_fast.cells import preparing
+
+    start = time.monotonic()
+    found = preparing.prepare(
+        Path(arguments.file),
+        out,
+        arguments.layer,
+        progress=sys.stderr is not None and sys.stderr.isatty(),
+        tell=lambda note: print(f"note: {note}", flush=True),
+    )
+    print(
+        f"{_size(found)}, {found.nbytes / 1e6:,.1f} MB in "
+        f"{time.monotonic() - start:.1f} s, in {out}"
+    )

@@ -1,0 +1,194 @@
+"""What the commands share: their options, and how they print results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vmm_fast._errors import InputError
+from vmm_fast._text import counted
+
+__all__ = [
+    "CUT",
+    "Option",
+    "Parser",
+    "add_cut",
+    "add_existing",
+    "add_options",
+    "at_least_0",
+    "cut_of",
+    "must_exist",
+    "note_fewer",
+    "number",
+    "print_files",
+    "print_table",
+    "rate",
+    "require",
+    "resolution",
+    "share",
+    "whole",
+    "with_cut",
+]
+
+Option = tuple[str, str, Callable[[str], Any], str]  # name, symbol, type, help
+CUT = ("resolution", "separation", "clusters")  # settings that change without training
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what the command prints in one line."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def add_options(parser: argparse.ArgumentParser, *options: Option) -> None:
+    """Add options that take a value."""
+    for name, symbol, kind, text in options:
+        parser.add_argument(name, metavar=symbol, type=kind, help=text)
+
+
+def add_cut(
+    parser: argparse.ArgumentParser, usual_resolution: str = "2", usual_separation: str = "0.02"
+) -> None:
+    """Add the options that say where to cut the tree, with their defaults."""
+    more = f"more gives more clusters (default: {usual_resolution})"
+    least = f"confusion below which none merge (default: {usual_separation})"
+    add_options(
+        parser,
+        ("--resolution", "R", resolution, more),
+        ("--separation", "P", share, least),
+        ("--clusters", "N", whole(1), "so many clusters, instead of both"),
+    )
+
+
+def cut_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return where to cut the tree, of options or of the settings of a run."""
+    cut = {name: given[name] for name in CUT}
+    if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
+        raise InputError("--clusters must be given without --resolution and --separation")
+    return cut
+
+
+def with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Replace the cut of the run that goes on by the one that was asked for, if any was."""
+    cut = cut_of(vars(arguments))
+    return {**given, **(cut_of(given) if set(cut.values()) == {None} else cut)}
+
+
+def add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
+    """Add the choice between replacing a run and going on with it."""
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in DIR after its last checkpoint, with its settings"
+        f"; {changeable} can change",
+    )
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results of another run in DIR, each when its successor is there",
+    )
+
+
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number from least to most."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            bounds = f"{least}" if most == 2**63 - 1 else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {bounds}, is {text!r}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Return the number that an option's text is."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def rate(text: str) -> float:
+    """Return a learning rate: above 0, finite."""
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, is {text!r}")
+    return value
+
+
+def at_least_0(text: str) -> float:
+    """Return a number of at least 0."""
+    value = number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
+    return value
+
+
+def resolution(text: str) -> float:
+    """Return a resolution: at least 0, finite."""
+    value = at_least_0(text)
+    if math.isinf(value):  # told before training
+        raise argparse.ArgumentTypeError(f"must be a finite number, is {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """Return a share between 0 and 1."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, is {text!r}")
+    return value
+
+
+def require(*modules: str, extra: str = "cli") -> None:
+    """Complain of a package that is missing, with the extra that brings it."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            message = f"needs {name}, which is not installed: pip install 'vmm-fast[{extra}]'"
+            raise InputError(message) from None
+
+
+def must_exist(file: str) -> None:
+    """Complain of a file that is not there."""
+    if not os.path.exists(file):
+        raise InputError(f"{file}: no such file or folder")
+
+
+def note_fewer(asked: int | None, found: int, what: str) -> None:
+    """Say so where the tree has fewer clusters than were asked for."""
+    if asked is not None and found < asked:
+        some = counted(found, "cluster")
+        print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
+
+
+def print_table(rows: list[tuple[str, str]], folder: Path, results: dict[str, str]) -> None:
+    """Print results in two columns, and the files that were written."""
+    left = max(len(title) for title, _ in rows)
+    right = max(len(value) for _, value in rows)
+    print("\n" + "-" * (left + right + 2))
+    for title, value in rows:
+        print(f"{title:<{left}}  {value:>{right}}")
+    print("-" * (left + right + 2))
+    print_files(folder, results)
+
+
+def print_files(folder: Path, results: dict[str, str]) -> None:
+    """Print the names and meanings of the files that were written."""
+    print(f"\nin {folder}:")
+    for name, meaning in results.items():
+        print(f"  {name:<13} {meaning}")
