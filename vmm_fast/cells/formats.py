@@ -97,8 +97,8 @@ def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
     parts = tuple(group[name][()] for name in ("data", "indices", "indptr"))
     counts = csr_matrix(parts, shape=(cells, number))
     counts.check_format(full_check=True)
-    gene_ids = _values_of(ids)
-    var = pd.DataFrame({"gene_ids": gene_ids}, index=_named(_values_of(names), gene_ids))
+    gene_ids = _values_of(ids).tolist()
+    var = pd.DataFrame({"gene_ids": gene_ids}, index=_named(_values_of(names).tolist(), gene_ids))
     return AnnData(_as_float32(counts), pd.DataFrame(index=_values_of(group["barcodes"])), var)
 
 
