@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -83,18 +84,20 @@ class Launch(NamedTuple):
     """One compilation: a kernel, the types of its arguments, and the constants."""
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
+    signature: tuple[tuple[str, Any], ...]  # the type of an argument, or a tuple's types
+    constants: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, place and value
     options: tuple[tuple[str, Any], ...]
 
     @property
     def configuration(self) -> str:
         """The constants in words."""
-        dtype = {"*fp32": "float32", "*fp64": "float64"}[self.signature[0][1]]
+        _, first = self.signature[0]
+        first = first if isinstance(first, str) else first[0]
+        dtype = {"*fp32": "float32", "*fp64": "float64"}[first]
         left_out = ("DTYPE", "NORMALISER", "INVERSE_V", "NOISE", "FLOOR", "enable_fp_fusion")
         words = [
             f"{name}={value}"
-            for name, value in (*self.constants, *self.options)
+            for name, value in (*((name, x) for name, _, x in self.constants), *self.options)
             if name not in left_out
         ]
         return " ".join([dtype, *words])
@@ -141,6 +144,28 @@ _KERNELS: dict[str, JITFunction] = {
 }
 
 
+def _type(value: Any) -> Any:
+    """Triton's name of a value's type, or of those in a tuple."""
+    if isinstance(value, tuple):
+        types = map(_type, value)
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, tl.constexpr):
+        return "constexpr"
+    return "fp64" if isinstance(value, float) else "i32"
+
+
+def _leaves(name: str, place: tuple[int, ...], value: Any) -> Iterator[tuple[str, tuple, Any]]:
+    """Give what is in an argument, or in the tuples that it is, with name and place of each."""
+    if not isinstance(value, tuple):
+        yield name, place, value
+        return
+    names = getattr(value, "_fields", [name] * len(value))
+    for index, (inner, x) in enumerate(zip(names, value, strict=True)):
+        yield from _leaves(inner, (*place, index), x)
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Take notes of launches instead of launching."""
@@ -153,16 +178,16 @@ def recorded() -> Iterator[list[Launch]]:
         names = [name for name in kernel.arg_names if name not in named]
         values = dict(zip(names, arguments, strict=True)) | named
         signature, constants = [], []
-        for parameter in kernel.params:
-            value = values[parameter.name]
+        for index, parameter in enumerate(kernel.params):
+            value, name = values[parameter.name], parameter.name
             if parameter.is_constexpr:
-                constants.append((parameter.name, value))
-                signature.append((parameter.name, "constexpr"))
-            elif isinstance(value, torch.Tensor):
-                signature.append((parameter.name, _TYPES[value.dtype]))
-            else:
-                kind = "fp64" if isinstance(value, float) else "i32"
-                signature.append((parameter.name, kind))
+                value = tl.constexpr(value)
+            signature.append((name, _type(value)))
+            constants += [
+                (inner, place, x.value)
+                for inner, place, x in _leaves(name, (index,), value)
+                if isinstance(x, tl.constexpr)
+            ]
         note = Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(options.items()))
         if note not in launches:
             launches.append(note)
@@ -303,11 +328,13 @@ def compiled(note: Launch, target_name: str) -> Row:
     target = TARGETS[target_name]
     kernel = _KERNELS[note.kernel]
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, (_, kind) in enumerate(note.signature)
+        place: [["tt.divisibility", 16]]
+        for index, (name, kinds) in enumerate(note.signature)
+        for _, place, kind in _leaves(name, (index,), kinds)
         if kind.startswith("*")
     }
-    source = ASTSource(kernel, dict(note.signature), dict(note.constants), aligned)
+    constants = {place: value for _, place, value in note.constants}
+    source = ASTSource(kernel, dict(note.signature), constants, aligned)
     binary = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),

@@ -3,17 +3,33 @@
 Points lie in rows of a tile [BLOCK_B, P], P the dimension D rounded up to a power of two of at
 least 16 (what a matrix instruction takes), filled up with zeros. A component's matrix W [P, P]
 whitens from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
-one. Beyond Q = 32 columns all is done in blocks, for larger tiles would not stay in registers, and
+one. All of it comes as one tuple, :class:`Pairs`. Beyond Q = 32 columns all is done in blocks, for larger tiles would not stay in registers, and
 blocks of W that are zero are left out. DTYPE is that of all arithmetic; what is loaded is cast to
 it at once.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 BLOCK = 256  # components that a loop over all of them takes at a time
+
+
+class Pairs(NamedTuple):
+    """Points and a whitened mixture, and the tiles in which a kernel takes pairs of them."""
+
+    z: Any  # [B, D]
+    centers: Any  # [J, D]
+    whitening: Any  # [J, D, D]
+    offsets: Any  # [J]
+    D: Any  # constants from here on
+    BLOCK_B: Any
+    TRANSPOSE: Any
+    DTYPE: Any
+    PRECISION: Any
 
 
 @triton.constexpr_function
@@ -54,24 +70,16 @@ def load_center(centers, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE
 
 
 @triton.jit
-def load_whitening(
-    whitening,
-    j,
-    row,
-    column,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def load_whitening(pairs, j, row, column, ROWS: tl.constexpr):
     """The block [ROWS, Q] of W at ``row``, ``column``; W = A_j for ``TRANSPOSE``, else A_j^T."""
+    D: tl.constexpr = pairs.D
     row = row + tl.arange(0, ROWS)[:, None]
     column = column + tl.arange(0, chunk(D))[None, :]
-    if not TRANSPOSE:
+    if not pairs.TRANSPOSE:
         row, column = column, row
     mask = (row < D) & (column <= row)
-    addresses = whitening + tl.cast(j, tl.int64) * (D * D) + row * D + column
-    return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
+    addresses = pairs.whitening + tl.cast(j, tl.int64) * (D * D) + row * D + column
+    return tl.load(addresses, mask=mask, other=0.0).to(pairs.DTYPE)
 
 
 @triton.constexpr_function
@@ -81,91 +89,52 @@ def in_units(DTYPE):
 
 
 @triton.jit
-def load_unit(whitening, j, D: tl.constexpr, DTYPE: tl.constexpr):
+def load_unit(pairs, j):
     """A power of two by which d, if float32, becomes an ordinary number.
 
     It is that of the largest element of A_j's diagonal. Where this is far from 1, squares of d
     overflow or vanish.
     """
+    D: tl.constexpr = pairs.D
     rows = tl.arange(0, padded(D))
-    addresses = whitening + tl.cast(j, tl.int64) * (D * D) + rows * (D + 1)
-    diagonal = tl.load(addresses, mask=rows < D, other=0.0).to(DTYPE)
+    addresses = pairs.whitening + tl.cast(j, tl.int64) * (D * D) + rows * (D + 1)
+    diagonal = tl.load(addresses, mask=rows < D, other=0.0).to(pairs.DTYPE)
     largest = tl.max(tl.abs(diagonal), 0)
-    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(DTYPE, bitcast=True)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(pairs.DTYPE, bitcast=True)
     return tl.where((unit > 0.0) & (unit < float("inf")), unit, 1.0)
 
 
 @triton.jit
-def whiten(
-    points,
-    z,
-    rows,
-    count,
-    centers,
-    whitening,
-    j,
-    column,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def whiten(pairs, points, rows, count, j, column):
     """Q columns of y = (z - m_j) W, from ``column`` on; ``points`` are the first Q of z's."""
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     Q: tl.constexpr = chunk(D)
     if D <= Q:
-        d = points - load_center(centers, j, 0, D, Q, DTYPE)[None, :]
-        w = load_whitening(whitening, j, 0, 0, D, Q, TRANSPOSE, DTYPE)
-        y = tl.dot(d, w, input_precision=PRECISION, out_dtype=DTYPE)
+        d = points - load_center(pairs.centers, j, 0, D, Q, DTYPE)[None, :]
+        w = load_whitening(pairs, j, 0, 0, Q)
+        y = tl.dot(d, w, input_precision=pairs.PRECISION, out_dtype=DTYPE)
     else:
-        y = tl.zeros([BLOCK_B, Q], DTYPE)
-        begin = column if TRANSPOSE else column * 0
-        end = column * 0 + D if TRANSPOSE else column + Q
+        y = tl.zeros([pairs.BLOCK_B, Q], DTYPE)
+        begin = column if pairs.TRANSPOSE else column * 0
+        end = column * 0 + D if pairs.TRANSPOSE else column + Q
         for row in range(begin, end, Q):
-            d = load_points(z, rows, count, row, D, Q, DTYPE)
-            d -= load_center(centers, j, row, D, Q, DTYPE)[None, :]
-            w = load_whitening(whitening, j, row, column, D, Q, TRANSPOSE, DTYPE)
-            y += tl.dot(d, w, input_precision=PRECISION, out_dtype=DTYPE)
+            d = load_points(pairs.z, rows, count, row, D, Q, DTYPE)
+            d -= load_center(pairs.centers, j, row, D, Q, DTYPE)[None, :]
+            w = load_whitening(pairs, j, row, column, Q)
+            y += tl.dot(d, w, input_precision=pairs.PRECISION, out_dtype=DTYPE)
     return y
 
 
 @triton.jit
-def log_joint(
-    points,
-    z,
-    rows,
-    count,
-    centers,
-    whitening,
-    offsets,
-    j,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def log_joint(pairs, points, rows, count, j):
     """l [BLOCK_B] of component j; -inf is cut off, NaN is not."""
-    squares = tl.zeros([BLOCK_B], DTYPE)
-    for column in range(0, D, chunk(D)):
-        y = whiten(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            j,
-            column,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
+    squares = tl.zeros([pairs.BLOCK_B], pairs.DTYPE)
+    for column in range(0, pairs.D, chunk(pairs.D)):
+        y = whiten(pairs, points, rows, count, j, column)
         squares += tl.sum(y * y, 1)
-    l = tl.load(offsets + j).to(DTYPE) - 0.5 * squares
-    return tl.maximum(l, lowest(DTYPE), propagate_nan=tl.PropagateNan.ALL)
+    l = tl.load(pairs.offsets + j).to(pairs.DTYPE) - 0.5 * squares
+    return tl.maximum(l, lowest(pairs.DTYPE), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -177,12 +146,20 @@ def kahan(total, excess, x):
 
 
 @triton.jit
-def add_online(top, total, total_excess, weighted, weighted_excess, l):
+def empty_softmax(BLOCK_B: tl.constexpr, DTYPE: tl.constexpr):
+    """Max, sum and weighted sum of no l at all, with the excess of the sums."""
+    zero = tl.zeros([BLOCK_B], DTYPE)
+    return tl.full([BLOCK_B], lowest(DTYPE), DTYPE), zero, zero, zero, zero
+
+
+@triton.jit
+def add_online(softmax, l):
     """Take one more l into (max, sum of exp(l - max), sum of exp(l - max) (l - max)).
 
     Milakov & Gimelshein (2018), arXiv 1805.02867. The difference of log-sum-exp and expectation,
     the entropy, is had without cancellation.
     """
+    top, total, total_excess, weighted, weighted_excess = softmax
     new = tl.maximum(top, l, propagate_nan=tl.PropagateNan.ALL)
     gap = top - new
     scale = tl.exp(gap)
@@ -192,6 +169,17 @@ def add_online(top, total, total_excess, weighted, weighted_excess, l):
         weighted * scale, weighted_excess * scale, tl.exp(l - new) * (l - new)
     )
     return new, total, total_excess, weighted, weighted_excess
+
+
+@triton.jit
+def store_partial(partial, split, rows, count, softmax):
+    """Write one split's online softmax to [splits, 3, B]."""
+    top, total, _, weighted, _ = softmax
+    mask = rows < count
+    out = partial + split.to(tl.int64) * 3 * count + rows
+    tl.store(out, top, mask=mask)
+    tl.store(out + count, total, mask=mask)
+    tl.store(out + 2 * count, weighted, mask=mask)
 
 
 @triton.jit
@@ -220,24 +208,15 @@ def merge_softmax(partial, rows, count, splits, MOST_SPLITS: tl.constexpr, DTYPE
 
 
 @triton.jit
-def pair_weights(
-    l,
-    top,
-    log_sum,
-    gap,
-    rows,
-    count,
-    grad_lse,
-    grad_expected,
-    WEIGHTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def pair_weights(l, softmax, rows, count, upstream, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):
     """w = q (g + h (1 + l - expected)) with q = exp(l - lse), 0 beyond the last point.
 
     ``WEIGHTS`` says what the upstream gradients are: "lse" for g = 1 and h = 0, "expected" for
     g = 0 and h = 1, "kl" for g = -``grad_lse`` and h = 0, "given lse" for h = 0, or "given both".
     """
+    grad_lse, grad_expected = upstream
     mask = rows < count
+    top, log_sum, gap = softmax
     below = l - top
     weight = tl.exp(below - log_sum)
     if WEIGHTS == "expected":
@@ -245,11 +224,11 @@ def pair_weights(
     elif WEIGHTS == "kl":
         weight *= -tl.load(grad_lse + rows, mask=mask, other=0.0).to(DTYPE)
     elif WEIGHTS != "lse":
-        upstream = tl.load(grad_lse + rows, mask=mask, other=0.0).to(DTYPE)
+        factor = tl.load(grad_lse + rows, mask=mask, other=0.0).to(DTYPE)
         if WEIGHTS == "given both":
             slope = 1.0 + below - gap
-            upstream += tl.load(grad_expected + rows, mask=mask, other=0.0).to(DTYPE) * slope
-        weight *= upstream
+            factor += tl.load(grad_expected + rows, mask=mask, other=0.0).to(DTYPE) * slope
+        weight *= factor
     # What is cut off is -inf, however low all others are.
     return tl.where(mask & ((l > lowest(DTYPE)) | (l != l)), weight, 0.0)
 

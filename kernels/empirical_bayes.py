@@ -138,24 +138,14 @@ def expected_kernel(
 
 @triton.jit(do_not_specialize=["count", "components", "splits", "points_a_split"])
 def expected_sums_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
+    pairs,
     partial,  # [splits, 3, B]
-    N_out,  # [splits of the points, J], and so on
-    s_out,
-    M_out,
+    sums,  # N [splits of the points, J], s and M
     data_out,  # [splits of the points], float64
     count,  # B
     components,  # J
     splits,
     points_a_split,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     WEIGHTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
@@ -166,16 +156,10 @@ def expected_sums_kernel(
     end = tl.minimum(begin + points_a_split, count)
     if j < components:
         add_sums(
-            z,
-            centers,
-            whitening,
-            offsets,
+            pairs,
             partial,
-            partial,
-            partial,
-            N_out,
-            s_out,
-            M_out,
+            (partial, partial),  # not read
+            sums,
             j,
             0,
             point_split * components + j,
@@ -183,21 +167,18 @@ def expected_sums_kernel(
             end,
             count,
             splits,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
             WEIGHTS,
             False,
             MOST_SPLITS,
             False,
         )
     else:
-        data = tl.zeros([BLOCK_B], tl.float64)
-        for start in range(begin, end, BLOCK_B):
-            rows = start + tl.arange(0, BLOCK_B)
-            top, total, weighted = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
+        data = tl.zeros([pairs.BLOCK_B], tl.float64)
+        for start in range(begin, end, pairs.BLOCK_B):
+            rows = start + tl.arange(0, pairs.BLOCK_B)
+            top, total, weighted = merge_softmax(
+                partial, rows, count, splits, MOST_SPLITS, pairs.DTYPE
+            )
             expected = top.to(tl.float64) + (weighted / total).to(tl.float64)
             data += tl.where(rows < count, expected, 0.0)
         tl.store(data_out + point_split, tl.sum(data, 0))
@@ -333,50 +314,42 @@ def map_gradients_kernel(
 
 def sums_over_points(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, weights: str
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Launch 2 and 3: N, s and M of each split of the points [splits, ..], and the data term's.
 
     ``weights`` is one of :func:`vmm_fast.kernels.blocks.pair_weights`.
     """
     count, dim = z.shape
     total = len(centers)
-    constants = launch.constants(z, transpose=True)
+    block, warps = launch.tile(z.dtype, dim, capability=0)  # one for any GPU
     # Merging the splits as it goes takes registers.
-    if z.dtype == torch.float64:
-        constants |= launch.options(8)
-    block = constants["BLOCK_B"] = max(16, constants["BLOCK_B"] // 2)
+    block = max(16, block // 2)
+    options = launch.options(8 if z.dtype == torch.float64 else warps)
+    pairs = launch.pairs((z, centers, whitening, offsets), True, block)
     tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, total)
     point_splits, tiles_a_split = launch.splits(total, tiles)
     partial = z.new_empty(splits, 3, count)
-    sums = [
+    sums = tuple(
         z.new_empty(point_splits, *shape) for shape in ((total,), (total, dim), whitening.shape)
-    ]
+    )
     data = z.new_empty(point_splits, dtype=torch.float64)
     log_prob_kernel[(tiles, splits)](
+        pairs,
         z,
-        centers,
-        whitening,
-        offsets,
-        z,
-        offsets,
-        offsets,
-        offsets,
+        (offsets, offsets, offsets),
         partial,
         count,
         total,
         each,
         POSTERIOR="none",
         SPLIT=True,
-        **constants,
+        **options,
     )
     expected_sums_kernel[(total + 1, point_splits)](
-        z,
-        centers,
-        whitening,
-        offsets,
+        pairs,
         partial,
-        *sums,
+        sums,
         data,
         count,
         total,
@@ -384,7 +357,7 @@ def sums_over_points(
         tiles_a_split * block,
         WEIGHTS=weights,
         MOST_SPLITS=launch.MOST_SPLITS,
-        **constants,
+        **options,
     )
     return sums, data
 

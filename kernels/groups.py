@@ -17,50 +17,22 @@ from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
     add_online,
     chunk,
+    empty_softmax,
     load_points,
     log_joint,
     lowest,
     merge_softmax,
+    store_partial,
 )
 
 
 @triton.jit
-def group_log_joint(
-    points,
-    z,
-    rows,
-    count,
-    centers,
-    whitening,
-    offsets,
-    g,
-    per_group,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def group_log_joint(pairs, points, rows, count, g, per_group):
     """l_g [BLOCK_B] as (max, sum of exp(l - max))."""
-    top = tl.full([BLOCK_B], lowest(DTYPE), DTYPE)
-    total = tl.zeros([BLOCK_B], DTYPE)
+    top = tl.full([pairs.BLOCK_B], lowest(pairs.DTYPE), pairs.DTYPE)
+    total = tl.zeros([pairs.BLOCK_B], pairs.DTYPE)
     for k in range(per_group):
-        j = g * per_group + k
-        l = log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            j,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
+        l = log_joint(pairs, points, rows, count, g * per_group + k)
         new = tl.maximum(top, l, propagate_nan=tl.PropagateNan.ALL)
         total = total * tl.exp(top - new) + tl.exp(l - new)
         top = new
@@ -69,45 +41,24 @@ def group_log_joint(
 
 @triton.jit(do_not_specialize=["count", "groups", "groups_a_split", "per_group"])
 def matrix_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
+    pairs,
     softmax,  # [3, B], or not read
     out,  # [B, groups]
     count,  # B
     groups,
     groups_a_split,
     per_group,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     NORMALISED: tl.constexpr,
 ):
     """l_g, or for ``NORMALISED`` exp(l_g - lse)."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
+    rows = tl.program_id(0) * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
     mask = rows < count
-    points = load_points(z, rows, count, 0, D, chunk(D), DTYPE)
+    points = load_points(pairs.z, rows, count, 0, D, chunk(D), DTYPE)
     begin = tl.program_id(1) * groups_a_split
     for g in range(begin, tl.minimum(begin + groups_a_split, groups)):
-        top, total = group_log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            g,
-            per_group,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
+        top, total = group_log_joint(pairs, points, rows, count, g, per_group)
         if NORMALISED:
             below = top - tl.load(softmax + rows, mask=mask, other=0.0)
             value = tl.exp(below - tl.load(softmax + count + rows, mask=mask, other=0.0)) * total
@@ -118,17 +69,9 @@ def matrix_kernel(
 
 
 @triton.jit
-def store_assignment(
-    label_out,
-    probability_out,
-    entropy_out,
-    rows,
-    count,
-    label,
-    total,
-    weighted,
-):
+def store_assignment(outputs, rows, count, label, total, weighted):
     """Write what follows from an online softmax of the groups."""
+    label_out, probability_out, entropy_out = outputs
     mask = rows < count
     tl.store(label_out + rows, label, mask=mask)
     tl.store(probability_out + rows, 1.0 / total, mask=mask)
@@ -139,82 +82,45 @@ def store_assignment(
 
 @triton.jit(do_not_specialize=["count", "groups", "groups_a_split", "per_group"])
 def assign_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
-    label_out,  # [B], int64
-    probability_out,  # [B]
-    entropy_out,  # [B]
+    pairs,
+    outputs,  # label [B] (int64), probability [B], entropy [B]
     labels,  # [splits, B], int64
     partial,  # [splits, 3, B]
     count,  # B
     groups,
     groups_a_split,
     per_group,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """The first of the most probable groups, its probability, and the entropy of all in nats.
 
     For ``SPLIT`` the first of one split's groups, and their online softmax into ``partial``.
     """
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
+    rows = tl.program_id(0) * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
     split = tl.program_id(1)
-    points = load_points(z, rows, count, 0, D, chunk(D), DTYPE)
-    top = tl.full([BLOCK_B], lowest(DTYPE), DTYPE)
-    total = tl.zeros([BLOCK_B], DTYPE)
-    total_excess = tl.zeros([BLOCK_B], DTYPE)
-    weighted = tl.zeros([BLOCK_B], DTYPE)
-    weighted_excess = tl.zeros([BLOCK_B], DTYPE)
+    points = load_points(pairs.z, rows, count, 0, D, chunk(D), DTYPE)
+    softmax = empty_softmax(pairs.BLOCK_B, DTYPE)
     begin = split * groups_a_split
-    label = tl.zeros([BLOCK_B], tl.int64) + begin
+    label = tl.zeros([pairs.BLOCK_B], tl.int64) + begin
     for g in range(begin, tl.minimum(begin + groups_a_split, groups)):
-        top_g, total_g = group_log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            g,
-            per_group,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
-        l = tl.where(top_g <= lowest(DTYPE), lowest(DTYPE), top_g + tl.log(total_g))
-        label = tl.where(l > top, tl.cast(g, tl.int64), label)
-        top, total, total_excess, weighted, weighted_excess = add_online(
-            top, total, total_excess, weighted, weighted_excess, l
-        )
+        top, total = group_log_joint(pairs, points, rows, count, g, per_group)
+        l = tl.where(top <= lowest(DTYPE), lowest(DTYPE), top + tl.log(total))
+        label = tl.where(l > softmax[0], tl.cast(g, tl.int64), label)
+        softmax = add_online(softmax, l)
     if SPLIT:
-        mask = rows < count
-        tl.store(labels + split.to(tl.int64) * count + rows, label, mask=mask)
-        out = partial + split.to(tl.int64) * 3 * count + rows
-        tl.store(out, top, mask=mask)
-        tl.store(out + count, total, mask=mask)
-        tl.store(out + 2 * count, weighted, mask=mask)
+        tl.store(labels + split.to(tl.int64) * count + rows, label, mask=rows < count)
+        store_partial(partial, split, rows, count, softmax)
     else:
-        store_assignment(
-            label_out, probability_out, entropy_out, rows, count, label, total, weighted
-        )
+        store_assignment(outputs, rows, count, label, softmax[1], softmax[3])
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def assign_merge_kernel(
     partial,  # [splits, 3, B]
     labels,  # [splits, B], int64
-    label_out,  # [B], int64
-    probability_out,  # [B]
-    entropy_out,  # [B]
+    outputs,  # label [B] (int64), probability [B], entropy [B]
     count,  # B
     splits,
     BLOCK_B: tl.constexpr,
@@ -231,7 +137,7 @@ def assign_merge_kernel(
     # Where all is NaN, none is the first.
     first = tl.where(first < splits, first, 0)
     label = tl.load(labels + first.to(tl.int64) * count + rows, mask=rows < count)
-    store_assignment(label_out, probability_out, entropy_out, rows, count, label, total, weighted)
+    store_assignment(outputs, rows, count, label, total, weighted)
 
 
 def matrix(
@@ -251,15 +157,12 @@ def matrix(
     out = z.new_empty(len(z), groups)
     if len(z) == 0:
         return out
-    constants = launch.constants(z, transpose, launch.capability(z.device))
-    tiles = triton.cdiv(len(z), constants["BLOCK_B"])
+    block, warps = launch.tile(z.dtype, z.shape[1], launch.capability(z.device))
+    tiles = triton.cdiv(len(z), block)
     splits, each = launch.splits(tiles, groups)
     with launch.on(z.device):
         matrix_kernel[(tiles, splits)](
-            z,
-            centers,
-            whitening,
-            offsets,
+            launch.pairs((z, centers, whitening, offsets), transpose, block),
             z if softmax is None else softmax,
             out,
             len(z),
@@ -267,7 +170,7 @@ def matrix(
             each,
             per_group,
             NORMALISED=softmax is not None,
-            **constants,
+            **launch.options(warps),
         )
     return out
 
@@ -286,19 +189,17 @@ def assign(
     outputs = (label, z.new_empty(count), z.new_empty(count))
     if count == 0:
         return outputs
-    constants = launch.constants(z, transpose, launch.capability(z.device))
-    tiles = triton.cdiv(count, constants["BLOCK_B"])
+    block, warps = launch.tile(z.dtype, z.shape[1], launch.capability(z.device))
+    pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)
+    tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, groups)
     # Not touched where there is one split.
     labels = label if splits == 1 else label.new_empty(splits, count)
     partial = z if splits == 1 else z.new_empty(splits, 3, count)
     with launch.on(z.device):
         assign_kernel[(tiles, splits)](
-            z,
-            centers,
-            whitening,
-            offsets,
-            *outputs,
+            pairs,
+            outputs,
             labels,
             partial,
             count,
@@ -306,18 +207,18 @@ def assign(
             each,
             per_group,
             SPLIT=splits > 1,
-            **constants,
+            **launch.options(warps),
         )
         if splits > 1:
             assign_merge_kernel[(tiles,)](
                 partial,
                 labels,
-                *outputs,
+                outputs,
                 count,
                 splits,
-                BLOCK_B=constants["BLOCK_B"],
+                BLOCK_B=block,
                 MOST_SPLITS=launch.MOST_SPLITS,
-                DTYPE=constants["DTYPE"],
+                DTYPE=pairs.DTYPE.value,
                 **launch.options(4),
             )
     return outputs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmm_fast.kernels.blocks import padded
+from vmm_fast.kernels.blocks import Pairs, padded
 
 LARGEST_DIM = 128
 # Programs that fill today's largest GPUs (132 to 304 multiprocessors) about twice.
@@ -83,17 +84,12 @@ def options(num_warps: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": 255}
 
 
-def constants(z: Tensor, transpose: bool, capability: int = 0) -> dict[str, Any]:
-    """Keyword arguments that all kernels on pairs take; without a ``capability`` for any GPU."""
-    block, warps = tile(z.dtype, z.shape[1], capability)
-    return {
-        "D": z.shape[1],
-        "BLOCK_B": block,
-        "TRANSPOSE": transpose,
-        "DTYPE": tl.float64 if z.dtype == torch.float64 else tl.float32,
-        "PRECISION": precision(z.dtype),
-        **options(warps),
-    }
+def pairs(mixture: Sequence[Tensor], transpose: bool, block: int) -> Pairs:
+    """Give z, centers, whitening and offsets, with constants, as kernels on pairs take them."""
+    z = mixture[0]
+    dtype = tl.float64 if z.dtype == torch.float64 else tl.float32
+    constants = (z.shape[1], block, transpose, dtype, precision(z.dtype))
+    return Pairs(*mixture, *map(tl.constexpr, constants))
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

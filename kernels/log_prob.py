@@ -18,25 +18,23 @@ from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
     add_online,
     chunk,
+    empty_softmax,
     load_points,
     log_joint,
     lowest,
     merge_softmax,
     padded,
+    store_partial,
 )
 
 
 @triton.jit
 def store_log_prob(
-    first,
-    second,
-    softmax,
+    outputs,
     scale,
     rows,
     count,
-    top,
-    total,
-    weighted,
+    merged,
     D: tl.constexpr,
     DTYPE: tl.constexpr,
     POSTERIOR: tl.constexpr,
@@ -46,6 +44,8 @@ def store_log_prob(
     ``first`` receives lse and ``second`` the expectation or, with a ``POSTERIOR`` scale that is
     "diagonal" [B, D] or "full" [B, D, D], ``first`` the KL estimate -H(q) - lse.
     """
+    first, second, softmax = outputs
+    top, total, weighted = merged
     mask = rows < count
     log_sum = tl.log(total)
     gap = weighted / total
@@ -72,85 +72,38 @@ def store_log_prob(
 
 @triton.jit(do_not_specialize=["count", "components", "components_a_split"])
 def log_prob_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
+    pairs,
     scale,  # [B, D], [B, D, D], or not read
-    first,  # [B]: lse or KL
-    second,  # [B]: expectation
-    softmax,  # [3, B]
+    outputs,  # lse or KL [B], expectation [B], softmax [3, B]
     partial,  # [splits, 3, B]
     count,  # B
     components,  # J
     components_a_split,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     POSTERIOR: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Final results, or for ``SPLIT`` one split's online softmax into ``partial``."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
+    rows = tl.program_id(0) * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
     split = tl.program_id(1)
-    points = load_points(z, rows, count, 0, D, chunk(D), DTYPE)
-    top = tl.full([BLOCK_B], lowest(DTYPE), DTYPE)
-    total = tl.zeros([BLOCK_B], DTYPE)
-    total_excess = tl.zeros([BLOCK_B], DTYPE)
-    weighted = tl.zeros([BLOCK_B], DTYPE)
-    weighted_excess = tl.zeros([BLOCK_B], DTYPE)
+    points = load_points(pairs.z, rows, count, 0, D, chunk(D), DTYPE)
+    softmax = empty_softmax(pairs.BLOCK_B, DTYPE)
     begin = split * components_a_split
     for j in range(begin, tl.minimum(begin + components_a_split, components)):
-        l = log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            j,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
-        top, total, total_excess, weighted, weighted_excess = add_online(
-            top, total, total_excess, weighted, weighted_excess, l
-        )
+        softmax = add_online(softmax, log_joint(pairs, points, rows, count, j))
     if SPLIT:
-        mask = rows < count
-        out = partial + split.to(tl.int64) * 3 * count + rows
-        tl.store(out, top, mask=mask)
-        tl.store(out + count, total, mask=mask)
-        tl.store(out + 2 * count, weighted, mask=mask)
+        store_partial(partial, split, rows, count, softmax)
     else:
-        store_log_prob(
-            first,
-            second,
-            softmax,
-            scale,
-            rows,
-            count,
-            top,
-            total,
-            weighted,
-            D,
-            DTYPE,
-            POSTERIOR,
-        )
+        top, total, _, weighted, _ = softmax
+        store_log_prob(outputs, scale, rows, count, (top, total, weighted), D, DTYPE, POSTERIOR)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def log_prob_merge_kernel(
     partial,  # [splits, 3, B]
     scale,  # [B, D], [B, D, D], or not read
-    first,  # [B]: lse or KL
-    second,  # [B]: expectation
-    softmax,  # [3, B]
+    outputs,  # lse or KL [B], expectation [B], softmax [3, B]
     count,  # B
     splits,
     D: tl.constexpr,
@@ -161,10 +114,8 @@ def log_prob_merge_kernel(
 ):
     """Merge the splits of BLOCK_B points."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    top, total, weighted = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
-    store_log_prob(
-        first, second, softmax, scale, rows, count, top, total, weighted, D, DTYPE, POSTERIOR
-    )
+    merged = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
+    store_log_prob(outputs, scale, rows, count, merged, D, DTYPE, POSTERIOR)
 
 
 def log_prob(
@@ -183,40 +134,38 @@ def log_prob(
     first, second, softmax = z.new_empty(count), z.new_empty(count), z.new_empty(3, count)
     if count == 0:
         return first, second, softmax
-    constants = launch.constants(z, transpose, launch.capability(z.device))
+    block, warps = launch.tile(z.dtype, z.shape[1], launch.capability(z.device))
+    pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)
     posterior = "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
-    tiles = triton.cdiv(count, constants["BLOCK_B"])
+    tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, components)
     partial = softmax if splits == 1 else softmax.new_empty(splits, 3, count)
     outputs = (first, second, softmax)
     scale = z if scale is None else scale
     with launch.on(z.device):
         log_prob_kernel[(tiles, splits)](
-            z,
-            centers,
-            whitening,
-            offsets,
+            pairs,
             scale,
-            *outputs,
+            outputs,
             partial,
             count,
             components,
             each,
             POSTERIOR=posterior,
             SPLIT=splits > 1,
-            **constants,
+            **launch.options(warps),
         )
         if splits > 1:
             log_prob_merge_kernel[(tiles,)](
                 partial,
                 scale,
-                *outputs,
+                outputs,
                 count,
                 splits,
-                D=constants["D"],
-                BLOCK_B=constants["BLOCK_B"],
+                D=z.shape[1],
+                BLOCK_B=block,
                 MOST_SPLITS=launch.MOST_SPLITS,
-                DTYPE=constants["DTYPE"],
+                DTYPE=pairs.DTYPE.value,
                 POSTERIOR=posterior,
                 **launch.options(4),
             )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vmm_fast.kernels import launch
 from vmm_fast.kernels.blocks import (
+    Pairs,
     chunk,
     in_units,
     kahan,
@@ -50,27 +51,15 @@ def store_points(pointer, tile, rows, count, first, D: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
-def store_sums(
-    N_out,
-    s_out,
-    M_out,
-    whitening,
-    N,
-    s,
-    M,
-    j,
-    first,
-    slot,
-    D: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-):
+def store_sums(out, pairs, sums, j, first, slot, GRADIENTS: tl.constexpr):
     """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A.
 
     For ``GRADIENTS`` M comes in units, if there are any.
     """
+    N_out, s_out, M_out = out
+    N, s, M = sums
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     every = tl.arange(0, P)
@@ -79,14 +68,14 @@ def store_sums(
     mask = (row < D) & (column < D)
     origin = tl.cast(slot, tl.int64) * D
     if GRADIENTS:
-        w = load_whitening(whitening, j, 0, 0, D, P, TRANSPOSE, DTYPE)
+        w = load_whitening(pairs, j, 0, 0, P)
         whitened = tl.sum(w * s[:, None], 0)  # s W
         s = tl.sum(w * whitened[None, :], 1)
         if in_units(DTYPE):
-            unit = 1.0 / load_unit(whitening, j, D, DTYPE)
+            unit = 1.0 / load_unit(pairs, j)
             w, M = w * unit, M * unit
-        M = -tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
-        if not TRANSPOSE:
+        M = -tl.dot(M, w, input_precision=pairs.PRECISION, out_dtype=DTYPE)
+        if not pairs.TRANSPOSE:
             row, column = column, row
         M = tl.where(column <= row, M, 0.0)
     tl.store(M_out + origin * D + row * D + column, M, mask=mask)
@@ -97,16 +86,10 @@ def store_sums(
 
 @triton.jit
 def add_sums(
-    z,
-    centers,
-    whitening,
-    offsets,
+    pairs,
     softmax,
-    grad_lse,
-    grad_expected,
-    N_out,
-    s_out,
-    M_out,
+    upstream,
+    out,
     j,
     first,
     slot,
@@ -114,11 +97,6 @@ def add_sums(
     end,
     count,
     splits,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     WEIGHTS: tl.constexpr,
     GRADIENTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
@@ -129,76 +107,46 @@ def add_sums(
     Of M, Q columns from ``first`` on, and for ``IN_UNITS``, as for ``GRADIENTS``, in units. With
     ``MOST_SPLITS`` above 1 the softmax is yet to be merged from its ``splits``.
     """
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
-    center = load_center(centers, j, 0, D, P, DTYPE)
+    center = load_center(pairs.centers, j, 0, D, P, DTYPE)
     if IN_UNITS:
-        unit = load_unit(whitening, j, D, DTYPE)
-    N = tl.zeros([BLOCK_B], DTYPE)
-    N_excess = tl.zeros([BLOCK_B], DTYPE)
+        unit = load_unit(pairs, j)
+    N = tl.zeros([pairs.BLOCK_B], DTYPE)
+    N_excess = tl.zeros([pairs.BLOCK_B], DTYPE)
     s = tl.zeros([P], DTYPE)
     s_excess = tl.zeros([P], DTYPE)
     M = tl.zeros([P, Q], DTYPE)
-    for start in range(begin, end, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B)
-        points = load_points(z, rows, count, 0, D, Q, DTYPE)
-        l = log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            j,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
+    for start in range(begin, end, pairs.BLOCK_B):
+        rows = start + tl.arange(0, pairs.BLOCK_B)
+        points = load_points(pairs.z, rows, count, 0, D, Q, DTYPE)
+        l = log_joint(pairs, points, rows, count, j)
         if MOST_SPLITS > 1:
             top, total, weighted_sum = merge_softmax(
                 softmax, rows, count, splits, MOST_SPLITS, DTYPE
             )
-            log_sum, gap = tl.log(total), weighted_sum / total
+            found = (top, tl.log(total), weighted_sum / total)
         else:
-            top, log_sum, gap = load_softmax(softmax, rows, count)
-        weight = pair_weights(
-            l, top, log_sum, gap, rows, count, grad_lse, grad_expected, WEIGHTS, DTYPE
-        )
+            found = load_softmax(softmax, rows, count)
+        weight = pair_weights(l, found, rows, count, upstream, WEIGHTS, DTYPE)
         N, N_excess = kahan(N, N_excess, weight)
         # A far-off d may be infinite; its weight of 0 must win.
         present = weight[:, None] != 0.0
         if Q < P:
-            points = load_points(z, rows, count, 0, D, P, DTYPE)
+            points = load_points(pairs.z, rows, count, 0, D, P, DTYPE)
         d = tl.where(present, points - center[None, :], 0.0)
         weighted = weight[:, None] * d
         s, s_excess = kahan(s, s_excess, tl.sum(weighted, 0))
         if Q < P:
-            some = load_center(centers, j, first, D, Q, DTYPE)
-            d = load_points(z, rows, count, first, D, Q, DTYPE) - some[None, :]
+            some = load_center(pairs.centers, j, first, D, Q, DTYPE)
+            d = load_points(pairs.z, rows, count, first, D, Q, DTYPE) - some[None, :]
             d = tl.where(present, d, 0.0)
         if IN_UNITS:
             weighted, d = weighted * unit, d * unit
-        M += tl.dot(tl.trans(weighted), d, input_precision=PRECISION, out_dtype=DTYPE)
-    store_sums(
-        N_out,
-        s_out,
-        M_out,
-        whitening,
-        tl.sum(N, 0),
-        s,
-        M,
-        j,
-        first,
-        slot,
-        D,
-        TRANSPOSE,
-        DTYPE,
-        PRECISION,
-        GRADIENTS,
-    )
+        M += tl.dot(tl.trans(weighted), d, input_precision=pairs.PRECISION, out_dtype=DTYPE)
+    store_sums(out, pairs, (tl.sum(N, 0), s, M), j, first, slot, GRADIENTS)
 
 
 @triton.jit
@@ -230,73 +178,27 @@ def store_scale_gradient(
 
 @triton.jit
 def add_gradient(
-    z,
-    centers,
-    whitening,
-    offsets,
-    softmax,
-    grad_lse,
-    grad_expected,
-    out,
-    rows,
-    first,
-    begin,
-    end,
-    count,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    pairs, softmax, upstream, out, rows, first, begin, end, count, WEIGHTS: tl.constexpr
 ):
     """The part that the components from ``begin`` to ``end`` have in Q columns of the gradient."""
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     Q: tl.constexpr = chunk(D)
-    points = load_points(z, rows, count, 0, D, Q, DTYPE)
-    top, log_sum, gap = load_softmax(softmax, rows, count)
-    gradient = tl.zeros([BLOCK_B, Q], DTYPE)
+    points = load_points(pairs.z, rows, count, 0, D, Q, DTYPE)
+    found = load_softmax(softmax, rows, count)
+    gradient = tl.zeros([pairs.BLOCK_B, Q], DTYPE)
     for j in range(begin, end):
-        l = log_joint(
-            points,
-            z,
-            rows,
-            count,
-            centers,
-            whitening,
-            offsets,
-            j,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-        )
-        weight = pair_weights(
-            l, top, log_sum, gap, rows, count, grad_lse, grad_expected, WEIGHTS, DTYPE
-        )
+        l = log_joint(pairs, points, rows, count, j)
+        weight = pair_weights(l, found, rows, count, upstream, WEIGHTS, DTYPE)
         # W is triangular: no other columns of y reach these columns of the gradient.
-        left = first * 0 if TRANSPOSE else first
-        right = first + Q if TRANSPOSE else first * 0 + D
+        left = first * 0 if pairs.TRANSPOSE else first
+        right = first + Q if pairs.TRANSPOSE else first * 0 + D
         for column in range(left, right, Q):
-            y = whiten(
-                points,
-                z,
-                rows,
-                count,
-                centers,
-                whitening,
-                j,
-                column,
-                D,
-                BLOCK_B,
-                TRANSPOSE,
-                DTYPE,
-                PRECISION,
-            )
+            y = whiten(pairs, points, rows, count, j, column)
             # A far-off component's y may be infinite; its weight of 0 must win.
             y = tl.where(weight[:, None] != 0.0, weight[:, None] * y, 0.0)
-            w = load_whitening(whitening, j, first, column, D, Q, TRANSPOSE, DTYPE)
-            gradient -= tl.dot(y, tl.trans(w), input_precision=PRECISION, out_dtype=DTYPE)
+            w = load_whitening(pairs, j, first, column, Q)
+            gradient -= tl.dot(y, tl.trans(w), input_precision=pairs.PRECISION, out_dtype=DTYPE)
     store_points(out, gradient, rows, count, first, D, Q)
 
 
@@ -311,80 +213,47 @@ def add_gradient(
     ]
 )
 def backward_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
+    pairs,
     scale,  # [B, D], [B, D, D], or not read
     softmax,  # [3, B]
-    grad_lse,  # [B], or that of the KL
-    grad_expected,  # [B]
+    upstream,  # gradients of lse [B], or of the KL, and of the expectation [B]
     grad_z,  # [splits of the components, B, D]
     grad_scale,  # as scale
-    N_out,  # [splits of the points, J], and so on
-    s_out,
-    M_out,
+    sums,  # N [splits of the points, J], s and M
     count,  # B
     components,  # J
     tiles,
     gradient_programs,
     components_a_split,
     points_a_split,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     WEIGHTS: tl.constexpr,
     POSTERIOR: tl.constexpr,
     SUMS_ALONE: tl.constexpr,
 ):
     """All gradients but for the adding up of splits; for ``SUMS_ALONE`` N, s and M instead."""
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     columns: tl.constexpr = (D + chunk(D) - 1) // chunk(D)
     program = tl.program_id(0)
     if program < gradient_programs:
         first = program % columns * chunk(D)
         tile = program // columns % tiles
         split = program // columns // tiles
-        rows = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        rows = tile * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
         begin = split * components_a_split
-        add_gradient(
-            z,
-            centers,
-            whitening,
-            offsets,
-            softmax,
-            grad_lse,
-            grad_expected,
-            grad_z + split.to(tl.int64) * count * D,
-            rows,
-            first,
-            begin,
-            tl.minimum(begin + components_a_split, components),
-            count,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
-            WEIGHTS,
-        )
+        end = tl.minimum(begin + components_a_split, components)
+        out = grad_z + split.to(tl.int64) * count * D
+        add_gradient(pairs, softmax, upstream, out, rows, first, begin, end, count, WEIGHTS)
         if POSTERIOR != "none" and split + first == 0:
-            store_scale_gradient(scale, grad_lse, grad_scale, rows, count, D, DTYPE, POSTERIOR)
+            store_scale_gradient(scale, upstream[0], grad_scale, rows, count, D, DTYPE, POSTERIOR)
     else:
         slot = (program - gradient_programs) // columns
         begin = (slot // components) * points_a_split
         add_sums(
-            z,
-            centers,
-            whitening,
-            offsets,
+            pairs,
             softmax,
-            grad_lse,
-            grad_expected,
-            N_out,
-            s_out,
-            M_out,
+            upstream,
+            sums,
             slot % components,
             (program - gradient_programs) % columns * chunk(D),
             slot,
@@ -392,11 +261,6 @@ def backward_kernel(
             tl.minimum(begin + points_a_split, count),
             count,
             1,
-            D,
-            BLOCK_B,
-            TRANSPOSE,
-            DTYPE,
-            PRECISION,
             WEIGHTS,
             not SUMS_ALONE,
             1,
@@ -406,38 +270,22 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["count", "components", "points_a_split"])
 def statistics_kernel(
-    z,  # [B, D]
-    centers,  # [J, D]
-    whitening,  # [J, D, D]
-    offsets,  # [J]
+    pairs,
     softmax,  # [3, B]
-    N_out,  # [splits, J], and so on
-    s_out,
-    M_out,
+    sums,  # N [splits, J], s and M
     count,  # B
     components,  # J
     points_a_split,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """N, s and M under the responsibilities, but for the adding up of splits."""
     slot = tl.program_id(0)
-    first = tl.program_id(1) * chunk(D)
+    first = tl.program_id(1) * chunk(pairs.D)
     begin = (slot // components) * points_a_split
     add_sums(
-        z,
-        centers,
-        whitening,
-        offsets,
+        pairs,
         softmax,
-        softmax,
-        softmax,
-        N_out,
-        s_out,
-        M_out,
+        (softmax, softmax),  # not read
+        sums,
         slot % components,
         first,
         slot,
@@ -445,11 +293,6 @@ def statistics_kernel(
         tl.minimum(begin + points_a_split, count),
         count,
         1,
-        D,
-        BLOCK_B,
-        TRANSPOSE,
-        DTYPE,
-        PRECISION,
         "lse",
         False,
         1,
@@ -469,27 +312,14 @@ def load_block(
 
 
 @triton.jit
-def store_gradients(
-    N_out,
-    s_out,
-    M_out,
-    whitening,
-    M_parts,
-    N,
-    s,
-    j,
-    first,
-    components,
-    point_splits,
-    D: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def store_gradients(out, pairs, M_parts, N, s, j, first, components, point_splits):
     """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block.
 
     M comes in units, if there are any.
     """
+    N_out, s_out, M_out = out
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     P: tl.constexpr = padded(D)
     Q: tl.constexpr = chunk(D)
     every = tl.arange(0, P)
@@ -501,21 +331,21 @@ def store_gradients(
             for split in range(point_splits):
                 slot = tl.cast(split, tl.int64) * components + j
                 M += load_block(M_parts, slot, first, k, D, Q, DTYPE)
-            w = load_whitening(whitening, j, k, begin, D, Q, TRANSPOSE, DTYPE)
+            w = load_whitening(pairs, j, k, begin, Q)
             if in_units(DTYPE):
-                w /= load_unit(whitening, j, D, DTYPE)
-            slope -= tl.dot(M, w, input_precision=PRECISION, out_dtype=DTYPE)
+                w /= load_unit(pairs, j)
+            slope -= tl.dot(M, w, input_precision=pairs.PRECISION, out_dtype=DTYPE)
         if in_units(DTYPE):
-            slope /= load_unit(whitening, j, D, DTYPE)
+            slope /= load_unit(pairs, j)
         row = (first + tl.arange(0, Q))[:, None]
         column = (begin + tl.arange(0, Q))[None, :]
-        if not TRANSPOSE:
+        if not pairs.TRANSPOSE:
             row, column = column, row
         slope = tl.where(column <= row, slope, 0.0)
         addresses = M_out + tl.cast(j, tl.int64) * (D * D) + row * D + column
         tl.store(addresses, slope, mask=(row < D) & (column < D))
         if first == 0:
-            w = load_whitening(whitening, j, 0, begin, D, P, TRANSPOSE, DTYPE)
+            w = load_whitening(pairs, j, 0, begin, P)
             whitened = tl.sum(w * s[:, None], 0)  # s W
             moment += tl.sum(w * whitened[None, :], 1)
     if first == 0:
@@ -527,26 +357,20 @@ def store_gradients(
 def sums_merge_kernel(
     grad_z_parts,  # [parts, size]
     grad_z,  # [size]
-    N_parts,  # [point_splits, J], and so on
-    s_parts,
-    M_parts,
-    whitening,  # [J, D, D]
-    N_out,  # [J], and so on
-    s_out,
-    M_out,
+    sums,  # N [point_splits, J], s and M
+    pairs,
+    out,  # N [J], s and M
     size,  # B D
     components,  # J
     gradient_programs,
     parts,
     point_splits,
-    D: tl.constexpr,
     BLOCK: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
     GRADIENTS: tl.constexpr,
 ):
     """Add splits up, in order: the first programs those of z's gradient, the others the sums'."""
+    D: tl.constexpr = pairs.D
+    DTYPE: tl.constexpr = pairs.DTYPE
     P: tl.constexpr = padded(D)
     program = tl.program_id(0)
     if program < gradient_programs:
@@ -558,6 +382,7 @@ def sums_merge_kernel(
             total += tl.load(address, mask=inside, other=0.0)
         tl.store(grad_z + index, total, mask=inside)
     else:
+        N_parts, s_parts, M_parts = sums
         Q: tl.constexpr = chunk(D)
         columns: tl.constexpr = (D + Q - 1) // Q
         j = (program - gradient_programs) // columns
@@ -570,45 +395,14 @@ def sums_merge_kernel(
             N += tl.load(N_parts + slot)
             s += tl.load(s_parts + slot * D + every, mask=every < D, other=0.0)
         if GRADIENTS and D > Q:
-            store_gradients(
-                N_out,
-                s_out,
-                M_out,
-                whitening,
-                M_parts,
-                tl.sum(N, 0),
-                s,
-                j,
-                first,
-                components,
-                point_splits,
-                D,
-                TRANSPOSE,
-                DTYPE,
-                PRECISION,
-            )
+            N = tl.sum(N, 0)
+            store_gradients(out, pairs, M_parts, N, s, j, first, components, point_splits)
         else:
             M = tl.zeros([P, Q], DTYPE)
             for split in range(point_splits):
                 slot = tl.cast(split, tl.int64) * components + j
                 M += load_block(M_parts, slot, 0, first, D, P, DTYPE)
-            store_sums(
-                N_out,
-                s_out,
-                M_out,
-                whitening,
-                tl.sum(N, 0),
-                s,
-                M,
-                j,
-                first,
-                j,
-                D,
-                TRANSPOSE,
-                DTYPE,
-                PRECISION,
-                GRADIENTS,
-            )
+            store_sums(out, pairs, (tl.sum(N, 0), s, M), j, first, j, GRADIENTS)
 
 
 def _sums(z: Tensor, components: int, splits: int) -> tuple[Tensor, ...]:
@@ -619,29 +413,27 @@ def _sums(z: Tensor, components: int, splits: int) -> tuple[Tensor, ...]:
 
 
 def _merge(
-    constants: dict[str, Any],
+    pairs: Pairs,
     gradient: tuple[Tensor, Tensor, int],
     parts: tuple[Tensor, ...],
-    whitening: Tensor,
     out: tuple[Tensor, ...],
     point_splits: int,
     gradients: bool,
+    options: dict[str, Any],
 ) -> None:
     """Launch the second pass where something was split; ``gradient`` is parts, sum and splits."""
     block = 1024
     grad_z_parts, grad_z, splits = gradient
     programs = triton.cdiv(grad_z.numel(), block) if splits > 1 else 0
-    components = 0 if parts is out else len(whitening)
+    components, dim = (0 if parts is out else len(pairs.centers)), pairs.D.value
     if not programs + components:
         return
-    columns = triton.cdiv(constants["D"], chunk(constants["D"]))
-    kept = ("D", "TRANSPOSE", "DTYPE", "PRECISION", *launch.options(0))
-    sums_merge_kernel[(programs + components * columns,)](
+    sums_merge_kernel[(programs + components * triton.cdiv(dim, chunk(dim)),)](
         grad_z_parts,
         grad_z,
-        *parts,
-        whitening,
-        *out,
+        parts,
+        pairs,
+        out,
         grad_z.numel(),
         components,
         programs,
@@ -649,7 +441,7 @@ def _merge(
         point_splits,
         BLOCK=block,
         GRADIENTS=gradients,
-        **{name: constants[name] for name in kept},
+        **options,
     )
 
 
@@ -671,8 +463,8 @@ def backward(
     """
     count, dim = z.shape
     components = len(centers)
-    constants = launch.constants(z, transpose, launch.capability(z.device))
-    block = constants["BLOCK_B"]
+    block, warps = launch.tile(z.dtype, dim, launch.capability(z.device))
+    pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)
     tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, components)
     point_splits, tiles_a_split = launch.splits(components, tiles)
@@ -689,20 +481,16 @@ def backward(
     else:
         posterior = "none"
         weights = "given lse" if grad_expected is None else "given both"
-    absent = softmax  # not read
+    absent, options = softmax, launch.options(warps)  # the first is not read
     with launch.on(z.device):
         backward_kernel[((tiles * splits + components * point_splits) * columns,)](
-            z,
-            centers,
-            whitening,
-            offsets,
+            pairs,
             absent if scale is None else scale,
             softmax,
-            grad_lse,
-            absent if grad_expected is None else grad_expected,
+            (grad_lse, absent if grad_expected is None else grad_expected),
             parts_z,
             absent if grad_scale is None else grad_scale,
-            *parts,
+            parts,
             count,
             components,
             tiles,
@@ -712,10 +500,10 @@ def backward(
             WEIGHTS=weights,
             POSTERIOR=posterior,
             SUMS_ALONE=second,
-            **constants,
+            **options,
         )
         gradient = (parts_z, grad_z, splits)
-        _merge(constants, gradient, parts, whitening, out, point_splits, gradients=True)
+        _merge(pairs, gradient, parts, out, point_splits, True, options)
     grad_offsets, grad_centers, grad_whitening = out
     return grad_z, grad_centers, grad_whitening, grad_offsets, grad_scale
 
@@ -725,24 +513,15 @@ def statistics(
 ) -> tuple[Tensor, ...]:
     """N [J], s [J, D] and M [J, D, D]; tensors are contiguous and share dtype and device."""
     components, dim = centers.shape
-    constants = launch.constants(z, transpose, launch.capability(z.device))
-    block = constants["BLOCK_B"]
+    block, warps = launch.tile(z.dtype, dim, launch.capability(z.device))
+    pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)
+    options = launch.options(warps)
     splits, tiles_a_split = launch.splits(components, triton.cdiv(len(z), block))
     out = _sums(z, components, 1)
     parts = out if splits == 1 else _sums(z, components, splits)
     with launch.on(z.device):
         statistics_kernel[(components * splits, triton.cdiv(dim, chunk(dim)))](
-            z,
-            centers,
-            whitening,
-            offsets,
-            softmax,
-            *parts,
-            len(z),
-            components,
-            tiles_a_split * block,
-            **constants,
+            pairs, softmax, parts, len(z), components, tiles_a_split * block, **options
         )
-        gradient = (softmax, softmax, 1)
-        _merge(constants, gradient, parts, whitening, out, splits, gradients=False)
+        _merge(pairs, (softmax, softmax, 1), parts, out, splits, False, options)
     return out

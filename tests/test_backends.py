@@ -132,7 +132,7 @@ def test_a_gpu_without_triton_warns_once(monkeypatch, recwarn):
 def test_an_old_triton_warns_once(monkeypatch, recwarn):
     monkeypatch.delattr(triton, "constexpr_function")
     backends._gpu.cache_clear()
-    assert_warns_once(recwarn, "the kernels need Triton >= 3.4")
+    assert_warns_once(recwarn, "the kernels need Triton >= 3.5")
 
 
 def test_a_broken_triton_warns_once(monkeypatch, recwarn):

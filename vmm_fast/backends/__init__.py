@@ -167,7 +167,7 @@ def _gpu() -> ModuleType:
     except ImportError as error:
         raise ImportError(f"the kernels need Triton, which is missing: {error}") from error
     if not hasattr(triton, "constexpr_function"):
-        raise ImportError(f"the kernels need Triton >= 3.4, not {triton.__version__}")
+        raise ImportError(f"the kernels need Triton >= 3.5, not {triton.__version__}")
     from vmm_fast.backends import gpu
 
     return gpu
