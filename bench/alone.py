@@ -2,8 +2,9 @@
 
     python -m bench.alone MODULE FUNCTION JSON
 
-calls it with the arguments in JSON and prints, as the last line, what it gives, a dictionary, with
-``peak_bytes``: the resident memory at its peak, interpreter and libraries included. For Linux.
+calls it with the arguments in JSON and prints, as the last line, the dictionary that it returns,
+with ``peak_bytes`` unless that is in it: the resident memory at its peak, interpreter and libraries
+included. For Linux.
 """
 
 from __future__ import annotations
@@ -43,22 +44,25 @@ def run(
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Give the environment in which libraries start so many threads."""
+    """Return the environment in which libraries start so many threads."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
 
 
-def peak_bytes() -> int:
-    """Give this process's resident memory at its peak, which unlike getrusage's is no parent's."""
+def resident_bytes(field: str) -> int:
+    """Return this process's memory, ``VmRSS`` now or ``VmHWM`` at its peak.
+
+    Unlike getrusage's, it is no parent's.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def main(module: str, function: str, arguments: str) -> None:
-    """Call it and print what it gives."""
+    """Call it and print what it returns."""
     found = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    print(json.dumps({**found, "peak_bytes": peak_bytes()}))
+    print(json.dumps({"peak_bytes": resident_bytes("VmHWM"), **found}))
 
 
 if __name__ == "__main__":

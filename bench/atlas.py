@@ -16,13 +16,12 @@ cells as a smaller one. Memory holds one block and a few bytes a cell.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -91,11 +90,10 @@ class Atlas:
         detected = adata.X.getnnz(axis=0)
         order = np.argsort(-detected, kind="stable")
         chosen = np.resize(order, genes)
+        again = np.arange(genes) // len(order)
+        names = adata.var_names[chosen]
         self.gene_names = np.array(
-            [
-                adata.var_names[gene] + (f"-{again}" if again else "")
-                for again, gene in zip(np.arange(genes) // len(order), chosen, strict=True)
-            ]
+            [f"{a}-{n}" if n else a for a, n in zip(names, again, strict=True)]
         )
         self.type_names, self.types = np.unique(
             adata.obs["cell_type"].astype(str), return_inverse=True
@@ -114,7 +112,7 @@ class Atlas:
         self._depths *= self._depth_of_density(rng)
 
     def _depth_of_density(self, rng: np.random.Generator) -> float:
-        """Find the median depth at which the share of counts above 0 is :data:`DENSITY`."""
+        """Return the median depth at which the share of counts above 0 is :data:`DENSITY`."""
         cells = rng.integers(len(self.profiles), size=300)
         shares, depths = self.profiles[cells], rng.lognormal(0, DEPTH_SPREAD, (len(cells), 1))
         low, high = 1.0, 1e7
@@ -125,7 +123,7 @@ class Atlas:
         return depth
 
     def sizes(self, cells: int) -> np.ndarray:
-        """Give the number of cells in each batch [BATCHES]."""
+        """Return the number of cells in each batch [BATCHES]."""
         ends = np.rint(cells * self._sizes.cumsum() / self._sizes.sum()).astype(np.int64)
         return np.diff(ends, prepend=0)
 
@@ -141,7 +139,7 @@ class Atlas:
                 yield self._block(batch, first + number, min(BLOCK, size - start))
 
     def in_memory(self, cells: int, *, beyond: int = 0) -> AnnData:
-        """Give what :meth:`blocks` draws, with batches and types in obs."""
+        """Return what :meth:`blocks` draws, with batches and types in obs."""
         from anndata import AnnData
 
         blocks = list(self.blocks(cells, beyond=beyond))
@@ -150,13 +148,13 @@ class Atlas:
         return AnnData(counts, self.obs(types), self.var())
 
     def var(self) -> pd.DataFrame:
-        """Give the genes' names as an index."""
+        """Return the genes' names as an index."""
         import pandas as pd
 
         return pd.DataFrame(index=self.gene_names)
 
     def obs(self, types: np.ndarray) -> pd.DataFrame:
-        """Give names, batches and types of all cells of an atlas, whose types these are."""
+        """Return names, batches and types of all cells of an atlas, whose types these are."""
         import pandas as pd
 
         width = len(str(BATCHES))
@@ -202,7 +200,7 @@ def _smoothed(counts: np.ndarray, types: np.ndarray) -> np.ndarray:
 
 
 def _share_of_zeros(mean: np.ndarray) -> np.ndarray:
-    """Give the negative binomial's probability of 0: (1 + m / r)^-r, by squaring."""
+    """Return the negative binomial's probability of 0: (1 + m / r)^-r, by squaring."""
     found = 1 / (1 + mean / np.float32(DISPERSION))
     for _ in range(DISPERSION.bit_length() - 1):
         found *= found
@@ -246,57 +244,34 @@ def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
     Parameters
     ----------
     path : Path
-        ``.h5ad``, or a folder that ends in ``.zarr``. Its folder must exist.
+        Its folder must exist.
     cells : int
     seed, genes : int
         See :class:`Atlas`.
     """
     import h5py
-    import zarr
     from anndata import AnnData
     from anndata.io import sparse_dataset, write_elem
 
     atlas = Atlas(seed, genes)
     temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
-    in_zarr = path.suffix == ".zarr"
-    compression = {} if in_zarr else {"compression": "gzip"}
+    zipped = {"compression": "gzip"}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what anndata and zarr mean to change
-            file = zarr.open_group(temporary, mode="w") if in_zarr else h5py.File(temporary, "w")
-            try:
-                none = csr_matrix((0, genes), dtype=np.float32)
-                write_elem(file, "/", AnnData(var=atlas.var()))
-                options = {"chunks": (CHUNK,), "indptr_dtype": "int64", **compression}
-                write_elem(file, "X", none, dataset_kwargs=options)
-                stored, types = sparse_dataset(file["X"]), []
-                for blocks in batched(atlas.blocks(cells), WRITTEN):
-                    stored.append(vstack([block.counts for block in blocks], format="csr"))
-                    types += [block.types.astype(np.int8) for block in blocks]
-                obs = atlas.obs(np.concatenate(types))
-                write_elem(file, "obs", obs, dataset_kwargs=compression)
-            finally:
-                if not in_zarr:
-                    file.close()
-        _remove(path)
+        with h5py.File(temporary, "w") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what anndata means to change
+            none = csr_matrix((0, genes), dtype=np.float32)
+            write_elem(file, "/", AnnData(var=atlas.var()))
+            options = {"chunks": (CHUNK,), "indptr_dtype": "int64", **zipped}
+            write_elem(file, "X", none, dataset_kwargs=options)
+            stored, types = sparse_dataset(file["X"]), []
+            blocks = atlas.blocks(cells)
+            while several := list(islice(blocks, WRITTEN)):
+                stored.append(vstack([block.counts for block in several], format="csr"))
+                types += [block.types.astype(np.int8) for block in several]
+            write_elem(file, "obs", atlas.obs(np.concatenate(types)), dataset_kwargs=zipped)
         temporary.replace(path)
     finally:
-        _remove(temporary)
-
-
-def batched(values: Iterable[Any], number: int) -> Iterator[list[Any]]:
-    """Lists of so many, and of the rest."""
-    iterator = iter(values)
-    while found := list(islice(iterator, number)):
-        yield found
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -304,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.atlas", description=__doc__)
     parser.add_argument("--cells", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help=".h5ad or .zarr")
+    parser.add_argument("--out", type=Path, required=True, help=".h5ad")
     args = parser.parse_args()
     start = time.perf_counter()
     write(args.out, args.cells, seed=args.seed)

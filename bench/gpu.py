@@ -19,7 +19,6 @@ A time is that of the host from a synchronised start to a synchronised end: laun
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,13 +33,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import gpu_bound, problems, providers, roofline, step, throughput
 from bench.eager_prior import EagerVMM
+from bench.measurement import OPTIONS, TOLERANCE, Measurement, Run, less
 from bench.problems import Size
-from bench.records import RESULTS, Row, command, environment, write_rows
-from bench.report import duration
+from bench.records import Row
 from bench.timing import Sampler, take_turns
 from vmm_fast import VMMPrior, reference
 
-SIZES = (*throughput.FULL.density, Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
+SIZES = (*throughput.DENSITY, Size(65_536, 1000, 32), Size(1_048_576, 10_000, 32))
 DEVICE = "cuda"  # torch's name of AMD's as well
 LARGE = 5 * 10**7  # pairs from which only what needs no [B, J] matrix takes part
 REFERENCE = 10**8  # numbers of a [B, J, D] array that the reference may make
@@ -73,7 +72,7 @@ def errors(sizes: tuple[Size, ...]) -> Iterator[Row]:
         if size.B * size.J * size.D > REFERENCE:
             continue
         for kernel, error in roofline.errors(_on_device(problems.whitened(size))).items():
-            if not error < throughput.TOLERANCE:
+            if not error < TOLERANCE:
                 raise RuntimeError(f"{kernel}, {tuple(size)}: error {error:.2g} in float32")
             yield {"mode": "error", "kernel": kernel, **size._asdict(), "error": error}
 
@@ -179,13 +178,13 @@ def _compared(
     errors: dict[str, float],
 ) -> Iterator[Row]:
     for provider, error in errors.items():
-        if not error < throughput.TOLERANCE:
+        if not error < TOLERANCE:
             raise RuntimeError(f"{provider}, {mode}, {tuple(size)}: error {error:.2g} in float32")
     samplers, launched = {}, {}
     for provider, call in calls.items():
         samplers[provider], launched[provider] = sampler(call), launches(call)
         if left_out is not None:
-            samplers[provider] = throughput.less(samplers[provider], sampler(left_out))
+            samplers[provider] = less(samplers[provider], sampler(left_out))
             launched[provider] -= launches(left_out)
     for provider, timing in take_turns(samplers, repeats=5, seconds=2.0).items():
         row: Row = {"mode": mode, "provider": provider, **size._asdict(), **timing}
@@ -266,9 +265,10 @@ def training_steps(plan: step.Plan) -> Iterator[Row]:
     for size in plan.batches:
         samplers = {
             name: sampler(step.make_step(name, plan, x, size))
-            for name in (step.NORMAL, step.GRADIENT, step.CLOSED_FORM, step.GMM, step.VAMP)
+            for name in step.PRIORS
+            if name != step.EAGER
         }
-        timings = take_turns(samplers, repeats=plan.repeats, seconds=plan.seconds)
+        timings = take_turns(samplers, repeats=10, seconds=30.0)
         for name, timing in timings.items():
             yield {
                 "mode": "training step",
@@ -293,69 +293,40 @@ def memory(size: Size) -> Iterator[Row]:
     yield {"mode": "memory", "provider": "vmm_fast", **size._asdict(), "peak_bytes": peak}
 
 
-def table(rows: list[Row]) -> str:
-    """One line a row, what it is and what it came to."""
-    lines = []
-    for row in rows:
-        of = f"({row['B']}, {row['J']}, {row['D']})" if "B" in row else ""
-        who = row.get("provider") or row.get("kernel") or row.get("name", "")
-        found = []
-        if "p50" in row:
-            found.append(duration(row["p50"]))
-        if "error" in row:
-            found.append(f"error {row['error']:.2g}")
-        if "fraction" in row:
-            found.append(f"{100 * row['fraction']:.0f} % of the bound")
-        if "launches" in row:
-            found.append(f"{row['launches']} launches")
-        if "ratio" in row:
-            found.append(f"{row['ratio']:.2f}x N(0, I)")
-        if "peak_bytes" in row:
-            found.append(f"{row['peak_bytes'] / 2**20:.0f} MiB")
-        lines.append(f"{row['mode']:45}  {of:24}  {who:24}  {', '.join(found)}")
-    return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--on-paper", action="store_true", help="write the bounds, measure nothing")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-
-
-def main(args: argparse.Namespace, arguments: list[str]) -> int:
-    """Measure and write ``gpu.jsonl``; 1 where there is no GPU."""
-    if args.on_paper:
-        print(gpu_bound.write(Path(args.out)))
-        return 0
+def rows(run: Run) -> Iterator[Row]:
+    """Measure everything, or write the bounds on paper alone."""
+    if run.args.on_paper:
+        print(gpu_bound.write(Path(run.args.out)))
+        return
     if not torch.cuda.is_available():
-        print("no GPU was found: torch.cuda.is_available() is False")
-        return 1
+        raise SystemExit("no GPU was found: torch.cuda.is_available() is False")
     import triton
 
-    sizes = QUICK_SIZES if args.quick else SIZES
-    plan = step.QUICK if args.quick else step.FULL
+    sizes, plan = run.choose(SIZES, QUICK_SIZES), run.choose(step.FULL, step.QUICK)
     common: Row = {
-        "part": "gpu",
-        "command": command(arguments),
-        **environment(),
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__,
     }
-    rows = []
     for part in (
         errors(sizes),
-        densities(sizes, throughput.SLOW_TO_START if args.quick else ()),
+        densities(sizes, throughput.SLOW_TO_START if run.args.quick else ()),
         prior_steps(sizes),
-        kernels(sizes, device_rates(*((64, 64) if args.quick else (8192, 2**28)))),
+        kernels(sizes, device_rates(*run.choose((8192, 2**28), (64, 64)))),
         training_steps(plan),
-        memory(QUICK_SIZES[0] if args.quick else MEMORY),
+        memory(run.choose(MEMORY, QUICK_SIZES[0])),
     ):
-        found = list(part)
-        print(table(found), flush=True)
-        rows += found
-        # Written after every part: what was measured is kept if a later part fails.
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_rows(Path(args.out) / "gpu.jsonl", ({**common, **row} for row in rows))
-    return 0
+        for row in part:
+            yield {**common, **row}
+
+
+MEASUREMENT = Measurement(
+    "gpu",
+    "the kernels on a GPU: errors, speed, limits, memory",
+    rows,
+    options={
+        "--quick": OPTIONS["--quick"],
+        "--on-paper": {"action": "store_true", "help": "write the bounds, measure nothing"},
+        "--out": OPTIONS["--out"],
+    },
+)

@@ -2,8 +2,7 @@
 
 An embedding is made for every data set, method and seed, and scored; both are kept in the folder
 ``--kept``, so that a run that was stopped goes on, and several can share the work by ``--methods``
-or ``--seeds``. The page and the picture are of all scores that lie there. Labels score and do
-nothing else.
+or ``--seeds``. The page is of all scores that lie there. Labels score and do nothing else.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
-from bench.records import DATA, RESULTS, Row, environment, read_rows, select, write_rows
-from bench.report import table
+from bench.measurement import OPTIONS, Measurement, Run
+from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows, select
+from bench.scvi_epoch import SILENT
+from bench.tables import spread, table, write_text
+from bench.timing import threads
 from vmm_fast._files import write_atomically
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ MIXTURES = ("vmm", "gmm", "vamp")
 EPOCHS = 100
 SEEDS = 5
 RIVALS = (("vmm", "normal"), ("vmm", "scvi"), ("vmm-own", "scvi"))  # above whom who must be
-LATENT_DIM = 10
-# A type is rare below this share of the cells.
-RARE = 0.02
+RARE = 0.02  # share of the cells below which a type is rare
 
 
 class Embedding(NamedTuple):
@@ -58,20 +56,10 @@ class Embedding(NamedTuple):
 
 # --- methods ---
 
-
-def _train(model: Any, epochs: int | None) -> None:
-    model.train(
-        max_epochs=epochs,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
+Method = Callable[["AnnData", int], Embedding]  # takes cells and the number of epochs
 
 
-def same_network(
-    prior: str, own_epochs: bool = False, **options: Any
-) -> Callable[[AnnData, int], Embedding]:
+def same_network(prior: str, own_epochs: bool = False, **options: Any) -> Method:
     """Train :class:`vmm_fast.scvi.VMMSCVI` with one of its priors, everything else alike."""
 
     def embed(adata: AnnData, epochs: int) -> Embedding:
@@ -79,38 +67,29 @@ def same_network(
 
         VMMSCVI.setup_anndata(adata, batch_key="batch")
         model = VMMSCVI(adata, prior=prior, **options)
-        _train(model, None if own_epochs else epochs)
+        model.train(None if own_epochs else epochs, **SILENT)
         z = model.get_latent_representation()
         return Embedding(z, model.get_clusters() if prior in MIXTURES else None)
 
     return embed
 
 
-def stock_scvi(adata: AnnData, epochs: int) -> Embedding:
-    """Train SCVI as it is, with its own number of epochs, 400 of up to 20,000 cells."""
-    from scvi.model import SCVI
+def stock_scvi(own_epochs: bool) -> Method:
+    """Train SCVI as it is, or as long as the others, the KL at its full weight from the start.
 
-    SCVI.setup_anndata(adata, batch_key="batch")
-    model = SCVI(adata)
-    _train(model, None)
-    return Embedding(model.get_latent_representation())
+    Its own number of epochs is 400 of up to 20,000 cells.
+    """
 
+    def embed(adata: AnnData, epochs: int) -> Embedding:
+        from scvi.model import SCVI
 
-def stock_scvi_same_epochs(adata: AnnData, epochs: int) -> Embedding:
-    """Train SCVI as long as the others, the KL at its full weight from the start."""
-    from scvi.model import SCVI
+        SCVI.setup_anndata(adata, batch_key="batch")
+        model = SCVI(adata)
+        plan = {} if own_epochs else {"n_epochs_kl_warmup": None}
+        model.train(None if own_epochs else epochs, plan_kwargs=plan, **SILENT)
+        return Embedding(model.get_latent_representation())
 
-    SCVI.setup_anndata(adata, batch_key="batch")
-    model = SCVI(adata)
-    model.train(
-        epochs,
-        plan_kwargs={"n_epochs_kl_warmup": None},
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
-    return Embedding(model.get_latent_representation())
+    return embed
 
 
 def sysvi(adata: AnnData, epochs: int) -> Embedding:
@@ -120,12 +99,12 @@ def sysvi(adata: AnnData, epochs: int) -> Embedding:
     normalised = _normalised(adata)
     SysVI.setup_anndata(normalised, batch_key="batch")
     model = SysVI(normalised)
-    _train(model, epochs)
+    model.train(epochs, **SILENT)
     return Embedding(model.get_latent_representation())
 
 
 def pca(adata: AnnData, epochs: int) -> Embedding:
-    """Principal components of log-normalised counts."""
+    """Return principal components of log-normalised counts."""
     return Embedding(_principal_components(adata))
 
 
@@ -155,19 +134,16 @@ def _principal_components(adata: AnnData) -> np.ndarray:
     return copy.obsm["X_pca"]
 
 
-METHODS: dict[str, tuple[str, Callable[[AnnData, int], Embedding]]] = {
+METHODS: dict[str, tuple[str, Method]] = {
     "vmm": ("VMM", same_network("vmm")),
     "vmm-own": ("VMM, own epochs", same_network("vmm", own_epochs=True)),
-    "vmm-plain": (
-        "VMM, encoder without batches",
-        same_network("vmm", encode_covariates=False),
-    ),
+    "vmm-plain": ("VMM, encoder without batches", same_network("vmm", encode_covariates=False)),
     "gmm": ("Gaussian mixture", same_network("gmm")),
     "vamp": ("VampPrior", same_network("vamp")),
     "normal": ("same network, N(0, I)", same_network("normal")),
     "normal-own": ("N(0, I), own epochs", same_network("normal", own_epochs=True)),
-    "scvi": ("SCVI, own epochs", stock_scvi),
-    "scvi-short": ("SCVI, same epochs", stock_scvi_same_epochs),
+    "scvi": ("SCVI, own epochs", stock_scvi(own_epochs=True)),
+    "scvi-short": ("SCVI, same epochs", stock_scvi(own_epochs=False)),
     "sysvi": ("SysVI", sysvi),
     "harmony": ("Harmony", harmony),
     "pca": ("PCA", pca),
@@ -178,7 +154,7 @@ METHODS: dict[str, tuple[str, Callable[[AnnData, int], Embedding]]] = {
 
 
 def score(adata: AnnData, found: Embedding, number: int | None) -> Row:
-    """Everything that is said of one embedding; Leiden also at a number of clusters."""
+    """Return the scores of one embedding; of Leiden also at a number of clusters."""
     import scanpy
     from anndata import AnnData
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
@@ -227,7 +203,7 @@ def _leiden(scored: AnnData, resolution: float) -> np.ndarray:
 
 
 def _leiden_of(scored: AnnData, number: int) -> np.ndarray:
-    """Leiden's clusters at the resolution that gives the number, or the nearest to it."""
+    """Return Leiden's clusters at the resolution that gives the number, or the nearest to it."""
     low, high, best = 0.01, 10.0, np.zeros(scored.n_obs, int)
     for _ in range(14):
         middle = (low * high) ** 0.5
@@ -258,7 +234,7 @@ def _clusters(labels: np.ndarray, clusters: np.ndarray) -> Row:
 
 
 def _best_f1(is_type: np.ndarray, clusters: np.ndarray) -> float:
-    """F1 of the cluster that fits a type best: above .5 it has a cluster of its own."""
+    """Return the F1 of the cluster that fits a type best: above .5 it has one of its own."""
     best = 0.0
     for cluster in np.unique(clusters[is_type]):
         inside = clusters == cluster
@@ -274,48 +250,46 @@ def read(dataset: str, args: argparse.Namespace) -> AnnData:
     import anndata
 
     adata = anndata.read_h5ad(Path(args.data) / f"{dataset}.h5ad")
-    batch = adata.obs["batch"].astype(str) if "batch" in adata.obs else "one"
-    adata.obs["batch"] = batch
+    adata.obs["batch"] = adata.obs["batch"].astype(str) if "batch" in adata.obs else "one"
     adata.obs["batch"] = adata.obs["batch"].astype("category")
     return adata
 
 
 def embed(dataset: str, method: str, seed: int, args: argparse.Namespace) -> None:
     """Make an embedding, unless it has been kept."""
-    kept = Path(args.kept) / f"{dataset}-{method}-{seed}.npz"
-    if kept.exists():
+    path = Path(args.kept) / f"{dataset}-{method}-{seed}.npz"
+    if path.exists():
         return
     import scvi
 
+    from vmm_fast.scvi.integration import quiet
+
     adata = read(dataset, args)
-    scvi.settings.verbosity = logging.ERROR
     scvi.settings.seed = seed
     start = time.perf_counter()
-    found = METHODS[method][1](adata, args.epochs)
-    seconds = time.perf_counter() - start
+    with quiet():
+        found = METHODS[method][1](adata, args.epochs)
+    about = {"seconds": time.perf_counter() - start, "epochs": args.epochs, **environment()}
     arrays = {name: array for name, array in found._asdict().items() if array is not None}
-    about = {"seconds": seconds, "epochs": args.epochs, **environment()}
     write_atomically(
-        kept, lambda file: np.savez_compressed(file, about=json.dumps(about), **arrays)
+        path, lambda file: np.savez_compressed(file, about=json.dumps(about), **arrays)
     )
-    print(f"{dataset}  {method}  {seed}  embedded in {seconds:.0f} s", flush=True)
+    print(f"{dataset}  {method}  {seed}  embedded in {about['seconds']:.0f} s", flush=True)
 
 
-def run(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
-    """Score a kept embedding, unless its scores have been kept as well."""
-    kept = Path(args.kept) / f"{dataset}-{method}-{seed}"
-    if kept.with_suffix(".json").exists():
-        return json.loads(kept.with_suffix(".json").read_text())
+def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
+    """Score a kept embedding."""
+    path = Path(args.kept) / f"{dataset}-{method}-{seed}.npz"
     adata = read(dataset, args)
-    with np.load(kept.with_suffix(".npz")) as arrays:
+    with np.load(path) as arrays:
         about = json.loads(str(arrays["about"]))
         if about["epochs"] != args.epochs:
             raise ValueError(
-                f"--epochs must be {about['epochs']}, as {kept}.npz was trained with, but is "
+                f"--epochs must be {about['epochs']}, as {path} was trained with, but is "
                 f"{args.epochs}; choose another --kept"
             )
         found = Embedding(arrays["z"], arrays.get("clusters"))
-    row: Row = {
+    return {
         "part": "integration",
         "command": f"python -m bench integration --datasets {dataset} --methods {method} "
         f"--seeds {seed} --epochs {about['epochs']}",
@@ -327,15 +301,12 @@ def run(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
         "batches": int(adata.obs["batch"].nunique()),
         "method": method,
         "seed": seed,
-        **score(adata, found, _number(kept.parent, dataset, seed, found)),
+        **score(adata, found, _number(path.parent, dataset, seed, found)),
     }
-    text = json.dumps(row)
-    write_atomically(kept.with_suffix(".json"), lambda file: file.write(text), text=True)
-    return row
 
 
 def _number(folder: Path, dataset: str, seed: int, found: Embedding) -> int | None:
-    """Clusters of the embedding's own, or of VMM's where it has none."""
+    """Return the number of the embedding's own clusters, or of VMM's where it has none."""
     if found.clusters is not None:
         return len(np.unique(found.clusters))
     vmm = folder / f"{dataset}-vmm-{seed}.npz"
@@ -345,7 +316,27 @@ def _number(folder: Path, dataset: str, seed: int, found: Embedding) -> int | No
         return len(np.unique(arrays["clusters"]))
 
 
-# --- page and picture ---
+def rows(run: Run) -> Iterator[Row]:
+    """A row for each data set, seed and method, made unless it has been kept."""
+    args = run.args
+    warnings.filterwarnings("ignore")
+    folder = Path(args.kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [
+        (dataset, method, seed)
+        for dataset, seed, method in itertools.product(args.datasets, args.seeds, args.methods)
+        if not (method == "sysvi" and dataset in ONE_BATCH)
+    ]
+    with threads(1):
+        # Scores after all training: the compiled code that makes them slows down what comes after.
+        for case in cases:
+            embed(*case, args)
+        for dataset, method, seed in cases:
+            path = folder / f"{dataset}-{method}-{seed}.json"
+            yield keep(path, lambda case=(dataset, method, seed): scored(*case, args))
+
+
+# --- page ---
 
 TOTAL, WITH_LEIDEN = "scib total", "scib total with Leiden"
 
@@ -398,19 +389,8 @@ over-integration lowers it as well; read it next to the bio scores. SysVI takes 
 alone."""
 
 
-def spread(values: list[float | None]) -> str:
-    """Mean and standard deviation of what is known."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    if all(isinstance(value, int) for value in known):
-        return f"{mean(known):.1f}"
-    text = f"{mean(known):.3f}"
-    return text + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
-
-
 def targets(rows: list[Row]) -> list[str]:
-    """Say what VMM must reach and whether it does, a line each.
+    """Return what VMM must reach and whether it does, a line each.
 
     Embeddings are compared on the two sets that it is made for, clusters on all, with those of
     Leiden on the same embedding.
@@ -453,132 +433,59 @@ def targets(rows: list[Row]) -> list[str]:
     return lines
 
 
-def write_page(folder: Path) -> None:
-    """Write integration.md and integration.png from integration.jsonl."""
+def page(folder: Path) -> list[Path]:
+    """Write integration.md from integration.jsonl, if it is there."""
+    if not (folder / "integration.jsonl").exists():
+        return []
     rows = read_rows(folder / "integration.jsonl")
-    first = rows[0]
     names = ("date", "python", "torch", "scvi-tools", "scib-metrics", "scanpy", "cpu")
-    text = ["# Integration of real cells", "", "`python -m bench integration`", ""]
+    about = ", ".join(f"{name} {rows[0][name]}" for name in names)
     revisions = ", ".join(sorted({row["revision"] for row in rows}))
-    text += [f"{', '.join(f'{name} {first[name]}' for name in names)}; revisions {revisions}"]
-    text += ["", LEGEND, ""]
+    text = ["# Integration of real cells", "", "`python -m bench integration`", ""]
+    text += [f"{about}; revisions {revisions}", "", LEGEND, ""]
     text += [f"- {line}" for line in targets(rows)]
     for dataset in DATASETS:
-        found = select(rows, dataset=dataset)
-        if not found:
-            continue
-        about = found[0]
-        before = f", PCR before {about['pcr']['before']:.3f}" if "pcr" in about else ""
-        text += [
-            "",
-            f"## {dataset}",
-            "",
-            f"{about['cells']:,} cells, {about['types']} types ({about['leiden']['rare_types']} "
-            f"rare), {about['batches']} batches{before}; {about['epochs']} epochs",
-            "",
-        ]
-        lines = []
-        for method, (title, _) in METHODS.items():
-            of_method = select(found, dataset=dataset, method=method)
-            if of_method:
-                cells = [spread([value(row) for row in of_method]) for _, value in COLUMNS]
-                lines.append([title, str(len(of_method)), *cells])
-        text.append(table(["", "seeds", *(name for name, _ in COLUMNS)], lines))
-    page = "\n".join(text)
-    write_atomically(folder / "integration.md", lambda file: file.write(page), text=True)
-    _plot(rows, folder / "integration.png")
+        if found := select(rows, dataset=dataset):
+            text += _section(dataset, found)
+    return [write_text(folder / "integration.md", "\n".join(text))]
 
 
-def _plot(rows: list[Row], path: Path) -> None:
-    """Bio conservation against batch correction, and ARI of Leiden and of the own clusters."""
-    from matplotlib.figure import Figure
-
-    shown = [d for d in DATASETS if select(rows, dataset=d)]
-    methods = [m for m in METHODS if select(rows, method=m)]
-    size = (2 + 3.2 * len(shown), 4.2 + 0.3 * len(methods))
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
-    ratios = [3, 0.6 + 0.3 * len(methods)]
-    axes = figure.subplots(2, len(shown), squeeze=False, height_ratios=ratios)
-    for column, dataset in enumerate(shown):
-        above, below = axes[:, column]
-        for position, method in enumerate(methods):
-            found, color = select(rows, dataset=dataset, method=method), f"C{position}"
-            # Side by side where there are no batches to correct.
-            across = [row["scib"].get("Batch correction", position) for row in found]
-            above.scatter(across, [bio(row) for row in found], color=color, s=24)
-            for marker, clusters, face in (("o", "leiden", "white"), ("D", "own", color)):
-                values = [row[clusters]["ari"] for row in found if clusters in row]
-                below.scatter(values, [position] * len(values), marker=marker, s=26, color=face,
-                              edgecolors=color)  # fmt: skip
-        above.set_title(dataset, fontsize=10)
-        several = "pcr" in select(rows, dataset=dataset)[0]
-        above.set_xlabel("batch correction" if several else "one batch", fontsize=9)
-        if not several:
-            above.set_xticks([])
-        below.set_xlabel("ARI: hollow Leiden, filled own", fontsize=9)
-        names = [METHODS[m][0] for m in methods] if column == 0 else []
-        below.set_yticks(range(len(methods)), names or [""] * len(methods), fontsize=9)
-        below.set_ylim(len(methods) - 0.5, -0.5)
-        for ax in (above, below):
-            ax.tick_params(labelsize=8)
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("bio conservation", fontsize=9)
-    for label, position in zip(axes[1, 0].get_yticklabels(), range(len(methods)), strict=True):
-        label.set_color(f"C{position}")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-# --- command line ---
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of ``python -m bench integration``."""
-    parser.add_argument("--data", default=str(DATA), help="folder with the .h5ad files")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=DATASETS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument(
-        "--kept",
-        default=str(RESULTS.parents[1] / "build" / "integration"),
-        help="folder of embeddings and scores that are there already",
-    )
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-
-
-def main(args: argparse.Namespace) -> None:
-    """Run what has not been run, and write rows, page and picture of all that is kept."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    kept, out = Path(args.kept), Path(args.out)
-    kept.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    cases = [
-        (dataset, seed, method)
-        for dataset, seed, method in itertools.product(args.datasets, args.seeds, args.methods)
-        if not (method == "sysvi" and dataset in ONE_BATCH)
+def _section(dataset: str, rows: list[Row]) -> list[str]:
+    """Return the lines of a data set, with a table of all methods."""
+    about = rows[0]
+    before = f", PCR before {about['pcr']['before']:.3f}" if "pcr" in about else ""
+    lines = []
+    for method, (title, _) in METHODS.items():
+        if found := select(rows, method=method):
+            cells = [spread([value(row) for row in found]) for _, value in COLUMNS]
+            lines.append([title, str(len(found)), *cells])
+    return [
+        "",
+        f"## {dataset}",
+        "",
+        f"{about['cells']:,} cells, {about['types']} types ({about['leiden']['rare_types']} "
+        f"rare), {about['batches']} batches{before}; {about['epochs']} epochs",
+        "",
+        table(["", "seeds", *(name for name, _ in COLUMNS)], lines),
     ]
-    # Scores after all training: the compiled code that makes them slows down what comes after it.
-    for dataset, seed, method in cases:
-        embed(dataset, method, seed, args)
-    for dataset, seed, method in cases:
-        row = run(dataset, method, seed, args)
-        shown = {name: value(row) for name, value in COLUMNS}
-        parts = [f"{k} {v:.3g}" for k, v in shown.items() if v is not None]
-        print(dataset, method, seed, "  ".join(parts), sep="  ", flush=True)
-    rows = [json.loads(path.read_text()) for path in kept.glob("*.json")]
-    order = (DATASETS, tuple(METHODS))
-    rows.sort(
-        key=lambda row: (
-            order[0].index(row["dataset"]),
-            order[1].index(row["method"]),
-            row["seed"],
-        )
-    )
-    write_rows(out / "integration.jsonl", rows)
-    write_page(out)
-    for line in targets(rows):
-        print(line)
-    print(out / "integration.md")
+
+
+MEASUREMENT = Measurement(
+    "integration",
+    "single cells: integration and clusters, all peers",
+    rows,
+    options={
+        "--data": {"default": str(DATA), "help": "folder with the .h5ad files"},
+        "--datasets": {"nargs": "+", "choices": DATASETS, "default": DATASETS},
+        "--methods": {"nargs": "+", "choices": METHODS, "default": tuple(METHODS)},
+        "--seeds": {"nargs": "+", "type": int, "default": list(range(SEEDS))},
+        "--epochs": {"type": int, "default": EPOCHS},
+        "--kept": {
+            "default": str(RESULTS.parents[1] / "build" / "integration"),
+            "help": "folder of embeddings and scores that are there already",
+        },
+        "--out": OPTIONS["--out"],
+    },
+    page=page,
+    collect=lambda args: kept(Path(args.kept), dataset=DATASETS, method=METHODS),
+)

@@ -10,7 +10,6 @@ input, a command that does not go on, or results that are not those of a run tha
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -21,13 +20,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bench.records import RESULTS, Row, command, environment, write_rows
+from bench import measurement
+from bench.measurement import OPTIONS, Measurement
+from bench.records import Row
+from bench.timing import threads
 from vmm_fast import cli
 from vmm_fast._files import load_checked, read_json
 from vmm_fast._folder import digest
@@ -36,7 +39,7 @@ LONGEST = 600  # seconds that a run may take
 ENDS = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}
 
 
-class Run(NamedTuple):
+class Command(NamedTuple):
     """A command to kill.
 
     Attributes
@@ -50,20 +53,12 @@ class Run(NamedTuple):
     """
 
     arguments: list[str]
-    out: str
-    again: list[str]
+    out: str = "out"
+    again: tuple[str, ...] = ("--resume",)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of this part."""
-    parser.add_argument("--number", type=int, default=200, help="of kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--commands", nargs="+", help="of these alone; all by default")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-
-
-def make_inputs(folder: Path) -> dict[str, Run]:
-    """Write the input files and give a command of every kind on them."""
+def make_inputs(folder: Path) -> dict[str, Command]:
+    """Write the input files and return a command of every kind on them."""
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -79,17 +74,17 @@ def make_inputs(folder: Path) -> dict[str, Run]:
     integrate += ["--checkpoint-steps", "2"]
     sweep = ["sweep", h5ad, "--epochs", "1", "--batch-sizes", "64", "128", "--ratios", "1", "5"]
     return {
-        "cluster": Run(["cluster", rows, "--epochs", "8"], "out", ["--resume"]),
-        "integrate": Run(integrate, "out", ["--resume"]),
-        "integrate on disk": Run([*integrate, "--memory", "0"], "out", ["--resume"]),
-        "sweep": Run(sweep, "out", ["--resume"]),
-        "assign": Run(["assign", model, h5ad], "out.h5ad", ["--overwrite"]),
-        "prepare": Run(["prepare", h5ad], "out.h5ad", ["--overwrite"]),
+        "cluster": Command(["cluster", rows, "--epochs", "8"]),
+        "integrate": Command(integrate),
+        "integrate on disk": Command([*integrate, "--memory", "0"]),
+        "sweep": Command(sweep),
+        "assign": Command(["assign", model, h5ad], "out.h5ad", ("--overwrite",)),
+        "prepare": Command(["prepare", h5ad], "out.h5ad", ("--overwrite",)),
     }
 
 
 def start(arguments: list[str], log: Path) -> int:
-    """Run the command in a fork of this process, printing to `log`, and give its number."""
+    """Run the command in a fork of this process, printing to `log`, and return its number."""
     process = os.fork()
     if process == 0:
         with open(log, "w") as file:
@@ -150,8 +145,10 @@ def results(out: Path) -> dict[str, Any]:
     return {str(p.relative_to(out)): read(p) for p in shown}
 
 
-def kill(run: Run, out: Path, moment: float, expected: dict[str, Any]) -> tuple[str, str | None]:
-    """Kill the command after `moment` seconds; give what it had done by then, and what was lost."""
+def kill(
+    run: Command, out: Path, moment: float, expected: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Kill the command after `moment` seconds; what it had done by then, and what was lost."""
     arguments, log = [*run.arguments, "--out", str(out)], out.with_name("log")
     process = start(arguments, log)
     time.sleep(moment)
@@ -165,7 +162,7 @@ def kill(run: Run, out: Path, moment: float, expected: dict[str, Any]) -> tuple[
     if any("checkpoint" in name for name in left):
         was += " with a checkpoint"
     # A folder in which no run has begun is as good as none.
-    again = run.again if out.is_file() or (out / "run.json").exists() else []
+    again = run.again if out.is_file() or (out / "run.json").exists() else ()
     try:
         finish([*arguments, *again], log)
         found = results(out)
@@ -177,46 +174,49 @@ def kill(run: Run, out: Path, moment: float, expected: dict[str, Any]) -> tuple[
     return was, None
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def rows(run: measurement.Run) -> Iterator[Row]:
     """Kill every command in turn; a row for each."""
-    torch.set_num_threads(1)  # what has had threads of OpenMP cannot be forked
+    args = run.args
     for module in ("scvi.integration", "scvi.report", "scvi.sweep", "scvi.assignment", "plots"):
         importlib.import_module(f"vmm_fast.{module}")
-    moments, rows = random.Random(args.seed), []
-    with tempfile.TemporaryDirectory() as name:
+    moments = random.Random(args.seed)
+    # What has had threads of OpenMP cannot be forked.
+    with threads(1), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs = make_inputs(folder)
-        made = [*runs["integrate"].arguments, "--out", str(folder / "made")]
+        commands = make_inputs(folder)
+        made = [*commands["integrate"].arguments, "--out", str(folder / "made")]
         finish(made, folder / "log")
         shutil.move(folder / "made" / "model", folder / "model")
         inputs = ("rows.npy", "cells.h5ad", "model")
         before = {folder / name: digest(folder / name) for name in inputs}
-        chosen = args.commands or list(runs)
+        chosen = args.commands or list(commands)
         for number, one in enumerate(chosen):
-            run, whole = runs[one], folder / f"whole-{runs[one].out}"
+            command, whole = commands[one], folder / f"whole-{commands[one].out}"
             since = time.monotonic()
-            finish([*run.arguments, "--out", str(whole)], folder / "log")
+            finish([*command.arguments, "--out", str(whole)], folder / "log")
             seconds, expected = time.monotonic() - since, results(whole)
             done, lost = Counter[str](), []
             for _ in range(number, args.number, len(chosen)):
-                out = folder / run.out
-                was, loss = kill(run, out, moments.uniform(0, seconds), expected)
+                out = folder / command.out
+                was, loss = kill(command, out, moments.uniform(0, seconds), expected)
                 done[was] += 1
                 lost += [loss] if loss else []
-                shutil.rmtree(out) if out.is_dir() else out.unlink()
+                shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
             if any(digest(path) != value for path, value in before.items()):
                 lost.append("an input has changed")
             shutil.rmtree(whole) if whole.is_dir() else whole.unlink()
-            common: Row = {"part": "kills", "command": command(sys.argv[1:]), **environment()}
-            state: Row = {"name": one, "seconds": seconds, "kills": dict(done), "lost": lost}
-            rows.append({**common, **state})
-            print(f"{one}: {sum(done.values())} kills, {len(lost)} losses  {dict(done)}  {lost}")
-    return rows
+            yield {"name": one, "seconds": seconds, "kills": dict(done), "lost": lost}
 
 
-def main(args: argparse.Namespace) -> int:
-    """Kill, and write the rows; 1 if something was lost."""
-    rows = measure(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    write_rows(Path(args.out) / "kills.jsonl", rows)
-    return int(any(row["lost"] for row in rows))
+MEASUREMENT = Measurement(
+    "kills",
+    "commands killed at random: what is lost",
+    rows,
+    options={
+        "--number": {"type": int, "default": 200, "help": "of kills"},
+        "--seed": {"type": int, "default": 0, "help": "of the moments"},
+        "--commands": {"nargs": "+", "help": "of these alone; all by default"},
+        "--out": OPTIONS["--out"],
+    },
+    status=lambda rows: int(any(row["lost"] for row in rows)),
+)

@@ -8,8 +8,9 @@ resident memory is the step's. Seconds are without the import of libraries.
   the same file, which shuffles as many cells together, in blocks of 64, but does not read ahead.
 - integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
   this the training alone.
-- EM iteration: exact EM of the trained prior over the embedding on disk; see
-  :mod:`bench.embedding`, and next to scikit-learn's at the largest size.
+- EM iteration: exact EM of the trained prior over the embedding, which lies on disk; pseudo-cells
+  and network stand still. scikit-learn's GaussianMixture takes the same mixture and points, as many
+  as it has time for, in memory, at the largest size; the two take turns.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
 - resume: a run that is killed several times, at random moments, and one that is not: the largest
@@ -21,32 +22,36 @@ resident memory is the step's. Seconds are without the import of libraries.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bench import alone, atlas, embedding
-from bench.records import Row
+from bench import alone, atlas, atlas_steps, figures, scvi_epoch
+from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
+from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run
+from bench.records import Row, select
+from bench.scaling import exponent
+from bench.scvi_epoch import NORMAL, STOCK, VMM
+from bench.scvi_step import LIMITS, REASON
+from bench.tables import duration, table
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
-EM = "EM iteration"
+EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
 GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
-EPOCH, RESUME, SHUFFLING = "training epoch", "resume", "shuffling"
-STOCK, VMM, NORMAL = "SCVI", "VMM", "same network, N(0, I)"
-PRIORS = {VMM: "vmm", NORMAL: "normal"}
 SCDATASET, SCIKIT_LEARN = "scDataset", "GaussianMixture"
-SCDATASET_BLOCK = 64  # cells
-IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
 COMPARED_CELLS = 100_000  # with whose memory that of more is
 ATLASES = Path(__file__).parents[1] / "build" / "atlases"
 
@@ -58,50 +63,21 @@ class Plan(NamedTuple):
     batch_size: int  # of training from disk
     iterations: int  # of EM
     peer_points: int  # that scikit-learn takes at most
-    epoch_cells: int
-    epoch_batches: tuple[int, ...]
-    repeats: int
-    resume_cells: int
-    resume_epochs: int
-    kills: int
-    shuffle_cells: int
-    shuffle_epochs: int
-    seeds: int
-    held_out: int
+    epoch: tuple[int, tuple[int, ...], int]  # cells, batch sizes, repeats
+    resume: tuple[int, int, int]  # cells, epochs, kills
+    shuffle: tuple[int, int, int, int]  # cells, epochs, seeds, cells held out
 
 
 FULL = Plan(
-    cells=(10_000, 100_000, 1_000_000),
-    batch_size=512,
-    iterations=10,
-    peer_points=100_000,
-    epoch_cells=20_000,
-    epoch_batches=(128, 512),
-    repeats=5,
-    resume_cells=20_000,
-    resume_epochs=20,
-    kills=5,
-    shuffle_cells=100_000,
-    shuffle_epochs=5,
-    seeds=3,
-    held_out=10_000,
+    (10_000, 100_000, 1_000_000),
+    512,
+    10,
+    100_000,
+    (20_000, (128, 512), 5),
+    (20_000, 20, 5),
+    (100_000, 5, 3, 10_000),
 )
-QUICK = Plan(
-    cells=(400,),
-    batch_size=32,
-    iterations=2,
-    peer_points=200,
-    epoch_cells=300,
-    epoch_batches=(32,),
-    repeats=1,
-    resume_cells=400,
-    resume_epochs=2,
-    kills=1,
-    shuffle_cells=400,
-    shuffle_epochs=2,
-    seeds=1,
-    held_out=100,
-)
+QUICK = Plan((400,), 32, 2, 200, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
 # A run of vmm-fast that is a minute long but has many checkpoints, and draws no report.
 OFTEN_SAVED = """
 import sys
@@ -113,222 +89,27 @@ sys.exit(cli.main())
 """
 
 
-# --- steps, each in its own process ---
-
-
-def _vmm_fast(*arguments: object) -> dict[str, float]:
-    """Seconds of a command of vmm-fast."""
-    import vmm_fast.scvi.integration  # noqa: F401  (takes seconds to import)
-    from vmm_fast import cli
-
-    start = time.perf_counter(), time.process_time()
-    if code := cli.main([str(argument) for argument in arguments]):
-        raise RuntimeError(f"vmm-fast {arguments[0]} gave {code}")
-    return {
-        "seconds": time.perf_counter() - start[0],
-        "cpu_seconds": time.process_time() - start[1],
-    }
-
-
-def prepare(path: str, out: str) -> dict[str, Any]:
-    """Convert to the layout that is read fastest."""
-    return _vmm_fast("prepare", path, "--out", out, "--overwrite")
-
-
-def integrate(arguments: Sequence[str], out: str) -> dict[str, Any]:
-    """Train, write embedding and clusters."""
-    timing = _vmm_fast("integrate", *arguments, "--out", out, "--overwrite")
-    return {**timing, **training_seconds(out)}
-
-
-def training_seconds(out: str) -> dict[str, Any]:
-    """What of a run, whose results are there, was training."""
-    import h5py
-
-    with h5py.File(Path(out) / "cells.h5ad") as file:
-        return {"training_seconds": float(file["uns/vmm/training_seconds"][()])}
-
-
-def epochs(
-    cells: int, batch_sizes: Sequence[int], repeats: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """CPU seconds of an epoch of every model, which take turns, by batch size and model."""
-    import logging
-    import warnings
-
-    import scvi
-    import torch
-    from lightning.pytorch.callbacks import Callback
-    from scvi.model import SCVI
-
-    from vmm_fast.scvi import VMMSCVI
-
-    class Clock(Callback):
-        def on_train_start(self, *args: Any) -> None:
-            self.start = time.process_time()
-
-        def on_train_end(self, *args: Any) -> None:
-            self.seconds = time.process_time() - self.start
-
-    warnings.simplefilter("ignore")
-    scvi.settings.verbosity = logging.ERROR
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    adata = atlas.Atlas().in_memory(cells)
-    found = {}
-    for batch_size in batch_sizes:
-        models = {}
-        for name in (STOCK, VMM, NORMAL):
-            kind = SCVI if name == STOCK else VMMSCVI
-            kind.setup_anndata(adata, batch_key="batch")
-            scvi.settings.seed = 0
-            models[name] = SCVI(adata) if name == STOCK else VMMSCVI(adata, prior=PRIORS[name])
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(1 + repeats):
-            for name, model in models.items():
-                clock = Clock()
-                model.train(
-                    1,
-                    batch_size=batch_size,
-                    accelerator="cpu",
-                    plan_kwargs={} if name == STOCK else {"prior_warmup": 0},
-                    callbacks=[clock],
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    logger=False,
-                )
-                seconds[name].append(clock.seconds)
-        # The first turn warms up.
-        found[str(batch_size)] = {name: quantiles(values[1:]) for name, values in seconds.items()}
-    return found
-
-
-def difference(one: str, other: str) -> dict[str, Any]:
-    """Largest difference between the parameters of two models."""
-    import torch
-
-    states = [
-        torch.load(Path(folder) / "model" / "model.pt", weights_only=False)["model_state_dict"]
-        for folder in (one, other)
-    ]
-    if states[0].keys() != states[1].keys():
-        raise RuntimeError(f"{one} and {other} hold different parameters")
-    largest = 0.0
-    for name, value in states[0].items():
-        if torch.is_tensor(value) and value.numel():
-            gap = (value.double() - states[1][name].double()).abs().max()
-            largest = max(largest, float(gap))
-    return {"difference": largest}
-
-
-def load(path: str, batch_size: int) -> dict[str, Any]:
-    """Take an epoch of batches and do nothing with them."""
-    from vmm_fast.scvi import CellStore
-    from vmm_fast.scvi.loading import CellBatches
-
-    with CellStore(path) as store:
-        start = time.perf_counter(), time.process_time()
-        codes = store.column("batch").codes
-        starts = np.arange(0, store.n_obs, store.run)
-        stops = np.minimum(starts + store.run, store.n_obs)
-        batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
-        return _loaded((batch["X"] for batch in batches), start)
-
-
-def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
-    """As :func:`load`, with scDataset."""
-    import h5py
-    import torch
-    from anndata.io import sparse_dataset
-    from scdataset import BlockShuffling, scDataset
-
-    from vmm_fast.scvi.loading import WINDOW
-
-    class Counts:
-        """The part of a collection that scDataset needs, without an AnnData around it."""
-
-        def __len__(self) -> int:
-            return counts.shape[0]
-
-        def __getitem__(self, cells: np.ndarray) -> Any:
-            return counts[cells]
-
-    with h5py.File(path) as file:
-        start = time.perf_counter(), time.process_time()
-        counts = sparse_dataset(file["X"])
-        batches = scDataset(
-            Counts(),
-            BlockShuffling(block_size=SCDATASET_BLOCK),
-            batch_size,
-            fetch_factor=max(1, WINDOW // batch_size),
-            batch_transform=lambda cells: torch.from_numpy(cells.toarray()),
-            seed=0,
-        )
-        return _loaded(batches, start)
-
-
-def _loaded(batches: Iterable[Any], start: tuple[float, float]) -> dict[str, Any]:
-    """Take all batches; seconds since the start, and CPU seconds."""
-    cells = sum(len(batch) for batch in batches)
-    return {
-        "seconds": time.perf_counter() - start[0],
-        "cpu_seconds": time.process_time() - start[1],
-        "loaded": cells,
-    }
-
-
-def shuffle(
-    path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
-) -> dict[str, Any]:
-    """Train on cells in an order; negative ELBO, in nats, of cells that are not in the file."""
-    import scvi
-
-    from vmm_fast.scvi import VMMSCVI, CellStore
-    from vmm_fast.scvi.integration import quiet
-    from vmm_fast.scvi.loading import CellDataModule, MemoryCells
-
-    with CellStore(path) as store, quiet():
-        source: Any = store
-        if order == IN_MEMORY:
-            source = MemoryCells(store.read(np.array([0]), np.array([store.n_obs])))
-        elif order == IN_ORDER:
-            store.run = store.n_obs
-        codes = store.column("batch").codes
-        cells = atlas.Atlas().in_memory(held_out, beyond=store.n_obs)
-        scvi.settings.seed = seed
-        VMMSCVI.setup_anndata(cells, batch_key="batch")
-        model = VMMSCVI(cells, n_components=min(100, held_out // 4))
-        model.train(
-            epochs,
-            datamodule=CellDataModule(source, codes, batch_size=batch_size, held_out=0, seed=seed),
-            accelerator="cpu",
-            enable_progress_bar=False,
-            logger=False,
-        )
-        scvi.settings.seed = 0
-        return {"loss": -float(model.get_elbo())}
-
-
 # --- rows ---
 
 
-def _row(mode: str, provider: str, cells: int, threads: int, **more: Any) -> Row:
-    fixed = {"part": "atlas", "dtype": "float32", "threads": threads, "genes": atlas.GENES}
-    return {**fixed, "mode": mode, "provider": provider, "cells": cells, **more}
-
-
-def _rate(row: Row) -> Row:
-    return {**row, "cells/s": row["cells"] / row["seconds"]}
-
-
-def rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
+def rows(run: Run) -> Iterator[Row]:
     """Every step at every size, then what is measured at one."""
+    plan, folder = run.choose(FULL, QUICK), run.args.atlases
+    if run.args.cells:
+        plan = plan._replace(cells=tuple(sorted(run.args.cells)))
     folder.mkdir(parents=True, exist_ok=True)
-    yield from _epoch_rows(plan)
+    for row in _rows(plan, folder, run.args.threads):
+        rate = {"cells/s": row["cells"] / row["seconds"]} if row["mode"] in GROWING else {}
+        yield {"genes": atlas.GENES, **row, **(rate if "absent" not in row else {})}
+
+
+def _rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
+    yield from _epoch_rows(*plan.epoch)
     for cells in plan.cells:
-        yield from _size_rows(plan, folder, cells, threads)
-    yield _resume_row(plan, folder)
-    yield from _shuffling_rows(plan, folder, threads)
+        for row in _size_rows(plan, folder, cells, threads):
+            yield {"provider": VMM, "cells": cells, **row}
+    yield _resume_row(folder, plan.batch_size, *plan.resume)
+    yield from _shuffling_rows(folder, threads, plan.batch_size, *plan.shuffle)
 
 
 def make(folder: Path, cells: int) -> Path:
@@ -346,90 +127,81 @@ def make(folder: Path, cells: int) -> Path:
     return path
 
 
-def _epoch_rows(plan: Plan) -> Iterator[Row]:
-    found = alone.run(
-        epochs,
-        threads=1,
-        cells=plan.epoch_cells,
-        batch_sizes=plan.epoch_batches,
-        repeats=plan.repeats,
-    )
-    for size in plan.epoch_batches:
-        timings = found[str(size)]
-        for name, timing in timings.items():
-            ratio = round(timing["p50"] / timings[STOCK]["p50"], 3)
-            yield _row(EPOCH, name, plan.epoch_cells, 1, B=size, **{"times stock": ratio}, **timing)
+def _epoch_rows(cells: int, batch_sizes: Sequence[int], repeats: int) -> Iterator[Row]:
+    adata = atlas.Atlas().in_memory(cells)
+    for size in batch_sizes:
+        models = {name: scvi_epoch.make_model(name, adata) for name in (STOCK, VMM, NORMAL)}
+        steps = -(-cells // size)
+        found = {
+            name: quantiles([steps * taken[scvi_epoch.REST] for (taken,) in epochs])
+            for name, epochs in scvi_epoch.epochs(models, size, repeats, False).items()
+        }
+        for name, timing in found.items():
+            case = {"threads": 1, "mode": EPOCH, "provider": name, "cells": cells, "B": size}
+            ratio = round(timing["p50"] / found[STOCK]["p50"], 3)
+            yield {**case, "times stock": ratio, **timing}
 
 
 def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[Row]:
     path, prepared = make(folder, cells), folder / f"{cells}-prepared.h5ad"
-    done = alone.run(prepare, threads=threads, path=str(path), out=str(prepared))
-    sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
-    yield _rate(_row(PREPARE, VMM, cells, threads, **done, **sizes))
     size = plan.batch_size
-    done = alone.run(load, threads=threads, path=str(prepared), batch_size=size)
-    yield _rate(_row(LOADER, VMM, cells, threads, B=size, **done))
+    command = ["prepare", str(path), "--out", str(prepared), "--overwrite"]
+    done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+    sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
+    yield {"mode": PREPARE, **done, **sizes}
+    loaded = {"path": str(prepared), "batch_size": size}
+    yield {"mode": LOADER, "B": size, **alone.run(atlas_steps.load, threads=threads, **loaded)}
+    theirs = {"mode": LOADER, "provider": SCDATASET, "B": size}
     if importlib.util.find_spec("scdataset") is None:
-        yield _row(LOADER, SCDATASET, cells, threads, B=size, absent="not installed")
+        yield {**theirs, "absent": "not installed"}
     else:
-        done = alone.run(load_scdataset, threads=threads, path=str(prepared), batch_size=size)
-        yield _rate(_row(LOADER, SCDATASET, cells, threads, B=size, **done))
-    arguments = _integrate_arguments(prepared, size, 1)
+        yield {**theirs, **alone.run(atlas_steps.load_scdataset, threads=threads, **loaded)}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         results = f"{out}/results"
-        done = alone.run(integrate, threads=threads, arguments=arguments, out=results)
-        seconds = done.pop("training_seconds")
-        yield _rate(_row(INTEGRATE, VMM, cells, threads, B=size, **done))
-        yield _rate(_row(TRAINING, VMM, cells, threads, B=size, seconds=seconds))
-        embedding.save(Path(results))
+        command = ["integrate", *_integrate(prepared, size, 1), "--out", results]
+        done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+        yield {"mode": INTEGRATE, "B": size, **done}
+        yield {"mode": TRAINING, "B": size, "seconds": save_embedding(Path(results))}
         trained = {"results": results, "cells": str(prepared)}
-        done = alone.run(embedding.fit, threads=threads, **trained, iterations=plan.iterations)
-        yield _rate(_row(EM, VMM, cells, threads, **done))
+        options: dict[str, Any] = {"iterations": plan.iterations}
+        yield {"mode": EM, **alone.run(atlas_steps.fit, threads=threads, **trained, **options)}
         if cells == max(plan.cells):
-            options = {"most": plan.peer_points, "repeats": plan.repeats}
-            done = alone.run(embedding.peer, threads=threads, **trained, **options)
-            yield _rate(_row(EM, SCIKIT_LEARN, cells, threads, **done))
+            options = {"most": plan.peer_points, "repeats": plan.epoch[2]}
+            done = alone.run(atlas_steps.fit_peer, threads=threads, **trained, **options)
+            yield {"mode": EM, "provider": SCIKIT_LEARN, **done}
 
 
-def _integrate_arguments(path: Path, batch_size: int, epochs: int) -> list[str]:
+def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
     options = {"--memory": 0, "--epochs": epochs, "--batch-size": batch_size}
     named = [str(text) for option in options.items() for text in option]
     return [str(path), "--batch-key", "batch", "--accelerator", "cpu", *named]
 
 
-def _resume_row(plan: Plan, folder: Path) -> Row:
-    path = make(folder, plan.resume_cells)
+def _resume_row(folder: Path, batch_size: int, cells: int, epochs: int, kills: int) -> Row:
     command = [sys.executable, "-c", OFTEN_SAVED, "integrate"]
-    command += _integrate_arguments(path, plan.batch_size, plan.resume_epochs)
+    command += _integrate(make(folder, cells), batch_size, epochs)
     with tempfile.TemporaryDirectory(dir=folder) as results:
         left_alone, killed = f"{results}/alone", f"{results}/killed"
         _finish([*command, "--out", left_alone])
-        seconds = alone.run(training_seconds, threads=1, out=left_alone)["training_seconds"]
-        rng = np.random.default_rng(0)
-        lives = (seconds * rng.uniform(0, 0.4, plan.kills)).tolist()
+        seconds = save_embedding(Path(left_alone))
+        lives = (seconds * np.random.default_rng(0).uniform(0, 0.4, kills)).tolist()
         kills = kill_and_resume([*command, "--out", killed], lives)
-        found = alone.run(difference, threads=1, one=left_alone, other=killed)
-    more = {"B": plan.batch_size, "seconds": seconds, "kills": kills, **found}
-    return _row(RESUME, VMM, plan.resume_cells, 1, **more)
+        found = alone.run(atlas_steps.difference, threads=1, one=left_alone, other=killed)
+    row = {"threads": 1, "mode": RESUME, "provider": VMM, "cells": cells, "B": batch_size}
+    return {**row, "seconds": seconds, "kills": kills, "difference": found["difference"]}
 
 
 def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
     """Kill a run after each of these seconds of training and let it go on, at last to its end.
 
-    Parameters
-    ----------
-    command : list of str
-        Ends with the run's folder.
-    lives : sequence of float
-
-    Returns
-    -------
-    int
-        How often it was killed: less often than asked if it ended before.
+    The command ends with the run's folder. Returns how often it was killed: less often than asked
+    if it ended before.
     """
     for kills, seconds in enumerate(lives):
-        process = _start(command)
-        _await_training(process, Path(command[-1], RUN))
+        process, since, record = _start(command), time.time(), Path(command[-1], RUN)
+        # It writes its record when it has read its input.
+        while process.poll() is None and not (record.exists() and record.stat().st_mtime > since):
+            time.sleep(0.05)
         try:
             _, stderr = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -444,21 +216,13 @@ def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
 
 def _start(command: list[str]) -> subprocess.Popen[str]:
     """Start a run, or let it go on if it has begun in its folder."""
-    began = Path(command[-1], RUN).exists()
     return subprocess.Popen(
-        [*command, "--resume"] if began else command,
+        [*command, "--resume"] if Path(command[-1], RUN).exists() else command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=alone.environment(1),
     )
-
-
-def _await_training(process: subprocess.Popen[str], record: Path) -> None:
-    """Wait until a run has read its input, when it writes its record."""
-    start = time.time()
-    while process.poll() is None and not (record.exists() and record.stat().st_mtime > start):
-        time.sleep(0.05)
 
 
 def _finish(command: list[str]) -> None:
@@ -471,53 +235,233 @@ def _check(process: subprocess.Popen[str], stderr: str) -> None:
         raise RuntimeError(f"{process.args!r} failed: {stderr.strip()[-2000:]}")
 
 
-def _shuffling_rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
-    path = make(folder, plan.shuffle_cells)
+def _shuffling_rows(
+    folder: Path, threads: int, size: int, cells: int, epochs: int, seeds: int, held_out: int
+) -> Iterator[Row]:
+    path = str(make(folder, cells))
+    options = {"epochs": epochs, "batch_size": size, "held_out": held_out}
     for order in (IN_MEMORY, ON_DISK, IN_ORDER):
         losses = [
             alone.run(
-                shuffle,
-                threads=threads,
-                path=str(path),
-                order=order,
-                epochs=plan.shuffle_epochs,
-                batch_size=plan.batch_size,
-                held_out=plan.held_out,
-                seed=seed,
+                atlas_steps.shuffle, threads=threads, path=path, order=order, seed=seed, **options
             )["loss"]
-            for seed in range(plan.seeds)
+            for seed in range(seeds)
         ]
-        more = {"B": plan.batch_size, "epochs": plan.shuffle_epochs, "losses": losses}
-        yield _row(SHUFFLING, order, plan.shuffle_cells, threads, **more)
+        case = {"mode": SHUFFLING, "provider": order, "cells": cells, "B": size}
+        yield {**case, "epochs": epochs, "losses": losses}
 
 
-def exponent(rows: Sequence[Row]) -> float:
-    """Slope of log seconds against the log of the number of cells."""
-    x, y = (np.log([row[name] for row in rows]) for name in ("cells", "seconds"))
-    return float(np.polyfit(x, y, 1)[0])
+# --- targets, tables, picture ---
 
 
 def least_gain(row: Row) -> float:
-    """How much an iteration of EM has raised the objective at least; below 0 where it fell."""
+    """Return how much an iteration of EM has raised the objective at least; below 0 if it fell."""
     return float(np.diff(row["objective"]).min())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options that no other part has."""
-    parser.add_argument("--cells", nargs="+", type=int, help="in the atlases on disk")
-    parser.add_argument(
-        "--atlases", type=Path, default=ATLASES, help="folder to keep them in (default: build/)"
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield epochs next to SCVI's, memory, the loader, and what a kill changes."""
+    for row in select(rows, mode=EPOCH, provider=VMM):
+        if row["B"] in LIMITS:
+            target, limit = "scVI training epoch in memory, VMM, against SCVI", LIMITS[row["B"]]
+            case = f"B = {row['B']}"
+            yield Check(target, case, row["times stock"], limit, False, reason=REASON)
+    whole = {row["cells"]: row["peak_bytes"] for row in select(rows, mode=INTEGRATE)}
+    if whole:
+        cells, target = max(whole), "memory of vmm-fast integrate from disk"
+        case = f"{cells:,} cells"
+        yield Check(target, case, whole[cells] / 2**30, 3.0, False, " GiB")
+        if COMPARED_CELLS in whole and cells > COMPARED_CELLS:
+            ratio = whole[cells] / whole[COMPARED_CELLS]
+            yield Check(f"{target}, against {COMPARED_CELLS:,} cells", case, ratio, 1.10, False)
+    for row in select(rows, mode=LOADER, provider=VMM):
+        for training in select(rows, mode=TRAINING, cells=row["cells"]):
+            ratio = row["cells/s"] / training["cells/s"]
+            yield Check("loader from disk, against training", f"{row['cells']:,} cells", ratio, 2.0)
+    for row in select(rows, mode=RESUME):
+        case = f"{row['cells']:,} cells, killed {row['kills']} times"
+        target = "parameters of a run that was killed, against one left alone"
+        yield Check(target, case, row["difference"], 0.0, False, "")
+
+
+def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the steps whose time grows with the cells, by rising number of them."""
+    ours = select(rows, provider=VMM)
+    found = {mode: select(ours, mode=mode) for mode in GROWING}
+    return {mode: sorted(r, key=lambda row: row["cells"]) for mode, r in found.items() if r}
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return time and memory against cells, with ten million; the rest, a table each."""
+    steps = _growing(rows)
+    lines = [
+        (
+            mode,
+            f"{row['cells']:,}",
+            duration(row["seconds"]),
+            f"{row['cells/s']:,.0f}",
+            _gib(row["peak_bytes"]) if "peak_bytes" in row else "",
+        )
+        for mode, line in steps.items()
+        for row in line
+    ]
+    text = table(("step", "cells", "time", "cells/s", "peak memory"), lines) + "\n"
+    if all(len(line) > 1 for line in steps.values()):
+        text += f"{_ten_million(steps)}\n\n"
+    text += _loaders(rows) + _em(rows)
+    epochs = select(rows, mode=EPOCH)
+    lines = [
+        (str(row["B"]), row["provider"], duration(row["p50"]), f"{row['times stock']:.2f}")
+        for row in epochs
+    ]
+    head = ("B", "model", "CPU time of an epoch, 1 thread", f"over {STOCK}'s")
+    text += f"{epochs[0]['cells']:,} cells in memory:\n\n{table(head, lines)}\n"
+    for row in select(rows, mode=RESUME):
+        text += (
+            f"{row['cells']:,} cells, one thread: the parameters of a run that was killed "
+            f"{row['kills']} times at random moments differ by at most {row['difference']:g} from "
+            "those of one that was left alone.\n\n"
+        )
+    shuffled = select(rows, mode=SHUFFLING)
+    lines = [
+        (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")
+        for row in shuffled
+    ]
+    seeds = [f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))]
+    text += f"Negative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
+    text += f"epochs of {shuffled[0]['cells']:,} cells:\n\n"
+    return text + table(("cells", *seeds, "mean"), lines)
+
+
+def _loaders(rows: Sequence[Row]) -> str:
+    """Return our loader next to scDataset."""
+
+    def rate(row: Row) -> str:
+        if "absent" in row:
+            return row["absent"]
+        return f"{row['cells/s']:,.0f} ({row['cells'] / row['cpu_seconds']:,.0f})"
+
+    ours = {row["cells"]: row for row in select(rows, mode=LOADER, provider=VMM)}
+    theirs = select(rows, mode=LOADER, provider=SCDATASET)
+    lines = [(f"{row['cells']:,}", rate(ours[row["cells"]]), rate(row)) for row in theirs]
+    if not lines:
+        return ""
+    return (
+        f"Loaders of the same file, batches of {theirs[0]['B']}, cells/s; in brackets cells a CPU "
+        "second, since ours reads ahead in a thread of its own:\n\n"
+        f"{table(('cells', 'vmm_fast', SCDATASET), lines)}\n"
+        "scDataset, too, is faster than training. Ours is there since it goes on amid a pass with "
+        "the same cells, checks counts, and takes folders of files with their genes in any order. "
+        "annbatch needs Python 3.12 and was not measured.\n\n"
     )
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows for the command line's options; none where scvi-tools is not installed."""
-    try:
-        import scvi  # noqa: F401
-    except ImportError:
-        print('atlas is left out: pip install "vmm-fast[scvi]"')
-        return
-    plan = QUICK if args.quick else FULL
-    if args.cells:
-        plan = plan._replace(cells=tuple(sorted(args.cells)))
-    yield from rows(plan, args.atlases, args.threads)
+def _em(rows: Sequence[Row]) -> str:
+    """Return what EM gains, and scikit-learn's time."""
+    lines = [
+        (
+            f"{row['cells']:,}",
+            str(row["J"]),
+            str(len(row["objective"])),
+            f"{row['objective'][0]:.3f}",
+            f"{row['objective'][-1]:.3f}",
+            f"{least_gain(row):.2g}",
+        )
+        for row in select(rows, mode=EM, provider=VMM)
+    ]
+    if not lines:
+        return ""
+    head = ("points", "components", "iterations", "objective before", "of the last", "least gain")
+    text = "EM of the trained prior, nats a point; a gain below 0 would be a fall:\n\n"
+    text += table(head, lines) + "\n"
+    for row in select(rows, mode=EM, provider=SCIKIT_LEARN):
+        text += (
+            f"scikit-learn's {row['provider']} takes {duration(row['seconds'])} for an iteration "
+            f"over {row['cells']:,} points, {row['times as fast']:.3g} times as long as ours in "
+            f"the same turns (measured at {row['measured']:,} points in memory, scaled linearly)."
+            "\n\n"
+        )
+    return text
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB"
+
+
+def _ten_million(steps: dict[str, list[Row]]) -> str:
+    """Return the exponents, and what they say of ten million cells."""
+    times, fits = [], []
+    for mode, line in steps.items():
+        power, last = exponent(line, "cells", "seconds"), line[-1]
+        fits.append(f"{mode} n^{power:.2f}")
+        times.append(f"{mode} {duration(last['seconds'] * (1e7 / last['cells']) ** max(power, 1))}")
+    before, last = steps[INTEGRATE][-2:]
+    a_cell = (last["peak_bytes"] - before["peak_bytes"]) / (last["cells"] - before["cells"])
+    peak = last["peak_bytes"] + max(a_cell, 0) * (1e7 - last["cells"])
+    return (
+        f"Time grows as {', '.join(fits)}; between the last two sizes, memory of {INTEGRATE} by "
+        f"{a_cell:.0f} bytes a cell. So 10,000,000 cells would take: {', '.join(times)}; and "
+        f"{INTEGRATE} {_gib(peak)} (from the largest size by these exponents; one below 1, which "
+        "comes of what is paid once, as 1)."
+    )
+
+
+def plot(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw time and memory against cells, epochs next to SCVI, and what shuffling costs."""
+    figure.set_size_inches(15, 4.2)
+    times, memory, epochs, shuffling = figure.subplots(1, 4)
+    steps = _growing(rows)
+    curves = {}
+    for mode, line in steps.items():
+        power = f": n^{exponent(line, 'cells', 'seconds'):.2f}" if len(line) > 1 else ""
+        curves[mode + power] = [r["cells"] for r in line], [r["seconds"] for r in line]
+    figures.lines(times, curves)
+    figures.bare(times, "Time against cells", "cells, n", "seconds")
+    curves = {
+        mode: ([r["cells"] for r in line], [r["peak_bytes"] / 2**30 for r in line])
+        for mode, line in steps.items()
+        if mode != TRAINING
+    }
+    cells = [row["cells"] for row in steps[PREPARE]]
+    counts = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
+    curves["the counts, if they were in memory"] = cells, counts
+    figures.lines(memory, curves)
+    figures.limit(memory, 3, "3 GiB")
+    figures.bare(memory, "Memory against cells", "cells, n", "peak resident memory, GiB")
+    found = select(rows, mode=EPOCH)
+    values = {
+        name: [row["times stock"] for row in select(found, provider=name)]
+        for name in (STOCK, VMM, NORMAL)
+    }
+    figures.bars(epochs, [f"B = {size}" for size in dict.fromkeys(r["B"] for r in found)], values)
+    figures.bare(epochs, f"CPU time of a training epoch, over {STOCK}'s")
+    found = select(rows, mode=SHUFFLING)
+    for place, row in enumerate(found):
+        gaps = [a - b for a, b in zip(row["losses"], found[0]["losses"], strict=True)]
+        shuffling.scatter([place] * len(gaps), gaps, s=20)
+    shuffling.set_xticks(range(len(found)), [row["provider"].replace(", ", ",\n") for row in found])
+    shuffling.axhline(0, color="0.3", lw=0.8)
+    figures.bare(shuffling, "Loss of cells not trained on", y="nats a cell, over in memory")
+
+
+MEASUREMENT = Measurement(
+    "atlas",
+    "time and memory against the number of cells on disk, and stock SCVI",
+    rows,
+    options={
+        **OPTIONS,
+        "--cells": {"nargs": "+", "type": int, "help": "in the atlases on disk"},
+        "--atlases": {
+            "type": Path,
+            "default": ATLASES,
+            "help": "folder to keep them in (default: build/)",
+        },
+    },
+    needs=SCVI,
+    checks=checks,
+    introduction="Cells of `bench/atlas.py`, 2,000 genes, 15 % of the counts above 0; the top of "
+    "`bench/out_of_core.py` says what each step is. Each ran in a process of its own, whose memory "
+    "counts with the interpreter and its libraries.",
+    tables=tables,
+    plot=plot,
+)

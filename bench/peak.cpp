@@ -1,8 +1,6 @@
 // The machine's own peak: independent chains of fused multiply-adds in vector registers, which is
-// what a kernel would reach that did nothing else. Built by bench/peak.py with -march=native.
+// what a kernel would reach that did nothing else. Built by bench/roofline.py with -march=native.
 #include <cstdint>
-
-namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -15,11 +13,11 @@ constexpr int kVectorBytes = 16;
 // More chains than latency times units of any current core, few enough for 16 registers.
 constexpr int kChains = 12;
 
-template <class T>
-double fma_loop(std::int64_t rounds) {
-  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+// fma_loop(rounds) makes `rounds` times fma_operations() floating-point operations, an FMA counts two.
+extern "C" float fma_loop(std::int64_t rounds) {
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
   Vector sums[kChains] = {};
-  const Vector a = Vector{} + T(0.999), b = Vector{} + T(1e-3);
+  const Vector a = Vector{} + 0.999f, b = Vector{} + 1e-3f;
   for (std::int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
     for (int k = 0; k < kChains; ++k) {
@@ -33,12 +31,4 @@ double fma_loop(std::int64_t rounds) {
   return total[0];
 }
 
-}  // namespace
-
-// Each makes `rounds` times fma_*_operations() floating-point operations (an FMA counts two).
-extern "C" {
-double fma_float32(std::int64_t rounds) { return fma_loop<float>(rounds); }
-double fma_float64(std::int64_t rounds) { return fma_loop<double>(rounds); }
-int fma_float32_operations() { return 2 * kChains * kVectorBytes / int(sizeof(float)); }
-int fma_float64_operations() { return 2 * kChains * kVectorBytes / int(sizeof(double)); }
-}
+extern "C" int fma_operations() { return 2 * kChains * kVectorBytes / int(sizeof(float)); }

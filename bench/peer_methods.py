@@ -43,17 +43,17 @@ MakePrior = Callable[..., Prior]  # what stands in the place of `VMMPrior(start,
 
 
 def gmm(start: Tensor, latent_dim: int, **options: Any) -> Prior:
-    """Make a Gaussian mixture of as many components."""
+    """Return a Gaussian mixture of as many components."""
     return GaussianMixturePrior(len(start), latent_dim, **options)
 
 
 def vamp(start: Tensor, latent_dim: int, **options: Any) -> Prior:
-    """Make a VampPrior of the same pseudo-inputs."""
+    """Return a VampPrior of the same pseudo-inputs."""
     return VampPrior(start, latent_dim)
 
 
 def normal(start: Tensor, latent_dim: int, **options: Any) -> Prior:
-    """Make N(0, I)."""
+    """Return N(0, I)."""
     return StandardNormalPrior(latent_dim)
 
 

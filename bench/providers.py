@@ -16,8 +16,7 @@ import subprocess
 import tempfile
 import venv
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -169,16 +168,6 @@ class TFPWorker:
         self._process.stdin.close()
         self._process.wait()
         self._folder.cleanup()
-
-
-@contextmanager
-def tfp_worker(environment: str, p: Parameters, threads: int) -> Iterator[TFPWorker]:
-    """A :class:`TFPWorker` that is closed at the end."""
-    worker = TFPWorker(environment, p, threads)
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 # --- one step of expectation maximisation ---

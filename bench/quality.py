@@ -3,7 +3,7 @@
 A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST (or 25,000 of
 Fashion-MNIST), selects nothing by labels, and after every epoch scores the 10,000 (5,000) test
 images. It writes one JSON file with the curve, the command, versions and date; ``--plot`` draws all
-runs that lie in the results folder.
+runs of a prefix that lie in the results folder, and writes their page.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import vmm_fast
-from bench.integration import spread
-from bench.records import DATA, PLACES, RESULTS, command, environment
-from bench.report import table
-from vmm_fast._files import write_atomically
+from bench import figures
+from bench.measurement import OPTIONS, Measurement, Run
+from bench.records import DATA, PLACES, Row, command, environment
+from bench.tables import spread, table, write_text
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, RandomShifts, fit
 from vmm_fast.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "perceptron": {},  # the paper's
@@ -39,7 +43,7 @@ PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 
 
 def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: argparse.Namespace):
-    """Build the prior of a run; pseudo-inputs start at random training images."""
+    """Return the prior of a run; pseudo-inputs start at random training images."""
     if name == "normal":
         return vmm_fast.StandardNormalPrior(latent_dim)
     start = x[torch.randperm(len(x))[: components * args.pseudo_inputs_per_component]]
@@ -57,12 +61,12 @@ def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: arg
 
 @torch.no_grad()
 def posterior_means(model: VAE, x: Tensor, chunk: int = 4096) -> Tensor:
-    """Means of q(z | x) [N, D]."""
+    """Return the means of q(z | x) [N, D]."""
     return torch.cat([model.encode(part).mean for part in x.split(chunk)])
 
 
 def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """Scores of the model's components; for N(0, I), of k-means on the posterior means.
+    """Return scores of the model's components; for N(0, I), of k-means on the posterior means.
 
     k-means with ten clusters knows the number of classes, and has no most probable point: its
     accuracy by that rule is None.
@@ -79,7 +83,7 @@ def score(model: VAE, x: Tensor, labels: np.ndarray) -> dict[str, Any]:
 
 
 def score_clusters(model: VAE, x: Tensor, test: Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """Scores on test images of the clusters that are found in the training images."""
+    """Return scores on test images of the clusters that are found in the training images."""
     clusters = model.prior.clusters(posterior_means(model, x), model.encode)
     probabilities = clusters.probabilities(posterior_means(model, test))
     scores = clustering_scores(probabilities, labels).as_dict()
@@ -88,7 +92,7 @@ def score_clusters(model: VAE, x: Tensor, test: Tensor, labels: np.ndarray) -> d
 
 
 def read(folder: Path, dataset: str) -> tuple[Any, Any]:
-    """Images and labels to train on and to test with: the official parts where there are such."""
+    """Return images and labels to train on and to test with, the official parts of MNIST."""
     if dataset == "mnist":
         train, test = (np.load(folder / f"mnist_{part}.npz") for part in ("train", "test"))
         return train, test
@@ -97,7 +101,16 @@ def read(folder: Path, dataset: str) -> tuple[Any, Any]:
     return ({k: v[:cut] for k, v in every.items()}, {k: v[cut:] for k, v in every.items()})
 
 
-def run(args: argparse.Namespace, path: Path) -> None:
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a run as JSON, with a line for each entry and each epoch of its curve."""
+    *entries, curve = [*(item for item in record.items() if item[0] != "curve"), record["curve"]]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries]
+    epochs = ",\n".join(map(json.dumps, curve))
+    lines.append(f'"curve": [\n{epochs}\n]')
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def train(args: argparse.Namespace, path: Path) -> None:
     """Train one prior; its record is written to ``path`` after every epoch and at the end."""
     train, test = read(Path(args.data), args.dataset)
     torch.manual_seed(args.seed)
@@ -109,37 +122,27 @@ def run(args: argparse.Namespace, path: Path) -> None:
     prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
     network = NETWORKS[args.network]
     model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale, **network)
-    record = {
-        "command": command(sys.argv[1:]),
-        **environment(),
-        "settings": {k: v for k, v in vars(args).items() if k not in (*PLACES, "run")},
-    }
+    has_clusters = args.prior != "normal"
+    settings = {k: v for k, v in vars(args).items() if k not in PLACES}
     curve: list[dict[str, Any]] = json.loads(path.read_text())["curve"] if args.resume else []
+    record = {"command": command(sys.argv[1:]), **environment(), "settings": settings}
+    record |= {"final": None, "curve": curve}
     start = time.perf_counter() - (curve[-1]["seconds_since_start"] if curve else 0)
-
-    def write(final: dict[str, Any] | None = None) -> None:
-        text = json.dumps({**record, "final": final, "curve": curve}, indent=1)
-        write_atomically(path, lambda file: file.write(text), text=True)
 
     def on_epoch_end(epoch: dict[str, Any]) -> None:
         model.eval()
         # k-means, and a pass over all training images, cost seconds.
         fifth = epoch["epoch"] % 5 == 0
-        if args.prior != "normal" or fifth:
+        if has_clusters or fifth:
             epoch["test"] = score(model, y, test["labels"])
-        if args.prior != "normal" and fifth:
+        if has_clusters and fifth:
             epoch["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
-        write()
-        shown = {
-            k: epoch[k]
-            for k in ("epoch", "seconds_since_start", "validation_elbo", "validation_kl")
-        }
-        of_clusters = epoch.get("test", {}).get("clusters", {})
-        for k in ("clusters", "accuracy_one_to_one", "nmi", "ari"):
-            shown[k] = of_clusters.get(k)
-        print("  ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None), flush=True)
+        write_record(path, record)
+        shown = {**epoch, **epoch.get("test", {}).get("clusters", {})}
+        names = ("epoch", "seconds_since_start", "validation_elbo", "validation_kl", *COLUMNS)
+        print("  ".join(f"{k} {shown[k]:.4g}" for k in names if k in shown), flush=True)
         model.train()
 
     history = fit(
@@ -160,10 +163,24 @@ def run(args: argparse.Namespace, path: Path) -> None:
     model.eval()
     parts = {"train": (x, train["labels"]), "test": (y, test["labels"])}
     final = {name: score(model, *part) for name, part in parts.items()}
-    if args.prior != "normal":
+    if has_clusters:
         final["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
-    write({"best_epoch": history.best_epoch, **final})
+    write_record(path, {**record, "final": {"best_epoch": history.best_epoch, **final}})
 
+
+def rows(run: Run) -> Iterator[Row]:
+    """Train and write a record of its own, or draw what is there; there are no rows."""
+    args, folder = run.args, Path(run.args.out)
+    if args.plot:
+        print(*write_page(folder, args.prefix), sep="\n")
+    else:
+        path = folder / f"{args.prefix}-{args.name or args.prior}.json"
+        train(args, path)
+        print(path)
+    yield from ()
+
+
+# --- page and picture ---
 
 PANELS = (
     ("accuracy", "accuracy of components (most probable point)"),
@@ -183,134 +200,119 @@ cluster be one class at most; *accuracy* is the paper's rule: the label of a clu
 image. *Components* are the NMI of the components themselves and how many hold over 0.2 %."""
 
 
-def write_page(folder: Path, prefix: str) -> Path:
-    """Write ``prefix.md``, a line for all seeds of the same settings."""
+def _records(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
+    paths = sorted(folder.glob(f"{prefix}-*.json"))
+    return {path.stem.removeprefix(f"{prefix}-"): json.loads(path.read_text()) for path in paths}
+
+
+def write_page(folder: Path, prefix: str) -> list[Path]:
+    """Draw ``prefix.png``, and write ``prefix.md`` with a line for all seeds of the same settings.
+
+    There is no page where no run scored clusters.
+    """
+    records = _records(folder, prefix)
+    if not records:
+        raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
+    written = [figures.draw(folder / f"{prefix}.png", lambda figure: _plot(figure, records))]
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob(f"{prefix}-*.json")):
-        record = json.loads(path.read_text())
-        final = record["final"]
-        if final is None or "clusters" not in final["test"]:
-            continue
-        alike = " ".join(record["command"].split())
-        for name in ("--seed", "--name", "--out", "--data", "--checkpoint"):
-            alike = re.sub(rf"{name} \S+ ?", "", alike).strip()
-        found.setdefault(alike, []).append(record)
+    for record in records.values():
+        if record["final"] is not None and "clusters" in record["final"]["test"]:
+            alike = " ".join(record["command"].split())
+            for name in ("--seed", "--name", "--out", "--data", "--checkpoint"):
+                alike = re.sub(rf"{name} \S+ ?", "", alike).strip()
+            found.setdefault(alike, []).append(record)
+    if not found:
+        return written
     lines = []
-    for alike, records in found.items():
-        finals = [record["final"]["test"] for record in records]
+    for alike, same in found.items():
+        finals = [record["final"]["test"] for record in same]
         cells = [spread([final["clusters"][name] for final in finals]) for name in COLUMNS]
-        cells.append(spread([final["nmi"] for final in finals]))
-        cells.append(spread([final["components_active"] for final in finals]))
-        minutes = [record["curve"][-1]["seconds_since_start"] / 60 for record in records]
-        lines.append([f"`{alike}`", str(len(records)), *cells, f"{mean(minutes):.0f}"])
+        cells += [spread([f[name] for f in finals]) for name in ("nmi", "components_active")]
+        minutes = mean(record["curve"][-1]["seconds_since_start"] / 60 for record in same)
+        lines.append([f"`{alike}`", str(len(same)), *cells, f"{minutes:.0f}"])
     about = next(iter(found.values()))[0]
     names = ("date", "revision", "python", "torch", "cpu")
     heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
     text = ["# Clusters of images", "", ", ".join(f"{name} {about[name]}" for name in names), ""]
     text += [LEGEND, "", table(["command, with `--seed`", "seeds", *heads, "minutes"], lines), ""]
-    if (folder / f"{prefix}.png").exists():
-        text += ["", f"![Scores against epochs]({prefix}.png)", ""]
-    page = "\n".join(text)
-    out = folder / f"{prefix}.md"
-    write_atomically(out, lambda file: file.write(page), text=True)
-    return out
+    text += ["", f"![Scores against epochs]({prefix}.png)", ""]
+    return [*written, write_text(folder / f"{prefix}.md", "\n".join(text))]
 
 
-def plot(folder: Path, prefix: str) -> Path:
-    """Draw the curves of all runs of a prefix into one picture, ``prefix.png``."""
-    from matplotlib.figure import Figure
+def page(folder: Path) -> list[Path]:
+    """Write the pages of every prefix that lies there."""
+    runs = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    prefixes = dict.fromkeys(run["settings"].get("prefix", "mnist") for run in runs)
+    return [path for prefix in prefixes for path in write_page(folder, prefix)]
 
-    records = {
-        path.stem.removeprefix(f"{prefix}-"): json.loads(path.read_text())["curve"]
-        for path in sorted(folder.glob(f"{prefix}-*.json"))
-    }
-    if not records:
-        raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
-    figure = Figure(figsize=(15, 6.5), layout="constrained", dpi=110)
+
+def _plot(figure: Figure, records: dict[str, dict[str, Any]]) -> None:
+    """Draw the curves of all runs."""
+    figure.set_size_inches(15, 6.5)
     for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
-        for color, (name, curve) in enumerate(records.items()):
-            elbo = ("epoch", "validation_elbo", "validation_kl")
-            rows = [{**{k: e[k] for k in elbo}, **_flat(e.get("test", {}))} for e in curve]
-            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            ax.plot(x, y, color=f"C{color}", label=name, lw=1.5)
-        ax.set_title(title, fontsize=10, loc="left")
-        ax.set_xlabel("epoch", fontsize=9)
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+        for name, record in records.items():
+            points = []
+            for epoch in record["curve"]:
+                scores = epoch.get("test", {})
+                clusters = {f"clusters {k}": v for k, v in scores.get("clusters", {}).items()}
+                points.append((epoch["epoch"], {**epoch, **scores, **clusters}.get(key)))
+            known = [point for point in points if point[1] is not None]
+            ax.plot(*zip(*known, strict=True) if known else ((), ()), label=name, lw=1.5)
+        figures.bare(ax, title, "epoch", grid="both")
     figure.axes[3].legend(fontsize=8, frameon=False)
-    out = folder / f"{prefix}.png"
-    write_atomically(out, lambda file: figure.savefig(file, format="png"))
-    return out
 
 
-def _flat(scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores of components, and those of clusters under names of their own."""
-    of_clusters = scores.get("clusters", {})
-    return {**scores, **{f"clusters {name}": value for name, value in of_clusters.items()}}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of ``python -m bench quality``."""
-    parser.add_argument("--prior", choices=PRIORS, default="vmm")
-    parser.add_argument(
-        "--name", help="of the result file, PREFIX-NAME.json; the prior's unless given"
-    )
-    parser.add_argument(
-        "--data",
-        default=str(DATA),
-        help="folder with mnist_train.npz and mnist_test.npz, or fashion_mnist.npz",
-    )
-    parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
-    parser.add_argument("--network", choices=NETWORKS, default="perceptron")
-    parser.add_argument(
-        "--prefix", default="mnist", help="of the result files that belong together"
-    )
-    parser.add_argument("--images", type=int, help="train on the first so many; all unless given")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
-    parser.add_argument(
-        "--prior-warmup", type=float, default=0.0, help="share of the steps under N(0, I)"
-    )
-    parser.add_argument("--shifts", action="store_true", help="train on images shifted at random")
-    parser.add_argument("--pseudo-inputs-per-component", type=int, default=1)
-    parser.add_argument("--prior-learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--prior-weight",
-        choices=("data", "batch"),
-        default="data",
-        help="divide the parameter priors by the number of images or by the batch size",
-    )
-    parser.add_argument(
-        "--true-em", action="store_true", help="no gradient through the responsibilities"
-    )
-    parser.add_argument("--components", type=int, default=100)
-    parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--posterior", choices=("full", "diagonal"), default="full")
-    parser.add_argument(
-        "--scale", choices=("maximum-likelihood", "learnt"), default="maximum-likelihood"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", help="file to keep the run in after every epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the result files")
-    parser.add_argument(
-        "--plot",
-        action="store_true",
-        help="draw the runs of --prefix in --out, and write their page; train nothing",
-    )
-
-
-def main(args: argparse.Namespace) -> None:
-    """Run and write, or plot."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.plot:
-        print(plot(folder, args.prefix))
-        print(write_page(folder, args.prefix))
-        return
-    path = folder / f"{args.prefix}-{args.name or args.prior}.json"
-    run(args, path)
-    print(path)
+MEASUREMENT = Measurement(
+    "quality",
+    "scores on real images against epochs, one prior a run",
+    rows,
+    options={
+        "--prior": {"choices": PRIORS, "default": "vmm"},
+        "--name": {"help": "of the result file, PREFIX-NAME.json; the prior's unless given"},
+        "--data": {
+            "default": str(DATA),
+            "help": "folder with mnist_train.npz and mnist_test.npz, or fashion_mnist.npz",
+        },
+        "--dataset": {"choices": DATASETS, "default": DATASETS[0]},
+        "--network": {"choices": NETWORKS, "default": "perceptron"},
+        "--prefix": {"default": "mnist", "help": "of the result files that belong together"},
+        "--images": {"type": int, "help": "train on the first so many; all unless given"},
+        "--epochs": {"type": int, "default": 40},
+        "--batch-size": {"type": int, "default": 256},
+        "--learning-rate": {"type": float, "default": 1e-3},
+        "--schedule": {"choices": SCHEDULES, "default": "cosine"},
+        "--prior-warmup": {
+            "type": float,
+            "default": 0.0,
+            "help": "share of the steps under N(0, I)",
+        },
+        "--shifts": {"action": "store_true", "help": "train on images shifted at random"},
+        "--pseudo-inputs-per-component": {"type": int, "default": 1},
+        "--prior-learning-rate": {"type": float, "default": 1e-3},
+        "--prior-weight": {
+            "choices": ("data", "batch"),
+            "default": "data",
+            "help": "divide the parameter priors by the number of images or by the batch size",
+        },
+        "--true-em": {
+            "action": "store_true",
+            "help": "no gradient through the responsibilities",
+        },
+        "--components": {"type": int, "default": 100},
+        "--latent-dim": {"type": int, "default": 10},
+        "--posterior": {"choices": ("full", "diagonal"), "default": "full"},
+        "--scale": {
+            "choices": ("maximum-likelihood", "learnt"),
+            "default": "maximum-likelihood",
+        },
+        "--seed": {"type": int, "default": 0},
+        "--checkpoint": {"help": "file to keep the run in after every epoch"},
+        "--resume": {"action": "store_true", "help": "go on from --checkpoint"},
+        "--out": OPTIONS["--out"],
+        "--plot": {
+            "action": "store_true",
+            "help": "draw the runs of --prefix in --out, and write their page; train nothing",
+        },
+    },
+    page=page,
+)

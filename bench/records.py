@@ -1,8 +1,4 @@
-"""What every benchmark's results carry, so that a figure can be repeated, and where they lie.
-
-Speed results are JSON lines: one row a measurement, each with its command, revision, versions and
-machine.
-"""
+"""Rows of results: JSON lines, each with command, revision, versions and machine, to repeat it."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,7 +33,7 @@ Row = dict[str, Any]
 
 
 def command(arguments: list[str]) -> str:
-    """Give the command that repeats a run, without the places on this machine."""
+    """Return the command that repeats a run, without the places on this machine."""
     kept: list[str] = []
     options = iter(arguments)
     for option in options:
@@ -53,7 +49,7 @@ def command(arguments: list[str]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Everything about the machine that a figure may depend on."""
+    """Return everything about the machine that a value may depend on."""
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -75,7 +71,7 @@ def environment() -> dict[str, Any]:
 
 
 def _openmp_runtimes() -> str:
-    """File names of the OpenMP runtimes that are loaded; torch's wheels bring their own."""
+    """Return file names of the OpenMP runtimes that are loaded; torch's wheels bring their own."""
     found = (x["filepath"] for x in threadpool_info() if x["user_api"] == "openmp")
     return ", ".join(sorted(Path(path).name for path in found))
 
@@ -101,5 +97,20 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def select(rows: Iterable[Row], **fields: Any) -> list[Row]:
-    """Rows that have all these values; a field that a row lacks counts as None."""
+    """Return rows that have all these values; a field that a row lacks counts as None."""
     return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+
+
+def keep(path: Path, make: Callable[[], Row]) -> Row:
+    """Return the row in a file, or make it and write it there."""
+    if not path.exists():
+        text = json.dumps(make())
+        write_atomically(path, lambda file: file.write(text), text=True)
+    return json.loads(path.read_text())
+
+
+def kept(folder: Path, **orders: Iterable[Any]) -> list[Row]:
+    """Return all rows that :func:`keep` wrote, in the order of these fields' values, then seeds."""
+    places = {key: {value: i for i, value in enumerate(order)} for key, order in orders.items()}
+    rows = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(rows, key=lambda row: (*(places[k][row[k]] for k in places), row["seed"]))

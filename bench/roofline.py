@@ -19,29 +19,88 @@ are not counted.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bench import peak, problems, throughput
+import torch
+
+from bench import figures, problems, throughput
+from bench.measurement import Check, Measurement, Run, size_of
 from bench.problems import Size, Whitened
-from bench.records import Row
-from bench.timing import sampler, take_turns, threads
+from bench.records import Row, select
+from bench.tables import table
+from bench.timing import threads
 from vmm_fast import ops, reference
 
-PEAK = "FMA peak"
-COPY = "copy bandwidth"
-LOG_PROB = "log_prob"
-LOG_PROB_BACKWARD = "log_prob, backward"
-STATISTICS = "statistics"
-RESPONSIBILITIES = "responsibilities"
-ASSIGN = "assign"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PEAK, COPY = "FMA peak", "copy bandwidth"
+LOG_PROB, LOG_PROB_BACKWARD = "log_prob", "log_prob, backward"
+STATISTICS, RESPONSIBILITIES, ASSIGN = "statistics", "responsibilities", "assign"
 KERNELS = (LOG_PROB, LOG_PROB_BACKWARD, STATISTICS, RESPONSIBILITIES, ASSIGN)
+SIZES, QUICK = (Size(256, 100, 10), Size(4096, 100, 10), Size(4096, 500, 30)), (Size(64, 5, 3),)
+
+
+# --- the machine's own limits ---
+
+SOURCE = Path(__file__).with_name("peak.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
+ROUNDS = 4_000_000  # over ten milliseconds, next to which starting threads is nothing
+COPIED_BYTES = 2**28  # far more than a cache holds
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Build peak.cpp once for this source, compiler, flags and machine."""
+    compiler = os.environ.get("CXX", "c++")
+    host = subprocess.run(
+        [compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull],
+        capture_output=True,
+        check=True,
+    ).stderr
+    key = hashlib.sha256(SOURCE.read_bytes() + host + repr(FLAGS).encode()).hexdigest()[:16]
+    folder = Path(__file__).parents[1] / "build" / "bench"
+    path = folder / f"peak-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built = Path(temporary) / path.name
+            subprocess.run([compiler, *FLAGS, SOURCE, "-o", built], check=True)
+            built.replace(path)
+    library = ctypes.CDLL(str(path))
+    library.fma_loop.argtypes, library.fma_loop.restype = [ctypes.c_int64], ctypes.c_float
+    return library
+
+
+def fma(thread_count: int) -> tuple[Callable[[], object], int]:
+    """Return a call of fused multiply-adds, and the operations that it makes."""
+    library = _library()
+    pool = ThreadPoolExecutor(thread_count)  # ctypes lets go of the interpreter's lock
+    operations = thread_count * ROUNDS * library.fma_operations()
+    return lambda: list(pool.map(library.fma_loop, [ROUNDS] * thread_count)), operations
+
+
+def copy() -> tuple[Callable[[], object], int]:
+    """Return a call that copies on torch's threads, and the bytes that it reads and writes."""
+    source = torch.ones(COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * COPIED_BYTES
+
+
+# --- the kernels ---
 
 
 def operations(kernel: str, size: Size, with_weight: int) -> int:
-    """Floating-point operations of a kernel, as the top of this file counts them.
+    """Return the floating-point operations of a kernel, as the top of this file counts them.
 
     ``with_weight`` is the number of pairs whose responsibility is not 0.
     """
@@ -49,17 +108,14 @@ def operations(kernel: str, size: Size, with_weight: int) -> int:
     pair = triangle + size.D
     sums = (triangle + size.D) + (size.D + 1)
     every, weighted = {
-        LOG_PROB: (pair, 0),
         LOG_PROB_BACKWARD: (2 * pair, triangle + sums),
         STATISTICS: (pair, sums),
-        RESPONSIBILITIES: (pair, 0),
-        ASSIGN: (pair, 0),
-    }[kernel]
+    }.get(kernel, (pair, 0))
     return 2 * (every * size.B * size.J + weighted * with_weight)
 
 
 def moved_bytes(kernel: str, size: Size) -> int:
-    """Bytes of a kernel's float32 inputs and outputs."""
+    """Return the bytes of a kernel's float32 inputs and outputs."""
     points, mixture = size.B * size.D, size.J * (size.D**2 + size.D + 1)
     numbers = {
         LOG_PROB: points + mixture + 5 * size.B,
@@ -73,7 +129,7 @@ def moved_bytes(kernel: str, size: Size) -> int:
 
 
 def kernels(inputs: Whitened) -> dict[str, Callable[[], Any]]:
-    """Give a call for each kernel."""
+    """Return a call for each kernel."""
     return {
         LOG_PROB: partial(ops.mixture_log_prob, *inputs),
         LOG_PROB_BACKWARD: throughput.gradient_call(lambda p: ops.mixture_log_prob(*p)[0], inputs),
@@ -84,7 +140,7 @@ def kernels(inputs: Whitened) -> dict[str, Callable[[], Any]]:
 
 
 def errors(inputs: Whitened) -> dict[str, float]:
-    """Relative errors of the kernels against float64; of assign, of the largest probability."""
+    """Return relative errors of the kernels in float64; of assign, of the largest probability."""
     exact = Whitened(*(x.double() for x in inputs))
     found = {kernel: call() for kernel, call in kernels(inputs).items()}
     log_prob = problems.reference_log_prob(inputs, lambda p: p)
@@ -98,55 +154,128 @@ def errors(inputs: Whitened) -> dict[str, float]:
     }
 
 
-class Plan(NamedTuple):
-    """Sizes, and how long each takes turns with the peak."""
-
-    sizes: tuple[Size, ...]
-    repeats: int
-    seconds: float
-
-
-FULL = Plan((Size(256, 100, 10), Size(4096, 100, 10), Size(4096, 500, 30)), 10, 4.0)
-QUICK = Plan((Size(64, 5, 3),), 3, 0.0)
-
-
-def rows(plan: Plan, thread_counts: tuple[int, ...]) -> Iterator[Row]:
+def rows(run: Run) -> Iterator[Row]:
     """Kernels and limits take turns; on one thread, then on more."""
-    for count in thread_counts:
+    for count in run.thread_counts:
         with threads(count):
-            common = {"part": "roofline", "dtype": "float32", "threads": count}
-            fma, fma_operations = peak.fma("float32", count)
-            copy, copied = peak.copy()
-            limits = {PEAK: fma, COPY: copy}
-            work = {PEAK: {"operations": fma_operations}, COPY: {"bytes": copied}}
-            for size in plan.sizes:
+            (multiply, multiplied), (move, moved) = fma(count), copy()
+            limits = {PEAK: ("operations", multiplied), COPY: ("bytes", moved)}
+            for size in run.choose(SIZES, QUICK):
                 inputs = problems.whitened(size)
-                calls = {**limits, **kernels(inputs)}
-                error = errors(inputs)
                 with_weight = problems.pairs_with_weight(inputs)
-                timings = take_turns(
-                    {name: sampler(call) for name, call in calls.items()},
-                    repeats=plan.repeats,
-                    seconds=plan.seconds,
-                )
-                for name, timing in timings.items():
-                    if name in limits:
-                        row = {"provider": "machine", **work[name]}
-                    else:
-                        row = {
-                            "provider": "vmm_fast",
-                            "operations": operations(name, size, with_weight),
-                            "pairs_with_weight": with_weight,
-                            "bytes": moved_bytes(name, size),
-                            "error": error[name],
-                        }
-                    yield {**common, "mode": name, **size._asdict(), **row, **timing}
+                calls = {PEAK: multiply, COPY: move, **kernels(inputs)}
+                error = errors(inputs)
+                for row in run.compare("", calls, error, repeats=10, seconds=4.0):
+                    kernel = row.pop("provider")
+                    row |= {"threads": count, "mode": kernel, **size._asdict()}
+                    if kernel in limits:
+                        yield {**row, "provider": "machine", **dict([limits[kernel]])}
+                        continue
+                    row |= {"operations": operations(kernel, size, with_weight)}
+                    row |= {"pairs_with_weight": with_weight, "bytes": moved_bytes(kernel, size)}
+                    yield {**row, "provider": "vmm_fast"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options that no other part has: none."""
+# --- targets, table, picture ---
+
+FORWARD_REASON = """\
+At D = 10 a pair's 65 multiply-adds come with some 20 cycles a vector that are not counted: \
+subtracting the center, the exponential, the maximum. The start of threads, packing and Python \
+take a tenth of a call. Next: A z - A m for A (z - m) where centers are so near that it is as \
+precise."""
+BACKWARD_REASON = """\
+As above. Besides, at D = 10 the sums are over so few products that storing d, w d and the sums' \
+lanes takes as long as they do. Next: a body for each small dimension that keeps d and y in \
+registers, as the forward pass has."""
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows for the command line's options."""
-    return rows(QUICK if args.quick else FULL, tuple(sorted({1, args.threads})))
+def fraction_of_peak(row: Row, rows: Sequence[Row]) -> float:
+    """Return operations a second over those of the machine's multiply-adds in the same turns."""
+    same = {key: row[key] for key in ("threads", "dtype", "B", "J", "D")}
+    (peak,) = select(rows, mode=PEAK, **same)
+    return row["operations"] / row["p50"] / (peak["operations"] / peak["p50"])
+
+
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield the share of the peak on most threads, where there are enough points to fill them."""
+    for kernel, limit, reason in (
+        (LOG_PROB, 75.0, FORWARD_REASON),
+        (LOG_PROB_BACKWARD, 55.0, BACKWARD_REASON),
+    ):
+        found = select(rows, mode=kernel)
+        most = max((row["threads"] for row in found), default=0)
+        for row in select(found, threads=most):
+            if row["B"] > 256 or len(found) == 1:
+                target, share = f"{kernel}: share of the FMA peak", fraction_of_peak(row, rows)
+                yield Check(target, size_of(row), 100 * share, limit, unit=" %", reason=reason)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return the operations a second of every kernel and the share of the peak."""
+    lines = []
+    for row in rows:
+        cells = [str(row["threads"]), size_of(row), row["mode"]]
+        if row["mode"] == COPY:
+            lines.append([*cells, f"{row['bytes'] / row['p50'] / 1e9:.1f} GB/s", "", ""])
+            continue
+        cells.append(f"{row['operations'] / row['p50'] / 1e9:.0f} GFLOP/s")
+        if row["mode"] == PEAK:
+            lines.append([*cells, "", ""])
+        else:
+            share = f"{100 * fraction_of_peak(row, rows):.0f} %"
+            lines.append([*cells, f"{row['operations'] / row['bytes']:.0f}", share])
+    head = ("threads", "(B, J, D)", "kernel", "reached", "operations a byte", "of the FMA peak")
+    return table(head, lines)
+
+
+def plot(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw the share of the FMA peak against operations a byte, under the machine's two limits.
+
+    Shares, since the peak itself moves where others use the machine: each is of the peak in the
+    same turns.
+    """
+    counts = sorted({row["threads"] for row in rows})
+    sizes = list(dict.fromkeys(size_of(row) for row in rows))
+    figure.set_size_inches(1.5 + 5.5 * len(counts), 4.5)
+    axes = figure.subplots(1, len(counts), squeeze=False, sharex=True, sharey=True)[0]
+    for ax, count in zip(axes, counts, strict=True):
+        here = select(rows, threads=count)
+        peak, copied = (
+            max(row[work] / row["p50"] / 1e9 for row in select(here, mode=mode))
+            for mode, work in ((PEAK, "operations"), (COPY, "bytes"))
+        )
+        ridge = peak / copied
+        points = [(row, row["operations"] / row["bytes"]) for row in here if "error" in row]
+        high = 3 * max(ridge, *(intensity for _, intensity in points))
+        ax.loglog([ridge / 10, ridge, high], [10, 100, 100], color="0.3", lw=1.2)
+        figures.label(ax, f"FMA peak, {peak:.0f} GFLOP/s", (ridge, 100), (4, 4))
+        figures.label(ax, f"copy, {copied:.1f} GB/s", (ridge / 10, 10), (14, 6))
+        for row, intensity in points:
+            ax.scatter(
+                intensity,
+                100 * fraction_of_peak(row, rows),
+                color=f"C{KERNELS.index(row['mode'])}",
+                marker="os^Dv*"[sizes.index(size_of(row)) % 6],
+                zorder=3,
+            )
+        title = f"{count} thread{'s' if count > 1 else ''}, float32"
+        figures.bare(ax, title, "floating-point operations a byte of input and output")
+    axes[0].set_ylabel("operations a second, % of the FMA peak", fontsize=9)
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    for i, kernel in enumerate(KERNELS):
+        axes[-1].scatter([], [], color=f"C{i}", label=kernel)
+    for size, marker in zip(sizes, "os^Dv*", strict=False):
+        axes[-1].scatter([], [], color="0.5", marker=marker, label=f"(B, J, D) = {size}")
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+
+
+MEASUREMENT = Measurement(
+    "roofline",
+    "kernels against the machine's own limits",
+    rows,
+    checks=checks,
+    introduction="Peak and bandwidth are measured in the same turns as the kernels. How operations "
+    "and bytes are counted is said at the top of `bench/roofline.py`.",
+    tables=tables,
+    plot=plot,
+)

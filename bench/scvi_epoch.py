@@ -38,47 +38,45 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from statistics import median, median_low
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench import atlas
+from bench.measurement import Run
 from bench.records import Row
 from bench.timing import quantiles, threads
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 MODE = "scVI training epoch by phase"
 STOCK, BEFORE, VMM, NORMAL = "SCVI", "VMM, before", "VMM", "same network, N(0, I)"
 
-READING = "reading, making dense"
-ENCODER, DECODER = "encoder, forward", "decoder, forward"
+READING, REST = "reading, making dense", "rest of Lightning"
 LIKELIHOOD, LIKELIHOOD_BACKWARD = "likelihood, forward", "likelihood, backward"
 KL, KL_BACKWARD = "KL divergence, forward", "KL divergence, backward"
-NETWORK_BACKWARD = "network, backward"
-OPTIMIZER, PRIOR = "optimizer", "prior's step"
-LOGGING, REST = "metrics and logging", "rest of Lightning"
-PHASES = (
-    *(READING, ENCODER, DECODER, LIKELIHOOD, LIKELIHOOD_BACKWARD, KL, KL_BACKWARD),
-    *(NETWORK_BACKWARD, OPTIMIZER, PRIOR, LOGGING, REST),
-)
+ENCODER, DECODER, NETWORK_BACKWARD = "encoder, forward", "decoder, forward", "network, backward"
+OPTIMIZER, PRIOR, LOGGING = "optimizer", "prior's step", "metrics and logging"
+PHASES = {  # with their colours: forward and backward of a part share a hue
+    READING: "0.45",
+    ENCODER: "#9ecae1",
+    DECODER: "#4292c6",
+    LIKELIHOOD: "#fdae6b",
+    LIKELIHOOD_BACKWARD: "#e6550d",
+    KL: "#a1d99b",
+    KL_BACKWARD: "#31a354",
+    NETWORK_BACKWARD: "#084594",
+    OPTIMIZER: "#9e9ac8",
+    PRIOR: "#54278f",
+    LOGGING: "#e7ba52",
+    REST: "0.8",
+}
 _BACK = {LIKELIHOOD: LIKELIHOOD_BACKWARD, KL: KL_BACKWARD}
 _MEASURING = "finding nodes"
-
-
-class Plan(NamedTuple):
-    """The cells, the batch sizes, and how often the models take turns."""
-
-    cells: int
-    genes: int
-    batches: tuple[int, ...]
-    repeats: int
-
-
-FULL = Plan(10_000, 2000, (128, 512), 5)
-QUICK = Plan(200, 40, (32,), 1)
 
 
 class Clock:
@@ -90,72 +88,61 @@ class Clock:
         self._last = time.process_time()
         self._starts: list[tuple[int, str]] = []  # number of the next node, and whose it is
 
-    def _tick(self) -> None:
+    def stop(self) -> None:
+        """Count until now for the phase that was entered last."""
         now = time.process_time()
         self.seconds[self._entered[-1]] += now - self._last
         self._last = now
 
-    def enter(self, phase: str) -> None:
-        """Count for a phase from now on."""
-        self._tick()
-        self._entered.append(phase)
-        self._starts.append((torch._C._autograd._get_sequence_nr(), phase))
-
-    def leave(self) -> None:
-        """Count again for the phase that was left for this one."""
-        self._tick()
-        self._entered.pop()
+    def _mark(self) -> None:
         self._starts.append((torch._C._autograd._get_sequence_nr(), self._entered[-1]))
 
-    def stop(self) -> dict[str, float]:
-        """Give the seconds of every phase until now."""
-        self._tick()
-        return self.seconds
-
     def within(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the call that counts for a phase."""
+        """Return the call that counts for a phase."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self.enter(phase)
+            self.stop()
+            self._entered.append(phase)
+            self._mark()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.leave()
+                self.stop()
+                self._entered.pop()
+                self._mark()
 
         return timed
 
     def step(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the optimizer's step, whose closure does not count for it."""
+        """Return the optimizer's step, whose closure does not count for it."""
         timed = self.within(OPTIMIZER, call)
         return lambda closure: timed(self.within(REST, closure))
 
     def backward(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the backward pass, which counts for the phases that it comes through."""
+        """Return the backward pass, which counts for the phases that it comes through."""
 
-        def timed(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            self.enter(_MEASURING)
+        def in_phases(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             hooks = [
                 node.register_prehook(lambda _, phase=phase: self._go_over_to(phase))
                 for node, phase in self._last_nodes(loss)
             ]
-            self._go_over_to(_BACK[LIKELIHOOD])  # ``loss`` ends with it
+            self._go_over_to(LIKELIHOOD_BACKWARD)  # ``loss`` ends with it
             try:
                 call(loss, *args, **kwargs)
             finally:
                 self._go_over_to(_MEASURING)
                 for hook in hooks:
                     hook.remove()
-                self.leave()
                 self._starts.clear()
 
-        return timed
+        return self.within(_MEASURING, in_phases)
 
     def _go_over_to(self, phase: str) -> None:
-        self._tick()
+        self.stop()
         self._entered[-1] = phase
 
     def _last_nodes(self, loss: Tensor) -> list[tuple[Any, str]]:
-        """Give the node of each phase that the backward pass comes to first."""
+        """Return the node of each phase that the backward pass comes to first."""
         starts = [number for number, _ in self._starts]
         last: dict[int, tuple[int, Any]] = {}
         nodes, seen = [loss.grad_fn], {loss.grad_fn}
@@ -182,9 +169,12 @@ def epoch(model: Any, batch_size: int, *, phases: bool) -> dict[str, float]:
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+    learns_prior = hasattr(model.module, "prior")
+    patches = ExitStack()
+
     class Phases(Callback):
         def on_train_start(self, trainer: Any, plan: Any) -> None:
-            self.steps, self.patches = trainer.num_training_batches, ExitStack()
+            self.steps = trainer.num_training_batches
             clock = self.clock = Clock()
             if not phases:
                 return
@@ -206,85 +196,94 @@ def epoch(model: Any, batch_size: int, *, phases: bool) -> dict[str, float]:
             self._replace(plan, "backward", clock.backward(plan.backward))
 
         def _replace(self, of: Any, name: str, call: Callable[..., Any]) -> None:
-            self.patches.enter_context(patch.object(of, name, call))
+            patches.enter_context(patch.object(of, name, call))
 
         def on_train_end(self, *_: Any) -> None:
-            self.seconds = self.clock.stop()
-            self.patches.close()
+            self.clock.stop()
+            patches.close()
 
     found = Phases()
-    learns_prior = hasattr(model.module, "prior")
     model.train(
         1,
         batch_size=batch_size,
-        accelerator="cpu",
         plan_kwargs={"prior_warmup": 0} if learns_prior else {},
         callbacks=[found],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
+        **SILENT,
     )
-    return {name: found.seconds[name] / found.steps for name in PHASES}
+    return {name: found.clock.seconds[name] / found.steps for name in PHASES}
 
 
-def models(plan: Plan) -> dict[str, Any]:
-    """Give the four models of the same cells."""
+# Options of ``train`` for a CPU and no output.
+SILENT: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
+
+
+def make_model(name: str, adata: AnnData, **options: Any) -> Any:
+    """Return a model of the cells: stock SCVI, VMMSCVI, or this as it was before."""
     import scvi
     from scvi.model import SCVI
     from scvi.train import TrainingPlan
 
     from vmm_fast.scvi import VMMSCVI
+    from vmm_fast.scvi.integration import quiet
     from vmm_fast.scvi.training import EmpiricalBayesTrainingPlan
 
     class PlanBefore(EmpiricalBayesTrainingPlan):
         get_optimizer_creator = TrainingPlan.get_optimizer_creator
         log = TrainingPlan.log
 
-    adata = atlas.Atlas(genes=plan.genes).in_memory(plan.cells)
-    found = {}
-    for name, make in {
-        STOCK: SCVI,
-        BEFORE: partial(VMMSCVI, fused_likelihood=False),
-        VMM: VMMSCVI,
-        NORMAL: partial(VMMSCVI, prior="normal"),
-    }.items():
-        (SCVI if name == STOCK else VMMSCVI).setup_anndata(adata, batch_key="batch")
+    kind = SCVI if name == STOCK else VMMSCVI
+    if name == BEFORE:
+        options["fused_likelihood"] = False
+    elif name == NORMAL:
+        options["prior"] = "normal"
+    with quiet():
+        kind.setup_anndata(adata, batch_key="batch")
         scvi.settings.seed = 0
-        found[name] = make(adata)
-    found[BEFORE]._training_plan_cls = PlanBefore
+        model = kind(adata, **options)
+    if name == BEFORE:
+        model._training_plan_cls = PlanBefore
+    return model
+
+
+def epochs(models: dict[str, Any], batch_size: int, repeats: int, *modes: bool) -> dict[str, list]:
+    """Return the epochs of every model, which take turns, each with phases or without, or both."""
+    from vmm_fast.scvi.integration import quiet
+
+    found: dict[str, list] = {name: [] for name in models}
+    with threads(1), quiet():
+        for turn in range(1 + repeats):
+            for name, model in models.items():
+                taken = [epoch(model, batch_size, phases=phases) for phases in modes]
+                found[name] += [taken] if turn else []  # the first one warms up
     return found
 
 
-def rows(plan: Plan) -> Iterator[Row]:
+def rows(run: Run) -> Iterator[Row]:
     """A row for each batch size and model."""
-    from vmm_fast.scvi.integration import quiet
-
-    with quiet():
-        every = models(plan)
-    for size in plan.batches:
-        whole: dict[str, list[float]] = {name: [] for name in every}
-        parts: dict[str, list[dict[str, float]]] = {name: [] for name in every}
-        with threads(1), quiet():
-            for turn in range(1 + plan.repeats):
-                for name, model in every.items():
-                    steps = [epoch(model, size, phases=phases) for phases in (False, True)]
-                    if turn:  # the first one warms up
-                        whole[name].append(steps[0][REST])
-                        parts[name].append(steps[1])
-        for name, seconds in whole.items():
-            sums = [sum(phases.values()) for phases in parts[name]]
-            phases = parts[name][sums.index(median_low(sums))]
+    cells, genes = run.choose((10_000, 2000), (200, 40))
+    adata = atlas.Atlas(genes=genes).in_memory(cells)
+    models = {name: make_model(name, adata) for name in (STOCK, BEFORE, VMM, NORMAL)}
+    for size in run.choose((128, 512), (32,)):
+        taken = epochs(models, size, run.choose(5, 1), False, True)
+        stock = median(plain[REST] for plain, _ in taken[STOCK])
+        for name, pairs in taken.items():
+            seconds = [plain[REST] for plain, _ in pairs]
+            sums = [sum(phases.values()) for _, phases in pairs]
+            phases = pairs[sums.index(median_low(sums))][1]
             yield {
-                "part": "scvi-step",
-                "dtype": "float32",
                 "threads": 1,
                 "mode": MODE,
                 "provider": name,
                 "B": size,
-                "genes": plan.genes,
-                "cells": plan.cells,
+                "genes": genes,
+                "cells": cells,
                 "phases": phases,
                 "phases, over whole": round(sum(phases.values()) / median(seconds), 3),
-                "times stock": round(median(seconds) / median(whole[STOCK]), 3),
+                "times stock": round(median(seconds) / stock, 3),
                 **quantiles(seconds),
             }

@@ -9,60 +9,53 @@ Where the time of a step within Lightning goes is told by :mod:`bench.scvi_epoch
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from bench import scvi_epoch
-from bench.records import Row
-from bench.timing import sampler, take_turns, threads
+from bench import figures, scvi_epoch
+from bench.measurement import SCVI, Check, Measurement, Run
+from bench.records import Row, select
+from bench.scvi_epoch import NORMAL, STOCK, VMM
+from bench.tables import duration, pivot, table
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.figure import Figure
 
 MODE = "scVI training step"
-STOCK = "SCVI"
-PRIORS = {
-    "VMM": {"prior": "vmm"},
+PRIORS: dict[str, dict[str, Any]] = {
+    VMM: {"prior": "vmm"},
     "VMM, scvi-tools' likelihood": {"prior": "vmm", "fused_likelihood": False},
     "VMM, 50 components": {"prior": "vmm", "n_components": 50},
     "GMM": {"prior": "gmm"},
     "VampPrior": {"prior": "vamp"},
-    "same network, N(0, I)": {"prior": "normal"},
+    NORMAL: {"prior": "normal"},
 }
+BATCHES, QUICK = (128, 512), (16,)
+LIMITS = {128: 0.75, 512: 0.45}  # over the time of SCVI
+REASON = """\
+What the prior adds is mostly two encodings of the pseudo-cells a step, which do not grow with the \
+batch. Next: fewer pseudo-cells a step."""
 
 
-class Plan(NamedTuple):
-    """The cells, the batch sizes, and how long the priors take turns."""
-
-    genes: int
-    batches: tuple[int, ...]
-    repeats: int
-    seconds: float
-
-
-FULL = Plan(2000, (128, 512), 10, 60.0)
-QUICK = Plan(40, (16,), 3, 0.0)
-
-
-def make_step(name: str, plan: Plan, batch_size: int) -> Callable[[], None]:
-    """Give the call that trains one step on the next batch."""
+def random_cells(cells: int, genes: int) -> AnnData:
+    """Return counts of cells in three batches, as sparse as real ones."""
     from anndata import AnnData
-    from scvi.model import SCVI
-
-    from vmm_fast.scvi import VMMSCVI
+    from scipy.sparse import csr_matrix
 
     generator = np.random.default_rng(0)
-    counts = generator.poisson(0.3 * generator.gamma(0.3, 1, plan.genes), (2048, plan.genes))
-    adata = AnnData(counts.astype(np.float32))
-    adata.obs["batch"] = generator.integers(3, size=len(counts)).astype(str)
-    torch.manual_seed(0)
-    kind = SCVI if name == STOCK else VMMSCVI
-    kind.setup_anndata(adata, batch_key="batch")
-    model = SCVI(adata) if name == STOCK else VMMSCVI(adata, **PRIORS[name])
+    rates = 0.3 * generator.gamma(0.3, 1, genes)
+    adata = AnnData(csr_matrix(generator.poisson(rates, (cells, genes)).astype(np.float32)))
+    adata.obs["batch"] = generator.integers(3, size=cells).astype(str)
+    return adata
+
+
+def make_step(name: str, adata: AnnData, batch_size: int) -> Callable[[], None]:
+    """Return the call that trains one step on the next batch."""
+    model = scvi_epoch.make_model(name, adata, **PRIORS.get(name, {}))
     if name != STOCK:
         model._start_pseudo_cells()
     module = model.module.train()
@@ -84,38 +77,97 @@ def make_step(name: str, plan: Plan, batch_size: int) -> Callable[[], None]:
     return step
 
 
-def rows(plan: Plan, thread_count: int) -> Iterator[Row]:
-    """A row for each prior and batch size."""
-    with threads(thread_count):
-        for size in plan.batches:
-            samplers = {name: sampler(make_step(name, plan, size)) for name in (STOCK, *PRIORS)}
-            timings = take_turns(samplers, repeats=plan.repeats, seconds=plan.seconds)
-            for name, timing in timings.items():
-                yield {
-                    "part": "scvi-step",
-                    "dtype": "float32",
-                    "threads": thread_count,
-                    "mode": MODE,
-                    "provider": name,
-                    "B": size,
-                    "genes": plan.genes,
-                    "times stock": round(timing["p50"] / timings[STOCK]["p50"], 3),
-                    **timing,
-                }
+def rows(run: Run) -> Iterator[Row]:
+    """A row for each prior and batch size, then those of epochs by phase."""
+    genes = run.choose(2000, 40)
+    adata = random_cells(2048, genes)
+    adata.X = adata.X.toarray()
+    for size in run.choose(BATCHES, QUICK):
+        calls = {name: make_step(name, adata, size) for name in (STOCK, *PRIORS)}
+        found = list(run.compare(MODE, calls, {}, repeats=10, seconds=60.0, B=size, genes=genes))
+        for row in found:
+            yield {**row, "times stock": round(row["p50"] / found[0]["p50"], 3)}
+    yield from scvi_epoch.rows(run)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options that no other part has: none."""
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield the time of a step over that of SCVI."""
+    for row in select(rows, mode=MODE, provider=VMM):
+        if row["B"] in LIMITS:
+            target, limit = f"scVI training step, VMM, against {STOCK}", LIMITS[row["B"]]
+            case = f"B = {row['B']}"
+            yield Check(target, case, row["times stock"], limit, False, reason=REASON)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows for the command line's options; none where scvi-tools is not installed."""
-    try:
-        import scvi
-    except ImportError:
-        print('scvi-step is left out: pip install "vmm-fast[scvi]"')
-        return
-    warnings.filterwarnings("ignore")
-    scvi.settings.verbosity = logging.ERROR
-    yield from rows(QUICK if args.quick else FULL, args.threads)
-    yield from scvi_epoch.rows(scvi_epoch.QUICK if args.quick else scvi_epoch.FULL)
+def tables(rows: Sequence[Row]) -> str:
+    """Return the median of a step, over SCVI's in brackets; of an epoch's, every phase."""
+
+    def cell(row: Row) -> str:
+        return f"{duration(row['p50'])} ({row['times stock']:.2f}x)"
+
+    text = pivot(select(rows, mode=MODE), ["B"], lambda row: (str(row["B"]),), cell)
+    found = select(rows, mode=scvi_epoch.MODE)
+    for size in dict.fromkeys(row["B"] for row in found):
+        here = select(found, B=size)
+        lines = [
+            (phase, *(_milliseconds(row["phases"][phase]) for row in here))
+            for phase in scvi_epoch.PHASES
+        ]
+        sums = (_milliseconds(sum(row["phases"].values())) for row in here)
+        lines.append(("**sum**", *(f"**{text}**" for text in sums)))
+        plain = (f"{_milliseconds(row['p50'])} ({row['times stock']:.2f}x)" for row in here)
+        lines.append(("the same epoch without phases", *plain))
+        text += f"\nB = {size}, an epoch through Lightning, CPU time in ms a step on 1 thread:\n\n"
+        text += table(("phase", *(row["provider"] for row in here)), lines)
+    return text
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds else "-"
+
+
+def plot(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw the time of a step next to stock SCVI's, and of a step in an epoch, by phase."""
+    epochs = select(rows, mode=scvi_epoch.MODE)
+    sizes = list(dict.fromkeys(row["B"] for row in epochs))
+    figure.set_size_inches(7 + 4 * len(sizes), 4.6)
+    steps, *axes = figure.subplots(1, 1 + len(sizes), width_ratios=[1.6] + [1] * len(sizes))
+    found = select(rows, mode=MODE)
+    groups = [
+        f"B = {row['B']}\n{STOCK}: {duration(row['p50'])}" for row in select(found, provider=STOCK)
+    ]
+    values = {name: [row["times stock"] for row in select(found, provider=name)] for name in PRIORS}
+    figures.bars(steps, groups, values)
+    figures.limit(steps, 1)
+    figures.bare(steps, f"Training step, time / that of {STOCK}")
+    for ax, size in zip(axes, sizes, strict=True):
+        here = select(epochs, B=size)
+        names = [row["provider"].replace(", ", ",\n", 1) for row in here]
+        bottom = np.zeros(len(here))
+        for phase, color in scvi_epoch.PHASES.items():
+            height = np.array([1e3 * row["phases"][phase] for row in here])
+            ax.bar(names, height, 0.7, bottom, color=color, label=phase)
+            bottom += height
+        for place, top in enumerate(bottom):
+            figures.label(ax, f"{top:.3g}", (place, top), (0, 2), ha="center")
+        figures.bare(ax, f"Step in an epoch, B = {size}", y="ms of CPU time")
+    handles = axes[-1].get_legend_handles_labels() if axes else ([], [])
+    style = {"fontsize": 8, "frameon": False, "loc": "outside right center"}
+    figure.legend(*(part[::-1] for part in handles), **style)
+
+
+MEASUREMENT = Measurement(
+    "scvi-step",
+    "training steps of scVI under each prior, next to stock SCVI",
+    rows,
+    needs=SCVI,
+    checks=checks,
+    heading="scVI step",
+    introduction="First, steps without Lightning on random counts of 2,000 genes; in brackets the "
+    "time over that of SCVI. Then epochs with everything that `train` does, on cells of "
+    "`bench/atlas.py`: what the phases are and how they are told apart is said at the top of "
+    "`bench/scvi_epoch.py`. *VMM, before* has scvi-tools' likelihood and "
+    "logging, and Adam as it comes.",
+    tables=tables,
+    plot=plot,
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.peer_methods import MakePrior, Method, ours
-from bench.peers import Comparison
+from bench.peers import Comparison, measurement
 from bench.records import Row, select
 from vmm_fast import VMMPrior
 from vmm_fast.priors import Prior
@@ -19,7 +19,7 @@ CLUSTERS_WITHIN, NMI_WITHIN = 0.2, 0.03
 
 
 def prior(**options: Any) -> MakePrior:
-    """Make the prior as it is but for some options."""
+    """Return the prior as it is but for some options."""
 
     def make(start: Tensor, latent_dim: int, **usual: Any) -> Prior:
         if k := options.get("pseudo_inputs_per_component"):
@@ -30,7 +30,7 @@ def prior(**options: Any) -> MakePrior:
 
 
 def badly_started(start: Tensor, latent_dim: int, **usual: Any) -> Prior:
-    """Make the prior with all pseudo-inputs close to one image."""
+    """Return the prior with all pseudo-inputs close to one image."""
     return VMMPrior(start[:1] + 0.01 * torch.randn_like(start), latent_dim, **usual)
 
 
@@ -75,7 +75,7 @@ METHODS = {
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """Say how far apart means over the seeds are, from 50 components and for all batches."""
+    """Return how far apart means over the seeds are, from 50 components and for all batches."""
     found = []
     for setting, least in (("components", 50), ("batch-size", 0)):
         names = [
@@ -101,3 +101,4 @@ def verdicts(rows: list[Row]) -> list[str]:
 
 
 SETTINGS = Comparison("settings", "Clusters of images under other settings", METHODS, verdicts)
+MEASUREMENT = measurement(SETTINGS, "clusters of images: ours under other settings")

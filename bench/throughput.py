@@ -8,28 +8,30 @@ responsibility is above 0 in float32.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.distributions import Distribution, MultivariateNormal
 
-from bench import problems, providers
+from bench import figures, problems, providers
 from bench.eager_prior import EagerVMM
+from bench.measurement import OPTIONS, Check, Less, Measurement, Run, ratios, size_of
 from bench.problems import Size, Whitened
 from bench.records import Row, select
-from bench.timing import Sampler, sampler, take_turns, threads
-from vmm_fast import VMMPrior, ops, reference
+from bench.tables import duration, pivot, table
+from vmm_fast import VMMPrior, reference
 from vmm_fast.mixture import Components, gaussian_parameters
 
-TOLERANCE = 1e-3  # of a float32 result against float64; who is further off is wrong
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORWARD = "forward"
 BACKWARD = "forward + backward"
@@ -42,98 +44,54 @@ BACKWARD_FAR_APART = f"{BACKWARD}, clusters far apart"
 EM_STEP_FAR_APART = f"{EM_STEP}, clusters far apart"
 OVERHEAD = "call overhead"
 OPERATORS = "torch operators"
-
-
-class Plan(NamedTuple):
-    """Sizes of a run, and how long each case takes turns."""
-
-    density: tuple[Size, ...]
-    far_apart: tuple[Size, ...]  # of these, with clusters far apart as well
-    step: tuple[Size, ...]
-    components: tuple[Size, ...]  # without points
-    em: Size  # what all providers run
-    em_full: Size  # what vmm_fast runs as well
-    operators: Size
-    repeats: int
-    seconds: float
-    em_repeats: int
-    slow_to_start: bool  # whether providers that compile for seconds take part
-
-
-FULL = Plan(
-    density=(
-        Size(256, 100, 10),
-        Size(1024, 100, 10),
-        Size(4096, 100, 10),
-        Size(256, 100, 30),
-        Size(4096, 500, 30),
-    ),
-    far_apart=(Size(256, 100, 30), Size(4096, 500, 30)),
-    step=(Size(256, 100, 10), Size(1024, 100, 10), Size(256, 100, 30)),
-    components=(Size(0, 100, 10), Size(0, 100, 30)),
-    em=Size(50_000, 500, 30),
-    em_full=Size(1_000_000, 500, 30),
-    operators=Size(256, 100, 10),
-    repeats=5,
-    seconds=5.0,
-    em_repeats=3,
-    slow_to_start=True,
+SHOWN = (
+    *(FORWARD, BACKWARD, BACKWARD_FAR_APART, PARAMETERS, COMPONENTS),
+    *(GRADIENT_STEP, CLOSED_FORM_STEP, EM_STEP, EM_STEP_FAR_APART),
 )
-QUICK = Plan(
-    density=(Size(32, 5, 3),),
-    far_apart=(Size(32, 5, 3),),
-    step=(Size(32, 5, 3),),
-    components=(Size(0, 5, 3),),
-    em=Size(500, 4, 3),
-    em_full=Size(2000, 4, 3),
-    operators=Size(16, 4, 3),
-    repeats=3,
-    seconds=0.0,
-    em_repeats=3,
-    slow_to_start=False,
+
+DENSITY = (
+    *(Size(256, 100, 10), Size(1024, 100, 10), Size(4096, 100, 10)),
+    *(Size(256, 100, 30), Size(4096, 500, 30)),
 )
+FAR_APART = DENSITY[3:]
+STEP = (Size(256, 100, 10), Size(1024, 100, 10), Size(256, 100, 30))
+BUILT = (Size(0, 100, 10), Size(0, 100, 30))
+EM, EM_FULL = Size(50_000, 500, 30), Size(1_000_000, 500, 30)  # of all, and of vmm_fast as well
+QUICK = (Size(32, 5, 3),)
+QUICK_BUILT, QUICK_EM, QUICK_EM_FULL = (Size(0, 5, 3),), Size(500, 4, 3), Size(2000, 4, 3)
+
+TFP = "TensorFlow Probability"
 SLOW_TO_START = ("torch.compile", "KeOps")
-
 VERSIONS = {
     "KeOps": "pykeops",
     "torchgmm": "torchgmm",
     "GaussianMixture": "scikit-learn",
     "BayesianGaussianMixture": "scikit-learn",
 }
+COLORS = {
+    "vmm_fast": "C0",
+    "matmul": "C1",
+    "torch.compile": "C2",
+    "KeOps": "C3",
+    "torch.distributions": "C4",
+    TFP: "C5",
+    "torch": "C1",
+    "GaussianMixture": "C6",
+    "BayesianGaussianMixture": "C8",
+    "torchgmm": "C9",
+}
 
 
-def rows(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator[Row]:
+def rows(run: Run) -> Iterator[Row]:
     """Measure everything; a row each."""
-    with threads(thread_count):
-        for part in (
-            whitened(plan),
-            from_parameters(plan, thread_count, tfp_environment),
-            components(plan),
-            empirical_bayes(plan),
-            em(plan),
-            overhead(plan),
-            operators(plan),
-        ):
-            for row in part:
-                yield {"part": "throughput", "dtype": "float32", "threads": thread_count, **row}
-
-
-def _rows(
-    mode: str,
-    size: Size,
-    samplers: Mapping[str, Sampler],
-    errors: Mapping[str, float],
-    repeats: int,
-    seconds: float,
-) -> Iterator[Row]:
-    for provider, error in errors.items():
-        if not error < TOLERANCE:
-            raise RuntimeError(f"{provider}, {mode}, {tuple(size)}: error {error:.2g} in float32")
-    for provider, timing in take_turns(samplers, repeats=repeats, seconds=seconds).items():
-        row: Row = {"mode": mode, "provider": provider, **size._asdict()}
-        if provider in VERSIONS:
-            row["provider_version"] = importlib.metadata.version(VERSIONS[provider])
-        yield {**row, **timing, "error": errors[provider]}
+    if folder := run.args.make_tfp_environment:
+        providers.make_tfp_environment(folder)
+        return
+    for part in (whitened, from_parameters, components, empirical_bayes, em, overhead, operators):
+        for row in part(run):
+            if row["provider"] in VERSIONS and "p50" in row:
+                row["provider_version"] = importlib.metadata.version(VERSIONS[row["provider"]])
+            yield row
 
 
 def _absent(mode: str, names: Iterable[str], why: str) -> Iterator[Row]:
@@ -142,12 +100,15 @@ def _absent(mode: str, names: Iterable[str], why: str) -> Iterator[Row]:
 
 
 def share_with_weight(p: Whitened, transpose: bool = False) -> float:
-    """Share of the pairs of a point and a component whose responsibility is above 0."""
+    """Return the share of the pairs of a point and a component whose responsibility is above 0."""
     return problems.pairs_with_weight(p, transpose) / (len(p.z) * len(p.centers))
 
 
+# --- densities ---
+
+
 def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
-    """Give the call that computes a density and the gradients of its sum for all inputs."""
+    """Return the call that computes a density and the gradients of its sum for all inputs."""
     leaves = type(inputs)(*(x.detach().requires_grad_() for x in inputs))
     upstream = torch.ones_like(inputs.z[:, 0])
 
@@ -158,76 +119,64 @@ def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], t
     return call
 
 
-def _without_graph(call: Callable[..., Tensor], inputs: Any) -> Callable[[], Tensor]:
-    def without_graph() -> Tensor:
+def _forward_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
+    def call() -> tuple:
         with torch.no_grad():
-            return call(inputs)
+            return (density(inputs),)
 
-    return without_graph
+    return call
 
 
-def whitened(plan: Plan) -> Iterator[Row]:
+def whitened(run: Run) -> Iterator[Row]:
     """Forward, and forward with backward, of a mixture that is built."""
-    for mode, sizes in (
-        (FORWARD, plan.density),
-        (BACKWARD, plan.density),
-        (BACKWARD_FAR_APART, plan.far_apart),
-    ):
+    for mode, sizes in ((FORWARD, DENSITY), (BACKWARD, DENSITY), (BACKWARD_FAR_APART, FAR_APART)):
         wanted = providers.whitened_densities()
-        if not plan.slow_to_start:
+        if run.args.quick:
             yield from _absent(mode, SLOW_TO_START, "left out by --quick")
             wanted = {k: v for k, v in wanted.items() if k not in SLOW_TO_START}
         elif "KeOps" not in wanted:
             yield from _absent(mode, ["KeOps"], "not installed")
-        for size in sizes:
+        make = _forward_call if mode == FORWARD else gradient_call
+        for size in run.choose(sizes, QUICK):
             inputs = problems.whitened(size, far_apart=mode == BACKWARD_FAR_APART)
             truth = problems.reference_log_prob(inputs, lambda p: p)
-            calls: dict[str, Callable[[], Any]] = {}
-            errors = {}
-            for name, density in wanted.items():
-                if mode == FORWARD:
-                    calls[name] = _without_graph(density, inputs)
-                    errors[name] = problems.error([calls[name]()], truth[:1])
-                else:
-                    calls[name] = gradient_call(density, inputs)
-                    errors[name] = problems.error(calls[name](), truth)
-            samplers = {name: sampler(call) for name, call in calls.items()}
-            share = share_with_weight(inputs)
-            for row in _rows(mode, size, samplers, errors, plan.repeats, plan.seconds):
-                yield {**row, "share_with_weight": share}
+            truth = truth[:1] if mode == FORWARD else truth
+            calls = {name: make(density, inputs) for name, density in wanted.items()}
+            share = {"share_with_weight": share_with_weight(inputs)}
+            errors = {name: problems.error(call(), truth) for name, call in calls.items()}
+            yield from run.compare(mode, calls, errors, **size._asdict(), **share)
 
 
-def from_parameters(plan: Plan, thread_count: int, tfp_environment: str | None) -> Iterator[Row]:
+def from_parameters(run: Run) -> Iterator[Row]:
     """Forward with backward from the mixture's parameters."""
-    name = "TensorFlow Probability"
-    if tfp_environment is None:
-        yield from _absent(PARAMETERS, [name], "not installed")
-    for size in plan.density:
+    environment = run.args.tfp_environment
+    if environment is None:
+        yield from _absent(PARAMETERS, [TFP], "not installed")
+    for size in run.choose(DENSITY, QUICK):
         inputs = problems.parameters(size)
         truth = problems.reference_log_prob(inputs, problems.whiten)
-        share = share_with_weight(problems.whitened(size))
-        samplers, errors = {}, {}
-        for provider, density in providers.PARAMETER_DENSITIES.items():
-            call = gradient_call(density, inputs)
-            errors[provider] = problems.error(call(), truth)
-            samplers[provider] = sampler(call)
+        share = {"share_with_weight": share_with_weight(problems.whitened(size))}
+        calls: dict[str, Any] = {
+            name: gradient_call(density, inputs)
+            for name, density in providers.PARAMETER_DENSITIES.items()
+        }
+        errors = {name: problems.error(call(), truth) for name, call in calls.items()}
+        versions = None
         with ExitStack() as stack:
-            versions = None
-            if tfp_environment is not None:
-                worker = stack.enter_context(
-                    providers.tfp_worker(tfp_environment, inputs, thread_count)
-                )
-                errors[name] = problems.error(worker.outputs, truth)
-                samplers[name], versions = worker.sample, worker.versions
-            for row in _rows(PARAMETERS, size, samplers, errors, plan.repeats, plan.seconds):
-                if row["provider"] == name:
+            if environment is not None:
+                worker = providers.TFPWorker(environment, inputs, run.args.threads)
+                stack.callback(worker.close)
+                calls[TFP], versions = worker, worker.versions
+                errors[TFP] = problems.error(worker.outputs, truth)
+            for row in run.compare(PARAMETERS, calls, errors, **size._asdict(), **share):
+                if row["provider"] == TFP:
                     row["provider_version"] = versions
-                yield {**row, "share_with_weight": share}
+                yield row
 
 
-def components(plan: Plan) -> Iterator[Row]:
+def components(run: Run) -> Iterator[Row]:
     """A and c from (L, s, log pi), and the gradients of all three."""
-    for size in plan.components:
+    for size in run.choose(BUILT, QUICK_BUILT):
         p = problems.parameters(size)
         inputs = (p.logits.log_softmax(-1), p.precision_cholesky, p.scale)
         exact = building(reference.whitened_components, [x.double() for x in inputs])
@@ -236,13 +185,13 @@ def components(plan: Plan) -> Iterator[Row]:
             name: building(build, inputs) for name, build in providers.COMPONENT_BUILDERS.items()
         }
         errors = {name: problems.error(call(), truth) for name, call in calls.items()}
-        samplers = {name: sampler(call) for name, call in calls.items()}
-        yield from _rows(COMPONENTS, size, samplers, errors, plan.repeats, plan.seconds)
+        yield from run.compare(COMPONENTS, calls, errors, **size._asdict())
 
 
 def building(
     build: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
 ) -> Callable[[], tuple]:
+    """Return the call that builds the components and takes the gradients of all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     count = len(inputs[0])
     upstream = [torch.ones_like(x) for x in build(*leaves, count)]
@@ -257,10 +206,10 @@ def building(
 # --- the empirical-Bayes step ---
 
 
-def empirical_bayes(plan: Plan) -> Iterator[Row]:
+def empirical_bayes(run: Run) -> Iterator[Row]:
     """``VMMPrior.update`` against the same maths in eager torch, less what the encoder takes."""
     for inference, mode in (("gradient", GRADIENT_STEP), ("closed-form", CLOSED_FORM_STEP)):
-        for size in plan.step:
+        for size in run.choose(STEP, QUICK):
             ours, encoder = vmm_prior(size, inference)
             priors = {"vmm_fast": ours, "torch": EagerVMM(ours)}
             z = problems.parameters(size).z
@@ -269,28 +218,13 @@ def empirical_bayes(plan: Plan) -> Iterator[Row]:
                 name: problems.error(step_values(prior, z, encoder), exact)
                 for name, prior in priors.items()
             }
-            samplers = {
-                name: less(
-                    sampler(partial(prior.update, z, encoder)),
-                    sampler(partial(encode, encoder, prior.pseudo_inputs)),
+            calls = {
+                name: Less(
+                    partial(prior.update, z, encoder), partial(encode, encoder, prior.pseudo_inputs)
                 )
                 for name, prior in priors.items()
             }
-            yield from _rows(mode, size, samplers, errors, plan.repeats, plan.seconds)
-
-
-def less(whole: Sampler, part: Sampler) -> Sampler:
-    """Time what a call takes beside a part of it, which is timed right after it.
-
-    A disturbed turn may make the part longer than the whole: a tenth of the whole is the least that
-    counts as left.
-    """
-
-    def sample(calls: int) -> float:
-        seconds = whole(calls)
-        return max(seconds - part(calls), 0.1 * seconds)
-
-    return sample
+            yield from run.compare(mode, calls, errors, **size._asdict())
 
 
 def encode(encoder: Callable[[Tensor], Distribution], pseudo_inputs: Tensor) -> None:
@@ -300,7 +234,7 @@ def encode(encoder: Callable[[Tensor], Distribution], pseudo_inputs: Tensor) -> 
 
 
 def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], Distribution]]:
-    """Give a prior whose pseudo-inputs are m and s themselves, and the encoder that reads them.
+    """Return a prior whose pseudo-inputs are m and s themselves, and the encoder that reads them.
 
     The encoder costs next to nothing but makes the gradient reach the pseudo-inputs. Adam's steps
     are tiny: a prior that takes thousands of them while it is timed must stay what it was.
@@ -313,21 +247,14 @@ def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], 
         mean = u[..., 0].clone()
         return MultivariateNormal(mean, scale_tril=u[..., 1:].tril(), validate_args=False)
 
-    prior = VMMPrior(
-        pseudo_inputs,
-        size.D,
-        inference=inference,
-        data_size=60_000,
-        learning_rate=1e-6,
-        statistics_rate=0.1,
-    )
-    return prior, encoder
+    options: dict[str, Any] = {"data_size": 60_000, "learning_rate": 1e-6, "statistics_rate": 0.1}
+    return VMMPrior(pseudo_inputs, size.D, inference=inference, **options), encoder
 
 
 def step_values(
     prior: VMMPrior | EagerVMM, z: Tensor, encoder: Callable[[Tensor], Distribution]
 ) -> tuple[Tensor, ...]:
-    """The objective, the gradients that a step takes, and the parameters after it."""
+    """Return the objective, the gradients that a step takes, and the parameters after it."""
     if isinstance(prior, VMMPrior):
         step = prior._step(z, encoder)
         loss, gradients = torch.as_tensor(step.loss), step.gradients
@@ -342,36 +269,39 @@ def step_values(
 # --- expectation maximisation over a data set ---
 
 
-def em(plan: Plan) -> Iterator[Row]:
+def em(run: Run) -> Iterator[Row]:
     """E- and M-step; vmm_fast also on the full data, the others on what they can hold."""
     absent = [name for name in providers.EM_STEPS if not providers.installed(name)]
     yield from _absent(EM_STEP, absent, "not installed")
-    found = list(_em(EM_STEP, [name for name in providers.EM_STEPS if name not in absent], plan))
+    names = [name for name in providers.EM_STEPS if name not in absent]
+    found = list(_em(run, EM_STEP, names))
     yield from found
     # float64 would take minutes on the full data: its error is that on the part.
     (ours,) = select(found, provider="vmm_fast")
-    z, mixture = _em_problem(plan.em_full)
-    full = {"vmm_fast": sampler(providers.vmm_fast_em(z, mixture).call)}
-    errors = {"vmm_fast": ours["error"]}
-    share = _em_share(z, mixture)
-    for row in _rows(EM_STEP, plan.em_full, full, errors, plan.em_repeats, 0.0):
-        yield {**row, "share_with_weight": share}
-    yield from _em(EM_STEP_FAR_APART, ["vmm_fast", "GaussianMixture"], plan)
+    size = run.choose(EM_FULL, QUICK_EM_FULL)
+    z, mixture = _em_problem(size)
+    calls = {"vmm_fast": providers.vmm_fast_em(z, mixture).call}
+    case = {**size._asdict(), "share_with_weight": _em_share(z, mixture)}
+    yield from run.compare(
+        EM_STEP, calls, {"vmm_fast": ours["error"]}, repeats=3, seconds=0.0, **case
+    )
+    yield from _em(run, EM_STEP_FAR_APART, ["vmm_fast", "GaussianMixture"])
 
 
-def _em(mode: str, names: Iterable[str], plan: Plan) -> Iterator[Row]:
-    z, mixture = _em_problem(plan.em, far_apart=mode == EM_STEP_FAR_APART)
+def _em(run: Run, mode: str, names: Iterable[str]) -> Iterator[Row]:
+    size = run.choose(EM, QUICK_EM)
+    z, mixture = _em_problem(size, far_apart=mode == EM_STEP_FAR_APART)
     truth = providers.maximum_likelihood(z, mixture)
-    samplers, errors = {}, {}
+    calls, errors = {}, {}
     for name in names:
         step = providers.EM_STEPS[name](z, mixture)
         step.call()
-        expected = truth if step.expected is None else step.expected()
-        errors[name] = problems.error(step.values(), expected)
-        samplers[name] = sampler(step.call)
-    share = _em_share(z, mixture)
-    for row in _rows(mode, plan.em, samplers, errors, plan.em_repeats, plan.seconds):
-        yield {**row, "share_with_weight": share}
+        calls[name] = step.call
+        errors[name] = problems.error(
+            step.values(), truth if step.expected is None else step.expected()
+        )
+    case = {**size._asdict(), "share_with_weight": _em_share(z, mixture)}
+    yield from run.compare(mode, calls, errors, repeats=3, **case)
 
 
 def _em_problem(size: Size, *, far_apart: bool = False) -> tuple[Tensor, Components]:
@@ -386,25 +316,22 @@ def _em_share(z: Tensor, mixture: Components) -> float:
 # --- what a call costs beside its arithmetic ---
 
 
-def overhead(plan: Plan) -> Iterator[Row]:
+def overhead(run: Run) -> Iterator[Row]:
     """Forward with backward of the smallest problem there is."""
     size = Size(1, 1, 1)
     inputs = problems.whitened(size)
-    call = gradient_call(lambda p: ops.mixture_log_prob(*p)[0], inputs)
+    call = gradient_call(providers.vmm_fast_whitened, inputs)
     truth = problems.reference_log_prob(inputs, lambda p: p)
     # Together in one vector: a gradient of its own may well be zero.
-    error = problems.error([_joined(call())], [_joined(truth)])
-    samplers, errors = {"vmm_fast": sampler(call)}, {"vmm_fast": error}
-    yield from _rows(OVERHEAD, size, samplers, errors, 10 * plan.repeats, min(plan.seconds, 1.0))
+    found, exact = (torch.cat([x.detach().flatten() for x in v]) for v in (call(), truth))
+    errors = {"vmm_fast": problems.error([found], [exact])}
+    calls = {"vmm_fast": call}
+    yield from run.compare(OVERHEAD, calls, errors, repeats=50, seconds=1.0, **size._asdict())
 
 
-def _joined(values: Iterable[Tensor]) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in values])
-
-
-def operators(plan: Plan) -> Iterator[Row]:
+def operators(run: Run) -> Iterator[Row]:
     """Count the torch operators of ``prior.kl``, its backward and ``prior.update``."""
-    size = plan.operators
+    size = run.choose(Size(256, 100, 10), Size(16, 4, 3))
     p = problems.parameters(size)
     identity = torch.eye(size.D).expand(size.B, -1, -1)
     q = MultivariateNormal(p.z, scale_tril=identity, validate_args=False)
@@ -412,29 +339,19 @@ def operators(plan: Plan) -> Iterator[Row]:
         p.centers.requires_grad_(), scale_tril=p.scale.requires_grad_(), validate_args=False
     )
     z = p.z.clone().requires_grad_()
-    upstream = torch.ones(size.B)
     for inference in ("gradient", "closed-form"):
         prior = VMMPrior(torch.zeros(size.J, 1), size.D, inference=inference)
         kl = partial(prior.kl, q, lambda _: at_pseudo_inputs, z=z)
         update = partial(prior.update, p.z, lambda _: at_pseudo_inputs)
         for call in (kl, update):  # the first of each also makes what is kept
             call()
-        calls = {
-            "prior.kl": kl,
-            "backward of prior.kl": partial(kl().backward, upstream),
-            "prior.update": update,
-        }
+        backward = partial(kl().backward, torch.ones(size.B))
+        calls = {"prior.kl": kl, "backward of prior.kl": backward, "prior.update": update}
         for name, call in calls.items():
             nested, top_level = count_operators(call)
-            yield {
-                "mode": OPERATORS,
-                "provider": "vmm_fast",
-                **size._asdict(),
-                "inference": inference,
-                "call": name,
-                "operators": nested,
-                "operators_top_level": top_level,
-            }
+            counted = {"operators": nested, "operators_top_level": top_level}
+            case = {"provider": "vmm_fast", **size._asdict(), "inference": inference, "call": name}
+            yield {"mode": OPERATORS, **case, **counted}
 
 
 # Kineto, under the profiler, would write a line at every start and stop.
@@ -442,35 +359,163 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def count_operators(call: Callable[[], object]) -> tuple[int, int]:
-    """Torch operators of a call: with those that operators call in turn, and without."""
+    """Return the number of torch operators of a call, with those that they call and without."""
     with profile() as profiler:
         call()
     events = [e for e in profiler.function_events if e.name.startswith("aten::")]
 
     def nested(event: Any) -> bool:
         parent = event.cpu_parent
-        while parent is not None:
-            if parent.name.startswith("aten::"):
-                return True
+        while parent is not None and not parent.name.startswith("aten::"):
             parent = parent.cpu_parent
-        return False
+        return parent is not None
 
     return len(events), sum(not nested(event) for event in events)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options that no other part has."""
-    parser.add_argument(
-        "--tfp-environment",
-        metavar="FOLDER",
-        help="virtual environment with TensorFlow Probability; without it that provider is absent",
-    )
-    parser.add_argument(
-        "--make-tfp-environment", metavar="FOLDER", help="make it there, measure nothing"
-    )
+# --- targets, tables, picture ---
+
+FROM_PARAMETERS_REASON = """\
+At B = 256 a third of the time at D = 10 is Python and autograd around four calls of the core; at \
+D = 30 half of it is building the components and their gradients, in float64. Next: autograd \
+functions in C++; float32 where the condition of a component allows it."""
+BACKWARD_REASON = """\
+At B = 256 the [B, J] matrices of the others stay in the cache, and at D = 30 theirs is one matrix \
+product at the peak's rate; it does not subtract first and loses digits as centers move away from \
+the origin. Next: y kept from the forward pass while it fits the cache, which saves a quarter of \
+the operations."""
+STEP_REASON = """\
+At D = 10 half of the time is Python: gradients go on through the encoder by torch.autograd.grad, \
+and checks and views are taken anew in each step. At D = 30 the float64 arithmetic on components \
+counts as much as the points do. Next: views kept from step to step; float32 where the condition \
+of a component allows it."""
+EM_REASON = """\
+Storing d, w d and the sums' lanes for every tile keeps the sums at half of the peak. Next: tiles \
+by the size of the first-level cache."""
+OVERHEAD_REASON = """\
+More than half of it is a torch.autograd.Function that does nothing; the rest is checks and \
+allocations. Next: a C++ autograd function."""
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows for the command line's options."""
-    plan = QUICK if args.quick else FULL
-    return rows(plan, args.threads, args.tfp_environment)
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield what is asked of densities, steps and calls."""
+    target = "forward + backward from (m, S, L, pi) against torch.distributions"
+    for row, ratio in ratios(rows, "vmm_fast", "torch.distributions", mode=PARAMETERS):
+        limit = 25.0 if row["B"] * row["J"] >= 1_000_000 else 10.0
+        yield Check(target, size_of(row), 1 / ratio, limit, reason=FROM_PARAMETERS_REASON)
+    target = "forward + backward from A against the best of the others"
+    best: dict[str, float] = {}
+    for provider in ("matmul", "torch.compile", "KeOps"):
+        for row, ratio in ratios(rows, "vmm_fast", provider, mode=BACKWARD):
+            best[size_of(row)] = max(best.get(size_of(row), 0.0), ratio)
+    for case, ratio in best.items():
+        yield Check(target, case, 1 / ratio, 5.0, reason=BACKWARD_REASON)
+    if best:
+        mean = 1 / geometric_mean(best.values())
+        yield Check(target, "geometric mean", mean, 10.0, reason=BACKWARD_REASON)
+    for mode in (GRADIENT_STEP, CLOSED_FORM_STEP):
+        for row, ratio in ratios(rows, "vmm_fast", "torch", mode=mode):
+            target = f"{mode}, against eager torch"
+            yield Check(target, size_of(row), 1 / ratio, 10.0, reason=STEP_REASON)
+    found = select(rows, mode=EM_STEP)
+    full = max(select(found, provider="vmm_fast"), key=lambda row: row["B"], default={})
+    for other in select(found, provider="GaussianMixture"):
+        ratio = other["p50"] * full["B"] / other["B"] / full["p50"]
+        target = "E- and M-step against scikit-learn's GaussianMixture"
+        case = f"{size_of(full)}, scikit-learn at B = {other['B']} scaled linearly"
+        yield Check(target, case, ratio, 10.0, reason=EM_REASON)
+    for row in select(rows, mode=OVERHEAD):
+        target, microseconds = "call overhead, forward + backward", 1e6 * row["p50"]
+        yield Check(target, size_of(row), microseconds, 55.0, False, " us", OVERHEAD_REASON)
+    for row in select(rows, mode=OPERATORS):
+        if row["call"] in ("prior.kl", "prior.update"):
+            case = f"{size_of(row)}, {row['inference']}; {row['operators_top_level']} at the top"
+            yield Check(f"torch operators of {row['call']}", case, row["operators"], 15, False, "")
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    return sorted({row["provider"] for row in rows} - {"vmm_fast"}, key=list(COLORS).index)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return each provider's median and, in brackets, how many times vmm_fast's that is."""
+    text = ""
+    for mode in (*SHOWN, OVERHEAD):
+        found = select(rows, mode=mode)
+        timed = [row for row in found if "p50" in row]
+        ours = {size_of(row): row["p50"] for row in select(timed, provider="vmm_fast")}
+        share = {size_of(row): row.get("share_with_weight") for row in timed}
+
+        def case(row: Row, share: dict = share) -> tuple[str, ...]:
+            of = share[size_of(row)]
+            return size_of(row), "-" if of is None else f"{100 * of:.0f} %"
+
+        def cell(row: Row, ours: dict = ours) -> str:
+            ratio = row["p50"] / ours[size_of(row)]
+            return duration(row["p50"]) + f" ({ratio:.3g}x)" * (row["provider"] != "vmm_fast")
+
+        names = ("vmm_fast", *_others(found))
+        absent = {row["provider"]: row["absent"] for row in found if "absent" in row}
+        shown = pivot(timed, ("(B, J, D)", "pairs with weight"), case, cell, names, absent)
+        text += f"{mode[0].upper()}{mode[1:]}:\n\n{shown}\n"
+    lines = (
+        (row["inference"], row["call"], str(row["operators"]), str(row["operators_top_level"]))
+        for row in select(rows, mode=OPERATORS)
+    )
+    head = ("inference", "call", "torch operators", "of these not called by another")
+    return f"{text}Torch operators, encoder excluded:\n\n{table(head, lines)}"
+
+
+def plot(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw how many times longer than vmm_fast everybody takes."""
+    figure.set_size_inches(15, 11)
+    for ax, mode in zip(figure.subplots(3, 3, sharey=True).flat, SHOWN, strict=True):
+        found = [row for row in select(rows, mode=mode) if "p50" in row]
+        times = {(row["provider"], size_of(row)): row["p50"] for row in found}
+        others = _others(found)
+        sizes = [
+            size
+            for name, size in times
+            if name == "vmm_fast" and any((other, size) in times for other in others)
+        ]
+        values = {
+            name: [
+                times[name, size] / times["vmm_fast", size] if (name, size) in times else None
+                for size in sizes
+            ]
+            for name in others
+        }
+        figures.bars(ax, sizes, values, "{:.1f}", start=1.0, colors=COLORS)
+        ax.axhline(1, color=COLORS["vmm_fast"], lw=1.5)
+        figures.bare(ax, f"{mode[0].upper()}{mode[1:]}")
+        ax.tick_params(axis="x", labelsize=6.5)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}x")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, 4 * high)  # room for the legends
+    figure.supylabel("time, over that of vmm_fast", fontsize=9)
+
+
+MEASUREMENT = Measurement(
+    "throughput",
+    "densities, gradients and steps against everybody else's",
+    rows,
+    options={
+        **OPTIONS,
+        "--tfp-environment": {
+            "metavar": "FOLDER",
+            "help": "virtual environment with TensorFlow Probability; without, that is absent",
+        },
+        "--make-tfp-environment": {
+            "metavar": "FOLDER",
+            "help": "make it there, measure nothing",
+        },
+    },
+    checks=checks,
+    introduction="Medians of interleaved repeats, float32; in brackets the time over vmm_fast's. "
+    "Every result was compared with float64 before it was timed. Pairs of a point and a component "
+    "have a weight where the responsibility is above 0 in float32; the core skips sums over the "
+    "others, which are few unless clusters lie far apart.",
+    tables=tables,
+    plot=plot,
+)

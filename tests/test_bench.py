@@ -4,6 +4,7 @@ import gc
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +21,16 @@ from bench import (
     peers,
     processes,
     providers,
+    runner,
     scaling,
     settings,
 )
+from bench.measurement import TOLERANCE, Run, less
 from bench.problems import Size, whitened
 from bench.records import RESULTS, command, read_rows, select, write_rows
+from bench.registry import ALL, MEASUREMENTS
 from bench.roofline import kernels, operations
-from bench.targets import checks
-from bench.throughput import QUICK, TOLERANCE, count_operators, from_parameters, less
+from bench.throughput import count_operators, from_parameters
 from bench.timing import quantiles, take_turns
 
 BACKWARD, PARAMETERS = "forward + backward", "forward + backward from (m, S, L, pi)"
@@ -55,8 +58,9 @@ def measured(bench, folder, part, targets):
         if "p50" in row:
             assert 0 < row["min"] <= row["p20"] <= row["p50"] <= row["p80"] < math.inf
             assert row.get("error", 0) < TOLERANCE
-    assert len(checks(rows)) == targets
-    for check in checks(rows):
+    checks = list(MEASUREMENTS[part].checks(rows))
+    assert len(checks) == targets
+    for check in checks:
         assert math.isfinite(check.value)
         assert f"{check.verdict:6}  {check.target}, {check.case}: {check.measured}" in printed
     return rows
@@ -76,12 +80,12 @@ def test_throughput_has_a_peer_in_every_mode_and_says_who_is_absent(bench, tmp_p
 
 
 def test_roofline_scaling_and_training_steps(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.peak.ROUNDS", 400_000)
-    monkeypatch.setattr("bench.peak.COPIED_BYTES", 2**24)
+    monkeypatch.setattr("bench.roofline.ROUNDS", 400_000)
+    monkeypatch.setattr("bench.roofline.COPIED_BYTES", 2**24)
     assert len(measured(bench, tmp_path, "roofline", targets=2)) == 7  # kernels and limits
     assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
     less_memory = {"vmm_fast": (Size(2048, 100, 32),)}
-    monkeypatch.setattr(scaling, "QUICK", scaling.QUICK._replace(memory=less_memory))
+    monkeypatch.setattr(scaling, "QUICK_MEASURED", less_memory)
     (row,) = select(measured(bench, tmp_path, "scaling", targets=8), mode="memory")
     # Neither interpreter and libraries nor a number for each (point, component, D).
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
@@ -117,38 +121,59 @@ def test_two_processes_beside_one(bench, tmp_path):
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")
 def test_published_pages_are_those_of_the_published_rows(bench, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    for path in RESULTS.glob("*.jsonl"):
+    for path in RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert bench("report", "--out", tmp_path) == (0, "")
+    assert bench("report", "--out", tmp_path)[0] == 0
     assert bench("gpu", "--on-paper", "--out", tmp_path)[0] == 0
-    integration.write_page(tmp_path)
-    peers.write_page(tmp_path, settings.SETTINGS)
-    for name in ("speed.md", "gpu-roofline.md", "integration.md", "settings.md"):
-        assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
+    for name in ("speed", "gpu-roofline", "integration", "settings", "clusters"):
+        assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in RESULTS.glob("*.png")}
 
 
 def test_command_line(bench, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(__main__, "measure", lambda name, args: done.append(name))
-    assert bench("all", "--quick") == (0, "")
-    assert done == ["throughput", "roofline", "scaling", "step", "likelihood", "scvi-step"]
-    nothing = f"no results in {tmp_path}: run python -m bench throughput first\n"
+    monkeypatch.setattr(runner, "run", lambda of, args: done.append(of.name) or len(done) == 2)
+    assert bench("all", "--quick") == (1, "")
+    assert tuple(done) == ALL
+    nothing = f"no results in {tmp_path}: run python -m bench all first\n"
     assert bench("report", "--out", tmp_path) == (1, nothing)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    nothing = 1, "no GPU was found: torch.cuda.is_available() is False\n"
-    assert bench("gpu", "--out", tmp_path) == nothing
     given = "step --out=here --data there --threads 2 --tfp-environment there --resume"
     assert command(given.split()) == "python -m bench step --threads 2 --tfp-environment FOLDER"
 
 
+def test_what_is_missing_is_told(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU was found"):
+        bench("gpu", "--out", tmp_path)
+    needs = MEASUREMENTS["step"]._replace(needs=("no_such_module",))
+    monkeypatch.setitem(MEASUREMENTS, "step", needs)
+    left_out = 'step is left out: pip install "vmm-fast[scvi]"\n'
+    assert bench("step", "--out", tmp_path) == (0, left_out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_kept_where_a_later_one_fails(bench, tmp_path, monkeypatch):
+    def rows(run):
+        yield {"mode": "one", "provider": "vmm_fast"}
+        raise RuntimeError("two")
+
+    monkeypatch.setitem(MEASUREMENTS, "step", MEASUREMENTS["step"]._replace(rows=rows))
+    with pytest.raises(RuntimeError, match="two"):
+        bench("step", "--out", tmp_path)
+    (row,) = read_rows(tmp_path / "step.jsonl")
+    assert (row["part"], row["mode"], row["threads"]) == ("step", "one", 2)
+
+
 def test_wrong_results_are_not_timed(monkeypatch):
+    run = Run(Namespace(quick=True, threads=1, tfp_environment=None))
     wrong = {"wrong": lambda p: 1.01 * providers.torch_distributions(p)}
     monkeypatch.setattr(providers, "PARAMETER_DENSITIES", wrong)
     with pytest.raises(RuntimeError, match=r"wrong, .* error 0\.01"):
-        list(from_parameters(QUICK, 1, None))
+        list(from_parameters(run))
     monkeypatch.setattr(likelihood, "MODELS", {"Poisson": (lambda x, mean: mean.sum(-1), 1)})
-    with pytest.raises(ValueError, match="vmm_fast gives"):
-        list(likelihood.rows(likelihood.QUICK, 1))
+    with pytest.raises(RuntimeError, match="vmm_fast, Poisson"):
+        list(likelihood.rows(run))
 
 
 def test_providers_take_turns_without_garbage_collection():
@@ -226,10 +251,16 @@ def test_targets_of_rows_by_hand():
             for n in (2, 5, 11):
                 time = {"vmm_fast": 1e-6 * n**power}
                 rows += timed("scaling", mode, time, **{"axis": axis, axis: n})
-    values = [78, 11, 24, 6, 24, 12, 1.25, 1.25, 1.5, 2048, 1.2, 12, *[1.0, 1.2, 2.0] * 2]
-    missed = {2, 7, 8, 9, 13, 16}
-    assert [check.value for check in checks(rows)] == pytest.approx(values)
-    assert {i for i, check in enumerate(checks(rows)) if check.verdict == "MISSED"} == missed
+    values = {
+        "roofline": [78],
+        "throughput": [11, -24, 6, 24, 12, 12],
+        "atlas": [1.25, -1.25, -1.5],
+        "scaling": [-2048, 1.2, *[1.0, -1.2, 2.0] * 2],
+    }
+    for name, expected in values.items():  # those below 0 are missed
+        checks = list(MEASUREMENTS[name].checks(select(rows, part=name)))
+        assert [check.value for check in checks] == pytest.approx(np.abs(expected))
+        assert [check.met for check in checks] == [value > 0 for value in expected]
 
 
 def test_compare_flags_a_slowdown_and_lets_noise_pass(bench, tmp_path):
@@ -327,7 +358,8 @@ def test_peers_have_a_line_for_each_method_with_means_over_seeds(tmp_path):
             row |= {"accuracy_one_to_one": 0.9, "nmi": 0.8, "ari": 0.7 + 0.1 * seed, "seconds": 60}
             rows.append(about | row)
     write_rows(tmp_path / "peers.jsonl", rows)
-    page = peers.write_page(tmp_path, peers.PEERS).read_text()
+    (path,) = peers.write_page(tmp_path, peers.PEERS)
+    page = path.read_text()
     vmm, other = peers.lines(rows, peers.PEERS.methods)
     assert vmm[:5] == ["VMM, as `vmm-fast cluster`", "2", "found", "test", "12.5 ± 0.7"]
     assert vmm[5:] == ["10.0 ± 0.0", "0.900 ± 0.000", "0.800 ± 0.000", "0.750 ± 0.071", "60 ± 0"]
@@ -353,7 +385,7 @@ def test_two_processes_are_compared_by_medians(monkeypatch):
     """Epochs have wall and CPU seconds; a row's own seconds are those of a step."""
     epochs = {1: [[9.0, 6.0], [8.0, 8.0], [4.0, 4.0]], 2: [[4.0, 2.0], [5.0, 3.0], [5.0, 1.0]]}
     monkeypatch.setattr(processes, "seconds", lambda count, size, plan: epochs[count])
-    one, two = processes.rows(processes.QUICK, 2)  # 64 cells, 16 a step
+    one, two = processes.rows(Run(Namespace(quick=True, threads=2)))  # 64 cells, 16 a step
     assert (one["cells/s"], two["cells/s"]) == (8, 13)
     assert (two["times as fast"], two["times as fast, by CPU"]) == (1.6, 3.0)
     assert (one["p50"], two["p50"], two["cpu_seconds"]) == (2.0, 1.25, 0.5)
