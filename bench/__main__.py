@@ -14,7 +14,7 @@ from bench.registry import ALL, MEASUREMENTS
 
 
 def main() -> int:
-    """Parse the command line and run what it names; gives the exit status."""
+    """Parse the command line and run what it names; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of vmm_fast.")
     parts = parser.add_subparsers(dest="part", required=True)
 
@@ -36,7 +36,7 @@ def main() -> int:
     if args.part == "report":
         written = report.write(Path(args.out))
         if not written:
-            print(f"no results in {args.out}: run python -m bench all first")
+            print(f"no results in {args.out}: run python -m bench throughput first")
             return 1
         print(*written, sep="\n")
         return 0

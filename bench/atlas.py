@@ -37,7 +37,7 @@ BATCHES = 16
 GENES = 2000
 DENSITY = 0.15  # share of counts above 0
 NEIGHBOURS = 15  # over which profiles are smoothed
-DISPERSION = 4  # inverse; a power of 2
+DISPERSION = 4  # inverse
 EFFECT, EFFECT_BY_TYPE = 0.3, 0.2
 DEPTH_SPREAD, DEPTH_SPREAD_OF_BATCHES = 0.4, 0.25
 BLOCK = 1024  # cells drawn at a time
@@ -54,7 +54,7 @@ class Block(NamedTuple):
 
 
 def real_cells() -> AnnData:
-    """Blood cells of three batches, or scanpy's 700 where that file is not; types in obs."""
+    """Return blood cells of three batches, or scanpy's 700 if there is no such file."""
     from anndata import read_h5ad
 
     if (DATA / REAL).exists():
@@ -87,18 +87,14 @@ class Atlas:
 
     def __init__(self, seed: int = 0, genes: int = GENES) -> None:
         adata = real_cells()
-        detected = adata.X.getnnz(axis=0)
-        order = np.argsort(-detected, kind="stable")
-        chosen = np.resize(order, genes)
-        again = np.arange(genes) // len(order)
-        names = adata.var_names[chosen]
-        self.gene_names = np.array(
-            [f"{a}-{n}" if n else a for a, n in zip(names, again, strict=True)]
-        )
+        order = np.argsort(-adata.X.getnnz(axis=0), kind="stable")
+        chosen, again = np.resize(order, genes), np.arange(genes) // len(order)
+        names = zip(adata.var_names[chosen], again, strict=True)
+        self.gene_names = np.array([f"{name}-{n}" if n else name for name, n in names])
         self.type_names, self.types = np.unique(
             adata.obs["cell_type"].astype(str), return_inverse=True
         )
-        self.profiles = _smoothed(adata.X[:, chosen].toarray(), self.types)
+        self.profiles = _smoothed(adata.X[:, chosen].toarray())
         self._seed = seed
         rng = np.random.default_rng(seed)
         kinds = len(self.type_names)
@@ -113,13 +109,13 @@ class Atlas:
 
     def _depth_of_density(self, rng: np.random.Generator) -> float:
         """Return the median depth at which the share of counts above 0 is :data:`DENSITY`."""
-        cells = rng.integers(len(self.profiles), size=300)
-        shares, depths = self.profiles[cells], rng.lognormal(0, DEPTH_SPREAD, (len(cells), 1))
+        shares = self.profiles[rng.integers(len(self.profiles), size=300)]
+        depths = rng.lognormal(0, DEPTH_SPREAD, (len(shares), 1))
         low, high = 1.0, 1e7
         while high / low > 1.001:
             depth = (low * high) ** 0.5
-            above = 1 - _share_of_zeros((depth * depths * shares).astype(np.float32))
-            low, high = (depth, high) if above.mean() < DENSITY else (low, depth)
+            zeros = (1 + depth * depths * shares / DISPERSION) ** -DISPERSION
+            low, high = (depth, high) if 1 - zeros.mean() < DENSITY else (low, depth)
         return depth
 
     def sizes(self, cells: int) -> np.ndarray:
@@ -136,7 +132,8 @@ class Atlas:
         for batch, size in enumerate(self.sizes(cells)):
             first = -(-within[batch] // BLOCK)
             for number, start in enumerate(range(0, size, BLOCK)):
-                yield self._block(batch, first + number, min(BLOCK, size - start))
+                counts, types = self._block(batch, first + number)
+                yield Block(counts[: size - start], batch, types[: size - start])
 
     def in_memory(self, cells: int, *, beyond: int = 0) -> AnnData:
         """Return what :meth:`blocks` draws, with batches and types in obs."""
@@ -144,8 +141,7 @@ class Atlas:
 
         blocks = list(self.blocks(cells, beyond=beyond))
         counts = vstack([block.counts for block in blocks], format="csr")
-        types = np.concatenate([block.types for block in blocks])
-        return AnnData(counts, self.obs(types), self.var())
+        return AnnData(counts, self.obs([block.types for block in blocks]), self.var())
 
     def var(self) -> pd.DataFrame:
         """Return the genes' names as an index."""
@@ -153,86 +149,41 @@ class Atlas:
 
         return pd.DataFrame(index=self.gene_names)
 
-    def obs(self, types: np.ndarray) -> pd.DataFrame:
-        """Return names, batches and types of all cells of an atlas, whose types these are."""
+    def obs(self, types: list[np.ndarray]) -> pd.DataFrame:
+        """Return names, batches and types of all cells, from the types of all blocks."""
         import pandas as pd
 
-        width = len(str(BATCHES))
-        names = [f"batch-{number + 1:0{width}d}" for number in range(BATCHES)]
-        batches = np.repeat(np.arange(BATCHES, dtype=np.int8), self.sizes(len(types)))
+        every = np.concatenate(types)
+        names = [f"batch-{number + 1:02d}" for number in range(BATCHES)]
+        batches = np.repeat(np.arange(BATCHES, dtype=np.int8), self.sizes(len(every)))
         columns = {
             "batch": pd.Categorical.from_codes(batches, names),
-            "cell_type": pd.Categorical.from_codes(types, self.type_names),
+            "cell_type": pd.Categorical.from_codes(every, self.type_names),
         }
-        return pd.DataFrame(columns, index=[f"cell-{i}" for i in range(len(types))])
+        return pd.DataFrame(columns, index=[f"cell-{i}" for i in range(len(every))])
 
-    def _block(self, batch: int, number: int, size: int) -> Block:
-        """Draw the first cells of a block; all random numbers lie cell after cell."""
+    def _block(self, batch: int, number: int) -> tuple[csr_matrix, np.ndarray]:
+        """Draw counts and types of a whole block."""
         rng = np.random.default_rng([self._seed, batch, number])
-        kind, which, depth = rng.random(BLOCK), rng.random(BLOCK), rng.standard_normal(BLOCK)
-        types = np.searchsorted(self._shares[batch].cumsum()[:-1], kind[:size], side="right")
-        by_type = np.argsort(self.types, kind="stable")
-        numbers = np.bincount(self.types)
-        first = numbers.cumsum() - numbers
-        cells = by_type[first[types] + (which[:size] * numbers[types]).astype(np.int64)]
-        mean = self.profiles[cells]
-        mean *= self._effects[batch, types]
-        depths = self._depths[batch] * np.exp(DEPTH_SPREAD * depth[:size])
-        mean *= (depths / mean.sum(1)).astype(np.float32)[:, None]
-        return Block(_draw(mean, rng), batch, types)
+        chances = (self._shares[batch] / np.bincount(self.types))[self.types]
+        cells = rng.choice(len(self.types), BLOCK, p=chances)
+        types = self.types[cells].astype(np.int8)
+        mean = self.profiles[cells] * self._effects[batch, types]
+        depths = self._depths[batch] * rng.lognormal(0, DEPTH_SPREAD, (BLOCK, 1))
+        mean *= depths / mean.sum(1, keepdims=True)
+        counts = rng.poisson(mean * rng.standard_gamma(DISPERSION, mean.shape) / DISPERSION)
+        return csr_matrix(counts.astype(np.float32)), types
 
 
-def _smoothed(counts: np.ndarray, types: np.ndarray) -> np.ndarray:
-    """Average the profiles of the nearest cells of the same type, in 20 principal components."""
+def _smoothed(counts: np.ndarray) -> np.ndarray:
+    """Average the profiles of the nearest cells in 20 principal components."""
     from sklearn.decomposition import PCA
-    from sklearn.neighbors import NearestNeighbors
+    from sklearn.neighbors import kneighbors_graph
 
     profiles = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    found = np.empty_like(profiles, dtype=np.float32)
     places = PCA(20, random_state=0).fit_transform(np.log1p(1e4 * profiles))
-    for kind in range(types.max() + 1):
-        cells = np.flatnonzero(types == kind)
-        nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(cells))).fit(places[cells])
-        neighbours = nearest.kneighbors(places[cells], return_distance=False)
-        for cell, near in zip(cells, neighbours, strict=True):
-            found[cell] = profiles[cells[near]].mean(0)
-    return found / found.sum(1, keepdims=True)
-
-
-def _share_of_zeros(mean: np.ndarray) -> np.ndarray:
-    """Return the negative binomial's probability of 0: (1 + m / r)^-r, by squaring."""
-    found = 1 / (1 + mean / np.float32(DISPERSION))
-    for _ in range(DISPERSION.bit_length() - 1):
-        found *= found
-    return found
-
-
-def _draw(mean: np.ndarray, rng: np.random.Generator) -> csr_matrix:
-    """Draw negative-binomial counts by inversion of one uniform number each.
-
-    Most are 0, which costs a comparison; a count k takes k more steps.
-    """
-    uniform = rng.random(mean.shape, dtype=np.float32)
-    at = np.flatnonzero(uniform > _share_of_zeros(mean))
-    m, left = (x.ravel()[at].astype(np.float64) for x in (mean, uniform))
-    odds = m / (m + DISPERSION)
-    probability = (1 - odds) ** DISPERSION
-    left -= probability
-    counts = np.empty(len(at), dtype=np.float32)
-    active = np.arange(len(at))
-    k = 0
-    while len(active):
-        k += 1
-        probability *= odds * ((DISPERSION + k - 1) / k)
-        # In float64 the sum comes nearer to 1 than the largest uniform number of float32.
-        done = left <= probability
-        counts[active[done]] = k
-        left -= probability
-        go_on = ~done
-        active, odds, left, probability = (x[go_on] for x in (active, odds, left, probability))
-    cells, genes = mean.shape
-    starts = np.searchsorted(at, genes * np.arange(cells + 1))
-    return csr_matrix((counts, (at % genes).astype(np.int32), starts), shape=mean.shape)
+    found = kneighbors_graph(places, NEIGHBOURS, include_self=True) @ profiles
+    return (found / found.sum(1, keepdims=True)).astype(np.float32)
 
 
 # --- files ---
@@ -267,8 +218,8 @@ def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
             blocks = atlas.blocks(cells)
             while several := list(islice(blocks, WRITTEN)):
                 stored.append(vstack([block.counts for block in several], format="csr"))
-                types += [block.types.astype(np.int8) for block in several]
-            write_elem(file, "obs", atlas.obs(np.concatenate(types)), dataset_kwargs=zipped)
+                types += [block.types for block in several]
+            write_elem(file, "obs", atlas.obs(types), dataset_kwargs=zipped)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ EM_BATCH = 16_384  # points
 
 
 def command(arguments: Sequence[str]) -> dict[str, float]:
-    """Run a command of vmm-fast; seconds, wall and CPU."""
+    """Run a command of vmm-fast; return its seconds, wall and CPU."""
     import vmm_fast.scvi.integration  # noqa: F401  (takes seconds to import)
     from vmm_fast import cli
 
@@ -54,7 +54,7 @@ def load(path: str, batch_size: int) -> dict[str, Any]:
 
 
 def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
-    """Do as :func:`load`, with scDataset."""
+    """Take an epoch of batches of scDataset and do nothing with them."""
     import h5py
     from anndata.io import sparse_dataset
     from scdataset import BlockShuffling, scDataset
@@ -85,7 +85,7 @@ def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
 
 
 def save_embedding(results: Path) -> float:
-    """Write the embedding to an .npy beside the results; the seconds that training took."""
+    """Write the embedding to an .npy beside the results; return the seconds of training."""
     import h5py
 
     with h5py.File(results / "cells.h5ad") as file:
@@ -161,7 +161,7 @@ def difference(one: str, other: str) -> dict[str, Any]:
 def shuffle(
     path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
 ) -> dict[str, Any]:
-    """Train on cells in an order; negative ELBO, in nats, of cells that are not in the file."""
+    """Train on cells in an order; return the negative ELBO, in nats, of cells beyond the file."""
     import scvi
 
     from vmm_fast.scvi import VMMSCVI, CellStore

@@ -71,7 +71,7 @@ class EagerVMM(Prior):
     def _log_joint(
         self, z: Tensor, posterior: Distribution, factor: Tensor, logits: Tensor
     ) -> Tensor:
-        """Expected log-joint [B, C], E[log N(z; mu, Lambda^-1)] + log pi, by one matrix product."""
+        """Return E[log N(z; mu, Lambda^-1)] + log pi [B, C] by one matrix product."""
         centers, dim = posterior.mean, self.latent_dim
         penalty = 0.5 * (factor.mT @ posterior.scale_tril).square().sum((-2, -1))
         logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -81,7 +81,7 @@ class EagerVMM(Prior):
         return offsets - 0.5 * y.square().sum(-1)
 
     def map_loss(self, z: Tensor, encoder: Encoder) -> Tensor:
-        """Negative empirical-Bayes objective with the gradient through the responsibilities."""
+        """Return the negative objective, with the gradient through the responsibilities."""
         posterior = encoder(self.pseudo_inputs)
         factor, dim, count = self._precision_cholesky(), self.latent_dim, self.num_components
         log_joint = self._log_joint(z, posterior, factor, self.logits)
@@ -101,7 +101,7 @@ class EagerVMM(Prior):
         return -data - log_prior / (self.data_size or len(z))
 
     def update(self, z: Tensor, encoder: Encoder) -> None:
-        """One Adam step on :meth:`map_loss`; in the closed form of the pseudo-inputs alone."""
+        """Take an Adam step on :meth:`map_loss`; in the closed form of the pseudo-inputs alone."""
         if self.closed_form:
             self._closed_form_update(z, encoder)
             return
@@ -110,7 +110,7 @@ class EagerVMM(Prior):
         self.adam.step()
 
     def _closed_form_update(self, z: Tensor, encoder: Encoder) -> None:
-        """Only what the pseudo-inputs change is differentiated; the sums share its softmax."""
+        """Differentiate only what the pseudo-inputs change; the sums share its softmax."""
         posterior = encoder(self.pseudo_inputs)
         factor = self._precision_cholesky().detach()
         log_joint = self._log_joint(z, posterior, factor, self.logits.detach())
@@ -123,7 +123,7 @@ class EagerVMM(Prior):
             self._online_step(z, q, posterior, factor)
 
     def _online_step(self, z: Tensor, q: Tensor, posterior: Distribution, factor: Tensor) -> None:
-        """Running statistics, then the maximisers of weights, concentration and precisions."""
+        """Update running statistics, then maximise weights, concentration and precisions."""
         if self.running is None:
             weights = self.logits.softmax(-1)
             self.running = weights, weights[:, None, None] * torch.cholesky_inverse(factor)
@@ -156,13 +156,13 @@ class EagerVMM(Prior):
 
 
 def _log_center_prior(posterior: Distribution) -> Tensor:
-    """Sum over components of E[log N(mu; 0, I)]."""
+    """Return the sum over components of E[log N(mu; 0, I)]."""
     squares = posterior.mean.square().sum() + posterior.scale_tril.square().sum()
     return -0.5 * (squares + posterior.mean.numel() * math.log(2 * math.pi))
 
 
 def _statistics(z: Tensor, q: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """N [C], and M [C, D, D] around the centers by one product with all z z^T."""
+    """Return N [C], and M [C, D, D] around the centers by one product with all z z^T."""
     n, total = q.sum(0), q.T @ z
     squares = (q.T @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, 2 * z.shape[1:])
     # sum q (z - m) (z - m)^T = sum q z z^T - t m^T - m (t - N m)^T, t = sum q z
@@ -172,7 +172,7 @@ def _statistics(z: Tensor, q: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _maximise_concentration(mass: Tensor) -> float:
-    """As :func:`closed_form.maximise_concentration`, without torch's cost of a call on scalars."""
+    """Return :func:`closed_form.maximise_concentration` without torch's cost of a call."""
     x = mass.double().cpu().numpy()
     count, total = len(x), x.sum()
 

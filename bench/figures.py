@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.records import Row
 from vmm_fast._files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LEGEND = {"fontsize": 7, "frameon": False, "loc": "upper left"}
 
 
 def draw(path: Path, plot: Callable[[Figure], None]) -> Path:
     """Write the picture that a function draws, whole or not at all."""
-    from matplotlib.figure import Figure
-
     figure = Figure(layout="constrained", dpi=110)
     plot(figure)
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
@@ -36,35 +33,33 @@ def bare(ax: Axes, title: str, x: str = "", y: str = "", grid: str = "y") -> Non
     ax.tick_params(labelsize=8)
 
 
-def label(ax: Axes, text: str, at: tuple, by: tuple[float, float], **options: Any) -> None:
-    """Write a small text, ``by`` points away from a place."""
-    ax.annotate(text, at, by, **{"fontsize": 7, "textcoords": "offset points", **options})
-
-
 def limit(ax: Axes, value: float, text: str = "") -> None:
-    """Draw a horizontal line with its text at the right end."""
+    """Draw a horizontal line with its text at the left end."""
     ax.axhline(value, color="0.3", lw=0.8, ls="--", zorder=0)
-    label(ax, text, (1, value), (-2, 3), xycoords=("axes fraction", "data"), ha="right")
+    at = ax.get_yaxis_transform()
+    ax.text(0.01, value, text, fontsize=7, va="bottom", transform=at)
 
 
 def bars(
     ax: Axes,
-    groups: Sequence[str],
-    values: Mapping[str, Sequence[float | None]],
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    group: Callable[[Row], str],
     form: str = "{:.2f}",
     start: float = 0.0,
     colors: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw the values of every name side by side in each group, as bars with their values."""
-    width = 0.8 / len(values)
-    for i, (name, line) in enumerate(values.items()):
-        shift = (i - (len(values) - 1) / 2) * width
-        points = [(group + shift, v) for group, v in enumerate(line) if v is not None]
-        x, y = zip(*points, strict=True)
+    """Draw a value of every row as a bar with its number: groups, and in each the providers."""
+    found = {(row["provider"], group(row)): value(row) for row in rows}
+    names, groups = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        at = [(x, found[name, of]) for x, of in enumerate(groups) if (name, of) in found]
+        x = [x + (i - (len(names) - 1) / 2) * width for x, _ in at]
+        height = [v - start for _, v in at]
         color = (colors or {}).get(name, f"C{i}")
-        ax.bar(x, [v - start for v in y], 0.92 * width, bottom=start, color=color, label=name)
-        for at, v in points:
-            label(ax, form.format(v), (at, max(v, start)), (0, 2), ha="center")
+        drawn = ax.bar(x, height, 0.92 * width, bottom=start, color=color, label=name)
+        ax.bar_label(drawn, [form.format(v) for _, v in at], padding=2, fontsize=7)
     ax.set_xticks(range(len(groups)), groups)
     room = max(0.5, 1.5 - 0.5 * len(groups))  # no giant bars where there are few
     ax.set_xlim(-room, len(groups) - 1 + room)

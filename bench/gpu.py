@@ -294,7 +294,7 @@ def memory(size: Size) -> Iterator[Row]:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Measure everything, or write the bounds on paper alone."""
+    """Yield all measurements, or write the bounds on paper alone."""
     if run.args.on_paper:
         print(gpu_bound.write(Path(run.args.out)))
         return

@@ -65,54 +65,16 @@ class Device(NamedTuple):
     passes: int  # of these for one product in float32
     special: float  # exponentials
     bandwidth: float  # bytes
-    source: str
+    source: str  # its data sheet
 
 
 DEVICES = (
     Device(
-        "A100 80 GB SXM",
-        "sm_80",
-        8,
-        19.5e12,
-        156e12,
-        3,
-        108 * 16 * 1.41e9,
-        2.04e12,
-        "NVIDIA A100 data sheet",
+        "A100 80 GB SXM", "sm_80", 8, 19.5e12, 156e12, 3, 108 * 16 * 1.41e9, 2.04e12, "NVIDIA A100"
     ),
-    Device(
-        "H100 SXM",
-        "sm_90",
-        9,
-        66.9e12,
-        494.7e12,
-        3,
-        132 * 16 * 1.83e9,
-        3.35e12,
-        "NVIDIA H100 data sheet",
-    ),
-    Device(
-        "B200",
-        "sm_100",
-        10,
-        80e12,
-        1100e12,
-        3,
-        148 * 16 * 1.85e9,
-        8e12,
-        "NVIDIA Blackwell data sheet",
-    ),
-    Device(
-        "MI300X",
-        "gfx942",
-        0,
-        163.4e12,
-        163.4e12,
-        1,
-        304 * 16 * 2.1e9,
-        5.3e12,
-        "AMD MI300X data sheet",
-    ),
+    Device("H100 SXM", "sm_90", 9, 66.9e12, 494.7e12, 3, 132 * 16 * 1.83e9, 3.35e12, "NVIDIA H100"),
+    Device("B200", "sm_100", 10, 80e12, 1100e12, 3, 148 * 16 * 1.85e9, 8e12, "NVIDIA Blackwell"),
+    Device("MI300X", "gfx942", 0, 163.4e12, 163.4e12, 1, 304 * 16 * 2.1e9, 5.3e12, "AMD MI300X"),
 )
 H100 = DEVICES[1]
 
@@ -398,7 +360,8 @@ def page() -> str:
     for d in DEVICES:
         lines.append(
             f"| {d.name} | {d.target} | {_count(d.vector)}FLOP/s | {_count(d.matrix)}FLOP/s, "
-            f"{d.passes} | {_count(d.special)}/s | {_count(d.bandwidth)}B/s | {d.source} |"
+            f"{d.passes} | {_count(d.special)}/s | {_count(d.bandwidth)}B/s | {d.source} data "
+            "sheet |"
         )
     lines += [
         "",

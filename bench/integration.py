@@ -59,48 +59,30 @@ class Embedding(NamedTuple):
 Method = Callable[["AnnData", int], Embedding]  # takes cells and the number of epochs
 
 
-def same_network(prior: str, own_epochs: bool = False, **options: Any) -> Method:
-    """Train :class:`vmm_fast.scvi.VMMSCVI` with one of its priors, everything else alike."""
+def trained(
+    kind: str, own_epochs: bool = False, plan: dict[str, Any] | None = None, **options: Any
+) -> Method:
+    """Train VMMSCVI with one of its priors, or a model of scvi-tools, everything else alike.
 
-    def embed(adata: AnnData, epochs: int) -> Embedding:
-        from vmm_fast.scvi import VMMSCVI
-
-        VMMSCVI.setup_anndata(adata, batch_key="batch")
-        model = VMMSCVI(adata, prior=prior, **options)
-        model.train(None if own_epochs else epochs, **SILENT)
-        z = model.get_latent_representation()
-        return Embedding(z, model.get_clusters() if prior in MIXTURES else None)
-
-    return embed
-
-
-def stock_scvi(own_epochs: bool) -> Method:
-    """Train SCVI as it is, or as long as the others, the KL at its full weight from the start.
-
-    Its own number of epochs is 400 of up to 20,000 cells.
+    SysVI takes log-normalised counts. The models' own number of epochs is 400 of up to 20,000
+    cells.
     """
 
     def embed(adata: AnnData, epochs: int) -> Embedding:
-        from scvi.model import SCVI
+        import scvi.external
 
-        SCVI.setup_anndata(adata, batch_key="batch")
-        model = SCVI(adata)
-        plan = {} if own_epochs else {"n_epochs_kl_warmup": None}
-        model.train(None if own_epochs else epochs, plan_kwargs=plan, **SILENT)
-        return Embedding(model.get_latent_representation())
+        import vmm_fast.scvi
+
+        makers = {"VMMSCVI": vmm_fast.scvi, "SCVI": scvi.model, "SysVI": scvi.external}
+        model_class = getattr(makers[kind], kind)
+        cells = _normalised(adata) if kind == "SysVI" else adata
+        model_class.setup_anndata(cells, batch_key="batch")
+        model = model_class(cells, **options)
+        model.train(None if own_epochs else epochs, plan_kwargs=plan or {}, **SILENT)
+        z = model.get_latent_representation()
+        return Embedding(z, model.get_clusters() if options.get("prior") in MIXTURES else None)
 
     return embed
-
-
-def sysvi(adata: AnnData, epochs: int) -> Embedding:
-    """Train SysVI with its own prior, on log-normalised counts."""
-    from scvi.external import SysVI
-
-    normalised = _normalised(adata)
-    SysVI.setup_anndata(normalised, batch_key="batch")
-    model = SysVI(normalised)
-    model.train(epochs, **SILENT)
-    return Embedding(model.get_latent_representation())
 
 
 def pca(adata: AnnData, epochs: int) -> Embedding:
@@ -135,16 +117,20 @@ def _principal_components(adata: AnnData) -> np.ndarray:
 
 
 METHODS: dict[str, tuple[str, Method]] = {
-    "vmm": ("VMM", same_network("vmm")),
-    "vmm-own": ("VMM, own epochs", same_network("vmm", own_epochs=True)),
-    "vmm-plain": ("VMM, encoder without batches", same_network("vmm", encode_covariates=False)),
-    "gmm": ("Gaussian mixture", same_network("gmm")),
-    "vamp": ("VampPrior", same_network("vamp")),
-    "normal": ("same network, N(0, I)", same_network("normal")),
-    "normal-own": ("N(0, I), own epochs", same_network("normal", own_epochs=True)),
-    "scvi": ("SCVI, own epochs", stock_scvi(own_epochs=True)),
-    "scvi-short": ("SCVI, same epochs", stock_scvi(own_epochs=False)),
-    "sysvi": ("SysVI", sysvi),
+    "vmm": ("VMM", trained("VMMSCVI", prior="vmm")),
+    "vmm-own": ("VMM, own epochs", trained("VMMSCVI", own_epochs=True, prior="vmm")),
+    "vmm-plain": (
+        "VMM, encoder without batches",
+        trained("VMMSCVI", prior="vmm", encode_covariates=False),
+    ),
+    "gmm": ("Gaussian mixture", trained("VMMSCVI", prior="gmm")),
+    "vamp": ("VampPrior", trained("VMMSCVI", prior="vamp")),
+    "normal": ("same network, N(0, I)", trained("VMMSCVI", prior="normal")),
+    "normal-own": ("N(0, I), own epochs", trained("VMMSCVI", own_epochs=True, prior="normal")),
+    "scvi": ("SCVI, own epochs", trained("SCVI", own_epochs=True)),
+    # With the KL at its full weight from the start.
+    "scvi-short": ("SCVI, same epochs", trained("SCVI", plan={"n_epochs_kl_warmup": None})),
+    "sysvi": ("SysVI", trained("SysVI")),
     "harmony": ("Harmony", harmony),
     "pca": ("PCA", pca),
 }
@@ -229,17 +215,14 @@ def _clusters(labels: np.ndarray, clusters: np.ndarray) -> Row:
         "used": len(used),
         "over_0.2_percent": int((sizes > 0.002 * len(clusters)).sum()),
         "rare_types": len(rare),
-        "rare_types_kept": sum(_best_f1(labels == name, clusters) > 0.5 for name in rare),
+        "rare_types_kept": sum(int(_best_f1(labels == name, clusters) > 0.5) for name in rare),
     }
 
 
 def _best_f1(is_type: np.ndarray, clusters: np.ndarray) -> float:
     """Return the F1 of the cluster that fits a type best: above .5 it has one of its own."""
-    best = 0.0
-    for cluster in np.unique(clusters[is_type]):
-        inside = clusters == cluster
-        best = max(best, 2 * (is_type & inside).sum() / (is_type.sum() + inside.sum()))
-    return float(best)
+    several = (clusters == cluster for cluster in np.unique(clusters[is_type]))
+    return max(2 * (is_type & one).sum() / (is_type.sum() + one.sum()) for one in several)
 
 
 # --- runs ---
@@ -278,7 +261,7 @@ def embed(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Non
 
 
 def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
-    """Score a kept embedding."""
+    """Return the scores of a kept embedding."""
     path = Path(args.kept) / f"{dataset}-{method}-{seed}.npz"
     adata = read(dataset, args)
     with np.load(path) as arrays:
@@ -289,6 +272,9 @@ def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Ro
                 f"{args.epochs}; choose another --kept"
             )
         found = Embedding(arrays["z"], arrays.get("clusters"))
+    vmm = path.with_name(f"{dataset}-vmm-{seed}.npz")  # has clusters, where the method has none
+    with np.load(path if found.clusters is not None or not vmm.exists() else vmm) as arrays:
+        number = len(np.unique(arrays["clusters"])) if "clusters" in arrays else None
     return {
         "part": "integration",
         "command": f"python -m bench integration --datasets {dataset} --methods {method} "
@@ -301,23 +287,12 @@ def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Ro
         "batches": int(adata.obs["batch"].nunique()),
         "method": method,
         "seed": seed,
-        **score(adata, found, _number(path.parent, dataset, seed, found)),
+        **score(adata, found, number),
     }
 
 
-def _number(folder: Path, dataset: str, seed: int, found: Embedding) -> int | None:
-    """Return the number of the embedding's own clusters, or of VMM's where it has none."""
-    if found.clusters is not None:
-        return len(np.unique(found.clusters))
-    vmm = folder / f"{dataset}-vmm-{seed}.npz"
-    if not vmm.exists():
-        return None
-    with np.load(vmm) as arrays:
-        return len(np.unique(arrays["clusters"]))
-
-
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each data set, seed and method, made unless it has been kept."""
+    """Yield a row for each data set, seed and method, made unless it has been kept."""
     args = run.args
     warnings.filterwarnings("ignore")
     folder = Path(args.kept)
@@ -342,7 +317,7 @@ TOTAL, WITH_LEIDEN = "scib total", "scib total with Leiden"
 
 
 def bio(row: Row) -> float:
-    """scib-metrics' bio conservation of its default metrics, without Leiden."""
+    """Return scib-metrics' bio conservation of its default metrics, without Leiden."""
     scib = row["scib"]
     names = ("isolated_labels", "silhouette_label", "clisi_knn")
     kmeans = (f"nmi_ari_cluster_labels_kmeans_{name}" for name in ("nmi", "ari"))
@@ -350,7 +325,7 @@ def bio(row: Row) -> float:
 
 
 def total(row: Row, bio: float) -> float:
-    """.6 bio + .4 batch, or bio where there is one batch."""
+    """Return .6 bio + .4 batch, or bio where there is one batch."""
     batch = row["scib"].get("Batch correction")
     return bio if batch is None else 0.6 * bio + 0.4 * batch
 
@@ -486,6 +461,7 @@ MEASUREMENT = Measurement(
         },
         "--out": OPTIONS["--out"],
     },
+    needs=("scvi", "scib_metrics"),
     page=page,
     collect=lambda args: kept(Path(args.kept), dataset=DATASETS, method=METHODS),
 )

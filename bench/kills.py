@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench import measurement
-from bench.measurement import OPTIONS, Measurement
+from bench.measurement import OPTIONS, Measurement, Run
 from bench.records import Row
 from bench.timing import threads
 from vmm_fast import cli
@@ -40,17 +39,7 @@ ENDS = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}
 
 
 class Command(NamedTuple):
-    """A command to kill.
-
-    Attributes
-    ----------
-    arguments : list of str
-        Without ``--out``.
-    out : str
-        Name of what it writes.
-    again : list of str
-        Options to go on with.
-    """
+    """A command to kill, without ``--out``; the name of what it writes; options to go on with."""
 
     arguments: list[str]
     out: str = "out"
@@ -118,7 +107,7 @@ def finish(arguments: list[str], log: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """Read a result, whole, as something that can be compared; the clock's are None."""
+    """Return a result as something to compare, None where it depends on the clock."""
     import anndata
 
     if path.suffix == ".h5ad":
@@ -139,7 +128,7 @@ def read(path: Path) -> Any:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Read every file under its final name."""
+    """Return every file under its final name."""
     files = [out] if out.is_file() else [p for p in sorted(out.rglob("*")) if p.is_file()]
     shown = (p for p in files if not any(part.startswith(".") for part in p.parts[-2:]))
     return {str(p.relative_to(out)): read(p) for p in shown}
@@ -148,7 +137,7 @@ def results(out: Path) -> dict[str, Any]:
 def kill(
     run: Command, out: Path, moment: float, expected: dict[str, Any]
 ) -> tuple[str, str | None]:
-    """Kill the command after `moment` seconds; what it had done by then, and what was lost."""
+    """Kill the command after `moment` seconds; return what it had done, and what was lost."""
     arguments, log = [*run.arguments, "--out", str(out)], out.with_name("log")
     process = start(arguments, log)
     time.sleep(moment)
@@ -174,8 +163,8 @@ def kill(
     return was, None
 
 
-def rows(run: measurement.Run) -> Iterator[Row]:
-    """Kill every command in turn; a row for each."""
+def rows(run: Run) -> Iterator[Row]:
+    """Kill every command in turn; yield a row for each."""
     args = run.args
     for module in ("scvi.integration", "scvi.report", "scvi.sweep", "scvi.assignment", "plots"):
         importlib.import_module(f"vmm_fast.{module}")

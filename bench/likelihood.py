@@ -99,7 +99,7 @@ def _cases(
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each model, size, density, mode and provider."""
+    """Yield a row for each model, size, density, mode and provider."""
     sizes, densities = run.choose((SIZES, DENSITIES), (QUICK, QUICK_DENSITIES))
     for (cells, genes), density in itertools.product(sizes, densities):
         x, *every = problem(cells, genes, density)

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from torch import Tensor
+
+from bench import problems
 from bench.records import RESULTS, Row, select
 from bench.timing import Sampler, sampler, take_turns
 
@@ -25,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--threads": {"type": int, "default": 2, "help": "the most that is measured"},
     "--out": {"default": str(RESULTS), "help": "folder of the results"},
 }
-SCVI = ("scvi",)
+SCVI = ("scvi",)  # what measurements of cells need
 
 
 class Check(NamedTuple):
@@ -65,10 +68,9 @@ def _with_unit(value: float, unit: str) -> str:
 
 
 class Run(NamedTuple):
-    """The options of a run, and its clock."""
+    """The options of a run, and how it compares providers."""
 
     args: argparse.Namespace
-    sampler: Callable[[Callable[[], object]], Sampler] = sampler
 
     def choose(self, full: Value, quick: Value) -> Value:
         """Return the sizes of this run: the second ones with ``--quick``."""
@@ -79,48 +81,39 @@ class Run(NamedTuple):
         """One thread, and as many as were asked for."""
         return tuple(sorted({1, self.args.threads}))
 
-    def take_turns(
-        self, samplers: Mapping[str, Sampler], repeats: int, seconds: float
-    ) -> dict[str, dict[str, Any]]:
-        """Time providers in turns, as :func:`bench.timing.take_turns`; briefly with ``--quick``."""
-        seconds = self.choose(seconds, 0.0)
-        return take_turns(samplers, repeats=self.choose(repeats, 3), seconds=seconds)
-
     def compare(
         self,
         mode: str,
-        calls: Mapping[str, Callable[[], object] | Sampler],
-        errors: Mapping[str, float],
+        calls: Mapping[str, Any],
+        errors: Mapping[str, float] | None = None,
         *,
+        truth: Sequence[Tensor] = (),
         repeats: int = 5,
         seconds: float = 5.0,
         **case: Any,
     ) -> Iterator[Row]:
-        """Time providers in turns and give a row for each.
+        """Check the results of providers, time them in turns, and give a row for each.
 
-        Parameters
-        ----------
-        mode : str
-            What is timed.
-        calls : mapping from a provider's name to its call, or to its sampler where it has one
-        errors : mapping from a provider's name to the relative error of its result
-            Providers without an error need not be there.
-        repeats, seconds : int, float
-            As in :func:`bench.timing.take_turns`.
-        **case
-            Further fields of every row.
+        A provider is a call, a :class:`Less`, or what has a sampler of its own. Its error is given,
+        or that of what it returns against ``truth`` in float64; ``case`` holds further fields.
 
         Raises
         ------
         RuntimeError
             If an error is not below :data:`TOLERANCE`.
         """
+        errors = dict(errors or {})
+        if truth:
+            left = (name for name in calls if name not in errors)
+            errors |= {name: problems.error(calls[name](), truth) for name in left}
         for provider, error in errors.items():
             if not error < TOLERANCE:
                 of = ", ".join(f"{key} {value}" for key, value in case.items())
                 raise RuntimeError(f"{provider}, {mode}, {of}: error {error:.2g} in float32")
-        timings = self.take_turns(
-            {name: as_sampler(call, self.sampler) for name, call in calls.items()}, repeats, seconds
+        timings = take_turns(
+            {name: as_sampler(call) for name, call in calls.items()},
+            repeats=self.choose(repeats, 3),
+            seconds=self.choose(seconds, 0.0),
         )
         for provider, timing in timings.items():
             row = {"mode": mode, "provider": provider, **case, **timing}
@@ -134,11 +127,11 @@ class Less(NamedTuple):
     part: Callable[[], object]
 
 
-def as_sampler(call: Any, make: Callable[[Callable[[], object]], Sampler]) -> Sampler:
+def as_sampler(call: Any) -> Sampler:
     """Return the sampler of a call, of a :class:`Less`, or of what has one of its own."""
     if isinstance(call, Less):
-        return less(make(call.whole), make(call.part))
-    return getattr(call, "sample", None) or make(call)
+        return less(sampler(call.whole), sampler(call.part))
+    return getattr(call, "sample", None) or sampler(call)
 
 
 def less(whole: Sampler, part: Sampler) -> Sampler:
@@ -172,22 +165,11 @@ def size_of(row: Row) -> str:
 class Measurement(NamedTuple):
     """What is run, what is asked of it, and how it is shown.
 
-    Attributes
-    ----------
-    name, text : str
-        Name on the command line and of its files; what it measures.
-    rows : function of a Run that yields rows
-    options : mapping from a flag to the arguments of ``add_argument``
-    needs : tuple of str
-        Modules without which it is left out.
-    checks : function of all rows of a file that yields its targets
-    heading, introduction, tables, plot
-        Its section of speed.md, and its picture.
-    page : function of the folder of results that writes pages of its own instead
-        Gives the paths of all files that it wrote.
-    collect : function of the options that gives the rows to write
-        Where each row is kept in a file of its own, so that a run that was stopped goes on.
-    status : function of the rows that gives the exit status
+    Most are sections of speed.md, with ``heading``, ``introduction``, ``tables`` and a picture, and
+    ``checks`` are their targets. Others have a ``page`` that writes files into the folder of
+    results and returns their paths. ``options`` are the arguments of ``add_argument`` by flag,
+    ``needs`` modules without which it is left out. Where each row is kept in a file of its own, so
+    that a run that was stopped goes on, ``collect`` returns all that are to be written.
     """
 
     name: str

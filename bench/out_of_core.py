@@ -30,9 +30,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench import alone, atlas, atlas_steps, figures, scvi_epoch
 from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
@@ -44,9 +45,6 @@ from bench.scvi_step import LIMITS, REASON
 from bench.tables import duration, table
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
 EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
@@ -78,22 +76,13 @@ FULL = Plan(
     (100_000, 5, 3, 10_000),
 )
 QUICK = Plan((400,), 32, 2, 200, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
-# A run of vmm-fast that is a minute long but has many checkpoints, and draws no report.
-OFTEN_SAVED = """
-import sys
-from vmm_fast import cli
-from vmm_fast.scvi import integration, report
-integration.CHECKPOINT_SECONDS = 1
-report.write_report = lambda *arguments: None
-sys.exit(cli.main())
-"""
 
 
 # --- rows ---
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Every step at every size, then what is measured at one."""
+    """Yield every step at every size, then what is measured at one."""
     plan, folder = run.choose(FULL, QUICK), run.args.atlases
     if run.args.cells:
         plan = plan._replace(cells=tuple(sorted(run.args.cells)))
@@ -178,61 +167,41 @@ def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
 
 
 def _resume_row(folder: Path, batch_size: int, cells: int, epochs: int, kills: int) -> Row:
-    command = [sys.executable, "-c", OFTEN_SAVED, "integrate"]
-    command += _integrate(make(folder, cells), batch_size, epochs)
+    # Many checkpoints, since the run is only a minute long.
+    command = [sys.executable, "-m", "vmm_fast.cli", "integrate", "--checkpoint-steps", "20"]
+    command += [*_integrate(make(folder, cells), batch_size, epochs), "--out"]
     with tempfile.TemporaryDirectory(dir=folder) as results:
         left_alone, killed = f"{results}/alone", f"{results}/killed"
-        _finish([*command, "--out", left_alone])
-        seconds = save_embedding(Path(left_alone))
+        start = time.perf_counter()
+        kill_and_resume([*command, left_alone], [])
+        seconds = time.perf_counter() - start
         lives = (seconds * np.random.default_rng(0).uniform(0, 0.4, kills)).tolist()
-        kills = kill_and_resume([*command, "--out", killed], lives)
+        kills = kill_and_resume([*command, killed], lives)
         found = alone.run(atlas_steps.difference, threads=1, one=left_alone, other=killed)
     row = {"threads": 1, "mode": RESUME, "provider": VMM, "cells": cells, "B": batch_size}
     return {**row, "seconds": seconds, "kills": kills, "difference": found["difference"]}
 
 
 def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
-    """Kill a run after each of these seconds of training and let it go on, at last to its end.
+    """Kill a run after each of these seconds and let it go on, at last to its end.
 
     The command ends with the run's folder. Returns how often it was killed: less often than asked
     if it ended before.
     """
-    for kills, seconds in enumerate(lives):
-        process, since, record = _start(command), time.time(), Path(command[-1], RUN)
-        # It writes its record when it has read its input.
-        while process.poll() is None and not (record.exists() and record.stat().st_mtime > since):
-            time.sleep(0.05)
+    kills = 0
+    for seconds in (*lives, None):
+        begun = Path(command[-1], RUN).exists()
+        again = [*command, "--resume"] if begun else command
+        options = {"capture_output": True, "text": True, "env": alone.environment(1)}
         try:
-            _, stderr = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        else:
-            _check(process, stderr)
-            return kills
-    _finish(command)
-    return len(lives)
-
-
-def _start(command: list[str]) -> subprocess.Popen[str]:
-    """Start a run, or let it go on if it has begun in its folder."""
-    return subprocess.Popen(
-        [*command, "--resume"] if Path(command[-1], RUN).exists() else command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=alone.environment(1),
-    )
-
-
-def _finish(command: list[str]) -> None:
-    process = _start(command)
-    _check(process, process.communicate()[1])
-
-
-def _check(process: subprocess.Popen[str], stderr: str) -> None:
-    if process.returncode:
-        raise RuntimeError(f"{process.args!r} failed: {stderr.strip()[-2000:]}")
+            done = subprocess.run(again, timeout=seconds, check=False, **options)
+        except subprocess.TimeoutExpired:  # and killed
+            kills += 1
+            continue
+        if done.returncode:
+            raise RuntimeError(f"{again!r} failed: {done.stderr.strip()[-2000:]}")
+        break
+    return kills
 
 
 def _shuffling_rows(
@@ -429,11 +398,7 @@ def plot(figure: Figure, rows: Sequence[Row]) -> None:
     figures.limit(memory, 3, "3 GiB")
     figures.bare(memory, "Memory against cells", "cells, n", "peak resident memory, GiB")
     found = select(rows, mode=EPOCH)
-    values = {
-        name: [row["times stock"] for row in select(found, provider=name)]
-        for name in (STOCK, VMM, NORMAL)
-    }
-    figures.bars(epochs, [f"B = {size}" for size in dict.fromkeys(r["B"] for r in found)], values)
+    figures.bars(epochs, found, lambda row: row["times stock"], lambda row: f"B = {row['B']}")
     figures.bare(epochs, f"CPU time of a training epoch, over {STOCK}'s")
     found = select(rows, mode=SHUFFLING)
     for place, row in enumerate(found):

@@ -83,7 +83,7 @@ def normal_means(problem: Problem, path: Path) -> tuple[list[Tensor], float]:
 
 
 def scored(part: str, method: str, seed: int, of: Method, args: argparse.Namespace) -> Row:
-    """Cluster and score."""
+    """Cluster, and return the scores."""
     parts = read(args)
     images, *new = (torch.from_numpy(images) for images, _ in parts)
     epochs = QUICK_EPOCHS if args.quick else None
@@ -179,7 +179,7 @@ def write_page(folder: Path, comparison: Comparison) -> list[Path]:
 
 
 def rows(run: Run, comparison: Comparison) -> Iterator[Row]:
-    """A row for each seed and method, made unless it has been kept."""
+    """Yield a row for each seed and method, made unless it has been kept."""
     args, folder = run.args, folder_of(run.args)
     warnings.filterwarnings("ignore")
     folder.mkdir(parents=True, exist_ok=True)

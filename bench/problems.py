@@ -63,7 +63,7 @@ def _triangular(size: Size, diagonal: float, generator: torch.Generator) -> Tens
 def parameters(
     size: Size, dtype: torch.dtype = torch.float32, *, far_apart: bool = False
 ) -> Parameters:
-    """A random mixture and points drawn from it.
+    """Return a random mixture and points drawn from it.
 
     The distance of two centers does not grow with D, so that clusters overlap alike at every D and
     a point has a few near components; ``far_apart`` doubles it.
@@ -84,7 +84,7 @@ def parameters(
 
 
 def whiten(p: Parameters) -> Whitened:
-    """A = chol(Lambda^-1 + S)^-1 and c = log pi - D/2 log 2 pi + log det A."""
+    """Return A = chol(Lambda^-1 + S)^-1 and c = log pi - D/2 log 2 pi + log det A."""
     eye = torch.eye(p.z.shape[1], dtype=p.z.dtype, device=p.z.device)
     inverse = torch.linalg.solve_triangular(p.precision_cholesky, eye, upper=False)
     scale = p.scale.tril()
@@ -98,13 +98,13 @@ def whiten(p: Parameters) -> Whitened:
 def whitened(
     size: Size, dtype: torch.dtype = torch.float32, *, far_apart: bool = False
 ) -> Whitened:
-    """The same mixture as a whitened one, contiguous as a model's own components are."""
+    """Return the same mixture as a whitened one, contiguous as a model's own components are."""
     exact = whiten(parameters(size, torch.float64, far_apart=far_apart))
     return Whitened(*(x.to(dtype, memory_format=torch.contiguous_format) for x in exact))
 
 
 def pairs_with_weight(p: Whitened, transpose: bool = False) -> int:
-    """How many pairs of a point and a component have a responsibility above 0."""
+    """Return the number of pairs of a point and a component with a responsibility above 0."""
     z, *mixture = p
     return sum(
         int((ops.mixture_responsibilities(part, *mixture, transpose) > 0).sum())
@@ -113,7 +113,7 @@ def pairs_with_weight(p: Whitened, transpose: bool = False) -> int:
 
 
 def reference_log_prob(inputs: Sequence[Tensor], to_whitened: Callable) -> tuple[Tensor, ...]:
-    """lse [B] and the gradients of its sum for all ``inputs``, in float64."""
+    """Return lse [B] and the gradients of its sum for all ``inputs``, in float64."""
     z, *rest = (x.detach().double().requires_grad_() for x in inputs)
     per_point = rest[0].numel()
     lse, grad_z = [], []
@@ -127,7 +127,7 @@ def reference_log_prob(inputs: Sequence[Tensor], to_whitened: Callable) -> tuple
 
 
 def reference_statistics(p: Whitened, transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """N, s and M of :func:`vmm_fast.ops.mixture_statistics`, by the reference in p's dtype."""
+    """Return N, s and M of :func:`vmm_fast.ops.mixture_statistics`, in p's dtype."""
     z, *mixture = p
     parts = [
         reference.mixture_statistics(part, *mixture, transpose)
@@ -137,9 +137,7 @@ def reference_statistics(p: Whitened, transpose: bool = False) -> tuple[Tensor, 
 
 
 def error(values: Sequence[Tensor], reference_values: Sequence[Tensor]) -> float:
-    """Largest relative error of several tensors, each in the 2-norm."""
+    """Return the largest relative error of tensors in the 2-norm, of as many as are given."""
     with torch.no_grad():
-        return max(
-            float((a.double() - b).norm() / b.norm())
-            for a, b in zip(values, reference_values, strict=True)
-        )
+        pairs = zip(values, reference_values, strict=False)
+        return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)

@@ -106,7 +106,7 @@ def seconds(processes: int, batch_size: int, plan: Plan) -> list[list[float]]:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each number of processes and cells a step; seconds are of a step."""
+    """Yield a row for each number of processes and cells a step; seconds are of a step."""
     plan = run.choose(FULL, QUICK)
     for size in plan.batches:
         epochs: dict[int, list[list[float]]] = {1: [], max(2, run.args.threads): []}

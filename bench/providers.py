@@ -51,7 +51,7 @@ def vmm_fast_whitened(p: Whitened) -> Tensor:
 
 
 def matmul(p: Whitened) -> Tensor:
-    """One matrix product for all A z, as one writes it in plain torch."""
+    """Return the density by one matrix product for all A z, as one writes it in plain torch."""
     whitening = p.whitening.tril()
     shift = (whitening @ p.centers[..., None]).flatten()
     y = torch.addmm(-shift, p.z, whitening.flatten(0, 1).T)
@@ -71,7 +71,7 @@ def keops(p: Whitened) -> Tensor:
 
 
 def whitened_densities() -> dict[str, Density]:
-    """Providers from A; those that are not installed are missing."""
+    """Return the providers from A that are installed."""
     # One compilation a size, not a slower one for all. Only eight of a function are kept before
     # torch goes back to eager without a word, hence none of those from before.
     torch.compiler.reset()
@@ -116,7 +116,7 @@ COMPONENT_BUILDERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def make_tfp_environment(folder: str) -> None:
-    """Make a virtual environment with TensorFlow Probability, which shares nothing with torch's."""
+    """Make a virtual environment with TensorFlow Probability, which shares nothing with this."""
     venv.create(folder, with_pip=True)
     python = Path(folder) / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", *TFP_PACKAGES], check=True)
@@ -129,24 +129,23 @@ class TFPWorker:
     """
 
     def __init__(self, environment: str, p: Parameters, thread_count: int):
-        self._folder = tempfile.TemporaryDirectory()
-        path = Path(self._folder.name)
-        np.savez(path / "inputs.npz", **{k: v.numpy() for k, v in p._asdict().items()})
-        self._process = subprocess.Popen(
-            [
-                Path(environment) / "bin" / "python",
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            np.savez(folder / "inputs.npz", **{k: v.numpy() for k, v in p._asdict().items()})
+            python, worker = (
+                Path(environment) / "bin/python",
                 Path(__file__).parent / "tfp_worker.py",
-                path,
-                str(thread_count),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.versions = self._read()["versions"]
-        with np.load(path / "outputs.npz") as outputs:
-            self.outputs = [torch.from_numpy(outputs[str(i)]) for i in range(len(outputs))]
+            )
+            self._process = subprocess.Popen(
+                [python, worker, folder, str(thread_count)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            self.versions = self._read()["versions"]
+            with np.load(folder / "outputs.npz") as outputs:
+                self.outputs = [torch.from_numpy(outputs[str(i)]) for i in range(len(outputs))]
 
     def _read(self) -> dict:
         assert self._process.stdout is not None
@@ -156,18 +155,13 @@ class TFPWorker:
         return json.loads(line)
 
     def sample(self, calls: int) -> float:
-        """Seconds that so many calls take there."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{calls}\n")
-        self._process.stdin.flush()
+        """Return the seconds that so many calls take there."""
+        print(calls, file=self._process.stdin, flush=True)
         return self._read()["seconds"]
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._folder.cleanup()
+        self._process.communicate()
 
 
 # --- one step of expectation maximisation ---
@@ -176,9 +170,9 @@ class TFPWorker:
 class EMStep(NamedTuple):
     """An E- and M-step from one start.
 
-    ``call`` takes the step, ``values`` gives what the last call found: weights [J], means [J, D]
-    and covariances [J, D, D]. ``expected`` gives the same in float64 for a provider whose maths are
-    its own; None for maximum likelihood.
+    ``call`` takes the step, ``values`` returns what the last call found: weights [J], means [J, D]
+    and covariances [J, D, D]. ``expected`` returns the same in float64 for a provider whose maths
+    are its own; None for maximum likelihood.
     """
 
     call: Callable[[], object]
@@ -187,7 +181,7 @@ class EMStep(NamedTuple):
 
 
 def maximum_likelihood(z: Tensor, mixture: Components) -> tuple[Tensor, ...]:
-    """The EM step's definition, in float64."""
+    """Return what the EM step is defined to find, in float64."""
     mixture = mixture.to(torch.float64)
     n, s, m = reference_statistics(Whitened(z.double(), *mixture.expected[:3]), transpose=True)
     shift = s / n[:, None]
@@ -217,7 +211,7 @@ def vmm_fast_em(z: Tensor, mixture: Components) -> EMStep:
 
 
 def _upper_precision(mixture: Components) -> Tensor:
-    """U [J, D, D] with U U^T = Lambda as scikit-learn has it, chol(Lambda^-1)^-T."""
+    """Return U [J, D, D] with U U^T = Lambda as scikit-learn has it, chol(Lambda^-1)^-T."""
     assert mixture.precision_cholesky is not None
     covariance = torch.cholesky_inverse(mixture.precision_cholesky.double())
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
@@ -245,48 +239,33 @@ def sklearn_em(z: Tensor, mixture: Components) -> EMStep:
 
 
 def sklearn_bayesian_em(z: Tensor, mixture: Components) -> EMStep:
-    """The variational step: other maths of about the same cost, checked by its means."""
-    from scipy.special import digamma
+    """Return the variational step: other maths of about the same cost, checked by its means."""
     from sklearn.mixture import BayesianGaussianMixture
 
-    x, dim = z.numpy(), z.shape[1]
-    model = BayesianGaussianMixture(
-        n_components=mixture.num_components,
-        weight_concentration_prior_type="dirichlet_distribution",
-    )
-    model._check_parameters(x)
-    with torch.no_grad():
-        model._m_step(x, mixture.log_joint(z).log_softmax(-1).numpy())
-    start = dict(vars(model))
+    responsibilities = mixture.log_joint(z).log_softmax(-1).detach().numpy()
+    kind = {"weight_concentration_prior_type": "dirichlet_distribution"}
 
-    def call() -> None:
-        vars(model).update(start)
-        _, log_responsibilities = model._e_step(x)
-        model._m_step(x, log_responsibilities)
+    def prepare(dtype: type) -> tuple[Callable[[], None], BayesianGaussianMixture]:
+        x, model = z.numpy().astype(dtype), BayesianGaussianMixture(mixture.num_components, **kind)
+        model._check_parameters(x)
+        model._m_step(x, responsibilities.astype(dtype))
+        start = dict(vars(model))
 
-    def values() -> tuple[Tensor, ...]:
-        return (torch.from_numpy(model.means_),)
+        def call() -> None:
+            vars(model).update(start)
+            _, log_responsibilities = model._e_step(x)
+            model._m_step(x, log_responsibilities)
+
+        return call, model
+
+    call, model = prepare(np.float32)
 
     def expected() -> tuple[Tensor, ...]:
-        # E[log pi_j] + 1/2 E[log |Lambda_j|] - D / (2 beta_j), up to a constant; Bishop (2006),
-        # equations 10.64 to 10.66, and 10.61 for the means.
-        old = SimpleNamespace(**start)
-        upper = torch.from_numpy(old.precisions_cholesky_).double()
-        freedom = old.degrees_of_freedom_
-        halves = 0.5 * (freedom[:, None] - np.arange(dim))
-        offsets = (
-            digamma(old.weight_concentration_)
-            + 0.5 * digamma(halves).sum(1)
-            - 0.5 * dim * (np.log(freedom) + 1 / old.mean_precision_)
-        )
-        offsets = torch.from_numpy(offsets) + upper.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        centers = torch.from_numpy(old.means_).double()
-        n, s, _ = reference_statistics(Whitened(z.double(), centers, upper.mT, offsets))
-        prior = torch.from_numpy(old.mean_precision_prior_ * old.mean_prior_)
-        total = n[:, None] * centers + s + prior
-        return (total / (n + old.mean_precision_prior_)[:, None],)
+        exactly, exact = prepare(np.float64)
+        exactly()
+        return (torch.from_numpy(exact.means_),)
 
-    return EMStep(call, values, expected)
+    return EMStep(call, lambda: (torch.from_numpy(model.means_),), expected)
 
 
 def torchgmm_em(z: Tensor, mixture: Components) -> EMStep:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import vmm_fast
@@ -31,15 +32,14 @@ from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignmen
 from vmm_fast.models import VAE, RandomShifts, fit
 from vmm_fast.schedules import SCHEDULES
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 NETWORKS: dict[str, dict[str, Any]] = {
     "perceptron": {},  # the paper's
     "convolutional": {"channels": (16, 32, 64), "hidden": (256,)},
 }
 DATASETS = ("mnist", "fashion_mnist")
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
+SCALES = ("maximum-likelihood", "learnt")
+PRIOR_WEIGHT = "divide the parameter priors by the number of images or by the batch size"
 
 
 def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: argparse.Namespace):
@@ -269,10 +269,7 @@ MEASUREMENT = Measurement(
     options={
         "--prior": {"choices": PRIORS, "default": "vmm"},
         "--name": {"help": "of the result file, PREFIX-NAME.json; the prior's unless given"},
-        "--data": {
-            "default": str(DATA),
-            "help": "folder with mnist_train.npz and mnist_test.npz, or fashion_mnist.npz",
-        },
+        "--data": {"default": str(DATA), "help": "folder with the .npz files of the images"},
         "--dataset": {"choices": DATASETS, "default": DATASETS[0]},
         "--network": {"choices": NETWORKS, "default": "perceptron"},
         "--prefix": {"default": "mnist", "help": "of the result files that belong together"},
@@ -281,38 +278,21 @@ MEASUREMENT = Measurement(
         "--batch-size": {"type": int, "default": 256},
         "--learning-rate": {"type": float, "default": 1e-3},
         "--schedule": {"choices": SCHEDULES, "default": "cosine"},
-        "--prior-warmup": {
-            "type": float,
-            "default": 0.0,
-            "help": "share of the steps under N(0, I)",
-        },
+        "--prior-warmup": {"type": float, "default": 0.0, "help": "share of steps under N(0, I)"},
         "--shifts": {"action": "store_true", "help": "train on images shifted at random"},
         "--pseudo-inputs-per-component": {"type": int, "default": 1},
         "--prior-learning-rate": {"type": float, "default": 1e-3},
-        "--prior-weight": {
-            "choices": ("data", "batch"),
-            "default": "data",
-            "help": "divide the parameter priors by the number of images or by the batch size",
-        },
-        "--true-em": {
-            "action": "store_true",
-            "help": "no gradient through the responsibilities",
-        },
+        "--prior-weight": {"choices": ("data", "batch"), "default": "data", "help": PRIOR_WEIGHT},
+        "--true-em": {"action": "store_true", "help": "no gradient through responsibilities"},
         "--components": {"type": int, "default": 100},
         "--latent-dim": {"type": int, "default": 10},
         "--posterior": {"choices": ("full", "diagonal"), "default": "full"},
-        "--scale": {
-            "choices": ("maximum-likelihood", "learnt"),
-            "default": "maximum-likelihood",
-        },
+        "--scale": {"choices": SCALES, "default": SCALES[0]},
         "--seed": {"type": int, "default": 0},
         "--checkpoint": {"help": "file to keep the run in after every epoch"},
         "--resume": {"action": "store_true", "help": "go on from --checkpoint"},
         "--out": OPTIONS["--out"],
-        "--plot": {
-            "action": "store_true",
-            "help": "draw the runs of --prefix in --out, and write their page; train nothing",
-        },
+        "--plot": {"action": "store_true", "help": "make the page of --prefix; train nothing"},
     },
     page=page,
 )

@@ -54,13 +54,7 @@ def speed(parts: Iterable[tuple[Measurement, list[Row]]]) -> str:
 
 
 def write(folder: Path, of: Iterable[Measurement] = tuple(MEASUREMENTS.values())) -> list[Path]:
-    """Write the pages of these measurements, and their pictures; gives their paths.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no results.
-    """
+    """Write the pages of these measurements, and their pictures; return their paths."""
     parts = {
         name: (measurement, read_rows(folder / f"{name}.jsonl"))
         for name, measurement in MEASUREMENTS.items()

@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from bench import figures, problems, throughput
 from bench.measurement import Check, Measurement, Run, size_of
@@ -39,9 +40,6 @@ from bench.records import Row, select
 from bench.tables import table
 from bench.timing import threads
 from vmm_fast import ops, reference
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PEAK, COPY = "FMA peak", "copy bandwidth"
 LOG_PROB, LOG_PROB_BACKWARD = "log_prob", "log_prob, backward"
@@ -155,7 +153,7 @@ def errors(inputs: Whitened) -> dict[str, float]:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Kernels and limits take turns; on one thread, then on more."""
+    """Yield kernels and limits, which take turns; on one thread, then on more."""
     for count in run.thread_counts:
         with threads(count):
             (multiply, multiplied), (move, moved) = fma(count), copy()
@@ -229,44 +227,16 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def plot(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw the share of the FMA peak against operations a byte, under the machine's two limits.
-
-    Shares, since the peak itself moves where others use the machine: each is of the peak in the
-    same turns.
-    """
+    """Draw each kernel's share of the FMA peak, which is that in the same turns."""
     counts = sorted({row["threads"] for row in rows})
-    sizes = list(dict.fromkeys(size_of(row) for row in rows))
     figure.set_size_inches(1.5 + 5.5 * len(counts), 4.5)
-    axes = figure.subplots(1, len(counts), squeeze=False, sharex=True, sharey=True)[0]
+    axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     for ax, count in zip(axes, counts, strict=True):
-        here = select(rows, threads=count)
-        peak, copied = (
-            max(row[work] / row["p50"] / 1e9 for row in select(here, mode=mode))
-            for mode, work in ((PEAK, "operations"), (COPY, "bytes"))
-        )
-        ridge = peak / copied
-        points = [(row, row["operations"] / row["bytes"]) for row in here if "error" in row]
-        high = 3 * max(ridge, *(intensity for _, intensity in points))
-        ax.loglog([ridge / 10, ridge, high], [10, 100, 100], color="0.3", lw=1.2)
-        figures.label(ax, f"FMA peak, {peak:.0f} GFLOP/s", (ridge, 100), (4, 4))
-        figures.label(ax, f"copy, {copied:.1f} GB/s", (ridge / 10, 10), (14, 6))
-        for row, intensity in points:
-            ax.scatter(
-                intensity,
-                100 * fraction_of_peak(row, rows),
-                color=f"C{KERNELS.index(row['mode'])}",
-                marker="os^Dv*"[sizes.index(size_of(row)) % 6],
-                zorder=3,
-            )
-        title = f"{count} thread{'s' if count > 1 else ''}, float32"
-        figures.bare(ax, title, "floating-point operations a byte of input and output")
-    axes[0].set_ylabel("operations a second, % of the FMA peak", fontsize=9)
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    for i, kernel in enumerate(KERNELS):
-        axes[-1].scatter([], [], color=f"C{i}", label=kernel)
-    for size, marker in zip(sizes, "os^Dv*", strict=False):
-        axes[-1].scatter([], [], color="0.5", marker=marker, label=f"(B, J, D) = {size}")
-    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+        found = select(rows, threads=count, provider="vmm_fast")
+        named = [{**row, "provider": row["mode"]} for row in found]
+        figures.bars(ax, named, lambda r: 100 * fraction_of_peak(r, rows), size_of, "{:.0f}")
+        title = f"% of the FMA peak, {count} thread{'s' if count > 1 else ''}, float32"
+        figures.bare(ax, title)
 
 
 MEASUREMENT = Measurement(

@@ -14,30 +14,25 @@ from bench.records import Row, command, environment, write_rows
 from bench.tables import duration
 from bench.timing import threads
 
-# What is printed of a row, besides its time.
-SHOWN = (
-    *("dataset", "method", "seed", "mode", "provider", "B", "J", "D", "threads", "axis", "cells"),
-    *("call", "operators", "absent", "density", "times as fast", "times as fast, by CPU"),
-    *("times stock", "cells/s", "difference", "losses", "name", "kernel", "error", "launches"),
-    *("fraction", "ratio", "peak_bytes", "kills", "lost", "clusters", "nmi", "ari"),
-)
+HIDDEN = ("min", "p20", "p50", "p80", "repeats")
 
 
-def _line(row: Row) -> str:
-    values = {key: row[key] for key in SHOWN if key in row}
+def _line(row: Row, common: Row) -> str:
+    """Return what a row has beside its machine, with its time at the end."""
+    values = {k: v for k, v in row.items() if k not in common and k not in HIDDEN}
     shown = [f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values.items()]
-    seconds = row.get("p50", row.get("seconds"))
-    return "  ".join(shown if seconds is None else [*shown, duration(seconds)])
+    return "  ".join([*shown, duration(row["p50"])] if "p50" in row else shown)
 
 
 def run(measurement: Measurement, args: argparse.Namespace) -> int:
-    """Run a measurement and write its files; gives its exit status."""
+    """Run a measurement and write its files; return its exit status."""
     if not all(importlib.util.find_spec(module) for module in measurement.needs):
-        print(f'{measurement.name} is left out: pip install "vmm-fast[scvi]"')
+        print(f'{measurement.name} is left out: pip install "vmm-fast[bench]"')
         return 0
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    file = f"{measurement.name}-unfinished.jsonl"
     with threads(args.threads) if "threads" in args else nullcontext():
         common = {"command": command(sys.argv[1:]), **environment()}
         common |= {"part": measurement.name, "dtype": "float32"}
@@ -45,12 +40,13 @@ def run(measurement: Measurement, args: argparse.Namespace) -> int:
             for row in measurement.rows(Run(args)):
                 # A row that was kept has what it was made with.
                 rows.append(row if "command" in row else {**common, **row})
-                print(_line(row), flush=True)
+                print(_line(row, common), flush=True)
+            file = f"{measurement.name}.jsonl"
         finally:  # what was measured is there if a later row fails
             if measurement.collect is not None:
                 rows = measurement.collect(args)
             if rows:
-                write_rows(folder / f"{measurement.name}.jsonl", rows)
+                write_rows(folder / file, rows)
     if rows:
         for path in report.write(folder, [measurement]):
             print(path)

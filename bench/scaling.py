@@ -14,20 +14,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench import alone, figures, problems, providers
 from bench.measurement import Check, Measurement, Run, size_of
 from bench.problems import Size
 from bench.records import Row, select
 from bench.tables import duration, table
-from bench.throughput import BACKWARD, FORWARD, _forward_call, gradient_call
+from bench.throughput import BACKWARD, FORWARD, forward_call, gradient_call
 from bench.timing import quantiles, sampler, threads
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MEMORY = "memory"
 AXES = {
@@ -47,11 +45,12 @@ MEASURED = {
     "matmul": (Size(1024, 100, 32), SMALL, Size(8192, 200, 32)),
 }
 QUICK_MEASURED = {"vmm_fast": (Size(64, 4, 3), Size(128, 8, 3)), "matmul": (Size(64, 4, 3),)}
+MODES = {FORWARD: forward_call, BACKWARD: gradient_call}
 MAX_CALLS, SECONDS = 20, 2.0  # of which the memory is measured; no further call after so many
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Along each axis all sizes take turns, then the memory of one size after the other."""
+    """Yield the sizes along each axis, which take turns, then the memory of one after the other."""
     for count in run.thread_counts:
         with threads(count):
             for axis, sizes in run.choose(AXES, QUICK_AXES).items():
@@ -60,11 +59,8 @@ def rows(run: Run) -> Iterator[Row]:
     for provider, sizes in run.choose(MEASURED, QUICK_MEASURED).items():
         for size in sizes:
             case = {"provider": provider, **size._asdict()}
-            yield {
-                "mode": MEMORY,
-                **case,
-                **alone.run(peak_memory, threads=run.args.threads, **case),
-            }
+            found = alone.run(peak_memory, threads=run.args.threads, **case)
+            yield {"mode": MEMORY, **case, **found}
 
 
 def _axis(run: Run, sizes: Sequence[Size]) -> Iterator[Row]:
@@ -72,14 +68,13 @@ def _axis(run: Run, sizes: Sequence[Size]) -> Iterator[Row]:
     for size in sizes:
         inputs = problems.whitened(size)
         truth = problems.reference_log_prob(inputs, lambda p: p)
-        for mode, make in ((FORWARD, _forward_call), (BACKWARD, gradient_call)):
+        for mode, make in MODES.items():
             name = f"{mode} {tuple(size)}"
             calls[name] = make(providers.vmm_fast_whitened, inputs)
-            found = calls[name]()
-            errors[name] = problems.error(found, truth[: len(found)])
-            cases[name] = {"mode": mode, **size._asdict()}
+            errors[name] = problems.error(calls[name](), truth)
+            cases[name] = {"mode": mode, "provider": "vmm_fast", **size._asdict()}
     for row in run.compare("", calls, errors, seconds=2.5 * len(sizes)):
-        yield {**row, **cases[row["provider"]], "provider": "vmm_fast"}
+        yield {**row, **cases[row["provider"]]}
 
 
 def peak_memory(provider: str, B: int, J: int, D: int) -> dict[str, Any]:
@@ -117,7 +112,7 @@ def exponent(rows: Sequence[Row], axis: str, of: str = "p50") -> float:
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[int, str, str, list[Row]]]:
     """Yield threads, mode, axis and rows of every fit."""
     for count in sorted({row["threads"] for row in rows if "axis" in row}):
-        for mode in (FORWARD, BACKWARD):
+        for mode in MODES:
             for axis in ("B", "J", "D"):
                 if line := select(rows, mode=mode, axis=axis, threads=count):
                     yield count, mode, axis, line
@@ -171,9 +166,11 @@ def plot(figure: Figure, rows: Sequence[Row]) -> None:
             if of == axis
         }
         figures.lines(ax, curves)
-        others = ", ".join(
-            f"{key} = {select(rows, axis=axis)[0][key]}" for key in "BJD".replace(axis, "")
-        )
+        found = select(rows, axis=axis)
+        at = sorted({row[axis] for row in found})
+        ax.set_xticks(at, map(str, at))
+        ax.set_xticks([], minor=True)
+        others = ", ".join(f"{key} = {found[0][key]}" for key in "BJD" if key != axis)
         figures.bare(ax, f"Time against {axis} ({others})", axis, "seconds")
     curves = {}
     for provider in ("vmm_fast", "matmul"):

@@ -165,7 +165,7 @@ class Clock:
 
 
 def epoch(model: Any, batch_size: int, *, phases: bool) -> dict[str, float]:
-    """Train an epoch; CPU seconds a step of every phase, or of all as the rest of Lightning."""
+    """Train an epoch; return CPU seconds a step of each phase, or of all as Lightning's rest."""
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -264,7 +264,7 @@ def epochs(models: dict[str, Any], batch_size: int, repeats: int, *modes: bool) 
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each batch size and model."""
+    """Yield a row for each batch size and model."""
     cells, genes = run.choose((10_000, 2000), (200, 40))
     adata = atlas.Atlas(genes=genes).in_memory(cells)
     models = {name: make_model(name, adata) for name in (STOCK, BEFORE, VMM, NORMAL)}

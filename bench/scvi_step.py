@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench import figures, scvi_epoch
 from bench.measurement import SCVI, Check, Measurement, Run
@@ -23,7 +24,6 @@ from bench.tables import duration, pivot, table
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from matplotlib.figure import Figure
 
 MODE = "scVI training step"
 PRIORS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def make_step(name: str, adata: AnnData, batch_size: int) -> Callable[[], None]:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each prior and batch size, then those of epochs by phase."""
+    """Yield a row for each prior and batch size, then those of epochs by phase."""
     genes = run.choose(2000, 40)
     adata = random_cells(2048, genes)
     adata.X = adata.X.toarray()
@@ -128,32 +128,25 @@ def _milliseconds(seconds: float) -> str:
 
 def plot(figure: Figure, rows: Sequence[Row]) -> None:
     """Draw the time of a step next to stock SCVI's, and of a step in an epoch, by phase."""
-    epochs = select(rows, mode=scvi_epoch.MODE)
-    sizes = list(dict.fromkeys(row["B"] for row in epochs))
+    sizes = list(dict.fromkeys(row["B"] for row in select(rows, mode=scvi_epoch.MODE)))
     figure.set_size_inches(7 + 4 * len(sizes), 4.6)
     steps, *axes = figure.subplots(1, 1 + len(sizes), width_ratios=[1.6] + [1] * len(sizes))
-    found = select(rows, mode=MODE)
-    groups = [
-        f"B = {row['B']}\n{STOCK}: {duration(row['p50'])}" for row in select(found, provider=STOCK)
-    ]
-    values = {name: [row["times stock"] for row in select(found, provider=name)] for name in PRIORS}
-    figures.bars(steps, groups, values)
+    found = [row for row in select(rows, mode=MODE) if row["provider"] != STOCK]
+    figures.bars(steps, found, lambda row: row["times stock"], lambda row: f"B = {row['B']}")
     figures.limit(steps, 1)
     figures.bare(steps, f"Training step, time / that of {STOCK}")
     for ax, size in zip(axes, sizes, strict=True):
-        here = select(epochs, B=size)
+        here = select(rows, mode=scvi_epoch.MODE, B=size)
         names = [row["provider"].replace(", ", ",\n", 1) for row in here]
         bottom = np.zeros(len(here))
         for phase, color in scvi_epoch.PHASES.items():
             height = np.array([1e3 * row["phases"][phase] for row in here])
             ax.bar(names, height, 0.7, bottom, color=color, label=phase)
             bottom += height
-        for place, top in enumerate(bottom):
-            figures.label(ax, f"{top:.3g}", (place, top), (0, 2), ha="center")
         figures.bare(ax, f"Step in an epoch, B = {size}", y="ms of CPU time")
-    handles = axes[-1].get_legend_handles_labels() if axes else ([], [])
-    style = {"fontsize": 8, "frameon": False, "loc": "outside right center"}
-    figure.legend(*(part[::-1] for part in handles), **style)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    place = {"frameon": False, "loc": "outside right center"}
+    figure.legend(handles[::-1], labels[::-1], fontsize=8, **place)
 
 
 MEASUREMENT = Measurement(

@@ -52,10 +52,7 @@ CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
     "statistics-rate-0.001": ("statistics_rate 0.001", prior(statistics_rate=0.001)),
     "statistics-rate-0.01": ("statistics_rate 0.01", prior(statistics_rate=0.01)),
     "gradient": ("gradient instead of closed form", prior(inference="gradient")),
-    "joint": (
-        "one loss for network and prior",
-        prior(inference="gradient", joint=True),
-    ),
+    "joint": ("one loss for network and prior", prior(inference="gradient", joint=True)),
     "true-em": (
         "gradient, not through the responsibilities",
         prior(inference="gradient", responsibility_gradient=False),

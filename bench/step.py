@@ -7,9 +7,10 @@ prior's empirical-Bayes step. Priors take turns at every batch size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench import figures
@@ -20,9 +21,6 @@ from bench.tables import duration, pivot
 from vmm_fast import GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
 from vmm_fast.models import VAE
 from vmm_fast.priors import Prior
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 NORMAL, GRADIENT, CLOSED_FORM = "N(0, I)", "VMM, gradient", "VMM, closed form"
 GMM, VAMP, EAGER = "GMM", "VampPrior", "VMM, eager torch"
@@ -80,7 +78,7 @@ def make_step(name: str, plan: Plan, x: Tensor, batch_size: int) -> Callable[[],
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """A row for each prior and batch size."""
+    """Yield a row for each prior and batch size."""
     plan = run.choose(FULL, QUICK)
     generator = torch.Generator().manual_seed(0)
     x = 2 * torch.rand(4 * max(plan.batches), plan.inputs, generator=generator) - 1
@@ -122,14 +120,16 @@ def plot(figure: Figure, rows: Sequence[Row]) -> None:
     """Draw the time of a training step next to that under N(0, I)."""
     figure.set_size_inches(10, 4.2)
     ax, normal = figure.subplots(), _normal(rows)
-    values = {
-        name: [row["p50"] / normal[row["B"]] for row in select(rows, provider=name)]
-        for name in PRIORS[1:]
-    }
-    groups = [f"B = {size}\nN(0, I): {duration(seconds)}" for size, seconds in normal.items()]
-    figures.bars(ax, groups, values, start=1.0)
+    others = [row for row in rows if row["provider"] != NORMAL]
+    figures.bars(
+        ax,
+        others,
+        lambda row: row["p50"] / normal[row["B"]],
+        lambda row: f"B = {row['B']}\n{NORMAL}: {duration(normal[row['B']])}",
+        start=1.0,
+    )
     figures.limit(ax, 1.10, "1.10")
-    figures.bare(ax, "Training step of the image VAE, time / that under N(0, I)")
+    figures.bare(ax, f"Training step of the image VAE, time / that under {NORMAL}")
 
 
 MEASUREMENT = Measurement(

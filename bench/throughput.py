@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.distributions import Distribution, MultivariateNormal
@@ -29,9 +30,6 @@ from bench.records import Row, select
 from bench.tables import duration, pivot, table
 from vmm_fast import VMMPrior, reference
 from vmm_fast.mixture import Components, gaussian_parameters
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FORWARD = "forward"
 BACKWARD = "forward + backward"
@@ -68,22 +66,15 @@ VERSIONS = {
     "GaussianMixture": "scikit-learn",
     "BayesianGaussianMixture": "scikit-learn",
 }
-COLORS = {
-    "vmm_fast": "C0",
-    "matmul": "C1",
-    "torch.compile": "C2",
-    "KeOps": "C3",
-    "torch.distributions": "C4",
-    TFP: "C5",
-    "torch": "C1",
-    "GaussianMixture": "C6",
-    "BayesianGaussianMixture": "C8",
-    "torchgmm": "C9",
+COLORS: dict[str, str] = {
+    **{"matmul": "C1", "torch.compile": "C2", "KeOps": "C3", "torch.distributions": "C4"},
+    **{TFP: "C5", "torch": "C1"},
+    **{"GaussianMixture": "C6", "BayesianGaussianMixture": "C8", "torchgmm": "C9"},
 }
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Measure everything; a row each."""
+    """Yield a row for each measurement."""
     if folder := run.args.make_tfp_environment:
         providers.make_tfp_environment(folder)
         return
@@ -119,7 +110,9 @@ def gradient_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], t
     return call
 
 
-def _forward_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
+def forward_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], tuple]:
+    """Return the call that computes a density alone."""
+
     def call() -> tuple:
         with torch.no_grad():
             return (density(inputs),)
@@ -128,7 +121,7 @@ def _forward_call(density: Callable[..., Tensor], inputs: Any) -> Callable[[], t
 
 
 def whitened(run: Run) -> Iterator[Row]:
-    """Forward, and forward with backward, of a mixture that is built."""
+    """Yield forward, and forward with backward, of a mixture that is built."""
     for mode, sizes in ((FORWARD, DENSITY), (BACKWARD, DENSITY), (BACKWARD_FAR_APART, FAR_APART)):
         wanted = providers.whitened_densities()
         if run.args.quick:
@@ -136,19 +129,17 @@ def whitened(run: Run) -> Iterator[Row]:
             wanted = {k: v for k, v in wanted.items() if k not in SLOW_TO_START}
         elif "KeOps" not in wanted:
             yield from _absent(mode, ["KeOps"], "not installed")
-        make = _forward_call if mode == FORWARD else gradient_call
+        make = forward_call if mode == FORWARD else gradient_call
         for size in run.choose(sizes, QUICK):
             inputs = problems.whitened(size, far_apart=mode == BACKWARD_FAR_APART)
             truth = problems.reference_log_prob(inputs, lambda p: p)
-            truth = truth[:1] if mode == FORWARD else truth
             calls = {name: make(density, inputs) for name, density in wanted.items()}
             share = {"share_with_weight": share_with_weight(inputs)}
-            errors = {name: problems.error(call(), truth) for name, call in calls.items()}
-            yield from run.compare(mode, calls, errors, **size._asdict(), **share)
+            yield from run.compare(mode, calls, truth=truth, **size._asdict(), **share)
 
 
 def from_parameters(run: Run) -> Iterator[Row]:
-    """Forward with backward from the mixture's parameters."""
+    """Yield forward with backward from the mixture's parameters."""
     environment = run.args.tfp_environment
     if environment is None:
         yield from _absent(PARAMETERS, [TFP], "not installed")
@@ -156,26 +147,22 @@ def from_parameters(run: Run) -> Iterator[Row]:
         inputs = problems.parameters(size)
         truth = problems.reference_log_prob(inputs, problems.whiten)
         share = {"share_with_weight": share_with_weight(problems.whitened(size))}
-        calls: dict[str, Any] = {
-            name: gradient_call(density, inputs)
-            for name, density in providers.PARAMETER_DENSITIES.items()
-        }
-        errors = {name: problems.error(call(), truth) for name, call in calls.items()}
-        versions = None
+        densities = providers.PARAMETER_DENSITIES.items()
+        calls: dict[str, Any] = {name: gradient_call(f, inputs) for name, f in densities}
+        errors, versions = {}, {}
         with ExitStack() as stack:
             if environment is not None:
                 worker = providers.TFPWorker(environment, inputs, run.args.threads)
                 stack.callback(worker.close)
-                calls[TFP], versions = worker, worker.versions
+                calls[TFP], versions[TFP] = worker, {"provider_version": worker.versions}
                 errors[TFP] = problems.error(worker.outputs, truth)
-            for row in run.compare(PARAMETERS, calls, errors, **size._asdict(), **share):
-                if row["provider"] == TFP:
-                    row["provider_version"] = versions
-                yield row
+            case = {"truth": truth, **size._asdict(), **share}
+            for row in run.compare(PARAMETERS, calls, errors, **case):
+                yield {**row, **versions.get(row["provider"], {})}
 
 
 def components(run: Run) -> Iterator[Row]:
-    """A and c from (L, s, log pi), and the gradients of all three."""
+    """Yield A and c from (L, s, log pi), with the gradients of all three."""
     for size in run.choose(BUILT, QUICK_BUILT):
         p = problems.parameters(size)
         inputs = (p.logits.log_softmax(-1), p.precision_cholesky, p.scale)
@@ -184,8 +171,7 @@ def components(run: Run) -> Iterator[Row]:
         calls = {
             name: building(build, inputs) for name, build in providers.COMPONENT_BUILDERS.items()
         }
-        errors = {name: problems.error(call(), truth) for name, call in calls.items()}
-        yield from run.compare(COMPONENTS, calls, errors, **size._asdict())
+        yield from run.compare(COMPONENTS, calls, truth=truth, **size._asdict())
 
 
 def building(
@@ -207,7 +193,7 @@ def building(
 
 
 def empirical_bayes(run: Run) -> Iterator[Row]:
-    """``VMMPrior.update`` against the same maths in eager torch, less what the encoder takes."""
+    """Yield ``VMMPrior.update`` and the same in eager torch, less what the encoder takes."""
     for inference, mode in (("gradient", GRADIENT_STEP), ("closed-form", CLOSED_FORM_STEP)):
         for size in run.choose(STEP, QUICK):
             ours, encoder = vmm_prior(size, inference)
@@ -270,7 +256,7 @@ def step_values(
 
 
 def em(run: Run) -> Iterator[Row]:
-    """E- and M-step; vmm_fast also on the full data, the others on what they can hold."""
+    """Yield E- and M-steps on what all can hold, and of vmm_fast also on the full data."""
     absent = [name for name in providers.EM_STEPS if not providers.installed(name)]
     yield from _absent(EM_STEP, absent, "not installed")
     names = [name for name in providers.EM_STEPS if name not in absent]
@@ -317,7 +303,7 @@ def _em_share(z: Tensor, mixture: Components) -> float:
 
 
 def overhead(run: Run) -> Iterator[Row]:
-    """Forward with backward of the smallest problem there is."""
+    """Yield forward with backward of the smallest problem there is."""
     size = Size(1, 1, 1)
     inputs = problems.whitened(size)
     call = gradient_call(providers.vmm_fast_whitened, inputs)
@@ -471,28 +457,18 @@ def plot(figure: Figure, rows: Sequence[Row]) -> None:
     figure.set_size_inches(15, 11)
     for ax, mode in zip(figure.subplots(3, 3, sharey=True).flat, SHOWN, strict=True):
         found = [row for row in select(rows, mode=mode) if "p50" in row]
-        times = {(row["provider"], size_of(row)): row["p50"] for row in found}
-        others = _others(found)
-        sizes = [
-            size
-            for name, size in times
-            if name == "vmm_fast" and any((other, size) in times for other in others)
-        ]
-        values = {
-            name: [
-                times[name, size] / times["vmm_fast", size] if (name, size) in times else None
-                for size in sizes
-            ]
-            for name in others
-        }
-        figures.bars(ax, sizes, values, "{:.1f}", start=1.0, colors=COLORS)
-        ax.axhline(1, color=COLORS["vmm_fast"], lw=1.5)
+        ours = {size_of(row): row["p50"] for row in select(found, provider="vmm_fast")}
+        others = [row for name in _others(found) for row in select(found, provider=name)]
+
+        def ratio(row: Row, ours: dict = ours) -> float:
+            return row["p50"] / ours[size_of(row)]
+
+        figures.bars(ax, others, ratio, size_of, "{:.1f}", start=1.0, colors=COLORS)
         figures.bare(ax, f"{mode[0].upper()}{mode[1:]}")
         ax.tick_params(axis="x", labelsize=6.5)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}x")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, 4 * high)  # room for the legends
+    ax.set_ylim(1, 4 * ax.get_ylim()[1])  # with room for the legends
     figure.supylabel("time, over that of vmm_fast", fontsize=9)
 
 
@@ -502,14 +478,8 @@ MEASUREMENT = Measurement(
     rows,
     options={
         **OPTIONS,
-        "--tfp-environment": {
-            "metavar": "FOLDER",
-            "help": "virtual environment with TensorFlow Probability; without, that is absent",
-        },
-        "--make-tfp-environment": {
-            "metavar": "FOLDER",
-            "help": "make it there, measure nothing",
-        },
+        "--tfp-environment": {"metavar": "FOLDER", "help": "with TensorFlow Probability, if any"},
+        "--make-tfp-environment": {"metavar": "FOLDER", "help": "make it, measure nothing"},
     },
     checks=checks,
     introduction="Medians of interleaved repeats, float32; in brackets the time over vmm_fast's. "

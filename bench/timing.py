@@ -28,7 +28,7 @@ Sampler = Callable[[int], float]
 
 
 def sampler(call: Callable[[], object]) -> Sampler:
-    """Give the function that tells how many seconds n calls take."""
+    """Return the function from a number of calls to the seconds that they take."""
 
     def sample(n: int) -> float:
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def take_turns(
 
 
 def _batch_size(sample: Sampler) -> tuple[int, bool]:
-    """Warm up; calls that make a sample, and whether an untimed one before it costs little."""
+    """Warm up; return calls that make a sample, and whether an untimed one costs little."""
     seconds = sample(1)
     if seconds < EXPENSIVE_SECONDS:
         seconds = min(sample(1) for _ in range(WARM_UPS))
@@ -87,7 +87,7 @@ def _batch_size(sample: Sampler) -> tuple[int, bool]:
 
 
 def quantiles(samples: list[float]) -> dict[str, Any]:
-    """Smallest, 20th, 50th and 80th percentile, and their number."""
+    """Return the smallest, the 20th, 50th and 80th percentile, and the number of samples."""
     p20, p50, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
     return {"min": min(samples), "p20": p20, "p50": p50, "p80": p80, "repeats": len(samples)}
 

@@ -136,7 +136,7 @@ def test_command_line(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda of, args: done.append(of.name) or len(done) == 2)
     assert bench("all", "--quick") == (1, "")
     assert tuple(done) == ALL
-    nothing = f"no results in {tmp_path}: run python -m bench all first\n"
+    nothing = f"no results in {tmp_path}: run python -m bench throughput first\n"
     assert bench("report", "--out", tmp_path) == (1, nothing)
     given = "step --out=here --data there --threads 2 --tfp-environment there --resume"
     assert command(given.split()) == "python -m bench step --threads 2 --tfp-environment FOLDER"
@@ -148,7 +148,7 @@ def test_what_is_missing_is_told(bench, tmp_path, monkeypatch):
         bench("gpu", "--out", tmp_path)
     needs = MEASUREMENTS["step"]._replace(needs=("no_such_module",))
     monkeypatch.setitem(MEASUREMENTS, "step", needs)
-    left_out = 'step is left out: pip install "vmm-fast[scvi]"\n'
+    left_out = 'step is left out: pip install "vmm-fast[bench]"\n'
     assert bench("step", "--out", tmp_path) == (0, left_out)
     assert list(tmp_path.iterdir()) == []
 
@@ -161,7 +161,8 @@ def test_rows_are_kept_where_a_later_one_fails(bench, tmp_path, monkeypatch):
     monkeypatch.setitem(MEASUREMENTS, "step", MEASUREMENTS["step"]._replace(rows=rows))
     with pytest.raises(RuntimeError, match="two"):
         bench("step", "--out", tmp_path)
-    (row,) = read_rows(tmp_path / "step.jsonl")
+    (row,) = read_rows(tmp_path / "step-unfinished.jsonl")
+    assert not (tmp_path / "step.jsonl").exists()
     assert (row["part"], row["mode"], row["threads"]) == ("step", "one", 2)
 
 
