@@ -59,7 +59,7 @@ def real_cells() -> AnnData:
 
     if (DATA / REAL).exists():
         return read_h5ad(DATA / REAL)
-    from vmm_fast.scvi.reading import example  # which takes seconds to import
+    from vmm_fast.cells.reading import example  # which takes seconds to import
 
     adata = example().adata
     adata.obs["cell_type"] = adata.obs["bulk_labels"]

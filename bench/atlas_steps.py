@@ -23,7 +23,7 @@ EM_BATCH = 16_384  # points
 
 def command(arguments: Sequence[str]) -> dict[str, float]:
     """Run a command of vmm-fast; return its seconds, wall and CPU."""
-    import vmm_fast.scvi.integration  # noqa: F401  (takes seconds to import)
+    import vmm_fast.cells.integration  # noqa: F401  (takes seconds to import)
     from vmm_fast import cli
 
     start = time.perf_counter(), time.process_time()
@@ -41,7 +41,7 @@ def _since(start: tuple[float, float]) -> dict[str, float]:
 
 def load(path: str, batch_size: int) -> dict[str, Any]:
     """Take an epoch of batches and do nothing with them."""
-    from vmm_fast.scvi import CellStore
+    from vmm_fast.cells import CellStore
     from vmm_fast.scvi.loading import CellBatches
 
     with CellStore(path) as store:
@@ -95,8 +95,9 @@ def save_embedding(results: Path) -> float:
 
 def _trained(results: str, cells: str) -> tuple[Any, Tensor]:
     """Return a trained module, and the points [n, D], which are read as they are used."""
-    from vmm_fast.scvi import VMMSCVI, CellStore
-    from vmm_fast.scvi.integration import quiet
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.integration import quiet
+    from vmm_fast.scvi import VMMSCVI
 
     with CellStore(cells) as store, quiet():
         model = VMMSCVI.load(f"{results}/model", store.sample(1000, keys=["batch"]))
@@ -164,8 +165,9 @@ def shuffle(
     """Train on cells in an order; return the negative ELBO, in nats, of cells beyond the file."""
     import scvi
 
-    from vmm_fast.scvi import VMMSCVI, CellStore
-    from vmm_fast.scvi.integration import quiet
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.integration import quiet
+    from vmm_fast.scvi import VMMSCVI
     from vmm_fast.scvi.loading import CellDataModule, MemoryCells
 
     with CellStore(path) as store, quiet():

@@ -166,7 +166,7 @@ def kill(
 def rows(run: Run) -> Iterator[Row]:
     """Kill every command in turn; yield a row for each."""
     args = run.args
-    for module in ("scvi.integration", "scvi.report", "scvi.sweep", "scvi.assignment", "plots"):
+    for module in ("cells.integration", "cells.report", "cells.sweep", "cells.assignment", "plots"):
         importlib.import_module(f"vmm_fast.{module}")
     moments = random.Random(args.seed)
     # What has had threads of OpenMP cannot be forked.

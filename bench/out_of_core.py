@@ -103,7 +103,7 @@ def _rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
 
 def make(folder: Path, cells: int) -> Path:
     """Write the atlas of so many cells, unless it is there; refuse one of other real cells."""
-    from vmm_fast.scvi import CellStore
+    from vmm_fast.cells import CellStore
 
     path = folder / f"{cells}.h5ad"
     if not path.exists():

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from vmm_fast import GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
-from vmm_fast.clustering import Assigned, Settings, train
-from vmm_fast.data import Data, Scaling
+from vmm_fast.arrays.clustering import Assigned, Settings, train
+from vmm_fast.arrays.data import Data, Scaling
 from vmm_fast.priors import Prior
 
 CLASSES = 10

@@ -29,7 +29,7 @@ from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows
 from bench.tables import spread, table, write_text
 from bench.timing import threads
 from vmm_fast._files import save_atomically
-from vmm_fast.data import make_data
+from vmm_fast.arrays.data import make_data
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 
 DATASETS = {

@@ -3,9 +3,9 @@
 Points lie in rows of a tile [BLOCK_B, P], P the dimension D rounded up to a power of two of at
 least 16 (what a matrix instruction takes), filled up with zeros. A component's matrix W [P, P]
 whitens from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
-one. All of it comes as one tuple, :class:`Pairs`. Beyond Q = 32 columns all is done in blocks, for larger tiles would not stay in registers, and
-blocks of W that are zero are left out. DTYPE is that of all arithmetic; what is loaded is cast to
-it at once.
+one. All of it comes as one tuple, :class:`Pairs`. Beyond Q = 32 columns all is done in blocks, for
+larger tiles would not stay in registers, and blocks of W that are zero are left out. DTYPE is that
+of all arithmetic; what is loaded is cast to it at once.
 """
 
 from __future__ import annotations
