@@ -17,14 +17,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from vmm_fast import plots
+from vmm_fast.clusters import ClusterTree, Confusion, find_clusters
+from vmm_fast.mixture import Components
 from vmm_fast.plots import (
     plot_cluster_samples,
     plot_component_weights,
     plot_latent,
     plot_training_curves,
 )
-from vmm_fast.clusters import ClusterTree, Confusion, find_clusters
-from vmm_fast.mixture import Components
 
 
 @pytest.fixture

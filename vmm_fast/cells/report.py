@@ -29,9 +29,9 @@ from matplotlib.colors import to_hex
 from scipy.sparse import csr_matrix
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from vmm_fast import plots
 from vmm_fast._files import write_atomically
 from vmm_fast._text import counted
-from vmm_fast import plots
 from vmm_fast.clusters import Clusters, ClusterTree
 
 __all__ = ["write_report"]
