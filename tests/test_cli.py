@@ -24,8 +24,8 @@ pytest.importorskip("matplotlib", reason="the command needs vmm-fast[cli]")
 
 ROWS, COLUMNS = 60, 5
 COMMANDS = ["demo", "cluster", "integrate", "assign", "prepare"]
-FILES = {"run.json", "checkpoint.pt", *cli.RESULTS}
-PICTURES = [name for name in cli.RESULTS if name.endswith(".png")]
+FILES = {"run.json", "checkpoint.pt", *cli.arrays.RESULTS}
+PICTURES = [name for name in cli.arrays.RESULTS if name.endswith(".png")]
 WRITE_PICTURES = Clustering.write_pictures
 NETWORK = vmm_fast.arrays.clustering._network
 
