@@ -54,7 +54,7 @@ from vmm_fast.kernels.empirical_bayes import (
     sums_over_points,
 )
 from vmm_fast.kernels.sums import load_block
-from vmm_fast.kernels.weight_priors import digamma, store_hyper
+from vmm_fast.kernels.weight_priors import Parameters, digamma, store_hyper
 
 # --- functions of one variable, float64 ---
 
@@ -91,10 +91,7 @@ def trigamma(x):
 
 @triton.jit(do_not_specialize=["count", "per_component"])
 def online_expected_kernel(
-    centers,  # [J, D]
-    scale,  # [J, D, D], [J, D], or not read
-    raw_precision,  # [C, D, D]
-    logits,  # [C]
+    parameters,
     whitening,  # [J, D, D]
     offsets,  # [J]
     running_N,  # [J], float64
@@ -116,25 +113,13 @@ def online_expected_kernel(
     c = tl.program_id(0)
     first = tl.load(steps) == 0
     if c < count:
-        store_expected(
-            centers,
-            scale,
-            raw_precision,
-            logits,
-            whitening,
-            offsets,
-            c,
-            per_component,
-            INVERSE_V,
-            SCALE,
-            D,
-        )
-        logit = tl.load(logits + c).to(tl.float64)
+        store_expected(whitening, offsets, parameters, c, per_component, INVERSE_V, SCALE, D)
+        logit = tl.load(parameters.logits + c).to(tl.float64)
         for k in range(per_component):
             j = c * per_component + k
             tl.store(before + j, tl.where(first, logit, tl.load(running_N + j)))
     else:
-        store_hyper(logits, hyper, count, FLOOR, BLOCK)
+        store_hyper(parameters.logits, hyper, count, FLOOR, BLOCK)
         tl.store(hyper + 6, first.to(tl.float64))
 
 
@@ -360,15 +345,9 @@ def store_weights(
     ]
 )
 def maximise_kernel(
-    centers,  # [J, D], written where they are free
-    scale,  # [J, D, D], [J, D], or not read
-    raw_precision,  # [C, D, D]
-    logits,  # [C]
-    raw_alpha,  # [1]
+    parameters,  # centers are written where they are free
     whitening,  # [J, D, D]
-    N_parts,  # [point_splits, J], and so on
-    s_parts,
-    M_parts,
+    sums,  # N [point_splits, J], s and M
     data_parts,  # [point_splits], float64
     before,  # [J], float64
     hyper,  # [7], float64
@@ -404,6 +383,8 @@ def maximise_kernel(
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     c = tl.program_id(0)
+    N_parts, s_parts, M_parts = sums
+    centers, scale, raw_precision, logits, raw_alpha = parameters
     # A point that is not finite leaves nothing finite: the step is not taken.
     index = tl.arange(0, MOST_SPLITS)
     data = tl.load(data_parts + index, mask=index < point_splits, other=0.0)
@@ -529,7 +510,8 @@ def online_step(
         moves, learns = (*moves[:2], False, False), False
     whitening, offsets = z.new_empty(total, dim, dim), z.new_empty(total)
     before, hyper, masses = (z.new_empty(size, dtype=torch.float64) for size in (total, 7, number))
-    given = (centers, centers if scale is None else scale, raw_precision, logits)
+    scale_or_any = centers if scale is None else scale
+    given = Parameters(centers, scale_or_any, raw_precision, logits, raw_alpha)
     on_components = {
         "INVERSE_V": 1 / wishart_scale,
         "FLOOR": log_weight_floor,
@@ -540,7 +522,7 @@ def online_step(
     }
     with launch.on(z.device):
         online_expected_kernel[(number + 1,)](
-            *given,
+            given,
             whitening,
             offsets,
             running[0],
@@ -553,10 +535,9 @@ def online_step(
         )
         sums, data = sums_over_points(z, centers, whitening, offsets, "lse")
         maximise_kernel[(number + 1,)](
-            *given,
-            raw_alpha,
+            given,
             whitening,
-            *sums,
+            sums,
             data,
             before,
             hyper,

@@ -40,6 +40,8 @@ from vmm_fast.kernels.components import (
 from vmm_fast.kernels.log_prob import log_prob_kernel
 from vmm_fast.kernels.sums import add_sums
 from vmm_fast.kernels.weight_priors import (
+    Parameters,
+    Priors,
     factors,
     load_N,
     softplus_slope,
@@ -56,12 +58,9 @@ WARPS = {16: 4, 32: 8}
 
 @triton.jit
 def store_expected(
-    centers,
-    scale,
-    raw_precision,
-    logits,
     whitening,
     offsets,
+    parameters,
     c,
     per_component,
     INVERSE_V: tl.constexpr,
@@ -69,16 +68,17 @@ def store_expected(
     D: tl.constexpr,
 ):
     """Write component c's A and offsets; returns its log-priors."""
-    L = constrained(load_lower(raw_precision, c, D), D)
+    scale = parameters.scale
+    L = constrained(load_lower(parameters.raw_precision, c, D), D)
     log_det = tl.sum(tl.log(diagonal(L, D)), 0)
     constant = tl.full([1], 0.9189385332046727, tl.float64) * D
-    share = tl.load(logits + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
+    share = tl.load(parameters.logits + c).to(tl.float64) - tl.log(per_component.to(tl.float64))
     squares = INVERSE_V * tl.sum(tl.sum(L * L, 1), 0)
     for k in range(per_component):
         j = c * per_component + k
         store_lower(whitening, j, L, D)
         penalty = tl.zeros([1], tl.float64)
-        m = load_center(centers, j, 0, D, padded(D), tl.float64)
+        m = load_center(parameters.centers, j, 0, D, padded(D), tl.float64)
         squares += tl.sum(m * m, 0)
         if SCALE != "none":
             scaled = scaled_precision(scale, j, L, D, SCALE == "diagonal")
@@ -96,10 +96,7 @@ def store_expected(
 
 @triton.jit(do_not_specialize=["count", "per_component"])
 def expected_kernel(
-    centers,  # [J, D]
-    scale,  # [J, D, D], [J, D], or not read
-    raw_precision,  # [C, D, D]
-    logits,  # [C]
+    parameters,
     whitening,  # [J, D, D]
     offsets,  # [J]
     log_priors,  # [C], float64
@@ -116,21 +113,11 @@ def expected_kernel(
     c = tl.program_id(0)
     if c < count:
         log_prior = store_expected(
-            centers,
-            scale,
-            raw_precision,
-            logits,
-            whitening,
-            offsets,
-            c,
-            per_component,
-            INVERSE_V,
-            SCALE,
-            D,
+            whitening, offsets, parameters, c, per_component, INVERSE_V, SCALE, D
         )
         tl.store(log_priors + c, log_prior)
     else:
-        store_hyper(logits, hyper, count, FLOOR, BLOCK)
+        store_hyper(parameters.logits, hyper, count, FLOOR, BLOCK)
 
 
 # --- 3: sums over the points ---
@@ -201,35 +188,21 @@ def load_sum(parts, index, items, splits, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "per_component", "points", "point_splits", "data_size"])
 def map_gradients_kernel(
-    centers,  # [J, D]
-    scale,  # [J, D, D], [J, D], or not read
-    raw_precision,  # [C, D, D]
-    logits,  # [C]
-    raw_alpha,  # [1]
-    N_parts,  # [point_splits, J], and so on
-    s_parts,
-    M_parts,
+    parameters,
+    sums,  # N [point_splits, J], s and M
     data_parts,  # [point_splits], float64
     log_priors,  # [C], float64
     hyper,  # [6], float64
     loss,  # [1], float64
-    grad_centers,  # as the parameters
-    grad_scale,
-    grad_raw_precision,
-    grad_logits,
-    grad_raw_alpha,
+    gradients,  # as the parameters
     count,  # C
     per_component,  # K
     points,  # B
     point_splits,
     data_size,  # n
+    priors,
     INVERSE_V: tl.constexpr,
-    NORMALISER: tl.constexpr,  # constants of the log-priors
-    FLOOR: tl.constexpr,
-    SCALE: tl.constexpr,
-    PRIORS: tl.constexpr,  # "none", "fixed" or "learnt"
-    WEIGHT_PRIOR: tl.constexpr,  # "dirichlet" or "stick-breaking"
-    DISCOUNT: tl.constexpr,
+    SCALE: tl.constexpr,  # "none", "diagonal" or "full"
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -237,10 +210,12 @@ def map_gradients_kernel(
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
+    N_parts, s_parts, M_parts = sums
+    scale = parameters.scale
     c = tl.program_id(0)
-    data, prior = factors(points, data_size, PRIORS)
+    data, prior = factors(points, data_size, priors.PRIORS)
     if c < count:
-        raw = load_lower(raw_precision, c, D)
+        raw = load_lower(parameters.raw_precision, c, D)
         L = constrained(raw, D)
         second = tl.zeros([P, P], tl.float64)
         mass = tl.full([], 0.0, tl.float64)
@@ -254,18 +229,18 @@ def map_gradients_kernel(
             s = load_sum(s_parts, j, total, point_splits, D)
             whitened = tl.sum(L * s[:, None], 0)
             moment = tl.sum(L * whitened[None, :], 1)
-            m = load_center(centers, j, 0, D, padded(D), tl.float64)
-            store_diagonal(grad_centers, j, prior * m - data * moment, D)
+            m = load_center(parameters.centers, j, 0, D, padded(D), tl.float64)
+            store_diagonal(gradients.centers, j, prior * m - data * moment, D)
             if SCALE == "diagonal":
                 s = load_diagonal(scale, j, D)
                 by_s = (data * N * tl.sum(L * L, 1) + prior) * s
-                store_diagonal(grad_scale, j, by_s, D)
+                store_diagonal(gradients.scale, j, by_s, D)
                 second += tl.where(row == column, (N * s * s)[:, None], 0.0)
             elif SCALE == "full":
                 s = load_lower(scale, j, D)
                 scaled = dot(tl.trans(L), s)
                 by_s = dot(L, scaled)
-                store_lower(grad_scale, j, data * N * by_s + prior * s, D)
+                store_lower(gradients.scale, j, data * N * by_s + prior * s, D)
                 second += N * dot(s, tl.trans(s))
         # Only lower triangles were added: make it symmetric.
         second = tl.where(column <= row, second, 0.0)
@@ -275,39 +250,24 @@ def map_gradients_kernel(
         on_diagonal = (row == column) & (row < D)
         pivot = tl.where(on_diagonal, L, 1.0)
         inner = (by_L - (data * mass + prior) / pivot) * softplus_slope(raw)
-        store_lower(grad_raw_precision, c, tl.where(on_diagonal, inner, by_L), D)
+        store_lower(gradients.raw_precision, c, tl.where(on_diagonal, inner, by_L), D)
 
         store_logit_gradient(
-            logits,
-            raw_alpha,
-            hyper,
-            grad_logits,
-            c,
-            mass,
-            data,
-            prior,
-            count,
-            FLOOR,
-            PRIORS,
-            WEIGHT_PRIOR,
-            DISCOUNT,
+            gradients.logits, parameters, hyper, c, mass, data, prior, count, priors
         )
     else:
         store_loss(
+            loss,
+            gradients.raw_alpha,
             data_parts,
             log_priors,
-            raw_alpha,
+            parameters,
             hyper,
-            loss,
-            grad_raw_alpha,
             data,
             prior,
             count,
             point_splits,
-            NORMALISER,
-            PRIORS,
-            WEIGHT_PRIOR,
-            DISCOUNT,
+            priors,
             BLOCK,
         )
 
@@ -396,11 +356,13 @@ def map_gradients(
     log_priors, hyper, loss = exact(number), exact(6), exact()
     parameters = (centers, scale, raw_precision, logits, raw_alpha)
     grads = tuple(None if x is None else torch.empty_like(x) for x in parameters)
-    given = [centers if x is None else x for x in parameters]  # an absent scale is not touched
-    written = [loss if x is None else x for x in grads]
+    # An absent scale is not touched.
+    given = Parameters(*(centers if x is None else x for x in parameters))
+    written = Parameters(*(loss if x is None else x for x in grads))
+    constants = (normaliser, log_weight_floor, objective.map_prior, objective.weights)
+    priors = Priors(*map(tl.constexpr, (*constants, objective.discount)))
     on_components = {
         "INVERSE_V": 1 / wishart_scale,
-        "FLOOR": log_weight_floor,
         "SCALE": scale_form(scale),
         "D": dim,
         "BLOCK": BLOCK,
@@ -408,34 +370,32 @@ def map_gradients(
     }
     with launch.on(z.device):
         expected_kernel[(number + 1,)](
-            *given[:4],
+            given,
             whitening,
             offsets,
             log_priors,
             hyper,
             number,
             per_component,
+            FLOOR=log_weight_floor,
             **on_components,
         )
         weights = "expected" if objective.responsibility_gradient else "lse"
         sums, data = sums_over_points(z, centers, whitening, offsets, weights)
         map_gradients_kernel[(number + 1,)](
-            *given,
-            *sums,
+            given,
+            sums,
             data,
             log_priors,
             hyper,
             loss,
-            *written,
+            written,
             number,
             per_component,
             count,
             len(data),
             objective.data_size,
-            NORMALISER=normaliser,
-            PRIORS=objective.map_prior,
-            WEIGHT_PRIOR=objective.weights,
-            DISCOUNT=objective.discount,
+            priors,
             **on_components,
         )
     return loss, grads

@@ -7,10 +7,33 @@ gradients by the logits and raw_alpha, and the loss. Formulas and sources are th
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from vmm_fast.kernels.blocks import log_normaliser, softplus
+
+
+class Parameters(NamedTuple):
+    """What a prior stores."""
+
+    centers: Any  # [J, D]
+    scale: Any  # [J, D, D], [J, D], or not read
+    raw_precision: Any  # [C, D, D]
+    logits: Any  # [C]
+    raw_alpha: Any  # [1]
+
+
+class Priors(NamedTuple):
+    """Constants of the objective."""
+
+    NORMALISER: Any  # constants of the log-priors
+    FLOOR: Any  # of log pi
+    PRIORS: Any  # "none", "fixed" or "learnt"
+    WEIGHTS: Any  # "dirichlet" or "stick-breaking"
+    DISCOUNT: Any
+
 
 # --- functions of one variable, float64 ---
 
@@ -117,91 +140,76 @@ def store_hyper(
 
 
 @triton.jit
-def weight_prior_slope(
-    log_pi, c, gamma, hyper, count, WEIGHTS: tl.constexpr, DISCOUNT: tl.constexpr
-):
+def weight_prior_slope(log_pi, c, gamma, hyper, count, priors):
     """Derivative of the weights' log-prior by max(log pi_c, floor)."""
     components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
+    if priors.WEIGHTS == "dirichlet":
         slope = gamma / components - 1.0
     else:
-        b = gamma + (components - 1.0) * DISCOUNT
+        b = gamma + (components - 1.0) * priors.DISCOUNT
         last = tl.load(hyper + 4) == tl.cast(c, tl.float64)
         slope = (1.0 - gamma) * tl.exp(log_pi) / tl.load(hyper + 5)
         # tl.where takes a number as float32.
-        slope -= DISCOUNT + tl.where(last, 1.0 - b - DISCOUNT, 0.0)
+        slope -= priors.DISCOUNT + tl.where(last, 1.0 - b - priors.DISCOUNT, 0.0)
     return slope
 
 
 @triton.jit
-def weight_prior(
-    gamma,
-    hyper,
-    count,
-    WEIGHTS: tl.constexpr,
-    DISCOUNT: tl.constexpr,
-    LEARNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def weight_prior(gamma, hyper, count, priors, BLOCK: tl.constexpr):
     """log p(pi), with that of gamma where it is learnt, and its derivative by gamma."""
     counted = tl.load(hyper + 1)
     components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
+    if priors.WEIGHTS == "dirichlet":
         a = gamma / components
         value = lgamma(gamma) - components * lgamma(a) + (a - 1.0) * counted
         slope = digamma(gamma) - digamma(a) + counted / components
-        if LEARNT:
+        if priors.PRIORS == "learnt":
             value -= 1.0 / gamma
             slope += 1.0 / (gamma * gamma)
     else:
         smallest = tl.load(hyper + 3)
         log_mass = tl.log(tl.load(hyper + 5))
-        b = gamma + (components - 1.0) * DISCOUNT
-        value = (1.0 - gamma) * log_mass + (b - 1.0) * smallest - DISCOUNT * (counted - smallest)
+        b = gamma + (components - 1.0) * priors.DISCOUNT
+        value = (
+            (1.0 - gamma) * log_mass + (b - 1.0) * smallest - priors.DISCOUNT * (counted - smallest)
+        )
         slope = smallest - log_mass
-        if DISCOUNT == 0.0:
+        if priors.DISCOUNT == 0.0:
             value += (components - 1.0) * tl.log(gamma)
             slope += (components - 1.0) / gamma
         else:
             values = tl.zeros([BLOCK], tl.float64)
             slopes = tl.zeros([BLOCK], tl.float64)
-            constant = lgamma(gamma * 0.0 + (1.0 - DISCOUNT))
+            constant = lgamma(gamma * 0.0 + (1.0 - priors.DISCOUNT))
             for begin in range(1, count, BLOCK):
                 index = begin + tl.arange(0, BLOCK)
-                x = gamma + index.to(tl.float64) * DISCOUNT
-                y = x + (1.0 - DISCOUNT)
+                x = gamma + index.to(tl.float64) * priors.DISCOUNT
+                y = x + (1.0 - priors.DISCOUNT)
                 inside = index < count
                 values += tl.where(inside, lgamma(y) - lgamma(x) - constant, 0.0)
                 slopes += tl.where(inside, digamma(y) - digamma(x), 0.0)
             value += tl.sum(values, 0)
             slope += tl.sum(slopes, 0)
-        if LEARNT:
+        if priors.PRIORS == "learnt":
             value -= gamma
             slope -= 1.0
     return value, slope
 
 
 @triton.jit
-def weight_prior_total(
-    gamma,
-    hyper,
-    count,
-    FLOOR: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    DISCOUNT: tl.constexpr,
-):
+def weight_prior_total(gamma, hyper, count, priors):
     """Sum of :func:`weight_prior_slope` over the components above the floor."""
     above = tl.load(hyper + 2)
     components = count.to(tl.float64)
-    if WEIGHTS == "dirichlet":
+    if priors.WEIGHTS == "dirichlet":
         return above * (gamma / components - 1.0)
     else:
-        b = gamma + (components - 1.0) * DISCOUNT
+        b = gamma + (components - 1.0) * priors.DISCOUNT
         mass = tl.load(hyper + 5)
-        floor = tl.exp(tl.full([], FLOOR, tl.float64))
+        floor = tl.exp(tl.full([], priors.FLOOR, tl.float64))
         inside = mass - (components - above) * floor
-        last = tl.where(tl.load(hyper + 3) > FLOOR, 1.0, 0.0)
-        return (1.0 - gamma) * inside / mass - DISCOUNT * (above - last) - (1.0 - b) * last
+        last = tl.where(tl.load(hyper + 3) > priors.FLOOR, 1.0, 0.0)
+        return (1.0 - gamma) * inside / mass - priors.DISCOUNT * (above - last) - (1.0 - b) * last
 
 
 # --- gradients and loss ---
@@ -227,56 +235,37 @@ def factors(points, data_size, PRIORS: tl.constexpr):
 
 
 @triton.jit
-def store_logit_gradient(
-    logits,
-    raw_alpha,
-    hyper,
-    grad_logits,
-    c,
-    mass,  # of the component, N_c
-    data,
-    prior,
-    count,
-    FLOOR: tl.constexpr,
-    PRIORS: tl.constexpr,
-    WEIGHT_PRIOR: tl.constexpr,
-    DISCOUNT: tl.constexpr,
-):
-    """Write the loss's gradient by component c's logit."""
-    log_pi = tl.load(logits + c).to(tl.float64) - tl.load(hyper)
+def store_logit_gradient(grad_logits, parameters, hyper, c, mass, data, prior, count, priors):
+    """Write the loss's gradient by the logit of component c, whose mass N_c is ``mass``."""
+    log_pi = tl.load(parameters.logits + c).to(tl.float64) - tl.load(hyper)
     # Weights of all pairs sum to the number of points.
     everywhere = -1.0
     own = -data * mass
-    if PRIORS != "none":
-        gamma = 1.0 / softplus(tl.load(raw_alpha).to(tl.float64))
-        by_log_pi = weight_prior_slope(log_pi, c, gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT)
-        own -= prior * tl.where(log_pi >= FLOOR, by_log_pi, 0.0)
-        everywhere = everywhere - prior * weight_prior_total(
-            gamma, hyper, count, FLOOR, WEIGHT_PRIOR, DISCOUNT
-        )
+    if priors.PRIORS != "none":
+        gamma = 1.0 / softplus(tl.load(parameters.raw_alpha).to(tl.float64))
+        by_log_pi = weight_prior_slope(log_pi, c, gamma, hyper, count, priors)
+        own -= prior * tl.where(log_pi >= priors.FLOOR, by_log_pi, 0.0)
+        everywhere = everywhere - prior * weight_prior_total(gamma, hyper, count, priors)
     tl.store(grad_logits + c, own - tl.exp(log_pi) * everywhere)
 
 
 @triton.jit
 def store_loss(
-    data_parts,
-    log_priors,
-    raw_alpha,
-    hyper,
     loss,
     grad_raw_alpha,
+    data_parts,
+    log_priors,
+    parameters,
+    hyper,
     data,
     prior,
     count,
     point_splits,
-    NORMALISER: tl.constexpr,
-    PRIORS: tl.constexpr,
-    WEIGHT_PRIOR: tl.constexpr,
-    DISCOUNT: tl.constexpr,
+    priors,
     BLOCK: tl.constexpr,
 ):
     """Write the loss and its gradient by the concentration."""
-    raw_alpha_value = tl.load(raw_alpha).to(tl.float64)
+    raw_alpha_value = tl.load(parameters.raw_alpha).to(tl.float64)
     gamma = 1.0 / softplus(raw_alpha_value)
     index = tl.arange(0, BLOCK)
     data_total = tl.zeros([BLOCK], tl.float64)
@@ -285,15 +274,13 @@ def store_loss(
         data_total += tl.load(data_parts + begin + index, mask=mask, other=0.0)
     value = data * tl.sum(data_total, 0) - tl.load(hyper)
     slope = tl.full([], 0.0, tl.float64)
-    if PRIORS != "none":
+    if priors.PRIORS != "none":
         log_prior = tl.zeros([BLOCK], tl.float64)
         for begin in range(0, count, BLOCK):
             mask = begin + index < count
             log_prior += tl.load(log_priors + begin + index, mask=mask, other=0.0)
-        of_weights, slope = weight_prior(
-            gamma, hyper, count, WEIGHT_PRIOR, DISCOUNT, PRIORS == "learnt", BLOCK
-        )
-        value += prior * (tl.sum(log_prior, 0) + of_weights + NORMALISER)
+        of_weights, slope = weight_prior(gamma, hyper, count, priors, BLOCK)
+        value += prior * (tl.sum(log_prior, 0) + of_weights + priors.NORMALISER)
     tl.store(loss, -value)
     chain = gamma * gamma * softplus_slope(raw_alpha_value)  # gamma = 1 / softplus(raw_alpha)
     tl.store(grad_raw_alpha, prior * slope * chain)
