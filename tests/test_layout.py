@@ -9,21 +9,21 @@ PACKAGE = Path(__file__).parents[1] / "vmm_fast"
 # From the applications down to what computes. A room imports from those after it, not from its
 # neighbours in one row and not from those before it.
 ROWS = [
-    {"cli"},
-    {"cells", "arrays"},
-    {"plots"},
-    {"metrics"},
-    {"scvi", "models"},
-    {"schedules"},
-    {"priors"},
-    {"clusters"},
-    {"inference"},
-    {"mixture"},
-    {"ops", "counts"},
-    {"torch_ops"},
-    {"backends"},
-    {"operations", "reference", "kernels"},
-    {"_core", "_cuda"},
+    ("cli",),
+    ("cells", "arrays"),
+    ("plots",),
+    ("metrics",),
+    ("scvi", "models"),
+    ("schedules",),
+    ("priors",),
+    ("clusters",),
+    ("inference",),
+    ("mixture",),
+    ("ops", "counts"),
+    ("torch_ops",),
+    ("backends",),
+    ("operations", "reference", "kernels"),
+    ("_core", "_cuda"),
 ]
 # ``Components.clusters`` is where users look for them.
 EXCEPTIONS = {("mixture", "clusters")}

@@ -95,7 +95,7 @@ class Operation:
     all_gradients : bool
         Whether the backward always gives all gradients, wanted or not.
     largest_dim : int or None
-        The D beyond which it is computed in plain torch.
+        The D beyond which plain torch computes it on GPUs.
     forward : Operation or None
         The operation that this is the backward of.
     """
@@ -268,8 +268,8 @@ class Operation:
 
 # --- what several operations share ---
 
-# Beyond so many dimensions components are built, and their parameters moved, in plain torch: whole
-# matrices no longer stay in a GPU's registers, and few latent spaces are larger.
+# Beyond so many dimensions plain torch builds components on GPUs, and moves their parameters: whole
+# matrices no longer stay in registers, and few latent spaces are larger.
 LARGEST_COMPONENT_DIM = 32
 
 # A point and the mixture that :class:`vmm_fast.mixture.WhitenedMixture` names.

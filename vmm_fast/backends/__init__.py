@@ -3,8 +3,8 @@
 :mod:`~vmm_fast.backends.core` serves CPU tensors of float32 and float64,
 :mod:`~vmm_fast.backends.gpu` those of GPUs, and :mod:`~vmm_fast.backends.plain` those of any
 device; each computes the operations of :mod:`vmm_fast.operations`. The device decides.
-Components are built, and the empirical-Bayes steps taken, in compiled code up to
-:data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions, and in plain torch beyond.
+The kernels build components, and take the empirical-Bayes steps, up to
+:data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions; beyond, plain torch does.
 On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
 not compile, or a dimension is beyond it, that operation does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
@@ -58,9 +58,10 @@ def compiled_code_serves(operation: Operation, inputs: Sequence[Any]) -> bool:
     x = inputs[operation.lead]
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
-    if operation.largest_dim and operation.size("D", inputs) > operation.largest_dim:
-        return False
-    return core_serves(x) or kernels_serve(x)
+    if core_serves(x):
+        return True
+    beyond = operation.largest_dim and operation.size("D", inputs) > operation.largest_dim
+    return kernels_serve(x) and not beyond
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -139,13 +139,13 @@ def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | No
 
 
 def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
-    """Whether all tensors have one device and dtype, and few dimensions, as compiled code asks."""
+    """Whether all tensors have one device and dtype, and fit the kernels, as compiled code asks."""
     logits, stored = parameters.logits, parameters[2:]
     given = [x for x in (*parameters[:2], z) if x is not None]
     return (
         not torch.compiler.is_compiling()
         and logits.dtype in SUFFIXES
-        and parameters.raw_precision.shape[-1] <= LARGEST_COMPONENT_DIM
+        and (core_serves(logits) or parameters.raw_precision.shape[-1] <= LARGEST_COMPONENT_DIM)
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
         and all(x.is_contiguous() and not x.is_neg() for x in stored)  # they are written in place
     )
