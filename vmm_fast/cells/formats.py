@@ -86,8 +86,8 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
         parts = [concat(parts, axis=1, join="outer", merge="first", label="genome", keys=genomes)]
     (adata,) = parts
     if len(genomes) > 1:
-        _check_genomes(adata.var)
-        notes.append(f"the genes of {len(genomes)} genomes are read: {_cut(genomes)}")
+        adata.var_names, more = _with_genomes(adata.var)
+        notes += [f"the genes of {len(genomes)} genomes are read: {_cut(genomes)}", *more]
     return adata, notes
 
 
@@ -116,17 +116,17 @@ def _named(names: Iterable[str], ids: Iterable[str]) -> list[str]:
     return [id_ if several and not name else name for name, id_ in zip(names, ids, strict=True)]
 
 
-def _check_genomes(var: pd.DataFrame) -> None:
-    """Refuse genes of different genomes that have the same name."""
-    number = var["genome"].groupby(var.index).nunique()
-    if len(same := number.index[number > 1]):
-        first = var["genome"].iloc[0]
-        raise InputError(
-            "genes of different genomes must have different names, but "
-            f"{counted(len(same), 'name')}, the first of them {str(same[0])!r}, would be of "
-            "several; write one genome to a file, by "
-            f"scanpy.read_10x_h5(FILE, genome={first!r}).write_h5ad({f'{first}.h5ad'!r})"
-        )
+def _with_genomes(var: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return names of genes, with the genome before those of several genomes, and a note."""
+    genomes = var["genome"].groupby(var.index).nunique()
+    same = set(genomes.index[genomes > 1])
+    if not same:
+        return list(var.index), []
+    names = [f"{x}_{name}" if name in same else name for name, x in var["genome"].items()]
+    example = next(name for name in names if name not in var.index)
+    are = "is" if len(same) == 1 else "are"
+    found = f"{counted(len(same), 'gene name')} {are} of several genomes"
+    return names, [f"{found}, so the genome stands before the name: {example!r}"]
 
 
 def _genes_of(types: np.ndarray) -> tuple[np.ndarray, list[str]]:
