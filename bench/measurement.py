@@ -88,6 +88,7 @@ class Run(NamedTuple):
         errors: Mapping[str, float] | None = None,
         *,
         truth: Sequence[Tensor] = (),
+        tolerance: float = TOLERANCE,
         repeats: int = 5,
         seconds: float = 5.0,
         **case: Any,
@@ -100,14 +101,14 @@ class Run(NamedTuple):
         Raises
         ------
         RuntimeError
-            If an error is not below :data:`TOLERANCE`.
+            If an error is not below the tolerance.
         """
         errors = dict(errors or {})
         if truth:
             left = (name for name in calls if name not in errors)
             errors |= {name: problems.error(calls[name](), truth) for name in left}
         for provider, error in errors.items():
-            if not error < TOLERANCE:
+            if not error < tolerance:
                 of = ", ".join(f"{key} {value}" for key, value in case.items())
                 raise RuntimeError(f"{provider}, {mode}, {of}: error {error:.2g} in float32")
         timings = take_turns(

@@ -88,8 +88,9 @@ def rows(run: Run) -> Iterator[Row]:
         plan = plan._replace(cells=tuple(sorted(run.args.cells)))
     folder.mkdir(parents=True, exist_ok=True)
     for row in _rows(plan, folder, run.args.threads):
-        rate = {"cells/s": row["cells"] / row["seconds"]} if row["mode"] in GROWING else {}
-        yield {"genes": atlas.GENES, **row, **(rate if "absent" not in row else {})}
+        if row["mode"] in GROWING and "seconds" in row:
+            row["cells/s"] = row["cells"] / row["seconds"]
+        yield {"genes": atlas.GENES, **row}
 
 
 def _rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:

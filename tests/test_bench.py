@@ -370,6 +370,20 @@ def test_peers_have_a_line_for_each_method_with_means_over_seeds(tmp_path):
     assert peers.DATASETS["mnist"] in page and peers.DATASETS["demo"] not in page
 
 
+def test_means_under_the_normal_prior_are_kept(tmp_path, monkeypatch):
+    trained = []
+
+    def train_with(prior, problem):
+        trained.append(problem)
+        return [Namespace(z=torch.arange(3.0))]
+
+    monkeypatch.setattr(peers, "train_with", train_with)
+    for problem in ("one", "other"):
+        (means,), seconds = peers.normal_means(problem, tmp_path / "kept.pt")
+        assert means.tolist() == [0.0, 1.0, 2.0] and seconds >= 0
+    assert trained == ["one"]
+
+
 @pytest.mark.parametrize(
     ("clusters", "nmi", "verdict"),
     [(12, 0.82, "met"), (16, 0.8, "MISSED"), (10, 0.84, "MISSED")],
