@@ -243,10 +243,11 @@ def sklearn_bayesian_em(z: Tensor, mixture: Components) -> EMStep:
     from sklearn.mixture import BayesianGaussianMixture
 
     responsibilities = mixture.log_joint(z).log_softmax(-1).detach().numpy()
-    kind = {"weight_concentration_prior_type": "dirichlet_distribution"}
+    kind = {"n_components": mixture.num_components}
+    kind["weight_concentration_prior_type"] = "dirichlet_distribution"
 
     def prepare(dtype: type) -> tuple[Callable[[], None], BayesianGaussianMixture]:
-        x, model = z.numpy().astype(dtype), BayesianGaussianMixture(mixture.num_components, **kind)
+        x, model = z.numpy().astype(dtype), BayesianGaussianMixture(**kind)
         model._check_parameters(x)
         model._m_step(x, responsibilities.astype(dtype))
         start = dict(vars(model))
