@@ -166,11 +166,11 @@ def kill(
 def rows(run: Run) -> Iterator[Row]:
     """Kill every command in turn; yield a row for each."""
     args = run.args
-    for module in ("cells.integration", "cells.report", "cells.sweep", "cells.assignment", "plots"):
-        importlib.import_module(f"vmm_fast.{module}")
     moments = random.Random(args.seed)
     # What has had threads of OpenMP cannot be forked.
     with threads(1), tempfile.TemporaryDirectory() as name:
+        for module in ("cells.integration", "cells.report", "cells.sweep", "cells.assignment", "plots"):
+            importlib.import_module(f"vmm_fast.{module}")
         folder = Path(name)
         commands = make_inputs(folder)
         made = [*commands["integrate"].arguments, "--out", str(folder / "made")]

@@ -436,9 +436,9 @@ def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
 @pytest.mark.parametrize(
     "text, shape, labels, noted",
     [
-        ("1,2\n3,4\n5,6\n", (3, 2), None, False),
+        ("1,2\n3,4\n5,6\n", (3, 2), None, True),
         ("a;b\n1;2\n3;4\n", (2, 2), None, False),
-        ("1\t2\r\n3\t4\r\n", (2, 2), None, False),
+        ("1\t2\r\n3\t4\r\n", (2, 2), None, True),
         ("label,a,b\nu,1,2\nv,3,4\n", (2, 2), ["u", "v"], False),
         ('"a","y"\n"1.5","7"\n"2","8"\n', (2, 1), ["7", "8"], False),
         ("x,y\n1,2\n3,4\n", (2, 2), None, True),  # a point in the plane

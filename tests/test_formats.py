@@ -104,7 +104,8 @@ def test_counts_are_exact_or_refused(tmp_path, kind):
         adata.X = csr_matrix(large)
         getattr(adata, f"write_{kind}")(path)
     assert read(path)[0] == large.tolist()
-    settings = integration.Settings(None, None, None, None, 1, 2)
+    unset = dict.fromkeys(("batch_key", "layer", "labels_key", "genes"))
+    settings = integration.Settings(**unset, epochs=1, components=2)
     message = (
         "X must hold counts, whole numbers from 0, has 16,777,217 (of which float32 would make "
         "16,777,216) in cell 'AAAC-1', gene 'gene 0'"

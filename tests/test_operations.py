@@ -115,7 +115,8 @@ def test_second_derivatives(backend, operation):
 def test_errors_name_the_argument(operation):
     """A list, whole numbers, another device, a dimension too many, a point or center too many."""
     inputs = example(operation)
-    sizes = dict(zip(operation.letters, operation.sizes(inputs), strict=True))
+    told = zip(operation.letters, operation.sizes(inputs), strict=True)
+    sizes = {letter: size for letter, size in told if isinstance(letter, str)}
     first = next(iter(operation.arguments))
     for i, (name, argument) in enumerate(operation.arguments.items()):
         if not argument.shapes:

@@ -76,7 +76,3 @@ def _parser() -> Parser:
     arrays.add_commands(commands)
     cells.add_commands(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
