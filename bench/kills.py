@@ -169,7 +169,13 @@ def rows(run: Run) -> Iterator[Row]:
     moments = random.Random(args.seed)
     # What has had threads of OpenMP cannot be forked.
     with threads(1), tempfile.TemporaryDirectory() as name:
-        for module in ("cells.integration", "cells.report", "cells.sweep", "cells.assignment", "plots"):
+        for module in (
+            "cells.integration",
+            "cells.report",
+            "cells.sweep",
+            "cells.assignment",
+            "plots",
+        ):
             importlib.import_module(f"vmm_fast.{module}")
         folder = Path(name)
         commands = make_inputs(folder)
