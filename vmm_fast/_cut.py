@@ -1,4 +1,4 @@
-"""Where a run cuts its tree of components into clusters: settings of every command that trains."""
+"""Settings of how components are grouped into clusters, shared by every command that trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Cut"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The number of components, and how they are grouped into clusters.
+    """The number of components, and where their tree is cut into clusters.
 
     Raises
     ------
@@ -36,10 +36,10 @@ class Cut:
             )
 
     def at_most(self, most: int) -> dict[str, Any]:
-        """Return where to cut, as :func:`vmm_fast.clusters.find_clusters` takes it.
+        """Return the keyword arguments of :func:`vmm_fast.clusters.find_clusters`.
 
-        Of a number of clusters no more than `most`, the components that hold points: training is
-        not to be lost for one that there is not.
+        The number of clusters is limited to `most`, the number of components that hold points:
+        asking for more must not fail after a whole training.
         """
         return {
             "resolution": self.resolution,

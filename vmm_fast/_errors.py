@@ -1,4 +1,4 @@
-"""The error that users see."""
+"""The error for input that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message is one line that says what it was and the cure."""
+    """Raised for input that cannot be used; the message is one line: what it is, and the cure."""

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 DIGEST = "sha256"
-# A file younger than this may be about to be locked.
+# A temporary file younger than this may belong to a process that has not locked it yet.
 SECONDS_TO_LOCK = 60
 
 
@@ -112,7 +112,7 @@ def write_atomically(
 
 
 def _sync_folder(folder: str) -> None:
-    """Force a file's new name to disk, on file systems where a folder can be."""
+    """Force a folder's entries to disk, on file systems that can do so."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -122,16 +122,16 @@ def _sync_folder(folder: str) -> None:
 
 
 def save_atomically(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write what :func:`load_checked` reads whole or not at all; raises as `write_atomically`.
+    """Write tensors and plain values to a file, whole or not at all, for :func:`load_checked`.
 
-    By way of memory: where a disk is full, torch's writer raises an error of its own in place of
-    the system's.
+    Raises what :func:`write_atomically` raises. The content is built in memory first: on a full
+    disk, torch's own writer would replace the system's error by another.
 
     Parameters
     ----------
     path : str or os.PathLike
     state : dict
-        Tensors and plain values. The file has their digest besides.
+        Tensors and plain values. Their digest is stored with them.
     """
     content = io.BytesIO()
     torch.save({**state, DIGEST: _digest(state)}, content)
@@ -139,21 +139,21 @@ def save_atomically(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
 
 def load_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`save_atomically` wrote, on the CPU, if every value is right.
+    """Return what :func:`save_atomically` wrote, on the CPU, after checking its digest.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is damaged or was changed, was not written by `save_atomically`, or holds other
-        objects than tensors and plain values.
+        If it is damaged or was changed, was not written by `save_atomically`, or holds objects
+        other than tensors and plain values.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             right = state.pop(DIGEST) == _digest(state)
-        except Exception as error:  # torch raises of all kinds
+        except Exception as error:  # torch raises errors of many kinds
             raise ValueError(
                 f"{os.fspath(path)!r} must hold tensors and plain values with their digest, but "
                 f"is damaged or of another kind ({type(error).__name__})"
@@ -164,14 +164,17 @@ def load_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write what :func:`read_json` reads whole or not at all; raises as `write_atomically`."""
+    """Write a table to a JSON file, whole or not at all, for :func:`read_json`.
+
+    Raises what :func:`write_atomically` raises.
+    """
     read_back = json.loads(json.dumps(content))
     text = json.dumps({**read_back, DIGEST: _digest(read_back)}, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text), text=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote, if every value is right.
+    """Return what :func:`write_json` wrote, after checking its digest.
 
     Raises
     ------
@@ -219,10 +222,10 @@ def _digest(state: Any) -> str:
 
 
 class _LineFeeds:
-    """File for a csv.writer, in which rows end in a line feed.
+    """A file for csv.writer that ends each row in a line feed instead of CR LF.
 
-    The writer itself ends them in CR LF: only then does every version of Python quote a text with a
-    carriage return, which most readers would take for the end of a row.
+    The writer is set to end rows in CR LF: only then does every version of Python quote a text that
+    holds a carriage return. Most readers would take an unquoted one for the end of a row.
     """
 
     def __init__(self, file: Any):
@@ -233,10 +236,10 @@ class _LineFeeds:
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Callable[[Any], None]:
-    """Return what writes a table to a file open for text, for :func:`write_atomically`.
+    """Return a function that writes a table as CSV, for :func:`write_atomically` in text mode.
 
-    Texts are written as they are, so that readers get them back: also one like ``=A1+A2``, which a
-    spreadsheet takes for a formula unless its column is imported as text.
+    Texts are written unchanged, so that readers get them back. That includes texts like ``=A1+A2``,
+    which a spreadsheet takes for a formula unless the column is imported as text.
     """
 
     def write(file: Any) -> None:
@@ -248,17 +251,17 @@ def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Callable[[An
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless every part of a file of ``torch.save`` has its checksum.
+    """Raise ValueError unless every part of a file from ``torch.save`` matches its checksum.
 
-    The file holds them, but ``torch.load`` does not look at them. Raises OSError if it cannot be
-    read.
+    The file holds the checksums, but ``torch.load`` does not verify them. Raises OSError if the
+    file cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except OSError:
         raise
-    except Exception as error:  # zipfile raises of all kinds
+    except Exception as error:  # zipfile raises errors of many kinds
         damaged = type(error).__name__
     if damaged is not None:
         raise ValueError(
@@ -267,21 +270,21 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 class Lock:
-    """Hold a file that one process at a time may have; it is free when that process has ended.
+    """A lock file that one process at a time can hold, and that is free once the process has ended.
 
-    On a disk without locks everyone gets it.
+    On a disk that has no locks, every process gets it.
 
     Parameters
     ----------
     path : str or os.PathLike
-        Made if absent, and removed in the end.
+        The lock file: created if absent, removed by :meth:`release`.
     text : str
-        Who holds it.
+        Who holds the lock, written into the file.
 
     Raises
     ------
     BlockingIOError
-        If somebody else has it; ``strerror`` is their text.
+        If another process holds it; ``strerror`` is the text of that process.
     """
 
     def __init__(self, path: str | os.PathLike[str], text: str) -> None:
@@ -292,7 +295,7 @@ class Lock:
                 self._file.seek(0)
                 with self._file:
                     raise BlockingIOError(errno.EWOULDBLOCK, self._file.read(), os.fspath(path))
-            # Whoever had it may have removed it between opening and locking.
+            # The previous holder may have removed the file after it was opened here.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
                     break
@@ -302,14 +305,14 @@ class Lock:
         self._file.flush()
 
     def release(self) -> None:
-        """Remove the file and let others have it."""
+        """Remove the lock file, so that another process can take the lock."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self._file.close()
 
 
 def _is_locked(file: Any) -> bool:
-    """Return whether another process has locked the open file, which not all disks let them do."""
+    """Return whether another process has locked the open file; False on disks without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -318,7 +321,7 @@ def _is_locked(file: Any) -> bool:
 
 
 def _lock(file: Any) -> bool:
-    """Whether the open file is locked now; never where another process has, or on some disks."""
+    """Lock the open file; return False if another process holds it or the disk has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -327,7 +330,7 @@ def _lock(file: Any) -> bool:
 
 
 def _remove_left_behind(folder: str, name: str) -> None:
-    """Remove what killed processes have left of their writing of a file."""
+    """Remove the temporary files that killed processes left while writing a file."""
     for half in Path(folder).glob(f".{glob.escape(name[:40])}.{'[0-9a-f]' * 16}.tmp"):
         with contextlib.suppress(OSError), open(half, "rb") as file:
             if time.time() - os.fstat(file.fileno()).st_mtime > SECONDS_TO_LOCK and _lock(file):

@@ -29,7 +29,7 @@ RUNNING = ".running"  # locked while a run lasts
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """Of a file, or of all files below a folder with their names."""
+    """Return the SHA-256 of a file, or of every file in a folder and its name."""
     found = hashlib.sha256()
     if os.path.isdir(path):
         for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
@@ -42,18 +42,20 @@ def digest(path: str | os.PathLike[str]) -> str:
 
 
 def must_hold_run(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if there is no run in a folder to go on with."""
+    """Raise InputError unless a folder holds a run that can be resumed."""
     if not (Path(path) / RUN).exists():
         raise InputError(f"--resume: {path} holds no run; leave --resume out to start one")
 
 
 def folder_of_model(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model.pt: this one, of :meth:`VMMSCVI.save`, or ``model`` in it.
+    """Return the folder that holds model.pt: ``path`` itself, or the folder ``model`` in it.
+
+    :meth:`VMMSCVI.save` writes the first kind, the command ``integrate`` the second.
 
     Raises
     ------
     InputError
-        If there is none.
+        If neither holds one.
     """
     for folder in (Path(path), Path(path) / "model"):
         if (folder / "model.pt").is_file():
@@ -62,21 +64,21 @@ def folder_of_model(path: str | os.PathLike[str]) -> Path:
 
 
 class Folder:
-    """The folder of a run's results; with it as a context, it is the run's alone from `start` on.
+    """The folder of a run's results, locked for this run from :meth:`start` to the end of ``with``.
 
     Parameters
     ----------
     path : str
     command : str
-        That runs end up here by.
+        The command whose runs write here, for messages.
     settings : type
         Dataclass of the run's settings, whose fields are annotated with their rules.
     checkpoint : str
-        Name of the file.
+        Name of the checkpoint file in the folder.
     results : sequence of str
-        Names of files and folders.
+        Names of the files and folders that the run writes.
     changeable : sequence of str
-        Settings that may change when a run goes on; of ``epochs`` it may be raised.
+        Settings that may change when a run is resumed; ``epochs`` may only be raised.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Folder:
         self._settings = {field.name for field in fields(settings)}
         self._rules = table(rules_of(settings))
         self._lock: Lock | None = None
-        # Runs of earlier versions lack settings that have a default.
+        # Runs of earlier versions may lack newer settings: these take their defaults.
         self._defaults = {f.name: f.default for f in fields(settings) if f.default is not MISSING}
         self.record = self._read_record()
 
@@ -111,7 +113,7 @@ class Folder:
 
     @property
     def input(self) -> str | None:
-        """What the run that is in the folder was started on."""
+        """Input of the run in the folder, or None if there is no run."""
         return None if self.record is None else self.record["input"]
 
     def _read_record(self) -> dict[str, Any] | None:
@@ -119,11 +121,11 @@ class Folder:
             record = read_json(self.path / RUN)
             check(f"{RUN} of {self.path}", record, RECORD)
         except (OSError, ValueError):
-            return None  # then it is no run's
+            return None  # no run has marked this folder
         return {**record, "settings": {**self._defaults, **record["settings"]}}
 
     def must_not_hold(self, file: str | os.PathLike[str]) -> None:
-        """Refuse to write over the input, a file or a folder."""
+        """Raise InputError if the run would write over its input, a file or a folder."""
         for name in self._names:
             with suppress(OSError):
                 if os.path.samefile(self.path / name, file):
@@ -139,7 +141,7 @@ class Folder:
             )
 
     def resumed(self, source: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Give the settings to go on with: those of the run, which `given` may not contradict."""
+        """Return the settings of the run to resume, updated by `given` where that is allowed."""
         must_hold_run(self.path)
         if self.record is None:
             raise InputError(f"--resume: {self.path / RUN} is damaged; choose another folder")
@@ -173,14 +175,16 @@ class Folder:
         return {**stored, **changed}
 
     def start(self, record: dict[str, Any], *, overwrite: bool, resume: bool = False) -> None:
-        """Make the folder, take it from another run if asked to, and mark it as this run's.
+        """Create and lock the folder, and mark it as this run's.
 
-        The other run's results stay until this one's take their places.
+        With ``overwrite`` a folder that holds another run is taken over; that run's results stay
+        until those of this run replace them.
 
         Raises
         ------
         InputError
-            If another run is going on in it, or has been; or it cannot be written to.
+            If another process uses the folder, or it holds another run and ``overwrite`` is False,
+            or it cannot be written to.
         """
         if self.path.is_symlink() and not self.path.exists():
             raise InputError(f"--out {self.path}: must be a folder, but is a link to nothing")
@@ -224,11 +228,11 @@ class Folder:
                 f"--out {self.path}: holds another run; choose another folder, go on with it by "
                 f"{self.command} --resume, or replace it by {self.command} --overwrite"
             )
-        # First: under the new run's record it would be taken for the new run's.
+        # Before the new record is written: with it, the old checkpoint would look like this run's.
         self.checkpoint.unlink(missing_ok=True)
 
     def _remove_halves(self) -> None:
-        """Remove what a killed run left of a file that it was writing."""
+        """Remove the temporary files that a killed run left behind."""
         for name in self._names:
             for pattern in (f".{name}.*.tmp", f"{name}/.*.tmp"):
                 for half in self.path.glob(pattern):

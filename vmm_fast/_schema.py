@@ -1,13 +1,14 @@
-"""Rules that the content of a file must keep, said once for each file.
+"""Rules for the content of the files that are read back, such as checkpoints.
 
-A digest tells damage, not content: a file of another version, or one that somebody changed together
-with its digest, may hold a text where a number is due. What reads such a file says what it takes,
+A digest detects damage, not wrong content: a file of another version, or one that somebody changed
+together with its digest, may hold a text where a number is expected. The code that reads a file
+states its rule and checks it,
 
     RUN = table({"input": text, "settings": table({"epochs": whole(1)})})
     check("run.json of out", content, RUN)
 
-and whoever comes after the check may trust the values. A rule is called with the name and the value
-of an entry, and raises ValueError if the value does not keep it.
+and code after the check may trust the values. A rule is called with the name and the value of an
+entry, and raises ValueError if the value breaks it.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ __all__ = [
 ]
 
 Rule = Callable[[str, Any], None]
-MOST = 2**63 - 1  # what torch and numpy take for a whole number
-LONGEST = 60  # characters of a value that are shown
+MOST = 2**63 - 1  # largest integer of torch and numpy
+LONGEST = 60  # characters of a value that a message shows
 
 
 def check(what: str, value: Any, rule: Rule) -> None:
-    """Raise ValueError, which says what is damaged and why, unless a value keeps a rule."""
+    """Raise ValueError that says what is damaged and why, if a value breaks a rule."""
     try:
         rule("", value)
     except ValueError as error:
@@ -69,35 +70,35 @@ def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def anything(name: str, value: Any) -> None:
-    """Take every value."""
+    """Accept every value."""
 
 
 def text(name: str, value: Any) -> None:
-    """Take a text."""
+    """Accept only a text."""
     if not isinstance(value, str):
         _refuse(name, "a text", value)
 
 
 def flag(name: str, value: Any) -> None:
-    """Take True and False."""
+    """Accept only True and False."""
     if not isinstance(value, bool):
         _refuse(name, "true or false", value)
 
 
 def none(name: str, value: Any) -> None:
-    """Take None."""
+    """Accept only None."""
     if value is not None:
         _refuse(name, "absent", value)
 
 
 def plain(name: str, value: Any) -> None:
-    """Take a text, a number, True, False and None."""
+    """Accept only a text, a number, True, False or None."""
     if not isinstance(value, str | int | float | None):
         _refuse(name, "a text or a number", value)
 
 
 def whole(least: int = 0, most: int = MOST) -> Rule:
-    """Return the rule of a whole number in a range, whose ends are in it."""
+    """Return a rule that accepts whole numbers from ``least`` to ``most``, both included."""
     bounds = f"of at least {least}" if most == MOST else f"from {least} to {most}"
 
     def rule(name: str, value: Any) -> None:
@@ -108,7 +109,7 @@ def whole(least: int = 0, most: int = MOST) -> Rule:
 
 
 def number(bounds: str = "", fits: Callable[[float], bool] = lambda x: True) -> Rule:
-    """Return the rule of a finite number that fits: ``number("above 0", lambda x: x > 0)``."""
+    """Return a rule for finite numbers within bounds: ``number("above 0", lambda x: x > 0)``."""
 
     def rule(name: str, value: Any) -> None:
         finite = _is_number(value, (int, float)) and abs(value) <= sys.float_info.max
@@ -122,7 +123,7 @@ RATE = number("above 0", lambda x: x > 0)
 
 
 def optional(inner: Rule) -> Rule:
-    """Return the rule of a value that may be None."""
+    """Return a rule that accepts None and whatever ``inner`` accepts."""
 
     def rule(name: str, value: Any) -> None:
         if value is not None:
@@ -132,7 +133,10 @@ def optional(inner: Rule) -> Rule:
 
 
 def listed(inner: Rule, length: int | None = None, least: int = 0) -> Rule:
-    """Return the rule of a list or tuple, of so many values if its length is given."""
+    """Return a rule that accepts a list or tuple whose values all keep ``inner``.
+
+    It must have ``length`` values if that is given, else at least ``least``.
+    """
 
     def rule(name: str, value: Any) -> None:
         if not isinstance(value, list | tuple):
@@ -147,7 +151,10 @@ def listed(inner: Rule, length: int | None = None, least: int = 0) -> Rule:
 
 
 def table(entries: dict[str, Rule], others: Rule | None = anything) -> Rule:
-    """Return the rule of a dict with these entries; of any others, which None does not allow."""
+    """Return a rule that accepts a dict with these entries.
+
+    Other entries must keep the rule ``others``; None allows no others.
+    """
 
     def rule(name: str, value: Any) -> None:
         if not isinstance(value, dict):
@@ -170,9 +177,10 @@ def tensor(
     finite: bool = True,
     pruned: bool = False,
 ) -> Rule:
-    """Return the rule of a tensor, of a kind and shape if these are given, with finite values.
+    """Return a rule that accepts a finite tensor, of this dtype and shape if they are given.
 
-    One that is `pruned` may hold -inf besides, if not alone; one that is not `finite` anything.
+    With ``pruned`` some values, but not all, may be -inf. With ``finite=False`` values are not
+    checked.
     """
     what = "a tensor"
     what += "" if dtype is None else f" of {dtype}"
@@ -195,10 +203,10 @@ def tensor(
 
 
 def weights_of(state: dict[str, Any]) -> Rule:
-    """Return the rule of the ``state_dict`` of a module like the one that `state` is of.
+    """Return a rule that accepts the ``state_dict`` of a module of the same shapes as `state`.
 
-    Logits of components that were pruned are -inf, and what is not finite in `state` need not be
-    elsewhere. What is no tensor the module checks itself.
+    The logits of pruned components may be -inf. A tensor that is not finite in `state` may hold
+    anything. Entries that are not tensors are checked by the module itself.
     """
 
     def of(name: str, value: Any) -> Rule:
@@ -211,7 +219,7 @@ def weights_of(state: dict[str, Any]) -> Rule:
 
 
 def generator_state(name: str, value: Any) -> None:
-    """Take the state of a generator of random numbers on the CPU."""
+    """Accept only the state of a CPU random number generator."""
     try:
         torch.Generator().set_state(value)
     except (TypeError, RuntimeError):
@@ -219,7 +227,7 @@ def generator_state(name: str, value: Any) -> None:
 
 
 def like(example: Any) -> Rule:
-    """Return the rule of what has an example's keys, lengths and kinds of values.
+    """Return a rule that accepts values with the keys, lengths and types of an example.
 
     Numbers must be finite, and whole ones not negative.
     """
@@ -243,6 +251,6 @@ def like(example: Any) -> Rule:
 
 
 def rules_of(settings: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass's fields: those that are ``Annotated`` with one."""
+    """Return the rule of each field of a dataclass, from its ``Annotated`` type."""
     hints = get_type_hints(settings, include_extras=True)
     return {name: getattr(hint, "__metadata__", [anything])[0] for name, hint in hints.items()}

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command by an exception, so that it can say how to go on."""
+"""Ctrl-C, SIGTERM and SIGHUP as exceptions, so that a stopped command can say how to resume."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 __all__ = ["STOPS", "HungUp", "Terminated", "stoppable"]
 
-IMPATIENCE = 2.0  # seconds after a signal in which others are not heard
+IMPATIENCE = 2.0  # seconds after a signal in which further ones are ignored
 
 
 class Terminated(KeyboardInterrupt):
-    """A run was asked to end by SIGTERM, as by Ctrl-C."""
+    """Raised on SIGTERM, which asks a run to end as Ctrl-C does."""
 
 
 class HungUp(KeyboardInterrupt):
-    """A run has lost its terminal and was asked to end by SIGHUP, as by Ctrl-C."""
+    """Raised on SIGHUP, which asks a run to end because its terminal has closed."""
 
 
 STOPS: dict[signal.Signals, type[KeyboardInterrupt]] = {
@@ -31,9 +31,10 @@ STOPS: dict[signal.Signals, type[KeyboardInterrupt]] = {
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise each signal's exception in the main thread, but not a second one right after the first.
+    """Turn each signal of :data:`STOPS` into its exception inside a ``with`` block.
 
-    A signal that the surroundings ignore, as ``nohup`` does, stays ignored.
+    Works in the main thread alone. Signals within :data:`IMPATIENCE` seconds after another are
+    ignored. A signal that was ignored before, as by ``nohup``, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +44,7 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         nonlocal last
         since, last = time.monotonic() - last, time.monotonic()
-        if since >= IMPATIENCE:  # else what the first one began would end in a traceback
+        if since >= IMPATIENCE:  # a second one would interrupt the cleanup that the first began
             raise STOPS[signal.Signals(number)]
 
     usual = (signal.SIG_DFL, signal.default_int_handler)

@@ -72,19 +72,19 @@ __all__ = [
 RESOLUTION, SEPARATION = 2.0, 0.02
 # Confusion of N(-1, 1) and N(1, 1), the farthest apart that have one peak together.
 ONE_PEAK = 0.2248
-CHUNK = 16_384  # points whose responsibilities are in memory together
-LEAST_SHARED = 20  # points between components, below which these say nothing
+CHUNK = 16_384  # points whose responsibilities are in memory at once
+LEAST_SHARED = 20  # with fewer points shared between components, the shares are mostly noise
 
 
 class Interval(NamedTuple):
-    """Lower and upper bounds of confusions [merges]."""
+    """Lower and upper bounds of the confusion of each merge [M]."""
 
     low: np.ndarray
     high: np.ndarray
 
 
 class Confusion(NamedTuple):
-    """Sums over points that say which components share theirs.
+    """Sums over points that tell which components share points.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class Confusion(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, components: Components, points: Tensor | Iterable[Tensor]) -> Confusion:
-        """Sum over points in one pass, in memory of the size of the sums.
+        """Return the sums over points, in one pass and with memory for the sums alone.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ class Confusion(NamedTuple):
         Returns
         -------
         Confusion
-            Of this process's points; see :meth:`over_processes`.
+            The sums over this process's points; see :meth:`over_processes` for all.
         """
         count, device = components.num_components, components.centers.device
         sums = torch.zeros(count, count, dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ class Confusion(NamedTuple):
         return cls(sums, counts)
 
     def plus(self, other: Confusion) -> Confusion:
-        """Return the sums over both sets of points, of the same components."""
+        """Return the sums over the points of self and other, which have the same components."""
         if self.sums.shape != other.sums.shape:
             raise ValueError(
                 f"other must be of {len(self.counts)} components, but is of {len(other.counts)}"
@@ -138,10 +138,10 @@ class Confusion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ClusterTree:
-    """The order in which components merge into clusters, from the most confused pair to the least.
+    """The tree by which components merge into clusters, the most confused pair first.
 
-    Components without a point of their own (no point's most probable one) join the component that
-    they share most with, before all others: no cluster is made of them alone.
+    A component without points (it is no point's most probable one) joins the component that it
+    shares most with before all other merges, so that no cluster consists of such components alone.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class ClusterTree:
             )
 
     def check_fits(self, clusters: Clusters) -> None:
-        """Raise ValueError unless clusters are of this tree's components and all hold points."""
+        """Raise ValueError unless clusters group this tree's components and all hold points."""
         of_component, own = clusters.of_component.cpu(), len(self.confusion.counts)
         if len(of_component) != own:
             raise ValueError(
@@ -192,12 +192,12 @@ class ClusterTree:
 
     @cached_property
     def leaves(self) -> np.ndarray:
-        """Components that hold points, in their order: the leaves of the tree."""
+        """Indices of the components that hold points, in rising order: the leaves of the tree."""
         return np.flatnonzero(self.confusion.counts.cpu().numpy())
 
     @cached_property
     def _leaf_of(self) -> np.ndarray:
-        """Number of the leaf that every component belongs to [C]."""
+        """Index of the leaf that each component belongs to [C]."""
         sums, leaves = self.confusion.sums.cpu().numpy(), self.leaves
         shared = sums[:, leaves]
         nearest = shared.argmax(1)
@@ -208,16 +208,17 @@ class ClusterTree:
 
     @cached_property
     def _merges(self) -> tuple[np.ndarray, ...]:
-        """Pairs of groups that merge, by their first leaves [M, 2], and what is said of each [M].
+        """The merges in order: pairs of groups, by their first leaves [M, 2], and measures [M].
 
-        Confusion, points of the smaller group, gain of modularity's first and of its second term.
+        The measures are the confusion, the number of points of the smaller group, and the gains of
+        the modularity's first and second term.
         """
         leaf_of, total = self._leaf_of, len(self.leaves)
         member = np.zeros((len(leaf_of), total))
         member[np.arange(len(leaf_of)), leaf_of] = 1
         sums = member.T @ self.confusion.sums.cpu().numpy() @ member
         mass = sums.sum(1)
-        # Modularity is of what leaves share with each other, not with themselves.
+        # Modularity counts what leaves share with each other, not with themselves.
         between = sums - np.diag(sums.diagonal())
         degree = between.sum(1)
         everything = degree.sum() or 1.0
@@ -253,15 +254,15 @@ class ClusterTree:
         return np.minimum.accumulate(self._merges[1])
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Return bounds of each merge's confusion, which say how sure it is that these are two.
+        """Return a confidence interval of each merge's confusion.
 
-        Wilson's interval of a proportion, of as many draws as the smaller group has points. Shares
-        spread less than draws of 0 and 1 do, so that it is too wide if anything.
+        It is Wilson's interval of a proportion, with as many draws as the smaller group has points.
+        Responsibilities vary less than draws of 0 and 1, so the interval is rather too wide.
 
         Parameters
         ----------
         level : float
-            In (0, 1).
+            Confidence level, in (0, 1).
         """
         if not 0 < _as_float(level) < 1:
             raise ValueError(f"level must be in (0, 1), but is {level!r}")
@@ -273,9 +274,9 @@ class ClusterTree:
 
     @property
     def linkage(self) -> np.ndarray:
-        """The tree as :mod:`scipy.cluster.hierarchy` has it [M, 4]; distances are 1 - heights.
+        """Linkage matrix of :mod:`scipy.cluster.hierarchy` [M, 4]; distances are 1 - heights.
 
-        Leaf i is component ``leaves[i]``; the groups that merges make are numbered on from there.
+        Leaf i is component ``leaves[i]``; merge m forms the group numbered ``len(leaves) + m``.
         """
         total = len(self.leaves)
         name, size = np.arange(total), np.ones(total)
@@ -287,7 +288,7 @@ class ClusterTree:
         return rows
 
     def dendrogram(self, of_component: Tensor) -> dict[str, Any]:
-        """Return the tree of clusters as :func:`scanpy.tl.dendrogram` does, for its plots.
+        """Return the tree of clusters in the form of :func:`scanpy.tl.dendrogram`, for its plots.
 
         Parameters
         ----------
@@ -326,7 +327,7 @@ class ClusterTree:
         }
 
     def _similarity(self, of_component: Tensor, total: int) -> np.ndarray:
-        """Confusion of every two clusters [G, G]."""
+        """Confusion between each pair of clusters [G, G]."""
         member = np.eye(total)[of_component.numpy()]
         sums = member.T @ self.confusion.sums.cpu().numpy() @ member
         mass = sums.sum(1)
@@ -353,7 +354,7 @@ class ClusterTree:
         separation : float, optional
             In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken.
         n_clusters : int, optional
-            Instead of both; at most the number of components that hold points.
+            Number of clusters, instead of both; at most the number of components that hold points.
 
         Raises
         ------
@@ -398,19 +399,19 @@ class ClusterTree:
             return by_separation
         one_peak = int(max(np.flatnonzero(confusion > ONE_PEAK), default=-1)) + 1
         modularity = np.cumsum([0, *(linked - resolution * expected)])[one_peak:]
-        finest = int((modularity > modularity.max() - 1e-9).argmax())  # of those that tie
+        finest = int((modularity > modularity.max() - 1e-9).argmax())  # the finest of equal cuts
         return min(by_separation, one_peak + finest)
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """A mixture whose components are grouped into clusters; it assigns any points to these.
+    """A mixture whose components are grouped into clusters, to which it can assign points.
 
     Parameters
     ----------
     components : Components
     of_component : Tensor [C], int64
-        Cluster of each component, from 0 without a gap.
+        Cluster of each component, numbered from 0 without a gap.
     """
 
     components: Components
@@ -433,26 +434,27 @@ class Clusters:
 
     @property
     def num_clusters(self) -> int:
-        """G."""
+        """G, the number of clusters."""
         return int(self.of_component.max()) + 1
 
     @torch.no_grad()
     def probabilities(self, z: Tensor) -> Tensor:
-        """Return the probability of each cluster [B, G]: the sum of its components'."""
+        """Return the probability of each cluster [B, G]: the sum over its components."""
         return self.sums(self.components.responsibilities(z))
 
     def sums(self, shared: Tensor) -> Tensor:
         """Sum responsibilities [B, C] over each cluster's components [B, G]."""
         out = shared.new_zeros(len(shared), self.num_clusters)
         out.index_add_(1, self.of_component.to(shared.device), shared)
-        return out.clamp_(max=1)  # a sum may round to more
+        return out.clamp_(max=1)  # rounding may bring a sum above 1
 
     @torch.no_grad()
     def assign(self, z: Tensor) -> Assignment:
-        """Return the most probable cluster of points, its probability, and the entropy of all."""
+        """Return each point's most probable cluster, its probability, and the entropy over all."""
         rows, device = len(z), self.components.centers.device
         labels = torch.empty(rows, dtype=torch.int64, device=device)
-        # Written in place: small results between large freed blocks would hold the memory of both.
+        # Written in place: small results allocated between large blocks would keep the freed memory
+        # from being returned.
         top, entropy = (self.components.centers.new_empty(rows) for _ in range(2))
         for start in range(0, rows, CHUNK):
             here = slice(start, start + CHUNK)
@@ -463,7 +465,7 @@ class Clusters:
 
     @torch.no_grad()
     def sample(self, n: int, cluster: int) -> Tensor:
-        """Draw points [n, D] from one cluster, of its components by their weights."""
+        """Draw points [n, D] from one cluster, choosing its components by their weights."""
         whole = isinstance(cluster, (int, np.integer)) and not isinstance(cluster, bool)
         if not whole or not 0 <= cluster < self.num_clusters:
             raise ValueError(f"cluster must be in 0 .. {self.num_clusters - 1}, but is {cluster}")
@@ -484,17 +486,17 @@ def find_clusters(
 ) -> Clusters:
     """Group a mixture's components into clusters by the points that they share.
 
-    Every cluster holds points: one that is nowhere the most probable is merged on. Where there are
-    not ``n_clusters`` that hold points, a warning says so and there are fewer.
+    Every cluster holds points: one that is no point's most probable cluster is merged into another.
+    If no cut has ``n_clusters`` clusters that hold points, there are fewer and a warning says so.
 
     Parameters
     ----------
     components : Components
     points : Tensor [N, D] or iterable of Tensor [B, D]
-        For instance posterior means. An iterable is gone through again, so it must be repeatable.
+        For instance posterior means. An iterable is read several times, so it must be repeatable.
     tree : ClusterTree, optional
-        Of these components, which the points are all of. Unless given it is made of the points of
-        all processes of ``torch.distributed``, which must all call this.
+        Tree of these components and of all points. If absent, it is built from the points of all
+        processes of ``torch.distributed``, and each of them must call this function.
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
     """
@@ -514,9 +516,9 @@ def find_clusters(
     if n_clusters is None:
         of_component = tree.cut(resolution, separation)
         return _that_hold_points(components, of_component, points, tree, everywhere)
-    tree.cut(resolution, separation, n_clusters)  # or says what is wrong
+    tree.cut(resolution, separation, n_clusters)  # raises an error for a wrong argument
     found: Clusters | None = None
-    # A finer cut has as many where some of its clusters are nowhere the most probable.
+    # Some clusters of a cut may hold no points; then a finer cut has the number asked for.
     for level in range(n_clusters, len(tree.leaves) + 1):
         of_component = tree.cut(n_clusters=level)
         finer = _that_hold_points(components, of_component, points, tree, everywhere)
@@ -524,7 +526,7 @@ def find_clusters(
             found = finer
         if finer.num_clusters >= n_clusters:
             break
-    while finer.num_clusters > n_clusters:  # one level adds several that hold points
+    while finer.num_clusters > n_clusters:  # one level added several that hold points
         for of_component in _merged(finer.of_component, tree.confusion.sums.cpu()):
             coarser = _that_hold_points(components, of_component, points, tree, everywhere)
             if coarser.num_clusters == finer.num_clusters - 1:
@@ -537,8 +539,8 @@ def find_clusters(
     assert found is not None
     if found.num_clusters != n_clusters:
         warnings.warn(
-            f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would be "
-            "nowhere the most probable",
+            f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would "
+            "hold no points",
             stacklevel=2,
         )
     return found
@@ -551,13 +553,13 @@ def _that_hold_points(
     tree: ClusterTree,
     everywhere: bool,
 ) -> Clusters:
-    """Merge clusters that are nowhere the most probable; number the others by their points."""
+    """Merge clusters that are no point's most probable one; number the rest, the largest first."""
     while True:
         found = Clusters(components, of_component)
-        device = components.centers.device  # which processes can sum over
+        device = components.centers.device  # processes sum tensors on this device
         held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
         own = torch.zeros_like(tree.confusion.counts, device=device)
-        sums: Tensor | None = None  # of the first points, which are enough to know a tree by
+        sums: Tensor | None = None  # of the first points, enough to compare with the tree's
         for part in _parts(points, components):
             shared = components.responsibilities(part)
             if sums is None and not everywhere:
@@ -580,7 +582,7 @@ def _that_hold_points(
 
 
 def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> None:
-    """Raise if components hold or share points in a way that is nothing like the tree's."""
+    """Raise ValueError if the components hold or share points very differently from the tree's."""
     counts = confusion.counts.cpu()
     elsewhere = {
         "in other components": float((own / own.sum() - counts / counts.sum()).abs().sum() / 2)
@@ -591,7 +593,7 @@ def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> Non
             one, other = (x / x.sum() for x in between)
             elsewhere["between other components"] = float((one - other).abs().sum() / 2)
     for where, share in elsewhere.items():
-        if share > 0.5:  # false for no points
+        if share > 0.5:  # False for NaN, the share if there are no points
             raise ValueError(
                 "tree must be of these components and points, but is of others: it has "
                 f"{share:.0%} of the points {where}"
@@ -599,13 +601,13 @@ def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> Non
 
 
 def _as_float(value: Any) -> float:
-    """Return a number as it is, and NaN for anything else."""
+    """Return a number as a float, and NaN for anything else."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     return float(value) if number else math.nan
 
 
 def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
-    """Let a cluster join the one that it shares most with."""
+    """Return the clusters with one of them merged into the cluster that it shares most with."""
     member = torch.nn.functional.one_hot(of_component).double()
     shared = (member.mT @ sums @ member)[empty]
     shared[empty] = -1
@@ -614,7 +616,7 @@ def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
 
 
 def _merged(of_component: Tensor, sums: Tensor) -> Iterator[Tensor]:
-    """Let two clusters be one: each pair in turn, from the most confused on."""
+    """Yield the clusters with one pair merged, for each pair in turn, the most confused first."""
     member = torch.nn.functional.one_hot(of_component).double()
     shared = member.mT @ sums @ member
     mass = shared.sum(1)
@@ -627,7 +629,7 @@ def _merged(of_component: Tensor, sums: Tensor) -> Iterator[Tensor]:
 
 
 def _parts(points: Tensor | Iterable[Tensor], components: Components) -> Iterable[Tensor]:
-    """Points in parts of at most :data:`CHUNK`; empty ones are left out."""
+    """Yield points in parts of at most :data:`CHUNK`, without empty ones."""
     width = components.latent_dim
     for batch in (points,) if isinstance(points, Tensor) else points:
         if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[1] != width:

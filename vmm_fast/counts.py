@@ -37,7 +37,7 @@ __all__ = ["SoftmaxMean", "nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 
 
 class SoftmaxMean(NamedTuple):
-    """Means mu = n softmax(a) [B, G] of counts, in place of a tensor of them.
+    """Means mu = n softmax(a) [B, G] of counts, given by logits and library sizes.
 
     Attributes
     ----------
@@ -71,8 +71,8 @@ def poisson_log_prob(counts: Tensor, mean: Tensor | SoftmaxMean) -> Tensor:
     TypeError
         If an argument is no tensor, or has no floating dtype where it must.
     ValueError
-        If shapes or devices do not fit, or sparse indices lie outside; the kernels for GPUs, which
-        wait for nothing, do not look at these.
+        If shapes or devices do not fit, or sparse indices lie outside the shape; the GPU kernels,
+        which do not wait for the device, do not check the indices.
     """
     return _log_prob(counts, mean, {})
 
@@ -153,7 +153,7 @@ def _log_prob(
 
 
 def _stored(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return values, and row starts and gene indices of sparse ones."""
+    """Return the stored values of counts and, if they are sparse, row starts and gene indices."""
     if counts.layout == torch.strided:
         return counts.to(dtype), None, None
     if counts.layout != torch.sparse_csr:

@@ -128,7 +128,7 @@ def clustering_scores(responsibilities: Any, true_labels: Any) -> ClusteringScor
         raise ValueError(f"responsibilities must have shape [N, C] with C >= 1, got {r.shape}")
     if r.shape[0] == 0:
         raise ValueError("responsibilities must hold at least one point, got N = 0")
-    # The width of bfloat16 sets the tolerance; log-probabilities and NaN are what this is to catch.
+    # The tolerance allows for bfloat16; the check is to catch log-probabilities and NaN.
     if not (np.all(r >= 0) and np.all(np.abs(r.sum(1) - 1) < 0.05)):
         raise ValueError("responsibilities must be probabilities: rows >= 0 that sum to 1, no NaN")
     return clustering_scores_from_assignment(r.argmax(1), true_labels, r.argmax(0))
@@ -153,7 +153,7 @@ def clustering_scores_from_assignment(
     Returns
     -------
     ClusteringScores
-        Of majority labels that are equally frequent, the first in sorted order is taken. If both
+        If several majority labels are equally frequent, the first in sorted order counts. If both
         sides put all points into one cluster, NMI, ARI and AMI are 1 (scikit-learn's convention).
 
     Raises
@@ -183,10 +183,10 @@ def clustering_scores_from_assignment(
         accuracy = float(np.mean(class_of[points][cluster_of] == class_of))
 
     scores = _sklearn_scores()
-    from scipy.optimize import linear_sum_assignment  # scikit-learn has brought it
+    from scipy.optimize import linear_sum_assignment  # installed with scikit-learn
 
     with warnings.catch_warnings():
-        # scikit-learn suspects a regression target where most labels differ, as small data may.
+        # If most labels differ, as in small data, scikit-learn warns of a regression target.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater")
         return ClusteringScores(
             accuracy=accuracy,
@@ -221,7 +221,7 @@ def _as_numpy(values: Any) -> np.ndarray:
 
 
 def _codes(values: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the distinct values, sorted, each point's index into them, and their counts."""
+    """Return the sorted distinct values, each point's index among them, and their counts."""
     array = _as_numpy(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have shape [N], got {array.shape}")
@@ -239,7 +239,7 @@ def _codes(values: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _representatives(representative: Any, clusters: np.ndarray, n: int) -> np.ndarray:
-    """Return the representative point of each cluster in use, after checking it."""
+    """Return the representative point of each cluster that holds points, after checking it."""
     points = _as_numpy(representative)
     if points.ndim != 1 or points.dtype.kind not in "iu":
         raise ValueError(
@@ -291,7 +291,7 @@ def elbo_surgery(
     chunk: int = 1024,
     generator: torch.Generator | None = None,
 ) -> ELBOSurgery:
-    """Split the average KL divergence into mutual information and marginal KL.
+    """Return the average KL divergence, split into mutual information and marginal KL.
 
     With M of the N points drawn without replacement, one z_i ~ q(z|x_i) for each, and q(z) the
     mixture of all N posteriors (so the point's own is included),
@@ -360,7 +360,7 @@ def elbo_surgery(
     for start in range(0, len(chosen), chunk):
         part = slice(start, start + chunk)
         index = chosen[part]
-        # Not from the noise: z is rounded, and log q(z_i) below sees the rounded z too.
+        # From z, not from the noise: z is rounded, and log q(z_i) below uses the rounded z too.
         white = _solve(scale[index], z[part] - loc[index])
         log_q_own[part] = _log_normalizer(scale[index]) - 0.5 * white.double().square().sum(-1)
         log_p[part] = _checked(log_prior(z[part]), z[part].shape[:-1], "prior")
@@ -427,7 +427,7 @@ def _solve(scale: Tensor, difference: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """Whitening [n, D, D]: the inverse Cholesky factor of each covariance."""
+    """Return the whitening matrices [n, D, D]: the inverse Cholesky factor of each covariance."""
     if scale.ndim == 2:
         return torch.diag_embed(scale.reciprocal())
     identity = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
@@ -435,7 +435,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def _log_normalizer(scale: Tensor) -> Tensor:
-    """Log density at the mean, [n] float64: -D/2 log 2 pi - logdet(scale)."""
+    """Return the log density at the mean [n] in float64: -D/2 log 2 pi - logdet(scale)."""
     diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
     return -diagonal.double().log().sum(-1) - 0.5 * diagonal.shape[-1] * math.log(2 * math.pi)
 
@@ -448,7 +448,7 @@ def importance_weighted_log_likelihood(
     num_samples: int,
     chunk: int = 64,
 ) -> Tensor:
-    """Estimate log p(x) from below with samples of the posterior.
+    """Return an estimate of log p(x) from below, with samples of the posterior.
 
         log 1/S sum_s p(x|z_s) p(z_s) / q(z_s|x),    z_s ~ q(z|x)
 
@@ -513,10 +513,11 @@ def importance_weighted_log_likelihood(
 def importance_weighted_log_prob(
     model: Any, x: Tensor, *, num_samples: int = 512, chunk: int = 16, batch_size: int = 256
 ) -> Tensor:
-    """Estimate log p(x) under a VAE from below; see `importance_weighted_log_likelihood`.
+    """Return an estimate of log p(x) under a VAE from below.
 
-    The model is in evaluation mode meanwhile and gets its own mode back. The prior's mixture is
-    built once. Memory is that of the decoder on batch_size x chunk points, whatever N and S are.
+    See :func:`importance_weighted_log_likelihood`. The model is in evaluation mode during the call
+    and returns to its own mode. The prior's mixture is built once. Memory is that of the decoder on
+    batch_size x chunk points, whatever N and S are.
 
     Parameters
     ----------
@@ -569,7 +570,7 @@ def importance_weighted_log_prob(
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode and give each its own mode back."""
+    """Put all modules into evaluation mode for a ``with`` block, then restore each one's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

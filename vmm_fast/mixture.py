@@ -40,7 +40,7 @@ __all__ = ["Assignment", "Components", "MixtureDistribution", "WhitenedMixture"]
 
 
 class WhitenedMixture(NamedTuple):
-    """What :mod:`vmm_fast.ops` takes after z: l_ij = offset_j - 1/2 |A_j (z_i - m_j)|^2."""
+    """Arguments of :mod:`vmm_fast.ops` after z: l_ij = offset_j - 1/2 |A_j (z_i - m_j)|^2."""
 
     centers: Tensor
     whitening: Tensor
@@ -49,7 +49,7 @@ class WhitenedMixture(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Most probable component [B] (int64), its probability [B], entropy of all [B] in nats."""
+    """Most probable component [B] (int64), its probability [B], entropy over all [B] in nats."""
 
     labels: Tensor
     probability: Tensor
@@ -57,7 +57,7 @@ class Assignment(NamedTuple):
 
 
 def gaussian_parameters(q: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean [B, D] and scale of a Gaussian: diagonal [B, D] or lower triangle [B, D, D].
+    """Return the mean [B, D] and the scale, diagonal [B, D] or lower triangle [B, D, D].
 
     Raises
     ------
@@ -84,12 +84,14 @@ def gaussian_parameters(q: Distribution) -> tuple[Tensor, Tensor]:
 
 
 def check_kl(kl: Tensor) -> Tensor:
-    """Return a KL estimate unless q made it NaN or infinite: z and the prior were checked before.
+    """Return a KL estimate after checking that it is finite.
+
+    As z and the prior were checked before, only q can have made it NaN or infinite.
 
     Raises
     ------
     ValueError
-        If a value is not finite, on a CPU: elsewhere, to look would be to wait for the device.
+        If a value is not finite, on CPUs alone: on other devices the check would wait for them.
     """
     if kl.is_cpu and not torch.compiler.is_compiling() and not kl.isfinite().all():
         row = int((~kl.isfinite()).nonzero()[0, 0])
@@ -98,12 +100,12 @@ def check_kl(kl: Tensor) -> Tensor:
 
 
 def check_sample(z: Tensor, mean: Tensor) -> Tensor:
-    """Return z if it has the shape of q's mean.
+    """Return z after checking that it has the shape of q's mean.
 
     Raises
     ------
     ValueError
-        If it has another.
+        If it has another shape.
     """
     if z.shape != mean.shape:
         raise ValueError(
@@ -113,7 +115,7 @@ def check_sample(z: Tensor, mean: Tensor) -> Tensor:
 
 
 def gaussian_sample(q: Distribution) -> Tensor:
-    """``q.rsample()`` of a Gaussian q, in fewer operations."""
+    """Return a sample of a Gaussian q as ``q.rsample()`` does, in fewer operations."""
     base = q.base_dist if isinstance(q, Independent) else q
     if type(base) is Normal:
         noise = torch.empty_like(base.loc).normal_()
@@ -126,7 +128,7 @@ def gaussian_sample(q: Distribution) -> Tensor:
 
 
 def gaussian_entropy(q: Distribution) -> Tensor:
-    """H(q) [B] in nats: D/2 log 2 pi e + log det s."""
+    """Return the entropy H(q) [B] in nats: D/2 log 2 pi e + log det s."""
     mean, scale = gaussian_parameters(q)
     diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
     return diagonal.log().sum(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
@@ -136,8 +138,8 @@ def gaussian_entropy(q: Distribution) -> Tensor:
 class Components:
     """A mixture prior at one point in training: densities, responsibilities, samples.
 
-    It is what a trained model keeps: it assigns new points without encoder and pseudo-inputs.
-    Gradients flow to whatever its tensors came from; :meth:`detach` cuts them.
+    A trained model keeps it to assign new points without encoder and pseudo-inputs. Gradients flow
+    to whatever its tensors were computed from, unless :meth:`detach` cuts them off.
 
     Parameters
     ----------
@@ -194,17 +196,17 @@ class Components:
 
     @property
     def num_components(self) -> int:
-        """C."""
+        """C, the number of components."""
         return self.log_weights.shape[0]
 
     @property
     def pseudo_inputs_per_component(self) -> int:
-        """K."""
+        """K, the number of centers of each component."""
         return self.centers.shape[0] // self.num_components
 
     @property
     def latent_dim(self) -> int:
-        """D."""
+        """D, the number of latent dimensions."""
         return self.centers.shape[1]
 
     @property
@@ -213,7 +215,10 @@ class Components:
         return self.log_weights.exp()
 
     def evaluate(self, operation: Callable, z: Tensor, mixture: WhitenedMixture, *rest) -> tuple:
-        """Run an operation in the wider dtype of z and mixture; results are as wide as z and m."""
+        """Return an operation's results, computed in the wider dtype of z and the mixture.
+
+        Results have the wider dtype of z and the centers m.
+        """
         if not isinstance(z, Tensor) or not z.is_floating_point():
             raise TypeError(
                 "z must be a tensor of a floating dtype, "
@@ -230,11 +235,11 @@ class Components:
         return tuple(x.to(result) if x.is_floating_point() else x for x in values)
 
     def detach(self) -> Components:
-        """Cut the mixture from the graph."""
+        """Return the same mixture without gradients."""
         return self._map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Components:
-        """Move or cast like ``Tensor.to``."""
+        """Return the mixture moved or cast as by ``Tensor.to``."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def _map(self, function) -> Components:
@@ -246,7 +251,7 @@ class Components:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name; ``Components(**state)`` restores them."""
+        """Return the tensors by name; ``Components(**state)`` restores the mixture."""
         names = ("centers", "log_weights", "precision_cholesky", "scale")
         values = zip(names, self._values(), strict=True)
         return {name: v.detach() for name, v in values if v is not None}
@@ -260,7 +265,7 @@ class Components:
 
     @property
     def expected(self) -> WhitenedMixture:
-        """The expected log-joint as a whitened mixture; the marginal one where either is exact."""
+        """The expected log-joint as a whitened mixture; the marginal one if S or Lambda^-1 is 0."""
         if self.precision_cholesky is None or self.scale is None:
             return self.marginal
         return self._once(expected=True)
@@ -269,7 +274,7 @@ class Components:
     def from_stored(
         cls, centers: Tensor, logits: Tensor, raw_precision: Tensor, scale: Tensor | None
     ) -> Components:
-        """Give the mixture of what a prior stores, with the marginal form built along with it.
+        """Return the mixture of a prior's stored parameters, with its marginal form already built.
 
         For :class:`vmm_fast.inference.empirical_bayes.MixtureParameters`. Gradients reach centers
         and scale alone.
@@ -282,7 +287,7 @@ class Components:
         return components
 
     def _key(self, expected: bool) -> tuple[bool, bool, bool]:
-        """What was built without a graph is not reused where one is due."""
+        """Cache key: a form built under no_grad is not reused when gradients are needed."""
         graph = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in self._values()
         )
@@ -294,7 +299,7 @@ class Components:
         )
 
     def _once(self, expected: bool) -> WhitenedMixture:
-        """Build at the first use."""
+        """Return the marginal or the expected form, building it at the first use."""
         key = self._key(expected)
         if key not in self._built:
             self._built[key] = self._build(expected)
@@ -312,14 +317,14 @@ class Components:
 
     @property
     def _log_shares(self) -> Tensor:
-        """log(pi_c / K) for every center [J], float64."""
+        """Log-weight log(pi_c / K) of every center [J], float64."""
         per_component = self.pseudo_inputs_per_component
         shares = self.log_weights.double() - math.log(per_component)
         return shares.repeat_interleave(per_component)
 
     @property
     def _covariance(self) -> Tensor:
-        """Lambda_c^-1 + S_ck [J, D, D], float64."""
+        """Covariance Lambda_c^-1 + S_ck around every center [J, D, D], float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.centers.device)
         if self.precision_cholesky is not None:
             factor = self.precision_cholesky.double()
@@ -334,45 +339,48 @@ class Components:
     # --- densities ---
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) [B] of the marginal prior, in nats."""
+        """Return log p(z) [B] of the marginal prior, in nats."""
         return self.evaluate(ops.mixture_log_prob, z, self.marginal)[0]
 
     def kl(self, q: Distribution, z: Tensor | None = None) -> Tensor:
-        """Estimate KL(q || p) [B] by -H(q) - log p(z), with z ~ q unless given, in nats."""
+        """Return the estimate -H(q) - log p(z) of KL(q || p) [B] in nats, z ~ q unless given."""
         mean, scale = gaussian_parameters(q)
         z = gaussian_sample(q) if z is None else check_sample(z, mean)
         return self.evaluate(ops.mixture_kl, z, self.marginal, scale)[0]
 
     def log_joint(self, z: Tensor) -> Tensor:
-        """Expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
+        """Return the expected log-joint l_c(z) = log sum_k exp l_ck(z) [B, C], in nats."""
         per_component = self.pseudo_inputs_per_component
         return self.evaluate(ops.mixture_log_joint, z, self.expected, per_component)[0]
 
     def log_joint_expectation(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over all l_ck(z) and their expectation under softmax(l); both [B], nats."""
+        """Return log-sum-exp and softmax-weighted mean of all l_ck(z), both [B] in nats."""
         return self.evaluate(ops.mixture_log_prob, z, self.expected)
 
     def responsibilities(self, z: Tensor) -> Tensor:
-        """softmax_c l_c(z) [B, C]."""
+        """Return the probability of each component, softmax_c l_c(z) [B, C]."""
         per_component = self.pseudo_inputs_per_component
         return self.evaluate(ops.mixture_responsibilities, z, self.expected, per_component)[0]
 
     def assign(self, z: Tensor) -> Assignment:
-        """Most probable component, its probability and the entropy, without a [B, C] matrix."""
+        """Return the most probable component, its probability and the entropy over all; each [B].
+
+        No [B, C] matrix is stored.
+        """
         per_component = self.pseudo_inputs_per_component
         return Assignment(*self.evaluate(ops.mixture_assign, z, self.expected, per_component))
 
     def clusters(self, z: Tensor | Iterable[Tensor], **cut: Any) -> Clusters:
         """Group components by the points ``z`` [N, D], or batches of them, that they share.
 
-        See :func:`vmm_fast.clusters.find_clusters`, which takes the options too.
+        The options are those of :func:`vmm_fast.clusters.find_clusters`.
         """
-        from vmm_fast.clusters import find_clusters  # which is made of what is here
+        from vmm_fast.clusters import find_clusters  # that module imports this one
 
         return find_clusters(self, z, **cut)
 
     def active_components(self, z: Tensor | None = None, threshold: float = 0.002) -> Tensor:
-        """Indices of the components with a share over ``threshold``, largest first.
+        """Return the indices of components whose share exceeds ``threshold``, largest first.
 
         The share is the fraction of the points ``z`` [B, D] assigned to the component or, without
         ``z``, its weight.
@@ -392,7 +400,7 @@ class Components:
     # --- samples ---
 
     def distribution(self) -> MixtureDistribution:
-        """Give the marginal prior as a torch distribution."""
+        """Return the marginal prior as a torch distribution."""
         return MixtureDistribution(self)
 
     def sample(self, n: int, component: int | Tensor | None = None) -> Tensor:
@@ -408,7 +416,7 @@ class Components:
             raise ValueError(f"n must be an integer of at least 0, but is {n!r}")
         device, count = self.centers.device, self.num_components
         look = self.centers.is_cpu and not torch.compiler.is_compiling()
-        if look:  # whatever component is drawn
+        if look:  # at all components, not only those that are drawn
             with torch.no_grad():
                 centers, whitening, offsets, _ = self.marginal
                 check_values(centers[:0], centers, whitening, offsets)
@@ -452,18 +460,18 @@ class MixtureDistribution(Distribution):
         super().__init__(torch.Size(), event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value) [..] for value [.., D], in nats."""
+        """Return log p(value) [..] for value [.., D], in nats."""
         flat = self.components.log_prob(value.reshape(-1, self.components.latent_dim))
         return flat.reshape(value.shape[:-1])
 
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draw [*sample_shape, D]."""
+        """Draw samples [*sample_shape, D]."""
         return self.component_sample(None, sample_shape)
 
     def component_sample(
         self, component: int | None, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
     ) -> Tensor:
-        """Draw [*sample_shape, D] from one component (None: from all)."""
+        """Draw samples [*sample_shape, D] from one component, or from all if it is None."""
         shape = torch.Size(sample_shape)
         flat = self.components.sample(shape.numel(), component)
         return flat.reshape(*shape, self.components.latent_dim)
@@ -474,7 +482,7 @@ class MixtureDistribution(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """sum_j w_j m_j [D]."""
+        """Mean of the mixture [D]: sum_j w_j m_j."""
         centers = self.components.centers
         return (self._shares * centers.double()).sum(0).to(centers.dtype)
 
@@ -492,7 +500,7 @@ def _matrix(scale: Tensor) -> Tensor:
 
 
 def scale_times(scale: Tensor, x: Tensor) -> Tensor:
-    """s x [n, D] for a diagonal [n, D] or lower-triangular [n, D, D] s."""
+    """Return s x [n, D] for a diagonal [n, D] or lower-triangular [n, D, D] s."""
     return scale * x if scale.ndim == 2 else (scale.tril() @ x[..., None])[..., 0]
 
 

@@ -1,15 +1,15 @@
-"""The table of operations: arguments, results and their shapes, each said once.
+"""The table of operations: the only place that lists their arguments, results and shapes.
 
-From it come the schemas and fakes of torch's ops, the checks of arguments, dispatch and autograd
-(:mod:`vmm_fast.torch_ops`, :mod:`vmm_fast.backends`), and the order in which the compiled core
+The schemas and fakes of torch's ops, the checks of arguments, dispatch and autograd follow from it
+(:mod:`vmm_fast.torch_ops`, :mod:`vmm_fast.backends`), as does the order in which the compiled core
 takes arguments: addresses of the tensors, the sizes in the order in which their letters first
 occur, flags, the number of threads, addresses of the results. :mod:`vmm_fast.reference` defines
 what an operation of the same name computes.
 
 Shapes are written in letters: B points or cells, J centers, C components of K = J / C centers each,
-D dimensions, G genes. ``"J D | J D D"`` is either of two, and the core is told whether it is the
-second; ``"B ?"`` may be None, ``"..."`` has any shape, and ``"B :int64"`` has that dtype in place
-of the one that all others share.
+D dimensions, G genes. ``"J D | J D D"`` allows two shapes, and a flag tells the core whether it is
+the second; ``"B ?"`` may be None, ``"..."`` has any shape, and ``"B :int64"`` has that dtype in
+place of the one that all others share.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor that an operation takes or gives.
+    """Shapes and dtype of a tensor that an operation takes or returns.
 
     Attributes
     ----------
     shapes : tuple of tuple of str or int
-        The letters, or numbers, of each shape that it may have; empty for any.
+        The letters, or numbers, of each allowed shape; empty if any shape is allowed.
     optional : bool
-        Whether it may be None.
+        Whether the tensor may be None.
     dtype : torch.dtype or None
-        None for the one that all share.
+        None for the dtype that all others share.
     """
 
     shapes: tuple[tuple[Any, ...], ...]
@@ -58,7 +58,7 @@ class Argument:
 
     @classmethod
     def parse(cls, text: str) -> Argument:
-        """Read an argument as the table writes it."""
+        """Return the argument that a text of the table describes, such as ``"J D | J D D ?"``."""
         text, _, dtype = text.partition(":")
         optional = "?" in text
         text = text.replace("?", "").strip()
@@ -85,19 +85,19 @@ class Operation:
     differentiable : tuple of str
         Arguments that have a gradient in compiled code.
     kept : tuple of str
-        Results that the backward reads as well as arguments and extras.
+        Results that the backward reads, besides arguments and extras.
     constant_results : tuple of str
         Results that have no gradient.
     reference_gradient : bool
-        Whether the definition in plain torch computes it where a gradient is asked for.
+        Whether plain torch computes the operation if a gradient is needed.
     missing_gradients : bool
-        Whether the backward takes None for the gradient of a result that nobody used.
+        Whether the backward takes None as the gradient of a result that was not used.
     all_gradients : bool
-        Whether the backward always gives all gradients, wanted or not.
+        Whether the backward always computes all gradients, wanted or not.
     largest_dim : int or None
-        The D beyond which plain torch computes it on GPUs.
+        The largest D in kernels for GPUs; beyond it plain torch computes the operation there.
     forward : Operation or None
-        The operation that this is the backward of.
+        For a backward, the operation whose gradients it computes.
     """
 
     name: str
@@ -116,26 +116,26 @@ class Operation:
 
     @functools.cached_property
     def arguments(self) -> dict[str, Argument]:
-        """Return what each tensor must be."""
+        """Return the allowed shapes and dtype of each tensor, by name."""
         return {name: Argument.parse(text) for name, text in self.tensors.items()}
 
     @functools.cached_property
     def checked(self) -> tuple[tuple[int, str, Argument], ...]:
-        """Return the arguments that share a dtype: positions, names, and what they must be."""
+        """Return position, name and description of the arguments that share one dtype."""
         arguments = enumerate(self.arguments.items())
         return tuple((i, name, x) for i, (name, x) in arguments if x.dtype is None)
 
     @functools.cached_property
     def outputs(self) -> dict[str, Argument]:
-        """Return what each result and each extra is."""
+        """Return the shape and dtype of each result and each extra, by name."""
         return {name: Argument.parse(x) for name, x in (self.results | self.extras).items()}
 
     @functools.cached_property
     def backward(self) -> Operation:
-        """Return the operation that gives the gradients of ``differentiable``, in their order.
+        """Return the operation that computes the gradients of ``differentiable``, in their order.
 
-        It takes the gradients of the results, the tensors, what was kept and the extras, the
-        constants, and for each gradient whether it is wanted.
+        It takes the gradients of the results, the tensors, the kept results, the extras, the
+        constants, and one flag for each gradient that says whether it is wanted.
         """
         upstream = {f"grad_{n}": x for n, x in self.results.items() if n in self.with_gradient}
         if self.missing_gradients:
@@ -163,48 +163,54 @@ class Operation:
 
     @functools.cached_property
     def differentiable_positions(self) -> tuple[int, ...]:
-        """Return where the differentiable arguments stand among the tensors."""
+        """Return the positions of the differentiable arguments among the tensors."""
         names = list(self.tensors)
         return tuple(names.index(name) for name in self.differentiable)
 
     @functools.cached_property
     def gradient_positions(self) -> tuple[int, ...]:
-        """Return where the results stand that have a gradient."""
+        """Return the positions of the results that have a gradient."""
         names = list(self.results)
         return tuple(names.index(name) for name in self.with_gradient)
 
     @functools.cached_property
     def kept_positions(self) -> tuple[int, ...]:
-        """Return where the results and extras stand that the backward reads."""
+        """Return the positions of the results and extras that the backward reads."""
         names = list(self.outputs)
         return tuple(names.index(name) for name in (*self.kept, *self.extras))
 
     @functools.cached_property
     def num_tensors(self) -> int:
-        """Return how many tensors it takes."""
+        """Return the number of tensor arguments."""
         return len(self.tensors)
 
     @functools.cached_property
     def num_told(self) -> int:
-        """Return how many sizes the arguments tell, which the core is given."""
+        """Return the number of sizes that the arguments determine; the core takes these."""
         return len(self._places)
 
     @functools.cached_property
     def two_forms(self) -> tuple[tuple[int, int], ...]:
-        """Return the tensors of two forms, the last first: position, dimensions of the second."""
+        """Return the position and the second shape's length of arguments with two shapes.
+
+        The last argument comes first.
+        """
         arguments = enumerate(self.arguments.values())
         found = [(i, len(x.shapes[1])) for i, x in arguments if len(x.shapes) > 1]
         return tuple(reversed(found))
 
     @functools.cached_property
     def flag_positions(self) -> tuple[int, ...]:
-        """Return where the flags stand among the tensors and constants."""
+        """Return the positions of the flags among the tensors and constants."""
         constants = enumerate(self.constants.values(), len(self.tensors))
         return tuple(i for i, kind in constants if kind == "bool")
 
     @functools.cached_property
     def _places(self) -> tuple[tuple[str, tuple[tuple[int, int | None], ...]], ...]:
-        """Give the arguments that tell each size: positions and axes, no axis for a number."""
+        """Return for each size its letter and where to read it: arguments' positions and axes.
+
+        The axis is None if the argument is the number itself.
+        """
         tensors = (self.forward or self).arguments.values()
         places: dict[str, list[tuple[int, int | None]]] = {}
         for i, argument in enumerate(tensors, self.lead):
@@ -218,7 +224,7 @@ class Operation:
 
     @functools.cached_property
     def letters(self) -> tuple[Any, ...]:
-        """Return what :meth:`sizes` gives: letters that arguments tell, then what follows."""
+        """Return the letters that :meth:`sizes` returns numbers for: arguments', then results'."""
         told = tuple(letter for letter, _ in self._places)
         # C of a grouped result is J / K.
         results = (x for output in self.outputs.values() for x in output.shapes[0])
@@ -226,7 +232,7 @@ class Operation:
 
     @functools.cached_property
     def _dimensions(self) -> tuple[tuple[tuple[int, ...], torch.dtype | None], ...]:
-        """Give where the sizes of each result and extra stand among all."""
+        """Return dtype, and positions of the sizes among :attr:`letters`, of each output."""
         return tuple(
             (tuple(self.letters.index(letter) for letter in output.shapes[0]), output.dtype)
             for output in self.outputs.values()
@@ -248,7 +254,7 @@ class Operation:
         return found
 
     def size(self, letter: str, inputs: Sequence[Any]) -> int:
-        """Return the number that one letter stands for; 1 where there is none."""
+        """Return the number that one letter stands for; 1 if the operation has no such letter."""
         sizes = self.sizes(inputs)
         return sizes[self.letters.index(letter)] if letter in self.letters else 1
 
@@ -257,8 +263,8 @@ class Operation:
     ) -> list[tuple[Sequence[int] | None, torch.dtype | None]]:
         """Return the shapes and dtypes of results and extras.
 
-        The shape of the gradient of an argument that is None is None, and so is the dtype that all
-        share.
+        The shape is None for the gradient of an argument that is None. The dtype is None where it
+        is the one that all tensors share.
         """
         if self.forward:
             arguments = (inputs[self.lead + i] for i in self.forward.differentiable_positions)
@@ -268,15 +274,15 @@ class Operation:
 
 # --- what several operations share ---
 
-# Beyond so many dimensions plain torch builds components on GPUs, and moves their parameters: whole
-# matrices no longer stay in registers, and few latent spaces are larger.
+# With more dimensions plain torch builds components on GPUs and moves their parameters: whole
+# matrices would not fit into a GPU's registers, and few latent spaces are larger.
 LARGEST_COMPONENT_DIM = 32
 
-# A point and the mixture that :class:`vmm_fast.mixture.WhitenedMixture` names.
+# Points, and the tensors of :class:`vmm_fast.mixture.WhitenedMixture`.
 _MIXTURE = {"z": "B D", "centers": "J D", "whitening": "J D D", "offsets": "J"}
 _TRANSPOSE = {"transpose": "bool"}
 _GROUPED = {"transpose": "bool", "pseudo_inputs_per_component": "K"}
-# Of max_j l_ij, lse - max and expected - max, which float32 keeps apart far more exactly than sums.
+# Rows: max_j l_ij, lse - max and expected - max. In float32 these are far more exact than the sums.
 _SOFTMAX = {"softmax": "3 B"}
 _COMPONENTS = {
     "log_weights": "C",

@@ -15,8 +15,8 @@ float32. Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its backw
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
 or devices. On CPUs it does so for values that are not finite, and for a z so far from every center
-that its log-density overflows the dtype; on GPUs, where to look would be to wait, these give NaN
-and -inf.
+that its log-density overflows the dtype. On GPUs a check would have to wait for the device, so
+there these give NaN and -inf.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def whitened_components(
 def stored_components(
     logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Marginal :func:`whitened_components` from what a prior stores, in one launch on GPUs.
+    """Return the marginal :func:`whitened_components` of a prior's unconstrained parameters.
+
+    One kernel launch on GPUs.
 
     log pi = log softmax(logits) and L = tril(raw_precision, -1) + diag softplus(diag
     raw_precision). Differentiable once, in ``scale`` alone.

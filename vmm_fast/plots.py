@@ -55,7 +55,7 @@ def plot_latent(
     projection: str = "pca",
     seed: int = 0,
 ) -> None:
-    """Draw latent points by cluster and, beside it, by true label.
+    """Draw latent points, coloured by cluster and, in a second panel, by true label.
 
     Clusters that hold more than 0.2 % of the points have a colour each and their number at the
     median of their points; the others are grey.
@@ -74,7 +74,7 @@ def plot_latent(
         For D > 2: principal components, or t-SNE of scikit-learn (readable for many clusters, but
         takes minutes above some thousand points: pass a sample).
     seed : int, default 0
-        Of the drawing order, of t-SNE, and of the height for D = 1.
+        Seed of the drawing order, of t-SNE, and of the heights for D = 1.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def plot_cluster_samples(
     *,
     clusters: Sequence[int] | Any = None,
 ) -> None:
-    """Draw samples of each cluster: a row per cluster, by falling weight.
+    """Draw samples of each cluster, one row per cluster, the largest weight first.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def plot_cluster_samples(
 
 
 def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[str]) -> None:
-    """Draw the prior weight of each component, by falling weight, and its share of the points.
+    """Draw each component's prior weight and share of the points, the largest weight first.
 
     Parameters
     ----------
@@ -251,18 +251,18 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
 
 
 def plot_tree(tree: ClusterTree, clusters: Clusters, path: str | os.PathLike[str]) -> None:
-    """Draw the tree of components, and where it is cut into clusters.
+    """Draw the tree of components and its cut into clusters.
 
     Every leaf is a component that holds points; a branch joins two groups at their confusion, which
-    falls from 100 % at the leaves. Branches within a cluster have its colour, those between
-    clusters a bar for the confusion's 95 % interval (see
+    falls from 100 % at the leaves. Branches within a cluster have the cluster's colour. Those
+    between clusters have a bar for the 95 % interval of the confusion (see
     :meth:`vmm_fast.clusters.ClusterTree.interval`).
 
     Parameters
     ----------
     tree : ClusterTree
     clusters : Clusters
-        A cut of it.
+        A cut of the tree.
     path : str or os.PathLike
         The picture to write, 9 x 4.2 inches.
 
@@ -290,7 +290,7 @@ def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
         members[count + merge] = [*fewer, *more]
     (order,) = members.values()
     at, low = {leaf: float(x) for x, leaf in enumerate(order)}, dict.fromkeys(order, 0.0)
-    inside = dict(enumerate(of_leaf.tolist()))  # the cluster of a group that is in one alone
+    inside = dict(enumerate(of_leaf.tolist()))  # cluster of each group that lies within one
     top = 1.0
     bounds = [-np.log10(bound.clip(CONFUSIONS[-1])) for bound in tree.interval()]
     for merge, (a, b, distance, _) in enumerate(tree.linkage):
@@ -314,7 +314,7 @@ def _tree(tree: ClusterTree, clusters: Clusters) -> Any:
     last, lower = -math.inf, False
     for start, stop in zip(starts, np.r_[starts[1:], count], strict=True):
         middle = (start + stop - 1) / 2
-        # Next to a number that it would touch it stands lower.
+        # A number that would touch the one before it is written lower.
         lower = not lower and middle - last < 0.025 * count
         last = middle
         ax.annotate(
@@ -367,7 +367,7 @@ def plot_training_curves(
     Parameters
     ----------
     history : sequence of mappings
-        One for each epoch, with `epoch` (its place in the list if absent) and any of `train_elbo`,
+        One for each epoch, with `epoch` (its index in the list if absent) and any of `train_elbo`,
         `validation_elbo`, `train_log_likelihood`, `validation_log_likelihood`, `train_kl`,
         `validation_kl` (nats), `components_active`, `concentration`, `scale`. None, NaN and
         infinity leave a gap.
@@ -424,7 +424,7 @@ def _column(history: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
 
 
 def _limit_to_later_epochs(ax: Any, curves: list[np.ndarray]) -> bool:
-    """Cut off the first epochs where they would squeeze the rest into a flat line."""
+    """Limit the y axis to later epochs if the first would squeeze them flat; return whether so."""
     values = np.stack(curves)
     skip = max(1, values.shape[1] // 10)
     later = values[:, skip:]
@@ -438,7 +438,7 @@ def _limit_to_later_epochs(ax: Any, curves: list[np.ndarray]) -> bool:
 
 
 def _heat_strips(values: np.ndarray, texts: list[str]) -> Any:
-    """[C, S, V] as one picture: a block of S lines per component, white between blocks."""
+    """Return a figure of values [C, S, V]: a block of S lines per component, with gaps between."""
     count, samples, features = values.shape
     gap = max(1, round(samples / 5))
     canvas = np.full((count * (samples + gap) - gap, features), np.nan)
@@ -462,14 +462,14 @@ def _heat_strips(values: np.ndarray, texts: list[str]) -> Any:
 
 
 def _image_rows(values: np.ndarray, texts: list[str]) -> Any:
-    """[C, S, H, W(, 3)] in [0, 1] as rows of images, in blocks side by side."""
+    """Return a figure of images [C, S, H, W(, 3)] in [0, 1]: a row per component, in columns."""
     count, samples, height, width = values.shape[:4]
     blocks = math.ceil(count / ROWS_PER_BLOCK)
     rows = math.ceil(count / blocks)
     gap = max(1, round(min(height, width) / 14))
     tall, wide = rows * (height + gap) - gap, samples * (width + gap) - gap
-    # Whole screen pixels per image pixel where they are small: uneven ones look like damage. No
-    # layout engine, which would resize.
+    # Small images get a whole number of screen pixels per image pixel: uneven pixels look like
+    # damage. No layout engine, since it would resize the axes.
     fit = 64 / (height + gap)
     scale = float(np.clip(round(fit), 1, 8)) if fit > 0.7 else min(1.0, 1.5 * fit)
     text, margin = round((0.12 + 0.058 * max(map(len, texts))) * DPI), 10
@@ -509,7 +509,7 @@ def _image_rows(values: np.ndarray, texts: list[str]) -> Any:
 
 
 def _unit_range(values: np.ndarray) -> np.ndarray:
-    """Into [0, 1]: as it is but for small overshoots of a decoder, else by minimum and maximum."""
+    """Return values in [0, 1]: clipped if they are close to that range, else scaled to it."""
     low, high = values.min(), values.max()
     if low >= -0.25 and 0.25 <= high <= 1.25:
         return values.clip(0, 1)
@@ -519,7 +519,7 @@ def _unit_range(values: np.ndarray) -> np.ndarray:
 def _project(
     points: np.ndarray, projection: str, rng: np.random.Generator, seed: int
 ) -> tuple[np.ndarray, tuple[str, str]]:
-    """Return points [N, 2] and the names of the axes."""
+    """Return the points in the plane [N, 2] and the names of its axes."""
     if projection not in ("pca", "tsne"):
         raise ValueError(f'projection must be "pca" or "tsne", got {projection!r}')
     n, dim = points.shape
@@ -534,7 +534,7 @@ def _project(
             raise ImportError("t-SNE needs scikit-learn: pip install vmm-fast[cli]") from error
         model = TSNE(perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed)
         return model.fit_transform(points), ("t-SNE 1", "t-SNE 2")
-    # From the D x D covariance, not the SVD of all points: memory and time are linear in N.
+    # By the D x D covariance instead of the SVD of all points: memory and time are linear in N.
     centered = points - points.mean(0)
     variance, axes = np.linalg.eigh(centered.T @ centered)
     explained = variance[::-1] / max(variance.sum(), np.finfo(float).tiny)
@@ -584,7 +584,7 @@ def _write_where_densest(
 
 
 def _densest(members: np.ndarray, low: np.ndarray, span: np.ndarray) -> np.ndarray:
-    """Return the member [2] in the middle of the most: a group in two pieces has it in one."""
+    """Return the point of a group [2] in the middle of its densest part, for the group's name."""
     cells = np.minimum((24 * (members - low) / span).astype(int), 23) + 1
     counts = np.zeros((26, 26))
     np.add.at(counts, tuple(cells.T), 1)
@@ -604,7 +604,7 @@ def _spread(places: np.ndarray, box: np.ndarray) -> np.ndarray:
         overlap = (box - np.abs(difference)).clip(min=0)
         overlap *= (overlap > 0).all(-1, keepdims=True)
         overlap[np.diag_indices(len(places))] = 0
-        # Up or down, whichever index is higher where centres coincide: text is wider than high.
+        # Up or down, as text is wider than high; the order of indices decides if centres coincide.
         side = np.sign(difference[..., 1] + 1e-9 * np.subtract.outer(*[np.arange(len(places))] * 2))
         push = 0.3 * (overlap[..., 1] * side).sum(1)
         if not push.any():
@@ -636,7 +636,7 @@ def _legend(ax: Any, names: list[str], colors: Any) -> None:
 
 
 def _colors(count: int) -> list[tuple[float, float, float]]:
-    """Return colours that differ: a fixed palette, then each as far as can be from those before."""
+    """Return distinct colours: a fixed palette, then each as far as possible from those before."""
     from matplotlib.colors import to_rgb
 
     colors = [to_rgb(color) for color in PALETTE[:count]]
@@ -659,7 +659,7 @@ def _colors(count: int) -> list[tuple[float, float, float]]:
 
 
 def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list) -> list:
-    """Return colours of classes: that of the group which most of a class is in, each used once."""
+    """Return a colour for each class: that of the group that holds most of it, each used once."""
     shared = np.zeros((class_of.max() + 1, len(colors)))
     np.add.at(shared, (class_of, group_of), 1)
     found: dict[int, Any] = {}
@@ -673,7 +673,7 @@ def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list) -> list:
 
 
 def _oklab(colors: np.ndarray) -> np.ndarray:
-    """[n, 3] of sRGB in [0, 1] in a space where distances are as seen: Ottosson (2020), Oklab."""
+    """Return sRGB colours [n, 3] in Oklab, where distances match perception (Ottosson 2020)."""
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     cones = np.array(
         [
@@ -717,7 +717,7 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     if ending not in ("png", "pdf", "svg"):
         raise ValueError(f"path must end in .png, .pdf or .svg, got {os.fspath(path)!r}")
     with warnings.catch_warnings():
-        # Names in a script that the font lacks are drawn as boxes; that is no reason to stop.
+        # Characters that the font lacks are drawn as boxes; that is no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         write_atomically(path, lambda file: figure.savefig(file, format=ending))
 

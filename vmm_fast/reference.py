@@ -34,7 +34,7 @@ __all__ = [
 def _log_joint(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool
 ) -> Tensor:
-    """l_ij [B, J]."""
+    """Return the log-joint l_ij of every point and center [B, J]."""
     d = z[:, None, :] - centers
     a = whitening.tril()
     y = torch.einsum("jtr,bjt->bjr" if transpose else "jrt,bjt->bjr", a, d)
@@ -44,7 +44,7 @@ def _log_joint(
 def mixture_log_prob(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """lse_i = log sum_j exp l_ij and expected_i = sum_j q_ij l_ij with q = softmax(l); both [B]."""
+    """Return lse_i = log sum_j exp l_ij and expected_i = sum_j q_ij l_ij, q = softmax(l)."""
     log_joint = _log_joint(z, centers, whitening, offsets, transpose)
     # A pruned component (l = -inf) has q = 0 and contributes 0 to the expectation, not 0 * inf.
     finite = log_joint.masked_fill(log_joint == -torch.inf, 0)
@@ -52,7 +52,7 @@ def mixture_log_prob(
 
 
 def kl_from_lse(lse: Tensor, scale: Tensor) -> Tensor:
-    """-H(q_i) - lse_i [B] of Gaussians q_i with a scale s_i, [B, D] or [B, D, D]."""
+    """Return -H(q_i) - lse_i [B] for Gaussians q_i with a scale s_i, [B, D] or [B, D, D]."""
     diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
     constant = 0.5 * diagonal.shape[-1] * math.log(2 * math.pi * math.e)
     return -diagonal.log().sum(-1) - constant - lse
@@ -66,7 +66,7 @@ def mixture_kl(
     scale: Tensor,
     transpose: bool = False,
 ) -> Tensor:
-    """Estimate of KL(q_i || p) [B] from a sample z_i of each q_i: -H(q_i) - lse_i."""
+    """Return the estimate -H(q_i) - lse_i of KL(q_i || p) [B] from a sample z_i of each q_i."""
     lse, _ = mixture_log_prob(z, centers, whitening, offsets, transpose)
     return kl_from_lse(lse, scale)
 
@@ -74,9 +74,9 @@ def mixture_kl(
 def mixture_statistics(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, transpose: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """N_j = sum_i q_ij [J], s_j = sum_i q_ij d_ij [J, D], M_j = sum_i q_ij d_ij d_ij^T [J, D, D].
+    """Return N_j = sum_i q_ij, s_j = sum_i q_ij d_ij and M_j = sum_i q_ij d_ij d_ij^T.
 
-    d_ij = z_i - m_j.
+    Here d_ij = z_i - m_j; shapes are [J], [J, D] and [J, D, D].
     """
     q = _log_joint(z, centers, whitening, offsets, transpose).softmax(-1)
     d = z[:, None, :] - centers
@@ -91,7 +91,10 @@ def mixture_log_joint(
     transpose: bool = False,
     pseudo_inputs_per_component: int = 1,
 ) -> Tensor:
-    """l_ic = log sum_k exp l_i(c,k) [B, C]; ``pseudo_inputs_per_component`` neighbours make a c."""
+    """Return l_ic = log sum_k exp l_i(c,k) [B, C].
+
+    Each run of ``pseudo_inputs_per_component`` neighbouring centers is a component c.
+    """
     log_joint = _log_joint(z, centers, whitening, offsets, transpose)
     grouped = log_joint.unflatten(-1, (-1, pseudo_inputs_per_component))
     # The gradient of a log-sum-exp over nothing but -inf would be NaN; that of a constant is 0.
@@ -107,7 +110,7 @@ def mixture_responsibilities(
     transpose: bool = False,
     pseudo_inputs_per_component: int = 1,
 ) -> Tensor:
-    """softmax(l_ic) over c, [B, C]."""
+    """Return the responsibilities, the softmax of l_ic over c [B, C]."""
     q = _log_joint(z, centers, whitening, offsets, transpose).softmax(-1)
     return q.unflatten(-1, (-1, pseudo_inputs_per_component)).sum(-1)
 
@@ -120,7 +123,7 @@ def mixture_assign(
     transpose: bool = False,
     pseudo_inputs_per_component: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Most probable c [B] (int64), its probability [B], entropy of all [B] in nats."""
+    """Return the most probable c [B] (int64), its probability [B], entropy over all [B] in nats."""
     log_joint = mixture_log_joint(
         z, centers, whitening, offsets, transpose, pseudo_inputs_per_component
     )
@@ -136,7 +139,7 @@ def whitened_components(
     num_centers: int,
     expected: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A [J, D, D] and offsets [J] of Gaussians with centers m_j ~ N(., S_j), S = s s^T.
+    """Return A [J, D, D] and offsets [J] of Gaussians with centers m_j ~ N(., S_j), S = s s^T.
 
     ``precision_cholesky`` L [C, D, D] and full ``scale`` s [J, D, D] are lower triangular; a scale
     [J, D] is diagonal. With Lambda = L L^T and log pi = ``log_weights`` [C], and without m:
@@ -173,7 +176,7 @@ def whitened_components(
 
 
 def precision_cholesky(raw_precision: Tensor) -> Tensor:
-    """L [C, D, D] from its unconstrained form, tril(raw, -1) + diag softplus(diag raw)."""
+    """Return L [C, D, D] from its unconstrained form, tril(raw, -1) + diag softplus(diag raw)."""
     diagonal = softplus(raw_precision.diagonal(dim1=-2, dim2=-1))
     return raw_precision.tril(-1) + torch.diag_embed(diagonal)
 
@@ -181,15 +184,15 @@ def precision_cholesky(raw_precision: Tensor) -> Tensor:
 def stored_components(
     logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Marginal A [J, D, D] and offsets [J], log pi [C] and L [C, D, D] from what a prior stores.
+    """Return marginal A [J, D, D], offsets [J], log pi [C] and L [C, D, D] of stored parameters.
 
-    log pi = log softmax(logits) and L of :func:`precision_cholesky`.
+    log pi = log softmax(logits), and L is that of :func:`precision_cholesky`.
     """
     log_weights, L = logits.log_softmax(-1), precision_cholesky(raw_precision)
     return *whitened_components(log_weights, L, scale, num_centers), log_weights, L
 
 
-LEAST = 1e-15  # mean and inverse dispersion
+LEAST = 1e-15  # smaller means and inverse dispersions are raised to this
 
 
 def count_log_prob(
@@ -199,7 +202,7 @@ def count_log_prob(
     dropout_logits: Tensor | None = None,
     library_size: Tensor | None = None,
 ) -> Tensor:
-    """Log-likelihood [B] of cells' counts x [B, G], summed over genes.
+    """Return the log-likelihood [B] of cells' counts x [B, G], summed over genes.
 
     With mean mu [B, G], inverse dispersion theta [G] or [B, G] and dropout logits l [B, G]:
 

@@ -22,15 +22,15 @@ WARM_UP, LEAST = 0.04, 0.02
 
 
 def learning_rate_share(schedule: str, step: int, steps: int) -> float:
-    """Return by what the learning rate is multiplied in a step.
+    """Return the factor that multiplies the learning rate in a step.
 
     Parameters
     ----------
     schedule : {"constant", "cosine"}
     step : int
-        From 0.
+        Number of the step, from 0.
     steps : int
-        Of the whole training.
+        Number of steps of the whole training.
 
     Raises
     ------

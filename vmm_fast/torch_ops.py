@@ -1,9 +1,9 @@
-"""Operations of the table as torch's: checked, differentiable, and known to ``torch.compile``.
+"""The table's operations in torch: checked, differentiable, and known to ``torch.compile``.
 
-:func:`check` looks at arguments once, at the public border; :func:`run` computes. Where compiled
-code serves a device, an operation is a :class:`torch.autograd.Function` in eager mode, and an op of
-the library ``vmm_fast`` under ``torch.compile``; it has one derivative. Elsewhere it is its
-definition in plain torch, which has all derivatives.
+Public functions call :func:`check` once for their arguments, then :func:`run`. On devices that
+compiled code serves, an operation is a :class:`torch.autograd.Function` in eager mode and an op of
+the library ``vmm_fast`` under ``torch.compile``, and can be differentiated once. On others it is
+its definition in plain torch, which can be differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def check(
     inputs : sequence
         Its tensors and constants.
     names : dict of str to str, optional
-        What the user calls arguments, where that is not their name in the table.
+        Names of arguments in messages, for those that have another name in the table.
     **sizes : int
-        Numbers that letters stand for, where they are known.
+        The numbers that letters stand for, as far as they are known.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def check(
 
 
 def _fits(argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> bool:
-    """Let the shape tell sizes that are not known yet; whether it fits those that are."""
+    """Return whether a shape fits the known sizes; add the sizes that it determines."""
     letters = argument.shapes[0]
     if len(letters) != len(shape):
         letters = argument.shapes[-1]
@@ -118,7 +118,7 @@ def _refuse_shape(name: str, argument: Argument, shape: torch.Size, sizes: dict[
 
 
 def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Compute an operation: its results, and the number that the core gives beside them, or None.
+    """Return an operation's results and, last, the number that the core returns, if any, or None.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def _refuse_second_derivative(name: str) -> None:
 
 
 def _function(operation: Operation) -> type[torch.autograd.Function]:
-    """Make the operation's autograd without torch's dispatch, which is slow for small kernels."""
+    """Return an operation's autograd function, which avoids torch's dispatch for its cost."""
     shown, number_of_tensors = len(operation.results), operation.num_tensors
     kept, with_gradient = operation.kept_positions, operation.gradient_positions
     constant = set(range(shown)).difference(with_gradient)
@@ -188,7 +188,7 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
 
 
 def _at(positions: Sequence[int], values: Sequence[Any], length: int) -> tuple[Any, ...]:
-    """Return a tuple of this length with the values at these positions, else None."""
+    """Return a tuple of this length: the values at their positions, None at all others."""
     found = [None] * length
     for i, value in zip(positions, values, strict=True):
         found[i] = value
@@ -212,7 +212,7 @@ def _schema(operation: Operation) -> str:
     ]
     if operation.forward:
         given.append(f"bool[{len(operation.results)}] wanted")
-        results = "Tensor[]"  # those that are wanted
+        results = "Tensor[]"  # the wanted gradients alone
     else:
         names = list(operation.outputs)
         results = ", ".join(f"Tensor {name}" for name in names)
@@ -221,7 +221,7 @@ def _schema(operation: Operation) -> str:
 
 
 def _define(operation: Operation) -> None:
-    """Tell torch an operation's schema, its code and the shapes of its results."""
+    """Register an operation's schema, code and result shapes with torch."""
 
     def in_schema(found: Sequence[Any], inputs: Sequence[Any]) -> Any:
         if operation.forward:
@@ -231,7 +231,7 @@ def _define(operation: Operation) -> None:
 
     def implementation(*inputs):
         found, _ = backends.call(operation, inputs)
-        # Strides are those of the fake.
+        # The fake promises contiguous results.
         return in_schema([x if x is None else x.contiguous() for x in found], inputs)
 
     def fake(*inputs):
@@ -249,7 +249,7 @@ def _define(operation: Operation) -> None:
 
 
 def _differentiate(operation: Operation) -> None:
-    """Tell torch the backward of an operation."""
+    """Register the backward of an operation with torch."""
     number_of_tensors = len(operation.tensors)
 
     def save(ctx, inputs, output):

@@ -1,12 +1,12 @@
-"""Which code computes an operation: the compiled core, Triton's kernels, or plain torch.
+"""Choice of the code that computes an operation: compiled core, Triton kernels or plain torch.
 
 :mod:`~vmm_fast.backends.core` serves CPU tensors of float32 and float64,
 :mod:`~vmm_fast.backends.gpu` those of GPUs, and :mod:`~vmm_fast.backends.plain` those of any
-device; each computes the operations of :mod:`vmm_fast.operations`. The device decides.
+device; each computes the operations of :mod:`vmm_fast.operations`. The tensors' device decides.
 The kernels build components, and take the empirical-Bayes steps, up to
 :data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions; beyond, plain torch does.
-On a GPU without Triton everything runs in plain torch, and one warning says so; where a kernel does
-not compile, or a dimension is beyond it, that operation does. The environment variable
+On a GPU without Triton everything runs in plain torch, and one warning says so; if a kernel does
+not compile or a dimension is too large for it, that operation alone does. The environment variable
 ``VMM_FAST_BACKEND``, read at import, forces "core", "triton" or "reference"; a forced backend that
 cannot serve raises an error instead.
 """
@@ -44,17 +44,17 @@ if FORCED not in ("", "core", "triton", "reference"):
 
 
 def core_serves(x: Tensor) -> bool:
-    """Whether the compiled core computes what is on x's device."""
+    """Return whether the compiled core computes operations on x's device."""
     return x.is_cpu and FORCED in ("", "core")
 
 
 def kernels_serve(x: Tensor) -> bool:
-    """Whether the kernels are asked for what is on x's device, and plain torch after them."""
+    """Return whether the kernels are tried first for operations on x's device."""
     return FORCED == "triton" or (not FORCED and x.is_cuda and "everything" not in _failed)
 
 
 def compiled_code_serves(operation: Operation, inputs: Sequence[Any]) -> bool:
-    """Whether the compiled core or the kernels are asked for an operation on these arguments."""
+    """Return whether the compiled core or the kernels are tried first for these arguments."""
     x = inputs[operation.lead]
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
@@ -65,9 +65,9 @@ def compiled_code_serves(operation: Operation, inputs: Sequence[Any]) -> bool:
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """Return the same values as compiled code reads them: dense, and with their signs.
+    """Return the same values as compiled code reads them: contiguous, with no pending negation.
 
-    torch keeps the imaginary part of a conjugate as a view of the other sign, with a bit set.
+    The imaginary part of a conjugate is such a view: torch negates its values when they are read.
     """
     x = x.contiguous()
     return x.resolve_neg() if x.is_neg() else x
@@ -76,20 +76,20 @@ def in_memory(x: Tensor) -> Tensor:
 def call(
     operation: Operation, inputs: Sequence[Any]
 ) -> tuple[Sequence[Tensor | None], float | None]:
-    """Compute an operation with the backend that serves its tensors' device.
+    """Return an operation's results from the backend that serves its tensors' device.
 
     Parameters
     ----------
     operation : Operation
     inputs : sequence
-        Tensors and constants; in a backward, then whether each gradient is wanted.
+        Tensors and constants; for a backward, then whether each gradient is wanted.
 
     Returns
     -------
     results : sequence of Tensor or None
         Results and extras; None for a gradient that is not wanted.
     number : float or None
-        What the core gives beside them.
+        The number that the core returns besides, if any.
     """
     if not compiled_code_serves(operation, inputs):
         return plain.call(operation, inputs)
@@ -103,7 +103,7 @@ def call(
 
 
 def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
-    """Compute an operation of dimension ``dim`` in the kernels; None where plain torch has to."""
+    """Return an operation's results from the kernels; None if plain torch must compute them."""
     if FORCED == "core" and not x.is_cpu:
         raise ValueError(f"VMM_FAST_BACKEND=core serves CPU tensors, but z is on {x.device}")
     if not kernels_serve(x):
@@ -136,7 +136,7 @@ def in_kernels(name: str, x: Tensor, dim: int, arguments: Sequence[Any]) -> Any:
         else:
             return getattr(gpu, name)(*arguments)
     except gpu.COMPILER_ERRORS as error:
-        # After an error of the device itself, plain torch would fail as well.
+        # If the device itself has failed, plain torch would fail as well.
         if isinstance(error, _DEVICE_ERRORS) or _OF_DEVICE.search(str(error)):
             raise
         reason = f"a kernel does not compile ({type(error).__name__}: {error})"
@@ -151,13 +151,13 @@ def _warn(name: str, reason: str) -> None:
     )
 
 
-# What the kernels do not serve, as was found out: (operation, dimension, dtype), or "everything".
+# What the kernels have failed to compute: (operation, dimension, dtype), or "everything".
 _failed: set[Any] = set()
 _DEVICE_ERRORS = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
-# As torch before AcceleratorError and Triton's launchers begin their messages.
+# Start of device errors' messages in Triton's launchers, and in torch before AcceleratorError.
 _OF_DEVICE = re.compile(r"(CUDA|HIP) error|Triton Error \[")
 
 

@@ -1,7 +1,7 @@
-"""The operations in the compiled core, for CPU tensors of float32 and float64: addresses and sizes.
+"""The operations in the compiled core, for CPU tensors of float32 and float64.
 
-The core has a function for each dtype, which takes arguments in the order of
-:mod:`vmm_fast.operations` and checks values by itself.
+The core has a function for each dtype. It takes addresses and sizes in the order of
+:mod:`vmm_fast.operations`, and checks values by itself.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def _function(operation: Operation, dtype: torch.dtype) -> Callable[..., float |
 
 @functools.cache
 def computes(operation: Operation) -> bool:
-    """Whether the core has the operation."""
+    """Return whether the core has the operation."""
     return hasattr(_core, f"{operation.name}_float32")
 
 
 def call(operation: Operation, inputs: Sequence[Any]) -> tuple[list[Tensor | None], float | None]:
-    """Compute an operation: results and extras, and the number that it gives beside them, if any.
+    """Return an operation's results and extras, and the number that the core returns, if any.
 
     Gradients that are not wanted, or of an argument that is None, are None.
     """

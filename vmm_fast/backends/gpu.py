@@ -1,8 +1,8 @@
 """The operations in the Triton kernels of :mod:`vmm_fast.kernels`, for GPUs of NVIDIA and AMD.
 
-Functions take dense tensors and constants in the order of :mod:`vmm_fast.operations`, and give
-results and extras. Nothing here waits for the device, so that values are not checked: a NaN gives
-NaN, as does a component whose covariance is not positive definite.
+Functions take dense tensors and constants in the order of :mod:`vmm_fast.operations`, and return
+results and extras. Nothing here waits for the device, so values are not checked: a NaN gives NaN,
+as does a component whose covariance is not positive definite.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vmm_fast.kernels import counts as count_kernels
 from vmm_fast.kernels import log_prob as log_prob_kernels
 from vmm_fast.kernels.launch import LARGEST_DIM as LARGEST_DIM
 
-# What Triton raises where it cannot compile; a missing C compiler or driver is a RuntimeError.
+# Errors of a failed compilation; a missing C compiler or driver is a RuntimeError.
 COMPILER_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
-# Whether the kernels, as they were imported, run on a CPU.
+# Whether the kernels were imported in interpreter mode, and so run on a CPU.
 INTERPRETED = triton.knobs.runtime.interpret
 
 

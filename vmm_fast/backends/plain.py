@@ -1,6 +1,7 @@
 """The operations in plain torch, for any device: :mod:`vmm_fast.reference`, with values checked.
 
-Of size [B, J], and each check waits for the device. Differentiable any number of times.
+Memory is of size [B, J], and each check waits for the device. The operations can be differentiated
+any number of times.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ __all__ = ["call", "check_near", "check_values", "dense_counts"]
 
 
 def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor) -> None:
-    """Check what the compiled core checks by itself.
+    """Raise ValueError for values of a mixture or points that cannot be used.
+
+    The compiled core has the same checks of its own.
 
     Raises
     ------
@@ -38,17 +41,17 @@ def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor)
 
 
 def check_near(found: Tensor) -> None:
-    """Check for each z that some l is representable.
+    """Raise ValueError if a point is so far from all centers that its log-density overflows.
 
     Parameters
     ----------
     found : Tensor [B] or [B, C]
-        Log-densities, of which none or all are -inf or NaN where all l overflow, or probabilities.
+        Log-densities or probabilities of the points; -inf or NaN if all l overflow.
 
     Raises
     ------
     ValueError
-        If one is too far away, as the compiled core says it.
+        If a point is too far away; the message is that of the compiled core.
     """
     near = found > -torch.inf
     near = near.any(-1) if near.ndim == 2 else near
@@ -61,7 +64,7 @@ def check_near(found: Tensor) -> None:
 
 
 def _check_mixture(operation: Operation, inputs: Sequence[Any], found: Sequence[Tensor]) -> None:
-    """Check the results of an operation on a mixture."""
+    """Raise ValueError if an operation on a mixture has results that are not finite."""
     if operation.name == "mixture_statistics":
         if not found[0].isfinite().all():
             check_near(reference.mixture_log_prob(*inputs)[0])
@@ -77,7 +80,7 @@ def _check_mixture(operation: Operation, inputs: Sequence[Any], found: Sequence[
 
 
 def _check_components(log_weights: Tensor, scale: Tensor | None, whitening: Tensor) -> float:
-    """Return the largest |A_j| / min_r A_jrr, a bound of the condition number from below.
+    """Return the largest |A_j| / min_r A_jrr, a lower bound of the condition number.
 
     Raises
     ------
@@ -99,7 +102,7 @@ def _check_components(log_weights: Tensor, scale: Tensor | None, whitening: Tens
     return float((whitening.norm(dim=(-2, -1)) / diagonal.amin(-1)).max())
 
 
-# --- definitions, with what backends give beside the results ---
+# --- the definitions, with the extras that backends return ---
 
 
 def _log_prob(
@@ -123,7 +126,7 @@ def _whitened_components(
     num_centers: int,
     expected: bool,
 ) -> tuple[Tensor, ...]:
-    """Compute in float64."""
+    """Return the whitened components, computed in float64."""
     L, s = (None if x is None else x.double() for x in (precision_cholesky, scale))
     built = reference.whitened_components(log_weights.double(), L, s, num_centers, expected)
     return tuple(x.to(log_weights.dtype) for x in built)
@@ -143,9 +146,9 @@ def dense_counts(
     mean: Tensor,
     checked: bool,
 ) -> Tensor:
-    """Return counts [B, G], where a gene that occurs again in a cell counts as the sum.
+    """Return dense counts [B, G]; a gene listed several times in a cell has the sum of its counts.
 
-    That sparse indices are ``checked`` waits for the device.
+    With ``checked`` sparse indices are checked, which waits for the device.
     """
     if row_starts is None or gene_indices is None:
         return counts
@@ -154,7 +157,7 @@ def dense_counts(
         in_order = in_order and (row_starts[:-1] <= row_starts[1:]).all()
         if not in_order or not ((gene_indices >= 0) & (gene_indices < mean.shape[1])).all():
             raise ValueError("counts' sparse indices must lie in its shape, row after row")
-    # torch's own check also refuses genes that occur again.
+    # torch's own check also refuses genes that are listed several times.
     sparse = torch.sparse_csr_tensor(
         row_starts, gene_indices, counts, mean.shape, check_invariants=False
     )
@@ -191,12 +194,12 @@ def _define(operation: Operation, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
 def call(
     operation: Operation, inputs: Sequence[Any]
 ) -> tuple[Sequence[Tensor | None], float | None]:
-    """Compute an operation: results and extras, and the number that it gives beside them, if any.
+    """Return an operation's results and extras, and the number that the core returns, if any.
 
     Raises
     ------
     ValueError
-        As the compiled core does for bad values; not under ``torch.compile``.
+        For the same bad values as in the compiled core, but not under ``torch.compile``.
     """
     if operation.forward:
         return _gradients(operation, operation.forward, inputs), None
@@ -218,8 +221,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return the gradients that are wanted, None for the others and for missing arguments.
 
-    By :func:`torch.func.vjp`, which also records inside an operation of torch's dispatcher, as
-    which compiled code calls this; :mod:`torch.autograd` records nothing there.
+    Compiled code calls this inside an operation of torch's dispatcher, where
+    :mod:`torch.autograd` records nothing, but :func:`torch.func.vjp` does.
     """
     upstream, wanted = inputs[: backward.lead], inputs[-1]
     tensors = list(inputs[backward.lead : backward.lead + len(operation.tensors)])

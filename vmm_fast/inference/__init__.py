@@ -1,1 +1,1 @@
-"""How a prior learns: the objective, the gradient step, the closed-form step, stick-breaking."""
+"""The learning of priors: objective, gradient step, closed-form step, stick-breaking weights."""

@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Statistics(NamedTuple):
-    """Sums over points, per center: N [J], s [J, D] and M [J, D, D], around ``centers`` [J, D]."""
+    """Sums over points for each center: N [J], s [J, D] and M [J, D, D], around ``centers``."""
 
     N: Tensor
     s: Tensor
@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
     centers: Tensor
 
     def around(self, centers: Tensor) -> Statistics:
-        """Give the same sums around other centers."""
+        """Return the same sums taken around other centers."""
         shift = self.centers - centers
         cross = self.s[:, :, None] * shift[:, None, :]
         outer = shift[:, :, None] * shift[:, None, :]
@@ -61,27 +61,27 @@ class Statistics(NamedTuple):
         return Statistics(self.N, self.s + self.N[:, None] * shift, second, centers)
 
     def scaled(self, factor: float) -> Statistics:
-        """Give the sums times ``factor``."""
+        """Return the sums times ``factor``."""
         return Statistics(self.N * factor, self.s * factor, self.M * factor, self.centers)
 
     def plus(self, other: Statistics) -> Statistics:
-        """Add sums taken around the same centers."""
+        """Return self + other, both taken around the same centers."""
         return Statistics(self.N + other.N, self.s + other.s, self.M + other.M, self.centers)
 
     def blended(self, other: Statistics, rate: float) -> Statistics:
-        """Give (1 - rate) self + rate other, both around the same centers."""
+        """Return (1 - rate) self + rate other, both taken around the same centers."""
         return self.scaled(1 - rate).plus(other.scaled(rate))
 
 
 def statistics(components: Components, z: Tensor) -> Statistics:
-    """Sums over ``z`` [B, D] under the responsibilities, float64."""
+    """Return the sums over ``z`` [B, D], weighted by the responsibilities, in float64."""
     sums = components.evaluate(ops.mixture_statistics, z, components.expected)
     n, s, m = (x.double() for x in sums)
     return Statistics(n, s, m, components.centers.detach().double())
 
 
 def summed_over_processes(sums: Statistics, *numbers: float) -> tuple[Statistics, list[float]]:
-    """Give the sums, and ``numbers`` that go with them, over all processes."""
+    """Return ``sums`` and ``numbers``, each added up over all processes."""
     if number_of_processes() == 1:
         return sums, list(numbers)
     extra = torch.tensor(numbers, dtype=torch.float64, device=sums.N.device)
@@ -90,7 +90,10 @@ def summed_over_processes(sums: Statistics, *numbers: float) -> tuple[Statistics
 
 
 def matching_statistics(components: Components) -> Statistics:
-    """Sums per point that a sample of the components would have: pi_c / K, 0, pi_c / K Sigma_c."""
+    """Return the expected sums per point of a sample from the mixture.
+
+    N = pi_c / K, s = 0 and M = pi_c / K Lambda_c^-1.
+    """
     centers = components.centers.detach().double()
     per_component = components.pseudo_inputs_per_component
     mass = (components.component_weights.double() / per_component).repeat_interleave(per_component)
@@ -103,10 +106,10 @@ def matching_statistics(components: Components) -> Statistics:
 def maximise_precision(
     sums: Statistics, scale: Tensor | None, previous: Tensor, map_prior: bool
 ) -> Tensor:
-    """L_c [C, D, D] of the maximising Lambda_c, in ``previous``'s dtype.
+    """Return the Cholesky factors L_c [C, D, D] of the maximising precisions Lambda_c.
 
-    Without ``map_prior`` it is the maximum-likelihood estimate; a component whose scatter is
-    singular has none and keeps its ``previous`` one.
+    They have the dtype of ``previous``. Without ``map_prior`` they are maximum-likelihood
+    estimates; a component whose scatter is singular has none and keeps its ``previous`` factor.
     """
     count, dim = previous.shape[:2]
     scatter = sums.M
@@ -129,8 +132,7 @@ def maximise_precision(
     factor = mass.sqrt()[:, None, None] * inverse
     sound = (info == 0) & factor.isfinite().all(-1).all(-1)
     if not map_prior:
-        # A pivot that is rounding noise of the points' dtype, of some operations, is no evidence of
-        # a spread.
+        # A pivot as small as the rounding noise of the points' dtype is no evidence of a spread.
         pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
         largest = scatter.diagonal(dim1=-2, dim2=-1).amax(-1)
         sound &= pivots.amin(-1) > 16 * torch.finfo(previous.dtype).eps * largest
@@ -138,7 +140,10 @@ def maximise_precision(
 
 
 def maximise_centers(sums: Statistics, precision_cholesky: Tensor, map_prior: bool) -> Tensor:
-    """Free centers [C, D]: posterior modes under N(0, I), or means; an empty one stays."""
+    """Return the maximising free centers [C, D]: posterior modes under N(0, I), or means.
+
+    Without ``map_prior`` they are means, and the center of an empty component stays.
+    """
     total = sums.N[:, None] * sums.centers + sums.s
     if not map_prior:
         centers = torch.where(sums.N[:, None] > 0, total / sums.N[:, None], sums.centers)
@@ -154,7 +159,7 @@ def maximise_centers(sums: Statistics, precision_cholesky: Tensor, map_prior: bo
 def maximise_weights(
     mass: Tensor, concentration: float | Tensor, *, weights: str, discount: float, map_prior: str
 ) -> tuple[Tensor, float | Tensor]:
-    """log pi [C] (float64) and the concentration from the components' masses N_c [C].
+    """Return log pi [C] (float64) and the concentration that maximise, from the masses N_c [C].
 
     ``map_prior`` "none" gives N_c / N; "fixed" keeps the concentration; "learnt" maximises it.
     """
@@ -169,7 +174,7 @@ def maximise_weights(
     excess = mass + concentration / len(mass) - 1
     alive = excess > 0
     if not alive.any():
-        # Fewer points than components: nothing to tell them apart by but their mass.
+        # Fewer points than components: only their masses tell them apart.
         excess, alive = mass, mass > 0
     floor = math.exp(LOG_WEIGHT_FLOOR)
     shares = torch.where(alive, excess, 0)
@@ -178,11 +183,11 @@ def maximise_weights(
 
 
 def maximise_concentration(mass: Tensor) -> float:
-    """Maximiser of the Dirichlet-multinomial log-likelihood of N_c [C] plus log p(1 / gamma).
+    """Return the gamma that maximises the Dirichlet-multinomial log-posterior of counts N_c [C].
 
     lgamma(gamma) - lgamma(N + gamma) + sum_c [lgamma(N_c + gamma / C) - lgamma(gamma / C)]
     - 1 / gamma, with alpha = 1 / gamma ~ Gamma(1, 1). The slope in log gamma is bisected in float64
-    between 1e-6 and 1e6; counts more even than any gamma explains give the upper end.
+    between 1e-6 and 1e6; if counts are more even than any gamma explains, the result is 1e6.
     """
     mass = mass.double()
     count, total = len(mass), mass.sum()

@@ -1,11 +1,11 @@
-"""The empirical-Bayes steps of a Bayesian mixture, in the compiled core where it applies.
+"""The empirical-Bayes steps of a Bayesian mixture, in compiled code where there is any.
 
 The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
 float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py`` and
 the online step in closed form from ``kernels/closed_form.py``. Elsewhere, and beyond
 :data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions, the same steps run in plain torch:
 :mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their definitions.
-Which of these it is, is decided here and nowhere else.
+This module alone decides which code runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Objective(NamedTuple):
-    """Settings of the objective of :mod:`map_objective`; :class:`vmm_fast.VMMPrior` tells them."""
+    """Settings of the objective, with the meaning that :class:`vmm_fast.VMMPrior` gives them."""
 
     map_prior: str
     weights: str
@@ -57,7 +57,7 @@ class Objective(NamedTuple):
 
 
 class MixtureParameters(NamedTuple):
-    """A Bayesian mixture as a prior stores it; C divides J, K = J / C.
+    """Stored parameters of a Bayesian mixture: J centers, C components, K = J / C of each.
 
     Attributes
     ----------
@@ -79,12 +79,12 @@ class MixtureParameters(NamedTuple):
     raw_alpha: Tensor
 
     def components(self, fixed: bool = False) -> Components:
-        """Give the mixture; gradients reach all five tensors, or ``fixed`` centers and scale alone.
+        """Return the mixture; gradients reach all five tensors, or centers and scale if ``fixed``.
 
         Raises
         ------
         ValueError
-            If no logit is finite or one is NaN, on CPUs.
+            On CPUs, if no logit is finite or one is NaN.
         """
         fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:]))
         suffix = _in_core(self)
@@ -101,7 +101,7 @@ class MixtureParameters(NamedTuple):
         with torch.set_grad_enabled(not fixed):
             log_weights = self.logits.log_softmax(-1).to(dtype)
             precision = precision_cholesky(self.raw_precision).to(dtype)
-        # On GPUs, to look would be to wait; they give NaN.
+        # On GPUs, which give NaN instead, the check would wait for the device.
         look = self.logits.is_cpu and not torch.compiler.is_compiling()
         if look and not log_weights.max() > -math.inf:
             raise ValueError("logits must have at least one finite value and no NaN")
@@ -109,18 +109,18 @@ class MixtureParameters(NamedTuple):
 
 
 def raw_precision(precision_cholesky: Tensor) -> Tensor:
-    """Invert :func:`precision_cholesky`."""
+    """Return the unconstrained form of L: the inverse of :func:`precision_cholesky`."""
     diagonal = precision_cholesky.diagonal(dim1=-2, dim2=-1)
     return precision_cholesky.tril(-1) + torch.diag_embed(_inverse_softplus(diagonal))
 
 
 def concentration(raw_alpha: Tensor) -> Tensor:
-    """Gamma from the unconstrained form of its inverse."""
+    """Return gamma = 1 / softplus(raw_alpha), from the unconstrained form of alpha = 1 / gamma."""
     return 1 / softplus(raw_alpha)
 
 
 def raw_alpha(concentration: Tensor) -> Tensor:
-    """Invert :func:`concentration`."""
+    """Return the unconstrained form of alpha = 1 / gamma: the inverse of :func:`concentration`."""
     return _inverse_softplus(1 / concentration)
 
 
@@ -133,13 +133,13 @@ def _inverse_softplus(x: Tensor) -> Tensor:
 
 
 def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | None:
-    """Suffix of the core's functions that serve these tensors, None where none does."""
+    """Return the suffix of the core's functions for these tensors, None if it has none."""
     served = core_serves(parameters.logits) and _alike(parameters, z)
     return SUFFIXES[parameters.logits.dtype] if served else None
 
 
 def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
-    """Whether all tensors have one device and dtype, and fit the kernels, as compiled code asks."""
+    """Return whether the tensors suit compiled code: one device, one dtype, few dimensions."""
     logits, stored = parameters.logits, parameters[2:]
     given = [x for x in (*parameters[:2], z) if x is not None]
     return (
@@ -147,7 +147,7 @@ def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
         and logits.dtype in SUFFIXES
         and (core_serves(logits) or parameters.raw_precision.shape[-1] <= LARGEST_COMPONENT_DIM)
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
-        and all(x.is_contiguous() and not x.is_neg() for x in stored)  # they are written in place
+        and all(x.is_contiguous() and not x.is_neg() for x in stored)  # written in place
     )
 
 
@@ -162,7 +162,7 @@ def _call(name: str, suffix: str, *arguments: Any) -> Any:
 
 
 class _CoreParameters:
-    """The core's view of parameters; it keeps alive what the view's addresses point to."""
+    """Addresses of parameters for the core (``view``), with the tensors that must stay alive."""
 
     def __init__(self, parameters: MixtureParameters, suffix: str):
         centers, scale, *stored = parameters
@@ -199,7 +199,7 @@ def _core_learnt(parameters: MixtureParameters, free_centers: bool) -> Any:
 
 
 def _written(parameters: MixtureParameters, free_centers: bool) -> None:
-    """Tell autograd, as torch's own operations do when they write in place."""
+    """Tell autograd that parameters were written in place, as torch's own operations do."""
     for x in parameters[2:] if not free_centers else (parameters.centers, *parameters[2:]):
         if x.requires_grad:
             increment_version(x)
@@ -209,7 +209,7 @@ def _written(parameters: MixtureParameters, free_centers: bool) -> None:
 
 
 def map_loss(parameters: MixtureParameters, z: Tensor, objective: Objective) -> Tensor:
-    """Loss of :func:`map_objective.map_loss` for ``parameters``; differentiable in all of them."""
+    """Return :func:`map_objective.map_loss` of ``parameters``, differentiable in all of them."""
     components = parameters.components()
     return map_objective.map_loss(
         components,
@@ -223,7 +223,7 @@ def map_loss(parameters: MixtureParameters, z: Tensor, objective: Objective) -> 
 def log_parameter_prior(
     parameters: MixtureParameters, components: Components, objective: Objective
 ) -> Tensor | float:
-    """Sum of the log-priors of all parameters of ``components``; 0 for ``map_prior="none"``."""
+    """Return the sum of the log-priors of all parameters; 0 for ``map_prior="none"``."""
     if objective.map_prior == "none":
         return 0.0
     return map_objective.log_parameter_prior(
@@ -243,7 +243,7 @@ def map_gradients(
     *,
     with_sums: bool = False,
 ) -> tuple[float | Tensor, list[Tensor | None], Statistics | None]:
-    """Value and gradients of :func:`map_loss`.
+    """Return the value and the gradients of :func:`map_loss`.
 
     Parameters
     ----------
@@ -252,9 +252,10 @@ def map_gradients(
     z : Tensor [B, D]
     objective : Objective
     learnt : sequence of Tensor
-        What to differentiate by: tensors of ``parameters`` or what centers and scales come from.
+        What to differentiate by: tensors of ``parameters``, or those that centers and scales were
+        computed from.
     with_sums : bool
-        Whether the closed form's sums are wanted as a by-product.
+        Whether to return the sums for the closed form too, if they are a by-product.
 
     Returns
     -------
@@ -263,7 +264,7 @@ def map_gradients(
     gradients : list of Tensor or None
         One for each of ``learnt``; None where the loss does not depend on it.
     sums : Statistics or None
-        What :func:`statistics` gives; None where they are no by-product.
+        What :func:`statistics` returns; None if they are not a by-product.
 
     Raises
     ------
@@ -274,7 +275,7 @@ def map_gradients(
     if not _alike(parameters, z):
         return _map_gradients_in_torch(parameters, z, objective, learnt)
 
-    # The loss does not depend on the concentration where there are no priors.
+    # Without priors the loss does not depend on the concentration.
     stored = parameters[2:] if objective.map_prior != "none" else parameters[2:-1]
     upstream = [x for x in learnt if all(x is not y for y in parameters[2:])]
     passed = [x for x in parameters[:2] if x is not None and x.requires_grad and upstream]
@@ -320,7 +321,7 @@ def _map_gradients_in_core(
     wanted: Sequence[Tensor],
     with_sums: bool,
 ) -> tuple[float, dict[int, Tensor], Statistics | None]:
-    """Loss, the gradients by the ids of parameters, and the sums."""
+    """Return the loss, the gradients by the ids of the parameters, and the sums."""
     gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in wanted}
     suffix = SUFFIXES[z.dtype]
     core_parameters = _CoreParameters(parameters, suffix)
@@ -345,7 +346,7 @@ def _map_gradients_in_core(
 def _map_gradients_in_kernels(
     parameters: MixtureParameters, z: Tensor, objective: Objective
 ) -> tuple[Tensor, dict[int, Tensor]] | None:
-    """Loss and all gradients by the ids of parameters; None where no kernels serve z's device."""
+    """Return the loss and all gradients by parameters' ids; None if no kernels serve z's device."""
     count, (total, dim) = len(parameters.logits), parameters.centers.shape
     normaliser = -count * map_objective.log_wishart_normaliser(count, dim)
     normaliser -= 0.5 * total * dim * math.log(2 * math.pi)
@@ -372,7 +373,7 @@ def _map_gradients_in_kernels(
 
 
 class Running(NamedTuple):
-    """Running sums per point, float64, and the number of steps [] (int64) that they hold."""
+    """Running averages of the sums per point (float64), and the number of steps [] (int64)."""
 
     sums: Statistics
     steps: Tensor
@@ -387,13 +388,13 @@ def _empty_statistics(parameters: MixtureParameters) -> Statistics:
 
 
 def statistics(parameters: MixtureParameters, z: Tensor) -> tuple[Statistics, float | None]:
-    """:func:`closed_form.statistics` of ``parameters``, and what comes along with them.
+    """Return the :func:`closed_form.statistics` of ``parameters``, and the log-sum-exps' total.
 
     Returns
     -------
     sums : Statistics
     total : float or None
-        sum_i log sum_j exp l_ij; None where it is no by-product.
+        sum_i log sum_j exp l_ij; None if it is not a by-product.
     """
     z = _widened(z)
     suffix = _in_core(parameters, z)
@@ -417,10 +418,10 @@ def statistics(parameters: MixtureParameters, z: Tensor) -> tuple[Statistics, fl
 def maximise(
     parameters: MixtureParameters, sums: Statistics, objective: Objective, free_centers: bool
 ) -> None:
-    """Set ``parameters``, in place, to their maximisers given sums around their centers.
+    """Set ``parameters``, in place, to the maximisers of the objective, given sums over points.
 
-    One without ``requires_grad`` stands still; so do centers that are not ``free_centers``, and
-    the logits of pruned components.
+    Parameters without ``requires_grad`` stay as they are; so do centers unless ``free_centers``,
+    and the logits of pruned components.
     """
     suffix = _in_core(parameters)
     if suffix is None:
@@ -485,11 +486,11 @@ def online_step(
     free_centers: bool,
     sums: Statistics | None = None,
 ) -> None:
-    """Blend a batch's statistics, per point, into the running ones and maximise, all in place.
+    """Blend a batch's sums per point into the running ones, and maximise; all in place.
 
-    The first step starts from :func:`closed_form.matching_statistics`. Free centers move by
-    themselves, and old sums are carried to where they are now; an encoder moves points and centers
-    together, so that d = z - m of the past counts as it was.
+    The first step starts from :func:`closed_form.matching_statistics`. If the centers are free, old
+    sums are shifted to the present centers. An encoder moves points and centers together, so with
+    one the old differences d = z - m count unchanged.
 
     Parameters
     ----------
@@ -497,13 +498,14 @@ def online_step(
     z : Tensor [B, D]
     running : Running
     objective : Objective
-        ``data_size`` points (the batch's size for None) weigh against the priors.
+        Its ``data_size`` is the number of points that weigh against the priors; None for the
+        batch's size.
     rate : float
-        Weight of the batch.
+        Weight of the batch in the running sums.
     free_centers : bool
         Whether the centers are parameters of their own.
     sums : Statistics or None
-        The batch's, where they are known.
+        The batch's sums, if they are known already.
     """
     if sums is None:
         if _online_step_in_kernels(parameters, z, running, objective, rate, free_centers):
@@ -553,7 +555,10 @@ def _online_step_in_kernels(
     rate: float,
     free_centers: bool,
 ) -> bool:
-    """Take the step if kernels serve z's device; statistics of other processes they have not."""
+    """Take the step in the kernels and return True; False if they do not serve these arguments.
+
+    They do not sum over processes.
+    """
     z = _widened(z)
     written = (*running.sums, *parameters[:1]) if free_centers else running.sums
     if (
@@ -584,7 +589,7 @@ def _online_step_in_kernels(
         return False
     _written(parameters, free_centers)
     sticks = objective.weights == "stick-breaking" and objective.map_prior != "none"
-    # This waits for the device: the number of sticks is that of the components not pruned.
+    # This waits for the device: the number of sticks depends on how many components are pruned.
     if sticks and mass.isfinite().all():
         _maximise_weights_in_torch(parameters, mass, objective)
     return True

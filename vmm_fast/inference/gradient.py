@@ -20,10 +20,10 @@ __all__ = ["PrivateAdam", "check_adam_state"]
 
 
 def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raise ValueError unless an Adam can go on from a state with its parameters.
+    """Raise ValueError unless a state fits an Adam optimizer and its parameters.
 
-    torch compares the numbers of parameters alone, and its compiled steps, as ours, would write
-    moments of another size out of bounds.
+    torch compares only the numbers of parameters. With moments of another size, its compiled steps
+    and ours would write out of bounds.
     """
     if not isinstance(state, dict):
         raise ValueError(f"state must be a dict, but is {type(state).__name__}")
@@ -52,7 +52,7 @@ def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def _check_settings(group: Any, own: dict[str, Any]) -> None:
-    """Raise ValueError unless a group's settings are such as an Adam's."""
+    """Raise ValueError unless a group has valid settings for Adam."""
     needed = {"params", "lr", "betas", "eps", "weight_decay"}
     if not isinstance(group, dict) or not needed <= group.keys():
         raise ValueError(f"a group must have {', '.join(sorted(needed))}")
@@ -71,13 +71,13 @@ def _check_settings(group: Any, own: dict[str, Any]) -> None:
             isinstance(value, bool) or (value is None and own[name] is None)
         ):
             raise ValueError(f"{name} must be True or False, but is {value!r}")
-    for name in ("capturable", "differentiable"):  # which steps on a CPU cannot be at will
+    for name in ("capturable", "differentiable"):  # not every device supports them
         if group.get(name, own[name]) != own[name]:
             raise ValueError(f"{name} must be {own[name]}, but is {group[name]}")
 
 
 def _check_moments(number: int, entry: Any, parameter: Tensor, amsgrad: bool) -> None:
-    """Raise ValueError unless an entry holds a parameter's steps and moments."""
+    """Raise ValueError unless an entry holds the step count and moments of a parameter."""
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
     if not isinstance(entry, dict) or not {"step", *names} <= entry.keys():
         raise ValueError(f"parameter {number} must have steps and moments, but lacks some")
@@ -101,7 +101,7 @@ def _check_moments(number: int, entry: Any, parameter: Tensor, amsgrad: bool) ->
 
 
 def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]) -> bool:
-    """Whether the compiled step serves these parameters and gradients, else torch's does."""
+    """Return whether the compiled step serves these parameters and gradients."""
     if torch.compiler.is_compiling() or not moved:
         return False
     dtype = moved[0][0].dtype
@@ -123,15 +123,15 @@ def _in_core(moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, 
 
 
 class PrivateAdam:
-    """Adam (Kingma & Ba 2015) that belongs to a prior.
+    """A prior's own Adam optimizer (Kingma & Ba 2015), apart from the network's.
 
-    A step leaves every ``.grad`` as it was, so that it neither disturbs nor is disturbed by the
-    model's own optimizer. Gradients are averaged over the processes of ``torch.distributed``.
+    A step leaves every ``.grad`` as it was, so it does not interfere with the model's optimizer.
+    Gradients are averaged over the processes of ``torch.distributed``.
 
     Parameters
     ----------
     parameters : iterable of Parameter
-        Those without ``requires_grad`` at the time of a step stand still.
+        Those that have no ``requires_grad`` at the time of a step stay as they are.
     learning_rate : float
     """
 
@@ -141,19 +141,19 @@ class PrivateAdam:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those that a step moves now."""
+        """Parameters that a step would move now: those with ``requires_grad``."""
         (group,) = self._adam.param_groups
         return [p for p in group["params"] if p.requires_grad]
 
     def descend(self, loss: float | Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Take one step.
+        """Take one Adam step with the given gradients.
 
         Parameters
         ----------
         loss : float or Tensor
             Must be finite; not used otherwise.
         gradients : sequence of Tensor or None
-            One for each of :attr:`parameters`; None lets that parameter stand still.
+            One for each of :attr:`parameters`; a parameter whose gradient is None stays as it is.
 
         Raises
         ------
@@ -186,7 +186,7 @@ class PrivateAdam:
                 p.grad = old
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Steps and moments as torch.optim.Adam keeps them, new ones before the first step."""
+        """Return the step count and moments of a parameter, zeros before its first step."""
         return self._adam.state.get(parameter) or {
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(parameter),
@@ -196,7 +196,7 @@ class PrivateAdam:
     def _core_step(
         self, moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]
     ) -> bool:
-        """Move parameters by their gradients, unless one is not finite."""
+        """Take the compiled step; return False, with no change, if a gradient is not finite."""
         (group,) = self._adam.param_groups
         moved = [(p, in_memory(g)) for p, g in moved]
         taken = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
@@ -223,7 +223,7 @@ class PrivateAdam:
         return taken
 
     def _follow_parameters(self) -> None:
-        """Move the moments to where Module.to() has moved the parameters."""
+        """Give the moments the device and dtype of the parameters, which Module.to() may change."""
         for p, state in self._adam.state.items():
             moment = state["exp_avg"]
             if moment.device != p.device or moment.dtype != p.dtype:
@@ -231,14 +231,14 @@ class PrivateAdam:
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step counts."""
+        """Return the moments, step counts and settings, as ``torch.optim.Adam`` does."""
         return self._adam.state_dict()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        """Raise ValueError unless it is a :meth:`state_dict` of such parameters."""
+        """Raise ValueError unless a state is a :meth:`state_dict` that fits these parameters."""
         check_adam_state(self._adam, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, or raise ValueError and change nothing if it does not fit."""
+        """Restore a :meth:`state_dict`; if it does not fit, raise ValueError and change nothing."""
         self.check_state_dict(state)
         self._adam.load_state_dict(copy.deepcopy(state))  # torch would share the moments

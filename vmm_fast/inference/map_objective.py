@@ -40,7 +40,7 @@ LOG_WEIGHT_FLOOR = -20.0
 
 
 def log_dirichlet(log_weights: Tensor, concentration: Tensor) -> Tensor:
-    """Log-density of Dirichlet(gamma / C) at pi, log pi counted from ``LOG_WEIGHT_FLOOR`` up."""
+    """Log-density of Dirichlet(gamma / C) at pi, with log pi at least ``LOG_WEIGHT_FLOOR``."""
     count = log_weights.shape[0]
     gamma = concentration.double()  # differences of lgamma at a large gamma
     normaliser = torch.lgamma(gamma) - count * torch.lgamma(gamma / count)
@@ -56,7 +56,7 @@ def log_alpha_prior(concentration: Tensor) -> Tensor:
 
 
 def expected_log_normal(centers: Tensor, scale: Tensor | None) -> Tensor:
-    """sum_j E_q(mu_j)[log N(mu_j; 0, I)] = sum_j -D/2 log 2 pi - 1/2 |m_j|^2 - 1/2 tr S_j."""
+    """Return sum_j E_q(mu_j)[log N(mu_j; 0, I)] = sum_j -D/2 log 2 pi - (|m_j|^2 + tr S_j) / 2."""
     squares = centers.square().sum()
     if scale is not None:
         squares = squares + (scale if scale.ndim == 2 else scale.tril()).square().sum()
@@ -64,12 +64,12 @@ def expected_log_normal(centers: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def wishart_scale(num_components: int, latent_dim: int) -> float:
-    """The factor v of the Wishart's scale matrix v I."""
+    """Return the factor v of the Wishart's scale matrix v I."""
     return num_components ** (2 / latent_dim) / (latent_dim + 2)
 
 
 def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
-    """What one component's log-density loses: D df / 2 log 2 v + log of the gamma function."""
+    """Return the log-normaliser of the Wishart density: D df / 2 log 2 v + log Gamma_D(df / 2)."""
     df = latent_dim + 2
     log_gamma = torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), latent_dim)
     scale = wishart_scale(num_components, latent_dim)
@@ -77,7 +77,7 @@ def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
 
 
 def log_wishart(precision_cholesky: Tensor) -> Tensor:
-    """sum_c log Wishart(L_c L_c^T; D + 2, v I); a density over Lambda, no Cholesky Jacobian."""
+    """Return sum_c log Wishart(L_c L_c^T; D + 2, v I), a density over Lambda (no Jacobian of L)."""
     count, dim = precision_cholesky.shape[:2]
     factor = precision_cholesky.tril()
     # (df - D - 1) / 2 logdet(L L^T) = sum log diag L
@@ -95,7 +95,7 @@ def log_parameter_prior(
     discount: float,
     learnt_concentration: bool,
 ) -> Tensor:
-    """Sum of all parameters' log-priors; that of gamma only where gamma is learnt."""
+    """Return the sum of all parameters' log-priors; that of gamma only if gamma is learnt."""
     if weights == "dirichlet":
         total = log_dirichlet(components.log_weights, concentration)
         hyper = log_alpha_prior(concentration)
@@ -118,12 +118,12 @@ def map_loss(
     responsibility_gradient: bool,
     data_size: int | None,
 ) -> Tensor:
-    """Negative objective, a scalar in nats per point.
+    """Return the negative objective, a scalar in nats per point.
 
     Parameters
     ----------
     components : Components
-        With gradients to whatever is to be trained.
+        With gradients to all that is to be trained.
     z : Tensor [B, D]
     log_prior : Tensor (scalar) or float
         :func:`log_parameter_prior`.

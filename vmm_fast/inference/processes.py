@@ -1,4 +1,4 @@
-"""Sums over the processes of ``torch.distributed``, so that every one of them takes the same step.
+"""Sums over the processes of ``torch.distributed``, so that all of them take the same step.
 
 Statistics are sums, hence all-reduced exactly; gradients are averaged, as those of the network are.
 Without an initialised process group nothing happens.
@@ -24,14 +24,15 @@ GLOO_GAVE_UP = "Application timeout caused pair closure"
 
 
 def number_of_processes() -> int:
-    """Size of the process group; 1 without one."""
+    """Return the size of the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> int:
-    """Make ``tensors`` their sums over the processes, in place; returns how many there are.
+    """Replace tensors, in place, by their sums over the processes; return how many processes.
 
-    Every process must give as many tensors, of the same shapes and dtypes and in the same order.
+    Every process must pass the same number of tensors, with the same shapes and dtypes in the same
+    order.
     """
     processes = number_of_processes()
     if processes > 1:
@@ -45,7 +46,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> int:
 
 @torch.no_grad()
 def _all_reduce(tensors: list[Tensor]) -> None:
-    """Sum tensors of one dtype and device in one round: for small ones its latency is all."""
+    """Sum tensors of one dtype and device in one exchange: for small ones latency dominates."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
         dist.all_reduce(tensors[0])
         return
@@ -56,7 +57,7 @@ def _all_reduce(tensors: list[Tensor]) -> None:
 
 
 def average_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Make ``tensors`` their means over the processes, in place."""
+    """Replace tensors, in place, by their means over the processes."""
     if number_of_processes() == 1:
         return
     tensors = list(tensors)
@@ -67,12 +68,12 @@ def average_over_processes(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def telling_of_lost_processes() -> Iterator[None]:
-    """Say what a connection's error means: that another process has ended, or hangs.
+    """Explain connection errors inside a ``with`` block: another process has ended, or hangs.
 
     Raises
     ------
     RuntimeError
-        In place of the error.
+        With the explanation, in place of the original error.
     """
     try:
         yield

@@ -6,8 +6,8 @@ Pitman-Yor process), truncated at C components,
     v_c ~ Beta(1 - d, gamma + c d)  for c = 1, .., C-1,   v_C = 1,   pi_c = v_c prod_{l<c} (1 - v_l)
 
 Components are ordered by size, the largest first. The posterior is computed in float64 by the
-compiled core (``csrc/stick_breaking.h``, with formulas and sources), or where the counts are, by a
-CUDA kernel: for up to 100,000 components on an NVIDIA GPU, in a build with a CUDA toolkit.
+compiled core (``csrc/stick_breaking.h``, with formulas and sources). Counts on an NVIDIA GPU are
+left there for a CUDA kernel if the build had a CUDA toolkit and there are up to 100,000 components.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "sticks_to_log_weights",
 ]
 
-# One block of threads, a small part of a GPU, does all of the kernel's work.
+# The kernel runs in one block of threads, a small part of a GPU.
 _MAX_COMPONENTS_ON_GPU = 100_000
 
 
@@ -64,7 +64,7 @@ class StickBreakingPosterior(NamedTuple):
 
 
 class Float64Posterior(NamedTuple):
-    """The same in float64, with the concentration as a tensor []."""
+    """A :class:`StickBreakingPosterior` in float64, with the concentration as a tensor []."""
 
     order: Tensor
     a: Tensor
@@ -81,7 +81,7 @@ def stick_breaking_posterior(
     discount: float = 0.0,
     concentration_prior: tuple[float, float] = (1.0, 1.0),
 ) -> StickBreakingPosterior:
-    r"""Posterior of stick-breaking weights given counts, and the update of the concentration.
+    r"""Return the posterior of stick-breaking weights given counts, and the new concentration.
 
     With the components (c) ordered by decreasing count,
 
@@ -184,7 +184,7 @@ def posterior_without_checks(
     discount: float = 0.0,
     concentration_prior: tuple[float, float] = (1.0, 1.0),
 ) -> Float64Posterior:
-    """:func:`stick_breaking_posterior` that does not wait for a GPU which has the kernel.
+    """Return :func:`stick_breaking_posterior` without checks, which would wait for a GPU.
 
     A count or a concentration that is negative or NaN gives NaN.
 
@@ -193,9 +193,9 @@ def posterior_without_checks(
     counts : Tensor
         [C], C >= 1, any floating dtype.
     concentration : float or Tensor
-        A tensor is 0-d.
+        A number, or a 0-d tensor.
     discount, concentration_prior
-        As there.
+        As in :func:`stick_breaking_posterior`.
 
     Returns
     -------
@@ -232,7 +232,7 @@ def posterior_without_checks(
 
 @functools.lru_cache
 def _cuda_kernels(device: torch.device) -> Any | None:
-    """The CUDA kernels, if they were built and run on this device."""
+    """Return the module of CUDA kernels if it was built and runs on this device, else None."""
     if device.type != "cuda" or torch.version.hip:
         return None
     try:
@@ -243,7 +243,9 @@ def _cuda_kernels(device: torch.device) -> Any | None:
 
 
 def sticks_to_log_weights(sticks: Tensor) -> Tensor:
-    r"""Log weights of sticks, :math:`\log\pi_c = \log v_c + \sum_{l<c} \log(1 - v_l)`, v_C = 1.
+    r"""Return log weights from sticks, :math:`\log\pi_c = \log v_c + \sum_{l<c} \log(1 - v_l)`.
+
+    The last stick is v_C = 1.
 
     Parameters
     ----------
@@ -275,7 +277,7 @@ def sticks_to_log_weights(sticks: Tensor) -> Tensor:
 
 
 def log_weights_to_sticks(log_weights: Tensor) -> Tensor:
-    r"""Sticks of log weights, :math:`v_c = \pi_c / \sum_{l \geq c} \pi_l` for c < C.
+    r"""Return sticks from log weights, :math:`v_c = \pi_c / \sum_{l \geq c} \pi_l` for c < C.
 
     The inverse of `sticks_to_log_weights`, as far as 1 - v has digits left.
 
@@ -315,7 +317,7 @@ def log_stick_breaking_prior(
     discount: float = 0.0,
     floor: float = -20.0,
 ) -> Tensor:
-    r"""Log density of the sticks of given weights, differentiable.
+    r"""Return the log density of the sticks of given weights, differentiable.
 
     .. math::
         \sum_{c<C} \log \mathrm{Beta}(v_{(c)}; \, 1 - d, \, \gamma + c d), \qquad

@@ -1,4 +1,4 @@
-"""Inputs that are pictures: their axes, and random shifts of them."""
+"""Inputs that are pictures: conversion from and to flat values, and random shifts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Picture", "RandomShifts"]
 
 
 class Picture(nn.Module):
-    """Values [B, V] of inputs of a shape as pictures [B, colours, height, width], or back."""
+    """A layer that turns flat values [B, V] into pictures [B, colours, height, width], or back."""
 
     def __init__(self, shape: tuple[int, ...], back: bool = False) -> None:
         super().__init__()
@@ -36,18 +36,18 @@ class Picture(nn.Module):
 
 
 class RandomShifts:
-    """Moves every picture of a batch up or down and sideways at random, for ``fit(augment=...)``.
+    """Random shifts of every picture in a batch, vertical and horizontal, for ``fit(augment=...)``.
 
-    A picture's content does not depend on where it lies; a network of few pictures learns so from
-    shifted ones. Values at the edge are repeated.
+    The content of a picture does not depend on its position; from few pictures a network learns
+    this by shifts. Values at the edge are repeated.
 
     Parameters
     ----------
     shape : int or tuple of int
-        Of one input, as :class:`vmm_fast.models.VAE` with ``channels`` takes it.
+        Shape of one input, as for :class:`vmm_fast.models.VAE` with ``channels``.
     share : float
-        The most that a picture moves either way, of its height and of its width: whole pixels, so
-        that a picture of 8 x 8 stays where it is by default.
+        Largest shift as a share of height and of width, rounded down to whole pixels: by default
+        a picture of 8 x 8 does not move.
     """
 
     def __init__(self, shape: int | Sequence[int], share: float = 1 / 14) -> None:
@@ -59,7 +59,7 @@ class RandomShifts:
         self.most = [math.floor(share * side + 1e-9) for side in sides]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Shift inputs [B, *shape]."""
+        """Return inputs [B, *shape], each shifted at random."""
         pictures = self.picture(x.flatten(1))
         places = []
         for size, most in zip(pictures.shape[2:], self.most, strict=True):

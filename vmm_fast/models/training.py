@@ -46,9 +46,9 @@ from vmm_fast.priors.base import check_choice
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)
-CHECK_ROWS = 4096  # rows of data looked at together when they are checked
+CHECK_ROWS = 4096  # rows of data checked at once
 TERMS = ("elbo", "log_likelihood", "kl")
-# What is known of an epoch.
+# Keys of an epoch's record.
 RECORD = (
     "epoch",
     "seconds",
@@ -61,7 +61,7 @@ RECORD = (
 
 
 class History(list[dict[str, Any]]):
-    """What `fit` measured: one dict per epoch.
+    """The measurements of `fit`: one dict per epoch.
 
     Keys: ``epoch`` (from 1), ``seconds``, ``train_elbo``, ``train_log_likelihood``, ``train_kl``
     (means over the epoch's steps, nats), the same three with ``validation_``, ``scale`` (sigma),
@@ -121,16 +121,16 @@ def fit(
         How the network's learning rate changes over `epochs`; see :mod:`vmm_fast.schedules`.
         With a cosine a checkpoint is resumed with the same number of epochs alone.
     prior_warmup : float
-        The share of all steps, in [0, 1), in which N(0, I) stands in for the prior, which then
-        starts from codes that are spread out. Otherwise all may lie in few components while the
-        network knows little, and most components are lost. Nothing counts as best or as without
-        improvement until the epoch in which it ends. A checkpoint as with a cosine.
+        The share of all steps, in [0, 1), in which N(0, I) replaces the prior, so that the prior
+        starts from codes that are spread out. Without it all codes may lie in few components while
+        the network has learnt little, and most components are lost. Epochs before the warm-up's end
+        count neither as best nor as without improvement. Checkpoints are as with a cosine.
     patience : int, optional
         Stop after this many epochs in a row without an improvement of the validation ELBO.
     min_delta : float
         Nats by which the validation ELBO must rise to be an improvement (and the best so far).
     seed : int
-        Of the batches' order, of the posterior's noise and of the validation noise.
+        Seed of the batches' order, of the posterior's noise and of the validation noise.
     transform : callable, optional
         Applied to every batch on the model's device, e.g. ``lambda x: x / 127.5 - 1`` for uint8.
     augment : callable, optional
@@ -212,7 +212,7 @@ def fit(
 
 
 class _Run:
-    """All that a training run consists of; `state` and `load` are its checkpoint."""
+    """The state of a training run: `state` returns it for a checkpoint, `load` restores it."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class _Run:
             if x is not None:
                 self.check_data(name, x)
 
-        # What does not fit together shows here, before anything is trained, as what it is.
+        # Raises an error before the training if prior and encoder do not fit together.
         with torch.no_grad():
             model.prior.components(model.encode)
 
@@ -277,12 +277,12 @@ class _Run:
         }
 
     def batch(self, x: Tensor) -> Tensor:
-        """Rows of the data as the model takes them."""
+        """Return rows of the data in the form that the model takes."""
         x = x.to(self.device)
         return (x if self.transform is None else self.transform(x)).to(self.dtype)
 
     def augmented(self, x: Tensor) -> Tensor:
-        """Return a batch as it is trained on."""
+        """Return a batch after the augmentation."""
         assert self.augment is not None
         found = self.augment(x)
         if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
@@ -309,7 +309,7 @@ class _Run:
                 raise type(error)(message) from None
 
     def one_epoch(self, min_delta: float) -> dict[str, Any]:
-        """Train and validate once; extends the history and the best weights."""
+        """Train and validate for an epoch, update history and best weights; return the record."""
         start = time.perf_counter()
         train = self.train()
         validation: Sequence[float | None] = [None] * 3
@@ -340,11 +340,11 @@ class _Run:
         return record
 
     def stand_in(self, step: int) -> StandardNormalPrior | None:
-        """N(0, I) in a step of the warm-up, None in later ones."""
+        """Return N(0, I) as the prior of a warm-up step, None for later steps."""
         return self.normal if step < self.warmup_steps else None
 
     def train(self) -> list[float]:
-        """Every step of an epoch; the mean ELBO, log-likelihood and KL."""
+        """Take every step of an epoch; return the mean ELBO, log-likelihood and KL."""
         model, n, steps = self.model, len(self.x_train), self.steps
         model.train()
         order = torch.randperm(n, generator=self.shuffle).to(self.x_train.device)
@@ -373,7 +373,7 @@ class _Run:
 
     @torch.no_grad()
     def validate(self, x_val: Tensor) -> tuple[list[float], int]:
-        """Mean ELBO, log-likelihood and KL, and the number of components in use."""
+        """Return the mean ELBO, log-likelihood and KL, and the number of components in use."""
         model = self.model
         model.eval()
         prior = self.stand_in((self.epoch + 1) * self.steps - 1)
@@ -398,10 +398,10 @@ class _Run:
 
     @contextmanager
     def diverging(self, where: str) -> Iterator[None]:
-        """Say where and what to do; data were checked, so a ValueError is a diverged network's."""
+        """Turn errors in a ``with`` block into one that says where it was and what to do."""
         try:
             yield
-        except (FloatingPointError, ValueError) as error:
+        except (FloatingPointError, ValueError) as error:  # data were checked: it has diverged
             raise FloatingPointError(
                 f"epoch {self.epoch + 1}, {where}: {error}. Lower learning_rate (of `fit` or of "
                 "the prior), or bring the data to a range near [-1, 1]; a checkpoint, if asked "
@@ -423,7 +423,7 @@ class _Run:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint; nothing has changed where that raises ValueError."""
+        """Restore a checkpoint; if it does not fit, raise ValueError and change nothing."""
         what = f"checkpoint {str(path)!r}"
         try:
             state = load_checked(path)
@@ -454,10 +454,10 @@ class _Run:
             self.stale = self.epoch - best
 
     def check(self, name: str, state: Any) -> None:
-        """Raise ValueError unless every entry of a checkpoint is what `state` gives."""
+        """Raise ValueError unless every entry of a checkpoint is like one that `state` returns."""
         weights = weights_of(self.model.state_dict())
         rows = listed(self.check_record, least=1)
-        noise = table({"cpu": generator_state}, tensor(torch.uint8, [16]))  # others are GPUs'
+        noise = table({"cpu": generator_state}, tensor(torch.uint8, [16]))  # the others: GPUs
         table({"model": weights, "noise": noise, "shuffle": generator_state, "history": rows})(
             name, state
         )
@@ -470,7 +470,7 @@ class _Run:
         try:
             check_adam_state(self.optimizer, state.get("optimizer"))
             (group,), (own,) = state["optimizer"]["param_groups"], self.optimizer.param_groups
-            for key in sorted(own.keys() - {"params", "lr"}):  # the rate is the schedule's
+            for key in sorted(own.keys() - {"params", "lr"}):  # the schedule sets the rate
                 if group.get(key, own[key]) != own[key]:
                     raise ValueError(f"optimizer: {key} must be {own[key]}, but is {group[key]!r}")
             trial = copy.deepcopy(self.model)
@@ -481,7 +481,7 @@ class _Run:
             raise ValueError(str(error)) from error
 
     def check_record(self, name: str, record: Any) -> None:
-        """Raise ValueError unless this is what `one_epoch` gives."""
+        """Raise ValueError unless a record is like one that `one_epoch` returns."""
         validated = self.x_val is not None
         values = {
             "seconds": number("of at least 0", lambda x: x >= 0),
@@ -500,7 +500,7 @@ def _name(function: Callable) -> str:
 
 
 def _checksum(x: Tensor) -> int:
-    """Of every value in its place, so that a checkpoint is not resumed on other data."""
+    """Return a checksum of all values, which prevents resuming a checkpoint on other data."""
     return zlib.adler32(x.detach().cpu().contiguous().numpy().tobytes())
 
 
@@ -552,7 +552,7 @@ def _checkpoint_path(checkpoint: str | os.PathLike[str] | None, resume: bool) ->
 
 @contextmanager
 def _own_random_state(model: VAE) -> Iterator[None]:
-    """Give the global generators that the model draws from back as they were."""
+    """Restore, after a ``with`` block, the global random generators that the model draws from."""
     device = next(model.parameters()).device
     state = _noise_state(device)
     try:
@@ -587,7 +587,7 @@ def _set_noise_state(state: dict[str, Tensor], device: torch.device) -> None:
 def _progress_bar(
     epochs: int, run: _Run, wanted: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that shows an epoch's dict, on a line that fits into 80 columns."""
+    """Yield a function that shows an epoch's record on a line that fits into 80 columns."""
     if not wanted:
         yield lambda record: None
         return

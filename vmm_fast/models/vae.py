@@ -1,4 +1,4 @@
-"""A VAE of vectors or pictures whose prior is exchangeable.
+"""A VAE of vectors or pictures that takes any of the priors.
 
     ELBO(x) = log p(x | z) - KL,    z ~ q(z | x),    KL = prior.kl(q, encode, z=z)
 
@@ -40,7 +40,7 @@ VARIANCE_RATE = 0.05
 
 
 class ELBOTerms(NamedTuple):
-    """The evidence lower bound of a batch and what it is made of.
+    """The evidence lower bound of a batch, its two terms, and the posterior and its sample.
 
     Attributes
     ----------
@@ -73,9 +73,9 @@ def _convolutional(
     latent_dim: int,
     out: int,
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder with convolutions before, and after, the perceptron.
+    """Return an encoder with convolutions before its perceptron, and a decoder that mirrors it.
 
-    Every convolution halves height and width; the decoder's transposed ones give them back.
+    Every convolution halves height and width; the decoder's transposed ones restore them.
     """
     picture = Picture(shape)
     size = (picture.height, picture.width)
@@ -94,7 +94,7 @@ def _convolutional(
 
 
 class VAE(nn.Module):
-    """Variational autoencoder of vectors or pictures with a mirrored network on either side.
+    """Variational autoencoder of vectors or pictures; the decoder mirrors the encoder.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ class VAE(nn.Module):
         return self._variance.clamp_min(SIGMA_FLOOR**2).sqrt()
 
     def check_data(self, x: Tensor) -> None:
-        """Raise unless `x` can be trained on: dtype, shape and every value.
+        """Raise TypeError or ValueError unless `x` can be trained on: dtype, shape, every value.
 
         Parameters
         ----------
@@ -257,7 +257,7 @@ class VAE(nn.Module):
             )
 
     def encode(self, x: Tensor) -> Distribution:
-        """Posterior q(z | x).
+        """Return the posterior q(z | x).
 
         Parameters
         ----------
@@ -284,7 +284,7 @@ class VAE(nn.Module):
         return self.decoder(z).to(z.dtype).unflatten(-1, self.input_shape)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Mean of p(x | z): the decoder's output, or probabilities for a Bernoulli likelihood.
+        """Return the mean of p(x | z): the decoder's output, or probabilities if Bernoulli.
 
         Parameters
         ----------
@@ -298,7 +298,7 @@ class VAE(nn.Module):
         return output.sigmoid() if self.likelihood == "bernoulli" else output
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Evaluate log p(x | z), summed over the inputs (see the top of this file).
+        """Return log p(x | z), summed over the inputs (see the top of this file).
 
         In training mode with a maximum-likelihood scale, sigma is this batch's: the mean over the
         batch is differentiated exactly, a single sample's term also depends on the others.
@@ -329,7 +329,7 @@ class VAE(nn.Module):
         return -0.5 * (squares / variance + inputs * (variance.log() + math.log(2 * math.pi)))
 
     def _likelihood_variance(self, squared_errors: Tensor) -> Tensor:
-        """sigma^2 (a scalar) for a batch with these mean squared errors per sample [B]."""
+        """Return sigma^2 (a scalar) for a batch with these mean squared errors per sample [B]."""
         if self.scale_mode == "learnt" or not self.training:
             scale = self.scale
             assert scale is not None
@@ -345,13 +345,13 @@ class VAE(nn.Module):
         return variance.clamp_min(SIGMA_FLOOR**2)
 
     def elbo(self, x: Tensor, prior: Prior | None = None) -> ELBOTerms:
-        """Evidence lower bound from one posterior sample, with one call of the encoder.
+        """Return the evidence lower bound from one posterior sample, with one call of the encoder.
 
         Parameters
         ----------
         x : Tensor [B, *input_shape], floating point
         prior : Prior, optional
-            In place of the model's own.
+            Used instead of the model's own.
 
         Returns
         -------
@@ -365,12 +365,12 @@ class VAE(nn.Module):
         return ELBOTerms(log_likelihood - kl, log_likelihood, kl, q, z)
 
     def forward(self, x: Tensor) -> ELBOTerms:
-        """`elbo`, so that wrappers which call the module (DistributedDataParallel) work."""
+        """Return :meth:`elbo`, for wrappers that call the module (DistributedDataParallel)."""
         return self.elbo(x)
 
     @torch.no_grad()
     def sample(self, n: int, component: int | None = None) -> Tensor:
-        """Means of p(x | z) at `n` draws of z from the prior, or from one of its components.
+        """Return means of p(x | z) at `n` draws of z from the prior or from one of its components.
 
         Parameters
         ----------
@@ -385,7 +385,7 @@ class VAE(nn.Module):
         return self.decode(self.prior.sample(n, self.encode, component=component))
 
     def extra_repr(self) -> str:
-        """Name what distinguishes two models of the same shapes."""
+        """Return the settings as text, to tell apart models of the same shapes."""
         return (
             f"input_shape={self.input_shape}, latent_dim={self.latent_dim}, "
             f"posterior={self.posterior!r}, likelihood={self.likelihood!r}, "

@@ -1,4 +1,4 @@
-"""One interface for all priors, and the empirical-Bayes step of those that learn."""
+"""The interface of all priors, and the empirical-Bayes step of those that learn."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Prior(nn.Module):
     Independent) or MultivariateNormal; priors without pseudo-inputs ignore it. Densities are in
     nats.
 
-    Subclasses give :meth:`components` and, if they learn, :meth:`map_loss` and :meth:`update`.
+    Subclasses define :meth:`components` and, if they learn, :meth:`map_loss` and :meth:`update`.
     """
 
     latent_dim: int
 
     def components(self, encoder: Encoder | None = None) -> Components:
-        """Give the mixture once, for repeated use; it has the methods below without ``encoder``.
+        """Return the mixture at this moment, for repeated use without ``encoder``.
 
-        Gradients reach the encoder but not the prior's own parameters, unless ``joint=True``.
-        Call its ``detach()`` to keep it.
+        It has the methods of a prior that follow here. Gradients reach the encoder but not the
+        prior's own parameters, unless ``joint=True``. To keep the mixture, call its ``detach()``.
         """
         raise NotImplementedError
 
     def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
-        """Posteriors of a batch, and what :meth:`kl` takes in place of ``encoder`` in this step.
+        """Return a batch's posteriors, and an encoder for :meth:`kl` in the same training step.
 
-        One call of ``encoder`` on the batch's rows with the pseudo-inputs' below them serves both
-        where they have one shape, dtype and device: it reads the network's weights once and adds to
-        their gradients once. A batch normalisation would normalise them together.
+        If batch and pseudo-inputs have one shape, dtype and device, ``encoder`` is called once on
+        the rows of both: it reads the network's weights once and adds to their gradients once. A
+        batch normalisation would normalise them together.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class Prior(nn.Module):
         Returns
         -------
         q : Distribution
-            As ``encoder(x)``, up to rounding.
+            The same as ``encoder(x)``, up to rounding.
         at_pseudo_inputs : callable
             An encoder for :meth:`kl` alone: it knows only the pseudo-inputs' posteriors.
         """
@@ -71,7 +71,7 @@ class Prior(nn.Module):
     def kl(
         self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
     ) -> Tensor:
-        """Estimate KL(q || p) [B] by -H(q) - log p(z), in nats.
+        """Return the estimate -H(q) - log p(z) of KL(q || p) [B], in nats.
 
         Parameters
         ----------
@@ -84,25 +84,25 @@ class Prior(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            For a q that is not Gaussian or does not fit, and as :mod:`vmm_fast.ops` says.
+            If q is not Gaussian or has another dimension, and as :mod:`vmm_fast.ops` says.
         """
         return self.components(encoder).kl(self._check_posterior(q), z)
 
     def log_prob(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """log p(z) [B] of points z [B, D], in nats."""
+        """Return log p(z) [B] of points z [B, D], in nats."""
         return self.components(encoder).log_prob(z)
 
     def log_joint(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Expected log-joint of every component [B, C], in nats."""
+        """Return the expected log-joint of every component [B, C], in nats."""
         return self.components(encoder).log_joint(z)
 
     def responsibilities(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Softmax of :meth:`log_joint`: the probability of each component [B, C]."""
+        """Return the probability of each component [B, C], the softmax of :meth:`log_joint`."""
         return self.components(encoder).responsibilities(z)
 
     @torch.no_grad()
     def assign(self, z: Tensor, encoder: Encoder | None = None) -> Assignment:
-        """Most probable component, its probability and the entropy of all; each [B]."""
+        """Return the most probable component, its probability and the entropy of all; each [B]."""
         return self.components(encoder).assign(z)
 
     @torch.no_grad()
@@ -115,12 +115,12 @@ class Prior(nn.Module):
         separation: float | None = None,
         n_clusters: int | None = None,
     ) -> Clusters:
-        """Group components into clusters: those whose points the mixture cannot tell apart.
+        """Return clusters: groups of components whose points the mixture cannot tell apart.
 
         Parameters
         ----------
         z : Tensor [N, D] or iterable of Tensor [B, D]
-            Points to find the clusters of, for instance the posterior means of the training data.
+            Points to be clustered, for instance the posterior means of the training data.
         encoder : callable
         resolution, separation, n_clusters : optional
             Where the tree of components is cut; see :mod:`vmm_fast.clusters`.
@@ -128,7 +128,7 @@ class Prior(nn.Module):
         Returns
         -------
         Clusters
-            It assigns any points, without ``encoder``; numbered by the points that they hold.
+            They assign any points, without ``encoder``. The largest cluster has number 0.
 
         Raises
         ------
@@ -154,15 +154,18 @@ class Prior(nn.Module):
     def active_components(
         self, z: Tensor | None = None, encoder: Encoder | None = None, threshold: float = 0.002
     ) -> Tensor:
-        """Indices of components whose share of the points z (else: weight) exceeds threshold."""
+        """Return the indices of components whose share exceeds ``threshold``, largest first.
+
+        The share is that of the points z [B, D], or the component's weight if z is not given.
+        """
         return self.components(encoder).active_components(z, threshold)
 
     def distribution(self, encoder: Encoder | None = None) -> MixtureDistribution:
-        """Give the prior as a ``torch.distributions.Distribution``."""
+        """Return the prior as a ``torch.distributions.Distribution``."""
         return self.components(encoder).distribution()
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Negative empirical-Bayes objective, a scalar in nats per point."""
+        """Return the negative empirical-Bayes objective, a scalar in nats per point."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to learn")
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
@@ -184,7 +187,7 @@ class Prior(nn.Module):
         return q
 
     def _latents(self, q_or_z: Distribution | Tensor) -> Tensor:
-        """z [B, D], cut from the graph, from what ``update`` takes."""
+        """Return latent points z [B, D] without gradients, from the argument of ``update``."""
         if isinstance(q_or_z, Tensor):
             z = q_or_z
         else:
@@ -198,7 +201,7 @@ class Prior(nn.Module):
             return z.clone() if z.is_inference() else z.detach()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let ``prior.logits = tensor`` set a parameter's values; it stays the same parameter."""
+        """Set an attribute; of a parameter, as in ``prior.logits = tensor``, only the values."""
         parameter = self.__dict__.get("_parameters", {}).get(name)
         if parameter is not None and isinstance(value, Tensor):
             if value.shape != parameter.shape:
@@ -214,7 +217,7 @@ class Prior(nn.Module):
 
 
 class EmpiricalBayesStep(NamedTuple):
-    """What an empirical-Bayes step of the points ``z`` [B, D] is taken with.
+    """Loss, gradients and sums of an empirical-Bayes step, and the points it is computed from.
 
     Attributes
     ----------
@@ -224,9 +227,9 @@ class EmpiricalBayesStep(NamedTuple):
     loss : float or Tensor
         In nats per point.
     gradients : sequence of Tensor or None
-        One for each parameter of the private Adam.
+        One for each parameter that the private Adam moves.
     sums : Statistics or None
-        The closed form's, where they are a by-product.
+        The sums for the closed form, if they are a by-product.
     """
 
     z: Tensor
@@ -246,11 +249,14 @@ class LearntPrior(Prior):
     def _centers(
         self, encoder: Encoder | None, differentiable: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Centers m [J, D] and scales s (or None); own parameters get a gradient only if asked."""
+        """Return centers m [J, D] and scales s or None.
+
+        The prior's own parameters get a gradient only if ``differentiable``.
+        """
         raise NotImplementedError
 
     def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
-        """Give the mixture around given centers; other parameters get no gradient unless joint."""
+        """Return the mixture with given centers; other parameters get no gradient unless joint."""
         raise NotImplementedError
 
     def _map_gradients(
@@ -260,26 +266,26 @@ class LearntPrior(Prior):
         z: Tensor,
         learnt: Sequence[Tensor],
     ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
-        """Value of :meth:`map_loss` at given centers, its gradients by ``learnt``, and sums."""
+        """Return :meth:`map_loss` at given centers, its gradients by ``learnt``, and the sums."""
         raise NotImplementedError
 
     def components(self, encoder: Encoder | None = None) -> Components:
-        """Give the mixture once, for repeated use; see :meth:`Prior.components`."""
+        """Return the mixture at this moment, for repeated use; see :meth:`Prior.components`."""
         return self._mixture(*self._centers(encoder, differentiable=self.joint))
 
     def _learnt(self) -> list[nn.Parameter]:
-        """What the private Adam moves now."""
+        """Return the parameters that the private Adam would move now."""
         return [] if self._adam is None else self._adam.parameters
 
     def _step(self, z: Tensor, encoder: Encoder | None) -> EmpiricalBayesStep:
-        """Evaluate the step of the points z [B, D]; nothing has moved yet."""
+        """Return the step for points z [B, D], without taking it."""
         with torch.inference_mode(False), torch.enable_grad():
             centers, scale = self._centers(encoder, differentiable=True)
             gradients = self._map_gradients(centers, scale, z, self._learnt())
         return EmpiricalBayesStep(z, centers, scale, *gradients)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Keep the private optimizer's state in ``state_dict``."""
+        """Return the private optimizer's state, which ``state_dict`` includes."""
         return {} if self._adam is None else self._adam.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -288,14 +294,14 @@ class LearntPrior(Prior):
             self._adam.load_state_dict(state)
 
     def check_extra_state(self, state: Any) -> None:
-        """Raise ValueError if the private optimizer, where there is one, cannot take a state."""
+        """Raise ValueError if there is a private optimizer and a state does not fit it."""
         if self._adam is not None:
             self._adam.check_state_dict(state)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load a whole state or, after an error, nothing of it: moments go with parameters."""
+        """Load a whole state or, if any part does not fit, nothing: parameters match moments."""
         errors: list[str] = args[-1]
         own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
         problems = [

@@ -1,4 +1,4 @@
-"""What VMMPrior and GaussianMixturePrior share: a Bayesian Gaussian mixture but for its centers."""
+"""The base of VMMPrior and GaussianMixturePrior: a Bayesian Gaussian mixture without centers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["BayesianMixturePrior"]
 
 
 class BayesianMixturePrior(LearntPrior):
-    """Weights, precisions and concentration of a Bayesian mixture, and their empirical-Bayes step.
+    """A Bayesian mixture's weights, precisions and concentration, and their empirical-Bayes step.
 
-    Parameters are those of :class:`vmm_fast.VMMPrior`, whose docstring describes them.
+    :class:`vmm_fast.VMMPrior` describes the parameters.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class BayesianMixturePrior(LearntPrior):
 
     @property
     def precision_cholesky(self) -> Tensor:
-        """L [C, D, D], lower triangular, positive diagonal; Lambda_c = L_c L_c^T. Settable."""
+        """Lower-triangular L [C, D, D] of the precisions Lambda_c = L_c L_c^T. Settable."""
         return empirical_bayes.precision_cholesky(self.raw_precision)
 
     @precision_cholesky.setter
@@ -122,14 +122,14 @@ class BayesianMixturePrior(LearntPrior):
             self.raw_alpha.copy_(empirical_bayes.raw_alpha(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Send the two properties to their setters, also when the value is a Parameter."""
+        """Set an attribute; the two properties call their setters, even for a Parameter."""
         if name in ("precision_cholesky", "concentration"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Name the settings, which ``state_dict`` does not hold."""
+        """Return the settings as text; ``state_dict`` does not hold them."""
         names = (
             "weights",
             "inference",
@@ -159,7 +159,7 @@ class BayesianMixturePrior(LearntPrior):
     _free_centers: bool  # whether the centers are parameters of their own
 
     def _gradient_parameters(self) -> Iterable[nn.Parameter]:
-        """What still follows a gradient where the rest has a closed form."""
+        """Return the parameters that follow a gradient even with ``inference="closed-form"``."""
         raise NotImplementedError
 
     def _mixture_parameters(self, centers: Tensor, scale: Tensor | None) -> MixtureParameters:
@@ -171,15 +171,15 @@ class BayesianMixturePrior(LearntPrior):
     # --- the empirical-Bayes step ---
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Negative empirical-Bayes objective, a scalar in nats per point.
+        """Return the negative empirical-Bayes objective, a scalar in nats per point.
 
         -(1/n) [ sum_i sum_j q_ij l_ij
                  + log p(pi) + log p(alpha) + sum log p(mu) + sum log p(Lambda) ]
 
         with n = B for the data term; the parameter priors weigh 1 / ``data_size`` (1/B for None).
         See :mod:`vmm_fast.inference.map_objective` for the densities. ``map_prior="none"`` leaves
-        all of them out, ``"fixed"`` that of alpha. Gradients reach the prior's parameters, ``z``
-        and the encoder; :meth:`update` uses the first alone.
+        out all parameter priors, ``"fixed"`` that of alpha. Gradients reach the prior's parameters,
+        ``z`` and the encoder; :meth:`update` uses those of the parameters alone.
         """
         parameters = self._mixture_parameters(*self._centers(encoder, differentiable=True))
         return empirical_bayes.map_loss(parameters, z, self._objective)
@@ -217,7 +217,7 @@ class BayesianMixturePrior(LearntPrior):
         ------
         FloatingPointError
             If the loss or a gradient is not finite; the prior has not changed then. The closed form
-            on GPUs, which waits for nothing, leaves the prior as it is without a word.
+            on GPUs does not wait for the device: it leaves the prior unchanged without an error.
         """
         z = self._latents(q_or_z)
         if self.joint:
@@ -254,7 +254,7 @@ class BayesianMixturePrior(LearntPrior):
         self.register_buffer("running_steps", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> BayesianMixturePrior:
-        """Move, and cast all but the running sums: compiled code takes them for float64."""
+        """Move and cast as a module does, but keep running sums in float64 for compiled code."""
         before = [(k, v) for k, v in self.named_buffers(recurse=False) if v.is_floating_point()]
         super()._apply(fn, recurse)
         for name, old in before:
@@ -277,16 +277,16 @@ class BayesianMixturePrior(LearntPrior):
         max_iterations: int = 100,
         tolerance: float = 1e-6,
     ) -> list[float]:
-        """Exact closed-form EM over a whole data set; pseudo-inputs and network stand still.
+        """Run exact closed-form EM over a whole data set and return the objective's history.
 
-        Each iteration is a pass over the points for the responsibilities' statistics and the
-        objective, and one exact M-step with every parameter prior at its full-data weight (n is the
-        number of points).
+        Pseudo-inputs and network do not change. Each iteration is a pass over the points for the
+        statistics and the objective, and one exact M-step in which the parameter priors have their
+        full-data weight (n is the number of points).
 
         Parameters
         ----------
         z : Tensor [N, D] or iterable of Tensor [B, D]
-            Points; an iterable is gone through once an iteration and must be repeatable.
+            Points; an iterable is read once in each iteration and must be repeatable.
         encoder : callable
         max_iterations : int
         tolerance : float
@@ -295,14 +295,14 @@ class BayesianMixturePrior(LearntPrior):
         Returns
         -------
         list of float
-            What EM raises, before each iteration, in nats per point: the mean log-sum-exp of the
-            expected log-joint plus the parameters' log-priors divided by the number of points. It
-            never falls with Dirichlet weights of a fixed concentration.
+            The objective before each iteration, in nats per point: the mean log-sum-exp of the
+            expected log-joint, plus the parameters' log-priors divided by the number of points.
+            With Dirichlet weights of a fixed concentration it never falls.
 
         Raises
         ------
         ValueError
-            If there are no points, or an iterable can be gone through only once.
+            If there are no points, or an iterable can be read only once.
         """
         batches = (z,) if isinstance(z, Tensor) else z
         if iter(batches) is batches:
@@ -338,9 +338,9 @@ class BayesianMixturePrior(LearntPrior):
 
 
 def _unshared(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Copy what lies in the memory of a parameter, as an encoder's view of pseudo-inputs does.
+    """Return a copy of a tensor that shares memory with a parameter, else the tensor itself.
 
-    The private Adam is about to move these; what else the encoder gives stays as it is.
+    The private Adam is about to move the parameters, and an encoder may return views of them.
     """
     memory = x.untyped_storage().data_ptr()
     shared = any(memory == p.untyped_storage().data_ptr() for p in parameters)

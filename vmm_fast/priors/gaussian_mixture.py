@@ -68,7 +68,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
                 f"centers must be finite and of shape {[num_components, latent_dim]}, "
                 f"but has shape {list(centers.shape)}"
             )
-        # Compiled code writes them in place, row by row.
+        # Contiguous, since compiled code writes the centers in place.
         self.centers = nn.Parameter(centers.detach().clone(memory_format=torch.contiguous_format))
         super().__init__(
             num_components,

@@ -16,16 +16,19 @@ __all__ = ["PseudoInputsPrior"]
 
 
 class PseudoInputsPrior(LearntPrior):
-    """J learnt inputs whose posteriors are the components' centers.
+    """A prior whose centers are the posteriors of J learnt inputs.
 
-    ``pseudo_inputs`` is a Parameter [J, ...] or a module whose call gives what the encoder takes.
+    ``pseudo_inputs`` is a Parameter [J, ...], or a module whose call returns the encoder's input.
     """
 
     pseudo_inputs: nn.Parameter | nn.Module
     _num_pseudo_inputs: int
 
     def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
-        """Register them (a tensor is copied); returns J and the dtype of the prior's parameters."""
+        """Register the pseudo-inputs; return J and the dtype for the prior's parameters.
+
+        A tensor is copied.
+        """
         if isinstance(pseudo_inputs, nn.Module):
             self.pseudo_inputs = pseudo_inputs
             with torch.no_grad():
@@ -79,7 +82,7 @@ class PseudoInputsPrior(LearntPrior):
         return mean, scale
 
     def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
-        """Posteriors of a batch, and what :meth:`kl` takes in place of ``encoder`` in this step.
+        """Return a batch's posteriors, and an encoder for :meth:`kl` in the same training step.
 
         See :meth:`vmm_fast.priors.Prior.encode`.
         """
@@ -97,7 +100,7 @@ class PseudoInputsPrior(LearntPrior):
 
 
 class _Encoded:
-    """Takes the encoder's place where the pseudo-inputs have been encoded already."""
+    """An encoder that returns the posteriors of pseudo-inputs which have been encoded already."""
 
     def __init__(self, posterior: Distribution):
         self.posterior = posterior
@@ -108,13 +111,13 @@ class _Encoded:
 
 @torch.no_grad()
 def _without_gradient(module: nn.Module) -> Any:
-    """Its output where nothing has a gradient, not a parameter either that it gives as it is."""
+    """Return a module's output without gradients, even if the output is one of its parameters."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     return functional_call(module, parameters, ())
 
 
 def _split(q: Distribution, count: int) -> tuple[Distribution, Distribution]:
-    """Divide a Gaussian [B, D] into its first ``count`` rows and the rest."""
+    """Return a Gaussian's first ``count`` rows and its other rows as two Gaussians."""
     mean, scale = gaussian_parameters(q)
     sizes = [count, len(mean) - count]
     first, rest = zip(mean.split(sizes), scale.split(sizes), strict=True)
@@ -122,7 +125,7 @@ def _split(q: Distribution, count: int) -> tuple[Distribution, Distribution]:
 
 
 def _gaussian(mean: Tensor, scale: Tensor) -> Distribution:
-    """Invert :func:`gaussian_parameters`."""
+    """Return the Gaussian with this mean and scale: the inverse of :func:`gaussian_parameters`."""
     if scale.ndim == 3:
         return MultivariateNormal(mean, scale_tril=scale, validate_args=False)
     return Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)

@@ -39,18 +39,18 @@ class StandardNormalPrior(Prior):
         self.latent_dim = check_integer("latent_dim", latent_dim)
         self.num_components = 1
         self._zero: Tensor
-        # Follows the module's moves, so that components() has its device and dtype.
+        # A buffer moves with the module, so that components() has its device and dtype.
         self.register_buffer("_zero", torch.zeros(1, latent_dim), persistent=False)
 
     def components(self, encoder: Encoder | None = None) -> Components:
-        """Give N(0, I) as a mixture of one."""
+        """Return N(0, I) as a mixture of one component."""
         eye = torch.eye(self.latent_dim, dtype=self._zero.dtype, device=self._zero.device)
         return Components(self._zero, self._zero[:, 0], eye[None])
 
     def kl(
         self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
     ) -> Tensor:
-        """KL(q || N(0, I)) [B] in nats, exact unless ``z`` is given.
+        """Return KL(q || N(0, I)) [B] in nats, exact unless ``z`` is given.
 
         -H(q) + D/2 log 2 pi + 1/2 (|m|^2 + tr S); for a given z, |z|^2 in place of |m|^2 + tr S.
         """
@@ -63,5 +63,5 @@ class StandardNormalPrior(Prior):
         return check_kl(0.5 * (square + constant) - gaussian_entropy(q))
 
     def extra_repr(self) -> str:
-        """Name the settings."""
+        """Return the settings as text."""
         return str(self.latent_dim)

@@ -20,9 +20,9 @@ __all__ = ["VampPrior"]
 class VampPrior(PseudoInputsPrior):
     """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
 
-    Its density is VMMPrior's for one component without spread of its own (Lambda^-1 = 0). So that
-    it can be compared as a clustering, each pseudo-input counts as a component here (C = K), and
-    the log-joint is exact: log 1/K + log N(z; m_k, S_k).
+    Its density is that of a VMMPrior with one component and Lambda^-1 = 0. To compare it as a
+    clustering, each pseudo-input counts as a component here (C = K), and the log-joint is exact:
+    log 1/K + log N(z; m_k, S_k).
 
     Parameters
     ----------
@@ -79,13 +79,13 @@ class VampPrior(PseudoInputsPrior):
         return loss.detach(), gradients, None
 
     def map_loss(self, z: Tensor, encoder: Encoder | None = None) -> Tensor:
-        """Give -1/B sum_i log p(z_i), a scalar in nats per point."""
+        """Return -1/B sum_i log p(z_i), a scalar in nats per point."""
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
         return self._map_loss(*self._centers(encoder, differentiable=True), z)
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Move the pseudo-inputs an Adam step down :meth:`map_loss`; not with ``joint=True``."""
+        """Take one Adam step on :meth:`map_loss` with the pseudo-inputs; none if ``joint=True``."""
         z = self._latents(q_or_z)
         if self._adam is None:
             return
@@ -93,7 +93,7 @@ class VampPrior(PseudoInputsPrior):
         self._adam.descend(step.loss, step.gradients)
 
     def extra_repr(self) -> str:
-        """Name the settings."""
+        """Return the settings as text."""
         return (
             f"{self.num_components}, {self.latent_dim}, learning_rate={self.learning_rate}, "
             f"joint={self.joint}"

@@ -19,8 +19,8 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         p(z) = sum_c pi_c 1/K sum_k N(z; m_ck, Lambda_c^-1 + S_ck),   N(m_ck, S_ck) = encoder(u_ck)
 
     Train the network on ``reconstruction + prior.kl(q, encoder)``, which gives the prior's own
-    parameters no gradient, and after each optimizer step call ``prior.update(q, encoder)``: the
-    empirical-Bayes step with a private Adam, which leaves the network alone.
+    parameters no gradient. After each optimizer step call ``prior.update(q, encoder)``, which takes
+    the empirical-Bayes step with a private Adam and does not change the network.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         Let :meth:`kl` train the prior's parameters together with the network; then :meth:`update`
         does nothing and the parameter priors play no part.
     map_prior : {"none", "fixed", "learnt"}
-        Maximum likelihood; maximum a posteriori with a fixed concentration; with a learnt one.
+        Maximum likelihood, or maximum a posteriori with a fixed or with a learnt concentration.
     concentration : float
         Initial gamma, the inverse of the authors' alpha.
     discount : float
