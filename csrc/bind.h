@@ -1,6 +1,5 @@
-// What the bindings share. Tensors come as addresses, which Python has checked before it takes
-// them, so that building needs neither torch nor numpy; an address of 0 is an argument that is
-// None.
+// Functions that the bindings share. Tensors come as addresses, which Python takes after checking
+// the tensors, so that building needs neither torch nor numpy; an address of 0 stands for None.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The arguments of a posterior of stick-breaking weights, the same for the CPU and for GPUs.
+// The binding of the posterior of stick-breaking weights, with the same arguments for CPU and GPUs.
 #pragma once
 
 #include <pybind11/pybind11.h>

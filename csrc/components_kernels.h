@@ -1,5 +1,5 @@
-// The interface between csrc/components.cpp and the kernels, which are one source
-// (components_kernels.cpp) compiled once per instruction set.
+// The interface between csrc/components.cpp and the kernels, whose source (components_kernels.cpp)
+// is compiled once per instruction set.
 //
 // A call takes up to `lanes` consecutive centers, which lie in SIMD lanes.
 #pragma once

@@ -1,5 +1,5 @@
-// The interface between csrc/counts.cpp and the kernels, which are one source (count_kernels.cpp)
-// compiled once per instruction set. A call takes one cell.
+// The interface between csrc/counts.cpp and the kernels, whose source (count_kernels.cpp) is
+// compiled once per instruction set. A call computes one cell.
 #pragma once
 
 #include <cstdint>

@@ -6,11 +6,11 @@
 //                      + x log mu / (theta + mu)
 //   zero-inflated      log((1 - pi) NB(x) + pi [x = 0]),  pi = sigmoid(l)
 //
-// summed over genes (Grun et al. 2014; Lopez et al. 2018). Zeros cost no log-gamma, nor do whole
+// summed over genes (Grun et al. 2014; Lopez et al. 2018). Zeros need no log-gamma, nor do whole
 // counts up to 8, for which Gamma(x + theta) / (Gamma(theta) x!) is a product; others are computed
-// in double. Means and inverse dispersions below 1e-15 are taken as that, without a gradient; a
-// negative count or a NaN gives NaN. A mean may come as logits a and library sizes n, mu = n
-// softmax(a), of which nothing of size [B, G] is stored. The same input gives the same bits at one
+// in double. Means and inverse dispersions below 1e-15 count as 1e-15, without a gradient; a
+// negative count or a NaN gives NaN. A mean may be given by logits a and library sizes n, mu = n
+// softmax(a); then nothing of size [B, G] is stored. The same input gives the same bits at one
 // thread count.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The interface between csrc/empirical_bayes.cpp and the kernels, which are one source
-// (empirical_bayes_kernels.cpp) compiled once per instruction set.
+// The interface between csrc/empirical_bayes.cpp and the kernels, whose source
+// (empirical_bayes_kernels.cpp) is compiled once per instruction set.
 //
 // A call takes `count` consecutive components from `first` on, at most `lanes`, which lie in SIMD
 // lanes. Formulas are in empirical_bayes.h.

@@ -1,5 +1,5 @@
-// Whether numbers are neither NaN nor infinite, by their bits: a loop over them has no branch and
-// runs in vectors.
+// Tests for numbers that are NaN or infinite, by their bits: a loop of these tests has no branch
+// and compiles to vector instructions.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which instruction set's copy of the kernels runs: they are one source, compiled once per set.
+// The choice of the kernels' copy that runs: their source is compiled once per instruction set.
 #pragma once
 
 namespace vmm {

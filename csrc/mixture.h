@@ -5,8 +5,8 @@
 //
 // z [B, D], centers m [J, D], whitening A [J, D, D] of which the lower triangle is read, offsets c
 // [J]. c_j = -inf prunes component j. Extra memory is O(threads (D + J D^2)) or O(threads B D),
-// whichever is less, and a few MiB of l a thread for statistics; what grows with B x J is stored
-// only where it is what was asked for.
+// whichever is less, and a few MiB of l per thread for statistics; arrays of size B x J are stored
+// only if they are the result.
 //
 // Every function throws std::invalid_argument, naming the argument, for values that are not finite
 // and for a z whose log-density overflows T. The same input gives the same bits at one thread

@@ -1,10 +1,10 @@
-// The interface between csrc/mixture.cpp and the kernels, which are one source
-// (mixture_kernels.cpp) compiled once per instruction set.
+// The interface between csrc/mixture.cpp and the kernels, whose source (mixture_kernels.cpp) is
+// compiled once per instruction set.
 //
-// Samples travel in chunks of `chunk` that lie in SIMD lanes: a chunk of z is [D][chunk], a value
-// per sample is [chunk]. A last, partial chunk is filled up with copies of its last sample. A tile
-// is a few chunks, one after the other, with `count` samples in all: components are the outer loop
-// over a tile, so that what belongs to a component stays near.
+// Samples are processed in chunks of `chunk`, one per SIMD lane: a chunk of z is [D][chunk], a
+// value per sample is [chunk]. A last, partial chunk is filled up with copies of its last sample. A
+// tile is a few consecutive chunks with `count` samples in all. Components are the outer loop over
+// a tile, so that a component's numbers stay in the cache.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// Vectors of one instruction set and the few functions that the kernels need on them. For files
+// Vectors of one instruction set and the few functions on them that the kernels need. For files
 // that the build compiles once per set, with VMM_VECTOR_BYTES the width of its registers.
 //
 // Everything lives in an unnamed namespace and no standard template is instantiated: the linker
-// must never pick one instruction set's copy of a shared inline function for another's.
+// must never replace one instruction set's copy of a shared inline function by another's.
 #pragma once
 
 #include <cstdint>

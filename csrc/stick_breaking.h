@@ -17,9 +17,9 @@
 // for Dirichlet process mixtures (posterior, conjugate gamma); Kurihara, Welling & Teh (2007),
 // Collapsed variational Dirichlet process mixture models (components ordered by size).
 //
-// Only differences psi(x + h) - psi(x) occur, and they are computed as such: subtracting two
-// digammas would leave no digit of E[log(1 - v)] ~ -a/b once b is large. Everything is double, in
-// nats.
+// Only differences psi(x + h) - psi(x) occur, and they are computed directly: subtracting two
+// digammas would leave no correct digit of E[log(1 - v)] ~ -a/b if b is large. Everything is in
+// double and in nats.
 #pragma once
 
 #include <cmath>

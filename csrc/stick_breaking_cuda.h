@@ -1,6 +1,6 @@
-// The posterior of stick_breaking.h on NVIDIA GPUs, in one launch of one thread block, which makes
-// sorting, sums and Newton's iterations one piece without a word to the host between them. One
-// block is a small part of a GPU, so vmm_fast leaves more than 100,000 components to the CPU.
+// The posterior of stick_breaking.h on NVIDIA GPUs. One launch of one thread block does sorting,
+// sums and Newton's iterations without waiting for the host in between. One block is a small part
+// of a GPU, so vmm_fast leaves more than 100,000 components to the CPU.
 #pragma once
 
 #include "stick_breaking.h"

@@ -1,7 +1,7 @@
-// The loops of stick_breaking.h, written for a team whose members work in step. One member alone is
-// the CPU's way, where they are plain loops over components; the threads of a CUDA block are the
-// GPU's, in one launch. So the GPU's algorithm is tested wherever the core is built, by emulated
-// members, and only what a Team is differs:
+// The loops of stick_breaking.h, written for a team of members that work in step. On the CPU a team
+// has one member, and these are plain loops over components; on a GPU the members are the threads
+// of a CUDA block, in one launch. The GPU's algorithm is tested wherever the core is built, with
+// emulated members. Only the type Team differs:
 //   size()      the number of members
 //   each(body)  calls body(rank) for all ranks, in any order, and returns when all are done: no
 //               member may read what another one writes within the same call
@@ -9,7 +9,7 @@
 // Between two calls of each(), all members run the same code on the same values.
 //
 // The same input gives the same bits on every run with a team of the same size: there are no
-// atomics, and what is combined with what depends on indices and ranks alone.
+// atomics, and the order in which values are combined depends on indices and ranks alone.
 #pragma once
 
 #include <cstddef>

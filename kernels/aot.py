@@ -1,10 +1,10 @@
-"""Compiles every kernel ahead of time, for GPUs that need not be there, and bounds what it takes.
+"""Compile every kernel ahead of time, without a GPU, and check the resources that it uses.
 
-``python -m vmm_fast.kernels.aot`` prints for every kernel and target the configuration that takes
-most, and each that breaks a bound: registers a thread, bytes spilled to memory, shared memory, and
-whether matrix instructions are used. It exits 0 only when every bound holds. The configurations are
-those that the launching functions choose, for dimensions of every tile size: they are called with
-the launch itself replaced by taking notes.
+``python -m vmm_fast.kernels.aot`` prints for every kernel and target the configuration that uses
+most, and each that breaks a bound: registers per thread, bytes spilled to memory, shared memory,
+and whether matrix instructions are used. It exits 0 only when every bound holds. Configurations are
+those that the launching functions choose, for dimensions of every tile size: the functions are
+called while launches are recorded instead of executed.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Target(NamedTuple):
     backend: str
     arch: int | str
     warp_size: int
-    shared_memory: int  # bytes that a program may have
-    registers: int  # that a thread may have
+    shared_memory: int  # most bytes of a program
+    registers: int  # most registers of a thread
 
     @property
     def capability(self) -> int:
-        """As :func:`vmm_fast.kernels.launch.capability`."""
+        """Major compute capability, as :func:`vmm_fast.kernels.launch.capability` returns it."""
         return self.arch // 10 if isinstance(self.arch, int) else 0
 
 
@@ -66,7 +66,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 512),
 }
 
-# Of every tile size; where registers are short one that fills its tile and one that does not.
+# Dimensions of every tile size; where registers are short, one that fills its tile and one not.
 DIMS = (10, 31, 32, 50, 100)
 DTYPES = ("float32", "float64")
 _TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
@@ -81,7 +81,7 @@ _PAIR_KERNELS = (
 
 
 class Launch(NamedTuple):
-    """One compilation: a kernel, the types of its arguments, and the constants."""
+    """One compilation: a kernel with its argument types, constants and options."""
 
     kernel: str
     signature: tuple[tuple[str, Any], ...]  # the type of an argument, or a tuple's types
@@ -90,7 +90,7 @@ class Launch(NamedTuple):
 
     @property
     def configuration(self) -> str:
-        """The constants in words."""
+        """The dtype, constants and options as text."""
         _, first = self.signature[0]
         first = first if isinstance(first, str) else first[0]
         dtype = {"*fp32": "float32", "*fp64": "float64"}[first]
@@ -104,7 +104,7 @@ class Launch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a compilation came to."""
+    """The resources that a compiled kernel uses on a target."""
 
     kernel: str
     configuration: str
@@ -116,7 +116,7 @@ class Row(NamedTuple):
     atomics: bool
 
     def faults(self) -> list[str]:
-        """Give the bounds that do not hold."""
+        """Return a description of each bound that does not hold."""
         target = TARGETS[self.target]
         found = []
         if self.registers > target.registers:
@@ -145,7 +145,7 @@ _KERNELS: dict[str, JITFunction] = {
 
 
 def _type(value: Any) -> Any:
-    """Triton's name of a value's type, or of those in a tuple."""
+    """Return Triton's name of a value's type, or a tuple of names for a tuple."""
     if isinstance(value, tuple):
         types = map(_type, value)
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -157,7 +157,7 @@ def _type(value: Any) -> Any:
 
 
 def _leaves(name: str, place: tuple[int, ...], value: Any) -> Iterator[tuple[str, tuple, Any]]:
-    """Give what is in an argument, or in the tuples that it is, with name and place of each."""
+    """Yield name, place and value of an argument, or of every item in nested tuples."""
     if not isinstance(value, tuple):
         yield name, place, value
         return
@@ -168,7 +168,7 @@ def _leaves(name: str, place: tuple[int, ...], value: Any) -> Iterator[tuple[str
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Take notes of launches instead of launching."""
+    """Record launches inside a ``with`` block, in the list that it yields, without launching."""
     launches: list[Launch] = []
 
     def take_note(kernel: JITFunction, *arguments: Any, **named: Any) -> None:
@@ -199,7 +199,7 @@ def recorded() -> Iterator[list[Launch]]:
 def launches(
     target: Target, dims: Iterable[int] = DIMS, dtypes: Iterable[str] = DTYPES
 ) -> list[Launch]:
-    """Every compilation that the launching functions ask for on a kind of GPU."""
+    """Return every compilation that the launching functions request on a kind of GPU."""
     with (
         recorded() as found,
         mock.patch.object(launch, "BACKEND", target.backend),
@@ -255,7 +255,7 @@ def _launch_on_components(dtype: torch.dtype, dim: int) -> None:
         for expected in (False, True):
             inputs = (log_weights, precision_cholesky, scale)
             components.whitened_components(*inputs, count, expected)
-            for wanted in ((True, True, True), (False, False, True)):  # a step of either kind
+            for wanted in ((True, True, True), (False, False, True)):  # joint, or the scale alone
                 components.whitened_components_backward(
                     full, log_weights, *inputs, full, expected, wanted
                 )
@@ -278,7 +278,7 @@ def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:
     ]
     for scale in (None, diagonal, full):
         for map_prior, weights, discount in kinds:
-            # The rules of the gradient alternate; they differ in the sums alone.
+            # The two gradient rules alternate here, since they differ in the sums alone.
             objective = Objective(map_prior, weights, discount, map_prior == "learnt", count)
             parameters = (diagonal, scale, full, empty(number), empty(1))
             empirical_bayes.map_gradients(
@@ -314,7 +314,7 @@ def _launch_on_counts(dtype: torch.dtype) -> None:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     each, of_genes, of_both = empty(256), empty(1000), empty(256, 1000)
-    # Of either form of the inverse dispersion.
+    # With both shapes of the inverse dispersion.
     for theta, logits in ((None, None), (of_both, None), (of_genes, of_both)):
         model = (of_both, of_both, theta, logits)
         counts.log_prob(*model)
@@ -324,7 +324,7 @@ def _launch_on_counts(dtype: torch.dtype) -> None:
 
 
 def compiled(note: Launch, target_name: str) -> Row:
-    """Compile for a target and read out what it came to."""
+    """Compile a kernel for a target and return the resources that it uses."""
     target = TARGETS[target_name]
     kernel = _KERNELS[note.kernel]
     aligned = {
@@ -365,7 +365,7 @@ def compiled(note: Launch, target_name: str) -> Row:
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack and local memory, which only spills use."""
+    """Return registers per thread, and bytes of stack and local memory, which only spills use."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -383,14 +383,14 @@ def _metadata(assembly: str, name: str) -> int:
 
 
 def rows(target_names: list[str], dims: list[int], dtypes: list[str]) -> list[Row]:
-    """Compile everything, on all cores."""
+    """Compile everything, on all cores, and return a row for each compilation."""
     jobs = [(note, name) for name in target_names for note in launches(TARGETS[name], dims, dtypes)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
 
 
 def cuda_rows(target_names: list[str]) -> list[Row]:
-    """The CUDA kernels of ``csrc/``; none where there is no nvcc."""
+    """Return the rows of the CUDA kernels in ``csrc/``; none without nvcc."""
     return [
         Row(
             row.kernel,
@@ -408,7 +408,7 @@ def cuda_rows(target_names: list[str]) -> list[Row]:
 
 
 def worst(found: list[Row]) -> list[Row]:
-    """Give the row that takes most of each kernel and target, and all that break a bound."""
+    """Return each kernel's and target's most demanding row, and all rows that break a bound."""
     most: dict[tuple[str, str], Row] = {}
     for row in sorted(found, key=lambda r: (r.spilled_bytes, r.registers, r.shared_memory)):
         most[row.kernel, row.target] = row
@@ -416,7 +416,7 @@ def worst(found: list[Row]) -> list[Row]:
 
 
 def table(found: list[Row]) -> str:
-    """One line a row."""
+    """Return a text table with one line for each row."""
     head = (
         "kernel",
         "configuration",
@@ -448,7 +448,7 @@ def table(found: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 when every bound holds, else 1."""
+    """Print the table; return 0 if every bound holds, else 1."""
     parser = argparse.ArgumentParser(prog="python -m vmm_fast.kernels.aot", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dim", nargs="+", type=int, default=list(DIMS), help="dimensions D")

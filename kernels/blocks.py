@@ -1,11 +1,11 @@
-"""What the kernels share: tiles of points, components, l, and the online softmax.
+"""Functions that the kernels share: tiles of points, components, the log-joint, online softmax.
 
-Points lie in rows of a tile [BLOCK_B, P], P the dimension D rounded up to a power of two of at
-least 16 (what a matrix instruction takes), filled up with zeros. A component's matrix W [P, P]
-whitens from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
-one. All of it comes as one tuple, :class:`Pairs`. Beyond Q = 32 columns all is done in blocks, for
-larger tiles would not stay in registers, and blocks of W that are zero are left out. DTYPE is that
-of all arithmetic; what is loaded is cast to it at once.
+Points lie in rows of a tile [BLOCK_B, P], filled up with zeros; P is the dimension D rounded up to
+a power of two of at least 16, the least of matrix instructions. A component's matrix W [P, P]
+multiplies from the right, y = d W, so that both forms of :func:`vmm_fast.ops.mixture_log_prob` are
+one. Points and mixture come as one tuple, :class:`Pairs`. More than Q = 32 columns are processed in
+blocks, since larger tiles would not stay in registers; blocks of W that are zero are left out. All
+arithmetic is in DTYPE, to which values are cast when they are loaded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-BLOCK = 256  # components that a loop over all of them takes at a time
+BLOCK = 256  # components per iteration of a loop over all of them
 
 
 class Pairs(NamedTuple):
-    """Points and a whitened mixture, and the tiles in which a kernel takes pairs of them."""
+    """Points and a whitened mixture, with the constants of kernels that compute on their pairs."""
 
     z: Any  # [B, D]
     centers: Any  # [J, D]
@@ -34,19 +34,19 @@ class Pairs(NamedTuple):
 
 @triton.constexpr_function
 def padded(D):
-    """P."""
+    """Return P, the dimension rounded up to a power of two of at least 16."""
     return max(16, triton.next_power_of_2(D))
 
 
 @triton.constexpr_function
 def chunk(D):
-    """Q."""
+    """Return Q, the number of columns of a block: P, but at most 32."""
     return min(padded(D), 32)
 
 
 @triton.constexpr_function
 def lowest(DTYPE):
-    """Where l counts as -inf, so that differences and sums of it stay finite."""
+    """Return the lower bound of l, which stands for -inf: differences and sums stay finite."""
     return -1e290 if tl.float64 == DTYPE else -1e30
 
 
@@ -54,7 +54,7 @@ def lowest(DTYPE):
 def load_points(
     pointer, rows, count, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """COLUMNS columns from ``first`` on of rows of [count, D]; what lies beyond is zero."""
+    """Return COLUMNS columns from ``first`` on of rows of [count, D], zeros outside it."""
     columns = first + tl.arange(0, COLUMNS)[None, :]
     mask = (rows[:, None] < count) & (columns < D)
     addresses = pointer + rows[:, None].to(tl.int64) * D + columns
@@ -63,7 +63,7 @@ def load_points(
 
 @triton.jit
 def load_center(centers, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """COLUMNS elements from ``first`` on of m_j."""
+    """Return COLUMNS elements of the center m_j from ``first`` on."""
     columns = first + tl.arange(0, COLUMNS)
     addresses = centers + tl.cast(j, tl.int64) * D + columns
     return tl.load(addresses, mask=columns < D, other=0.0).to(DTYPE)
@@ -71,7 +71,7 @@ def load_center(centers, j, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE
 
 @triton.jit
 def load_whitening(pairs, j, row, column, ROWS: tl.constexpr):
-    """The block [ROWS, Q] of W at ``row``, ``column``; W = A_j for ``TRANSPOSE``, else A_j^T."""
+    """Return the block [ROWS, Q] of W at ``row``, ``column``; W = A_j if TRANSPOSE, else A_j^T."""
     D: tl.constexpr = pairs.D
     row = row + tl.arange(0, ROWS)[:, None]
     column = column + tl.arange(0, chunk(D))[None, :]
@@ -84,15 +84,15 @@ def load_whitening(pairs, j, row, column, ROWS: tl.constexpr):
 
 @triton.constexpr_function
 def in_units(DTYPE):
-    """Return whether sums of squares are taken in units, as gradients in float32 are."""
+    """Return whether sums of squares are scaled by :func:`load_unit`, as needed in float32."""
     return tl.float32 == DTYPE
 
 
 @triton.jit
 def load_unit(pairs, j):
-    """A power of two by which d, if float32, becomes an ordinary number.
+    """Return a power of two that scales float32 differences d to ordinary magnitudes.
 
-    It is that of the largest element of A_j's diagonal. Where this is far from 1, squares of d
+    It is that of the largest element of A_j's diagonal. If this is far from 1, squares of d would
     overflow or vanish.
     """
     D: tl.constexpr = pairs.D
@@ -106,7 +106,7 @@ def load_unit(pairs, j):
 
 @triton.jit
 def whiten(pairs, points, rows, count, j, column):
-    """Q columns of y = (z - m_j) W, from ``column`` on; ``points`` are the first Q of z's."""
+    """Return Q columns of y = (z - m_j) W from ``column`` on; ``points`` are z's first Q."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     Q: tl.constexpr = chunk(D)
@@ -128,7 +128,7 @@ def whiten(pairs, points, rows, count, j, column):
 
 @triton.jit
 def log_joint(pairs, points, rows, count, j):
-    """l [BLOCK_B] of component j; -inf is cut off, NaN is not."""
+    """Return l [BLOCK_B] of component j, at least :func:`lowest`; a NaN stays."""
     squares = tl.zeros([pairs.BLOCK_B], pairs.DTYPE)
     for column in range(0, pairs.D, chunk(pairs.D)):
         y = whiten(pairs, points, rows, count, j, column)
@@ -139,7 +139,7 @@ def log_joint(pairs, points, rows, count, j):
 
 @triton.jit
 def kahan(total, excess, x):
-    """total + x, and what that has in excess of the exact sum (Kahan 1965)."""
+    """Return total + x and its excess over the exact sum (Kahan 1965)."""
     y = x - excess
     new = total + y
     return new, (new - total) - y
@@ -147,17 +147,18 @@ def kahan(total, excess, x):
 
 @triton.jit
 def empty_softmax(BLOCK_B: tl.constexpr, DTYPE: tl.constexpr):
-    """Max, sum and weighted sum of no l at all, with the excess of the sums."""
+    """Return the online softmax before the first l: max, sum and weighted sum, with excesses."""
     zero = tl.zeros([BLOCK_B], DTYPE)
     return tl.full([BLOCK_B], lowest(DTYPE), DTYPE), zero, zero, zero, zero
 
 
 @triton.jit
 def add_online(softmax, l):
-    """Take one more l into (max, sum of exp(l - max), sum of exp(l - max) (l - max)).
+    """Return the online softmax with one more l.
 
-    Milakov & Gimelshein (2018), arXiv 1805.02867. The difference of log-sum-exp and expectation,
-    the entropy, is had without cancellation.
+    It holds max, the sum of exp(l - max) and that of exp(l - max) (l - max). (Milakov & Gimelshein
+    2018, arXiv 1805.02867.) The entropy, the difference of log-sum-exp and expectation, follows
+    from these without cancellation.
     """
     top, total, total_excess, weighted, weighted_excess = softmax
     new = tl.maximum(top, l, propagate_nan=tl.PropagateNan.ALL)
@@ -184,7 +185,7 @@ def store_partial(partial, split, rows, count, softmax):
 
 @triton.jit
 def load_softmax(softmax, rows, count):
-    """Maximum, log-sum and gap of the points, as ``log_prob`` has left them in [3, B]."""
+    """Return max, log-sum and gap of the points from ``log_prob``'s softmax [3, B]."""
     mask = rows < count
     top = tl.load(softmax + rows, mask=mask, other=0.0)
     log_sum = tl.load(softmax + count + rows, mask=mask, other=0.0)
@@ -193,7 +194,7 @@ def load_softmax(softmax, rows, count):
 
 @triton.jit
 def merge_softmax(partial, rows, count, splits, MOST_SPLITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Online softmax (max, sum, weighted sum) of the points from its splits [splits, 3, B]."""
+    """Return the online softmax (max, sum, weighted sum) merged from splits [splits, 3, B]."""
     split = tl.arange(0, MOST_SPLITS)[:, None]
     mask = (split < splits) & (rows < count)[None, :]
     part = partial + split.to(tl.int64) * 3 * count + rows[None, :]
@@ -203,13 +204,13 @@ def merge_softmax(partial, rows, count, splits, MOST_SPLITS: tl.constexpr, DTYPE
     top = tl.max(tops, 0)
     gap = tops - top[None, :]
     factor = tl.exp(gap)
-    # A maximum may drop a NaN, a sum keeps it.
+    # The maximum may drop a NaN, but the sums keep it.
     return top, tl.sum(totals * factor, 0), tl.sum((weighteds + totals * gap) * factor, 0)
 
 
 @triton.jit
 def pair_weights(l, softmax, rows, count, upstream, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):
-    """w = q (g + h (1 + l - expected)) with q = exp(l - lse), 0 beyond the last point.
+    """Return w = q (g + h (1 + l - expected)), q = exp(l - lse), and 0 beyond the last point.
 
     ``WEIGHTS`` says what the upstream gradients are: "lse" for g = 1 and h = 0, "expected" for
     g = 0 and h = 1, "kl" for g = -``grad_lse`` and h = 0, "given lse" for h = 0, or "given both".
@@ -229,7 +230,7 @@ def pair_weights(l, softmax, rows, count, upstream, WEIGHTS: tl.constexpr, DTYPE
             slope = 1.0 + below - gap
             factor += tl.load(grad_expected + rows, mask=mask, other=0.0).to(DTYPE) * slope
         weight *= factor
-    # What is cut off is -inf, however low all others are.
+    # An l at the lower bound stands for -inf, even if all others are as low.
     return tl.where(mask & ((l > lowest(DTYPE)) | (l != l)), weight, 0.0)
 
 
@@ -238,7 +239,7 @@ def pair_weights(l, softmax, rows, count, upstream, WEIGHTS: tl.constexpr, DTYPE
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), the identity above 20: log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
+    """Return log(1 + e^x), and x above 20; log(u) / (u - 1) cancels the rounding of u = 1 + e^x."""
     e = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + e
     rounded = u - 1.0
@@ -249,7 +250,7 @@ def softplus(x):
 
 @triton.jit
 def log_normaliser(logits, count, BLOCK: tl.constexpr):
-    """Log of the sum of the exponentials of [count] logits, float64."""
+    """Return the log of the sum of the exponentials of [count] logits, float64."""
     index = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float64)
     for begin in range(0, count, BLOCK):
@@ -265,5 +266,5 @@ def log_normaliser(logits, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def log_pivot(x):
-    """log(x) of a diagonal element of A; NaN where A is singular or not finite."""
+    """Return log(x) of a diagonal element of A; NaN if A is singular or not finite."""
     return tl.where((x > 0.0) & (x < float("inf")), tl.log(x), x * float("nan"))

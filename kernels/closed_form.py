@@ -3,22 +3,22 @@
 The step is that of :mod:`vmm_fast.inference.closed_form`, where formulas and sources are. The
 launches
 
-1. build the expected log-joint (:mod:`vmm_fast.kernels.empirical_bayes`) and copy what is needed
-   of the running sums' N;
-2. take the online softmax of every point;
+1. build the expected log-joint (:mod:`vmm_fast.kernels.empirical_bayes`) and copy the running N
+   for the last launch;
+2. compute the online softmax of every point;
 3. sum over the points, split by split;
-4. add up the splits, blend them into the running sums and maximise: one program a component has its
-   sums, its precision and, where it is free, its center; one more has all weights and the
-   concentration.
+4. add up the splits, blend them into the running sums and maximise: one program per component
+   computes its sums, its precision and its center if that is free; one more computes all weights
+   and the concentration.
 
 Programs of one launch run at the same time, so that none may read what another writes. In the last
-launch a component's program writes its own running sums, center and precision, which no other
-reads; the last program writes the logits, the concentration and the number of steps, which no other
-reads. What both need, the old N (at the first step made from the logits) and whether this is the
-first step, lies in the copy that the first launch has made.
+launch a component's program writes its own running sums, center and precision, and the last program
+writes the logits, the concentration and the number of steps: no other program reads these. Both
+need the old N (at the first step it follows from the logits) and whether this is the first step;
+they read these from the copy that the first launch has made.
 
-Arithmetic but on pairs is in float64. The same input gives the same bits. Numbers that may change
-from step to step are arguments of the kernels, in float64, so that nothing is compiled again.
+Arithmetic is in float64, except on pairs. The same input gives the same bits. Numbers that may
+change from step to step are arguments of the kernels, in float64, so that nothing is recompiled.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ from vmm_fast.kernels.weight_priors import Parameters, digamma, store_hyper
 
 @triton.jit
 def inverse_softplus(x):
-    """x + log(1 - e^-x): (1 - u) x / -log(u) cancels the rounding of u = e^-x (Kahan's expm1)."""
+    """Return x + log(1 - e^-x).
+
+    (1 - u) x / -log(u) cancels the rounding of u = e^-x, as in Kahan's expm1.
+    """
     bounded = tl.minimum(x, 40.0)  # 1 - e^-40 is 1
     u = tl.exp(-bounded)
     small = u == 1.0
@@ -71,7 +74,10 @@ def inverse_softplus(x):
 
 @triton.jit
 def trigamma(x):
-    """psi'(x) for x > 0: up to 10 by recurrence, from there its series (6.4.12 of the same)."""
+    """Return psi'(x) for x > 0, by its series from 10 on (Abramowitz & Stegun 6.4.12).
+
+    Below 10 by recurrence.
+    """
     shifted = x * 0.0
     for _ in range(10):
         shifted += tl.where(x < 10.0, 1.0 / (x * x), 0.0)
@@ -106,9 +112,9 @@ def online_expected_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One component's L and offsets, and a copy of its running N, or of its logit at first.
+    """Write a component's L and offsets, and copy its running N, or its logit at the first step.
 
-    One more program has the logits' sums and whether this is the first step.
+    One more program writes the sums over logits, and whether this is the first step.
     """
     c = tl.program_id(0)
     first = tl.load(steps) == 0
@@ -128,7 +134,7 @@ def online_expected_kernel(
 
 @triton.jit
 def blended_N(N_parts, before, hyper, j, inside, total, per_component, point_splits, keep, add):
-    """Running N of centers before this step, and after it."""
+    """Return the running N of centers before this step, and after it."""
     N = tl.load(before + j, mask=inside, other=0.0)
     matching = tl.exp(N - tl.load(hyper)) / per_component.to(tl.float64)
     old = tl.where(tl.load(hyper + 6) > 0.0, matching, N)
@@ -141,7 +147,10 @@ def blended_N(N_parts, before, hyper, j, inside, total, per_component, point_spl
 
 @triton.jit
 def maximised_center(L, N, s, m, D: tl.constexpr, MAP: tl.constexpr):
-    """(N Lambda + I)^-1 Lambda (N m + s), or the mean; an empty one stays."""
+    """Return the maximising center (N Lambda + I)^-1 Lambda (N m + s); if not MAP, the mean.
+
+    If not MAP, the center of an empty component stays.
+    """
     total = N * m + s
     if MAP:
         whitened = tl.sum(L * total[:, None], 0)
@@ -165,7 +174,7 @@ def store_maximised_precision(
     MAP: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Write component c's L from its scatter U U^T, L = sqrt(mass) U^-T; or keep the old one."""
+    """Write component c's L = sqrt(mass) U^-T from its scatter U U^T, unless that is singular."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -176,14 +185,13 @@ def store_maximised_precision(
     L = tl.sqrt(mass) * inverse
     on_diagonal = (row == column) & (row < D)
     raw = tl.where(on_diagonal, inverse_softplus(tl.where(on_diagonal, L, 1.0)), L)
-    # What the parameter's dtype cannot hold is no maximiser either.
+    # A value that the parameter's dtype cannot hold also keeps the old precision.
     kept = raw.to(raw_precision.dtype.element_ty).to(tl.float64)
     finite = tl.abs(kept) < float("inf")
     wrong = tl.where((row < D) & (column <= row) & (finite == 0), 1, 0)
     sound = tl.sum(tl.sum(wrong, 1), 0) == 0
     if not MAP:
-        # A pivot that is rounding noise of the points' dtype, of some operations, is no evidence of
-        # a spread.
+        # A pivot as small as the rounding noise of the points' dtype is no evidence of a spread.
         root = diagonal(inverse, D)
         pivots = tl.where(tl.arange(0, P) < D, 1.0 / (root * root), float("inf"))
         largest = tl.max(tl.sum(tl.where(on_diagonal, scatter, 0.0), 0), 0)
@@ -207,7 +215,7 @@ def store_masses(
     add,
     BLOCK: tl.constexpr,
 ):
-    """Write the masses N_c, -1 for pruned components; returns how many are not, and their mass."""
+    """Write the masses N_c, -1 if pruned; return number and mass of components not pruned."""
     index = tl.arange(0, BLOCK)
     kept = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
@@ -234,14 +242,14 @@ def store_masses(
         tl.store(masses + c, tl.where(present, mass, -1.0), mask=inside)
         kept += tl.where(present, 1.0, 0.0)
         total += tl.where(present, mass, 0.0)
-    # The same program is about to read them.
+    # Other threads of this program are about to read the masses.
     tl.debug_barrier()
     return tl.sum(kept, 0), tl.sum(total, 0)
 
 
 @triton.jit
 def concentration_slope(masses, t, kept, total, count, BLOCK: tl.constexpr):
-    """First and second derivative by t = log gamma of what gamma maximises."""
+    """Return the concentration's log-posterior's first and second derivative by t = log gamma."""
     gamma = tl.exp(t)
     a = gamma / kept
     index = tl.arange(0, BLOCK)
@@ -261,11 +269,11 @@ def concentration_slope(masses, t, kept, total, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def maximised_concentration(masses, gamma, kept, total, count, BLOCK: tl.constexpr):
-    """Newton's method in log gamma from ``gamma`` on, safeguarded by bisection."""
+    """Return the maximising gamma, by Newton's method in log gamma, safeguarded by bisection."""
     high = tl.full([], 13.815510557964274, tl.float64)  # log 1e6
     low = -high
     slope, _ = concentration_slope(masses, high, kept, total, count, BLOCK)
-    # Counts more even than any gamma explains give the upper end.
+    # If counts are more even than any gamma explains, the result is the upper end.
     low = tl.where(slope > 0.0, high, low)
     t = tl.minimum(tl.maximum(tl.log(gamma), low), high)
     step = high - low
@@ -274,7 +282,7 @@ def maximised_concentration(masses, gamma, kept, total, count, BLOCK: tl.constex
         low = tl.where(slope > 0.0, t, low)
         high = tl.where(slope > 0.0, high, t)
         newton = -slope / curvature
-        # Newton's step, where it stays inside and falls fast enough; else half of the bracket.
+        # Newton's step if it stays inside and shrinks fast enough, else half of the bracket.
         good = (t + newton > low) & (t + newton < high) & (tl.abs(newton) < 0.5 * tl.abs(step))
         step = tl.where(good, newton, 0.5 * (low + high) - t)
         t += step
@@ -283,7 +291,7 @@ def maximised_concentration(masses, gamma, kept, total, count, BLOCK: tl.constex
 
 @triton.jit
 def positive_excess(masses, excess, count, BLOCK: tl.constexpr):
-    """Sum of N_c + ``excess`` over the components where it is positive, and their number."""
+    """Return the sum of N_c + ``excess`` over components where it is positive, and their number."""
     index = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     alive = tl.zeros([BLOCK], tl.float64)
@@ -307,14 +315,14 @@ def store_weights(
     MAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write log pi; the pruned stay so."""
+    """Write log pi, except for pruned components."""
     excess = tl.full([], 0.0, tl.float64)
     room = tl.full([], 1.0, tl.float64)
     if MAP:
         excess = gamma / kept - 1.0
         shares, alive = positive_excess(masses, excess, count, BLOCK)
         positive, with_mass = positive_excess(masses, excess * 0.0, count, BLOCK)
-        # Fewer points than components: nothing to tell them apart by but their mass.
+        # Fewer points than components: only their masses tell them apart.
         excess = tl.where(alive > 0.0, excess, excess * 0.0)
         total = tl.where(alive > 0.0, shares, positive)
         alive = tl.where(alive > 0.0, alive, with_mass)
@@ -378,14 +386,14 @@ def maximise_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One component's running sums and maximisers; or all weights and the concentration."""
+    """Write one component's running sums and maximisers; or all weights and the concentration."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
     c = tl.program_id(0)
     N_parts, s_parts, M_parts = sums
     centers, scale, raw_precision, logits, raw_alpha = parameters
-    # A point that is not finite leaves nothing finite: the step is not taken.
+    # If a point is not finite, neither is the data term, and the step is not taken.
     index = tl.arange(0, MOST_SPLITS)
     data = tl.load(data_parts + index, mask=index < point_splits, other=0.0)
     sound = tl.abs(tl.sum(data, 0)) < float("inf")
@@ -492,14 +500,14 @@ def online_step(
     wishart_scale: float,
     log_weight_floor: float,
 ) -> Tensor:
-    """Take the step, in place, and give the masses N_c [C] (float64, -1 for a pruned component).
+    """Take the step, in place; return the masses N_c [C] (float64, -1 for a pruned component).
 
-    Where a point is not finite, nothing changes, and no mass is finite.
+    If a point is not finite, nothing changes, and no mass is finite.
 
     ``running`` is N, s, M, centers (float64) and steps (int64), ``objective`` a
-    :class:`vmm_fast.inference.empirical_bayes.Objective` that has a data size, and ``moves`` says
-    which of centers, precision, weights and concentration are learnt. Weights and concentration of
-    stick-breaking are left to the caller. Tensors are contiguous; parameters and z share a dtype.
+    :class:`vmm_fast.inference.empirical_bayes.Objective` with a data size, and ``moves`` says which
+    of centers, precision, weights and concentration are learnt. The caller must set the weights and
+    the concentration of stick-breaking. Tensors are contiguous; parameters and z share a dtype.
     """
     count, dim = z.shape
     total, number = len(centers), len(logits)

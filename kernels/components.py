@@ -1,4 +1,4 @@
-"""Building the components, :func:`vmm_fast.ops.whitened_components`, and the backward of that.
+"""The components' matrices and offsets, :func:`vmm_fast.ops.whitened_components`, and backward.
 
 With L the precision's Cholesky factor, S = s s^T the covariance of the center and P = s^T L
 
@@ -13,13 +13,13 @@ offset, with M = tril(A^T G) + g I made symmetric
     expected   grad_s = -g tril(L L^T s),   grad_L = G + g (diag(1 / L) - tril(S L))
     without Lambda^-1   grad_s = -tril(A^T G A^T) - g diag(A)
 
-so that no Cholesky factorisation is differentiated (``csrc/components.h`` has the same). L and
-log pi may be made on the way from what a prior stores: L = tril(raw, -1) + diag softplus(diag raw)
-and log pi = log softmax(logits). A matrix is a tile [P, P] in registers, which has no element
-access: a row or a column is a masked sum, and the factorisations take one rank-1 update of the tile
-a step. Arithmetic is in float64, since a scale may be a thousandth or a thousandfold of the others.
-One program has one center, or in the backward all centers of a component, in order: the same input
-gives the same bits.
+so that no Cholesky factorisation is differentiated (as in ``csrc/components.h``). L and log pi may
+come from a prior's stored parameters on the way: L = tril(raw, -1) + diag softplus(diag raw) and
+log pi = log softmax(logits). A matrix is a tile [P, P] in registers, where single elements cannot
+be accessed: a row or a column is read by a masked sum, and each step of a factorisation is a rank-1
+update of the tile. Arithmetic is in float64, since scales may differ by a factor of a thousand.
+One program computes one center or, in the backward, all centers of a component in order: the same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARPS = {16: 1, 32: 4}
 
 @triton.jit
 def load_lower(pointer, index, D: tl.constexpr):
-    """Lower triangle of a matrix of [.., D, D], float64."""
+    """Return the lower triangle of a matrix of [.., D, D], float64."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -49,7 +49,7 @@ def load_lower(pointer, index, D: tl.constexpr):
 
 @triton.jit
 def store_lower(pointer, index, matrix, D: tl.constexpr):
-    """Write a lower triangle, and zeros above it."""
+    """Write the lower triangle of a matrix, and zeros above it."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -60,7 +60,7 @@ def store_lower(pointer, index, matrix, D: tl.constexpr):
 
 @triton.jit
 def load_diagonal(pointer, index, D: tl.constexpr):
-    """A diagonal of [.., D], float64."""
+    """Return one diagonal of [.., D], float64."""
     P: tl.constexpr = padded(D)
     columns = tl.arange(0, P)
     addresses = pointer + tl.cast(index, tl.int64) * D + columns
@@ -69,7 +69,7 @@ def load_diagonal(pointer, index, D: tl.constexpr):
 
 @triton.jit
 def diagonal(matrix, D: tl.constexpr):
-    """Diagonal [P] of a tile, 1 from D on."""
+    """Return the diagonal [P] of a tile, with ones from D on."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -78,7 +78,7 @@ def diagonal(matrix, D: tl.constexpr):
 
 @triton.jit
 def constrained(raw, D: tl.constexpr):
-    """L from its unconstrained form."""
+    """Return L from its unconstrained form."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -87,7 +87,7 @@ def constrained(raw, D: tl.constexpr):
 
 @triton.jit
 def dot(X, Y, COLUMNWISE: tl.constexpr = False):
-    """X Y; for ``COLUMNWISE`` one column of X at a time, in fewer registers than ``tl.dot``."""
+    """Return X Y; if COLUMNWISE one column of X at a time, in fewer registers than ``tl.dot``."""
     if COLUMNWISE:
         row = tl.arange(0, X.shape[0])[:, None]
         column = tl.arange(0, X.shape[0])[None, :]
@@ -105,7 +105,7 @@ def dot(X, Y, COLUMNWISE: tl.constexpr = False):
 def scaled_precision(
     scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNWISE: tl.constexpr = False
 ):
-    """P = s^T L."""
+    """Return P = s^T L."""
     if DIAGONAL:
         return load_diagonal(scale, j, D)[:, None] * L
     else:
@@ -115,7 +115,7 @@ def scaled_precision(
 
 @triton.jit
 def identity(D: tl.constexpr):
-    """A tile that is 1 on the diagonal."""
+    """Return an identity matrix as a tile."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
@@ -124,9 +124,9 @@ def identity(D: tl.constexpr):
 
 @triton.jit
 def times_inverse_root(gram, X, D: tl.constexpr):
-    """X U^-T for U U^T = gram, U upper triangular, by elimination from the last column on.
+    """Return X U^-T for U U^T = gram, U upper triangular, by elimination from the last column.
 
-    Where ``gram`` is not positive definite, the result is not finite.
+    If ``gram`` is not positive definite, the result is not finite.
     """
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)
@@ -139,7 +139,7 @@ def times_inverse_root(gram, X, D: tl.constexpr):
         pivot = tl.sum(tl.where(row == t, down, 0.0), 0)
         root = tl.sqrt(pivot)
         across = tl.where(row < t, across, 0.0)
-        # Divided by the pivot, not twice by its root: what is singular leaves less than rounding.
+        # Divided once by the pivot, not twice by its root: it rounds less, if gram is singular.
         down = tl.where(row < t, down / pivot, 0.0)
         x = tl.sum(tl.where(column == t, X, 0.0), 1) / root
         X = tl.where(column == t, x[:, None], X - x[:, None] * (across / root)[None, :])
@@ -149,14 +149,14 @@ def times_inverse_root(gram, X, D: tl.constexpr):
 
 @triton.jit
 def times_inverse_factor(scaled, X, D: tl.constexpr, COLUMNWISE: tl.constexpr = False):
-    """X U^-T for U U^T = I + P^T P."""
+    """Return X U^-T for U U^T = I + P^T P, given P."""
     gram = dot(tl.trans(scaled), scaled, COLUMNWISE)
     return times_inverse_root(gram + identity(D), X, D)
 
 
 @triton.jit
 def solve_lower(pointer, index, X, D: tl.constexpr):
-    """L^-1 X for a matrix L of [.., D, D]."""
+    """Return L^-1 X for a matrix L of [.., D, D]."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)
     origin = pointer + tl.cast(index, tl.int64) * (D * D)
@@ -170,7 +170,7 @@ def solve_lower(pointer, index, X, D: tl.constexpr):
 
 @triton.jit
 def solve_lower_transposed(pointer, index, X, D: tl.constexpr):
-    """L^-T X for a matrix L of [.., D, D]."""
+    """Return L^-T X for a matrix L of [.., D, D]."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)
     origin = pointer + tl.cast(index, tl.int64) * (D * D)
@@ -190,8 +190,8 @@ def components_kernel(
     scale,  # [J, D, D], [J, D], or not read
     whitening,  # [J, D, D]
     offsets,  # [J]
-    log_weights_out,  # [C] and
-    precision_cholesky_out,  # [C, D, D] where STORED
+    log_weights_out,  # [C], written if STORED
+    precision_cholesky_out,  # [C, D, D], written if STORED
     count,  # C
     per_component,  # K
     D: tl.constexpr,
@@ -200,7 +200,7 @@ def components_kernel(
     STORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A_j and the offset of one center."""
+    """Write A_j and the offset of one center; if STORED also log pi_c and L_c."""
     j = tl.program_id(0)
     c = j // per_component
     log_weight = tl.load(log_weights + c).to(tl.float64)
@@ -255,11 +255,11 @@ def components_backward_kernel(
     WANT_PRECISION: tl.constexpr,
     WANT_SCALE: tl.constexpr,
 ):
-    """Gradients of one component, and of its K centers' scales, as far as they are wanted."""
+    """Write the wanted gradients of one component and of its K centers' scales."""
     P: tl.constexpr = padded(D)
     row = tl.arange(0, P)[:, None]
     column = tl.arange(0, P)[None, :]
-    # Beside the precision's gradient the products of larger tiles would spill.
+    # With the precision's gradient in registers too, products of larger tiles would spill.
     COLUMNWISE: tl.constexpr = WANT_PRECISION and D > 16
     c = tl.program_id(0)
     by_weight = tl.zeros([1], tl.float64)
@@ -318,7 +318,7 @@ def components_backward_kernel(
 
 @triton.jit
 def store_diagonal(pointer, index, values, D: tl.constexpr):
-    """Write what :func:`load_diagonal` reads."""
+    """Write one diagonal of [.., D]."""
     P: tl.constexpr = padded(D)
     columns = tl.arange(0, P)
     tl.store(pointer + tl.cast(index, tl.int64) * D + columns, values, mask=columns < D)
@@ -336,7 +336,7 @@ def store_scale_product(
     DIAGONAL: tl.constexpr,
     COLUMNWISE: tl.constexpr,
 ):
-    """Write factor tril(X Y^T s)."""
+    """Write the scale's gradient factor tril(X Y^T s)."""
     if DIAGONAL:
         slope = factor * tl.sum(X * Y, 1) * load_diagonal(scale, j, D)
         store_diagonal(grad_scale, j, slope, D)
@@ -347,7 +347,7 @@ def store_scale_product(
 
 
 def form(precision_cholesky: Tensor | None, scale: Tensor | None, expected: bool) -> str:
-    """Which of the module's formulas applies."""
+    """Return the name of the formula that applies: a kernel's constant FORM."""
     if precision_cholesky is None:
         return "scale"
     if scale is None:
@@ -362,7 +362,7 @@ def whitened_components(
     num_centers: int,
     expected: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A [J, D, D] and offsets [J]; tensors are contiguous and share dtype and device.
+    """Return A [J, D, D] and offsets [J]; tensors are contiguous and share dtype and device.
 
     A component whose covariance is not finite and positive definite gives NaN.
     """
@@ -373,7 +373,7 @@ def whitened_components(
 def stored_components(
     logits: Tensor, raw_precision: Tensor, scale: Tensor | None, num_centers: int
 ) -> tuple[Tensor, ...]:
-    """The marginal A and offsets, log pi [C] and L [C, D, D], from a prior's stored parameters."""
+    """Return marginal A and offsets, log pi [C] and L [C, D, D] of a prior's stored parameters."""
     made = (torch.empty_like(logits), torch.empty_like(raw_precision))
     kind = form(raw_precision, scale, expected=False)
     return *_build(logits, raw_precision, scale, num_centers, kind, made), *made
@@ -398,7 +398,7 @@ def _build(
         log_weights if scale is None else scale,
         whitening,
         offsets,
-        *(made or (offsets, whitening)),  # not touched
+        *(made or (offsets, whitening)),  # not written unless STORED
     )
     constants = {
         "D": dim,
@@ -423,7 +423,7 @@ def whitened_components_backward(
     expected: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of log_weights, precision_cholesky and scale, None where they are not wanted."""
+    """Return gradients of log_weights, precision_cholesky and scale, None if not wanted."""
     inputs = (log_weights, precision_cholesky, scale)
     grads = [
         torch.empty_like(x) if x is not None and want else None
@@ -433,7 +433,7 @@ def whitened_components_backward(
     per_component = len(whitening) // components
 
     def present(x: Tensor | None) -> Tensor:
-        return whitening if x is None else x  # not touched
+        return whitening if x is None else x  # the kernel does not access it
 
     arguments = (
         present(grads[0]),

@@ -1,13 +1,13 @@
 """Log-likelihoods of cells' counts, forward and backward.
 
-:mod:`vmm_fast.counts`, whose formulas and sources are those of ``csrc/counts.h``. A program takes
-GENES genes at a time, in one warp: through a stretch of a cell's genes forward, through CELLS
-cells backward. Every gene is taken for a zero; the product for whole counts up to SMALL goes as far
-as the largest of them needs, and the float64 arithmetic for other counts is left out where there
-are none, which within so few genes is often.
+They serve :mod:`vmm_fast.counts`; formulas and sources are those of ``csrc/counts.h``. A program
+processes GENES genes at a time, in one warp: forward a stretch of one cell's genes, backward
+CELLS cells. The term of a zero is computed for every gene. The product for whole counts up to SMALL
+has as many factors as the largest of them needs, and the float64 arithmetic for other counts is
+skipped if there are none, which is often so within few genes.
 
-The same input gives the same bits: a program adds up in order, and torch adds what the programs
-found along the first dimension, in an order that the sizes alone decide.
+The same input gives the same bits: a program adds in order, and torch adds the programs' sums along
+the first dimension, in an order that depends on the sizes alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vmm_fast.kernels import launch
 from vmm_fast.kernels.weight_priors import stirling, stirling_slope
 
 GENES = 64
-CELLS = 8  # of a program backward, which leaves one sum of the inverse dispersions' gradients
-GENES_A_PROGRAM = 512  # forward
+CELLS = 8  # cells of a backward program, which adds their inverse dispersions' gradients up
+GENES_A_PROGRAM = 512  # genes of a forward program
 SMALL = tl.constexpr(8)  # largest count whose probability is a product
-LEAST = tl.constexpr(1e-15)  # mean and inverse dispersion
+LEAST = tl.constexpr(1e-15)  # smaller means and inverse dispersions are raised to this
 
 
 # --- functions of a gene in a cell ---
@@ -35,14 +35,14 @@ LEAST = tl.constexpr(1e-15)  # mean and inverse dispersion
 
 @triton.jit
 def log_one_plus(u):
-    """log(1 + u) for u >= 0: what is lost when 1 + u is rounded is added to first order."""
+    """Return log(1 + u) for u >= 0; the rounding of 1 + u is corrected to first order."""
     w = u + 1.0
     return tl.log(w) + (u - (w - 1.0)) / w
 
 
 @triton.jit
 def log_excess(u, log1p, share, DTYPE: tl.constexpr):
-    """log(1 + u) - u / (1 + u) for u >= 0, given both; a small u's by its series."""
+    """Return log(1 + u) - u / (1 + u) for u >= 0, given both terms; for small u by its series."""
     TERMS: tl.constexpr = 13 if tl.float64 == DTYPE else 6
     series = u * 0.0
     for k in tl.static_range(TERMS):
@@ -52,14 +52,14 @@ def log_excess(u, log1p, share, DTYPE: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x)."""
+    """Return 1 / (1 + e^-x)."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def kinds(x):
-    """Which counts are neither 0 nor small, whether there are any, and the largest small one."""
+    """Return which counts are neither 0 nor small, whether any are, and the largest small one."""
     small = (x <= SMALL) & (x == tl.floor(x))
     other = (x != 0.0) & ~small
     greatest = tl.max(tl.where(small, x, 0.0), 0)
@@ -68,10 +68,13 @@ def kinds(x):
 
 @triton.jit
 def log_product(x, mu, theta, greatest, MODEL: tl.constexpr, DTYPE: tl.constexpr):
-    """log of the product over k < x of (theta + k) q / (k + 1), q = mu / (theta + mu), or mu."""
+    """Return the log of the product over k < x of (theta + k) q / (k + 1), for small counts x.
+
+    q = mu / (theta + mu); for "poisson" the factors are mu / (k + 1).
+    """
     result = tl.zeros_like(x)
     q = mu if MODEL == "poisson" else mu / (theta + mu)
-    # Factors are neither large nor small two at a time.
+    # The product of two factors is neither too large nor too small for one logarithm.
     for index in range(0, greatest, 2):
         k = tl.cast(index, DTYPE)
         one = q / (k + 1.0)
@@ -85,10 +88,10 @@ def log_product(x, mu, theta, greatest, MODEL: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def other_log_prob(x, mu, theta, MODEL: tl.constexpr):
-    """log p(x) without dropout for any x > 0, float64."""
-    # Gamma(x + theta) / Gamma(theta) comes as a ratio, which keeps its digits where theta is much
-    # larger than x. Stirling's series is that of arguments larger by SMALL; what shifts them is
-    # multiplied in two halves, whose numbers stay within range.
+    """Return log p(x) without dropout for any x > 0, float64."""
+    # Gamma(x + theta) / Gamma(theta) is computed as a ratio, which keeps its digits if theta is
+    # much larger than x. Stirling's series is evaluated at arguments larger by SMALL; the factors
+    # of that shift are multiplied in two halves, so that the products stay within range.
     w = x + (1.0 + SMALL)
     result = -((w - 0.5) * tl.log(w) - w + 0.9189385332046727 + stirling(w))
     shifts = tl.full(x.shape, 1.0, tl.float64)
@@ -115,7 +118,7 @@ def other_log_prob(x, mu, theta, MODEL: tl.constexpr):
 
 @triton.jit
 def other_slope(x, mu, theta):
-    """Derivative by theta of log p(x) without dropout for any x > 0, float64."""
+    """Return the derivative by theta of log p(x) without dropout for any x > 0, float64."""
     s = theta + SMALL
     y = x + s
     digammas = log_one_plus(x / s) + stirling_slope(y) - stirling_slope(s)
@@ -131,7 +134,7 @@ def other_slope(x, mu, theta):
 
 @triton.jit
 def log_prob_of(x, mu, theta, l, MODEL: tl.constexpr, DTYPE: tl.constexpr):
-    """log p(x)."""
+    """Return log p(x) of any counts."""
     other, any_other, greatest = kinds(x)
     zero = -mu if MODEL == "poisson" else -theta * log_one_plus(mu / theta)
     result = zero + log_product(x, mu, theta, greatest, MODEL, DTYPE)
@@ -139,8 +142,7 @@ def log_prob_of(x, mu, theta, l, MODEL: tl.constexpr, DTYPE: tl.constexpr):
         found = other_log_prob(x.to(tl.float64), mu.to(tl.float64), theta.to(tl.float64), MODEL)
         result = tl.where(other, found.to(DTYPE), result)
     if MODEL == "zinb":
-        # log((1 + e^(zero - l)) / (1 + e^-l)): the logarithms of the larger summands leave together
-        # the maximum.
+        # log((1 + e^(zero - l)) / (1 + e^-l)), with the larger summands taken out as the maximum
         e = tl.exp(-tl.abs(zero - l))
         f = tl.exp(-tl.abs(l))
         inflated = tl.maximum(zero, tl.minimum(l, 0.0)) + tl.log((1.0 + e) / (1.0 + f))
@@ -151,7 +153,7 @@ def log_prob_of(x, mu, theta, l, MODEL: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def slopes_of(x, mu, theta, l, MODEL: tl.constexpr, BY_THETA: tl.constexpr, DTYPE: tl.constexpr):
-    """Derivatives of log p(x) by mu, theta and l, each 0 where it is not asked for."""
+    """Return the derivatives of log p(x) by mu, theta and l; 0 for one that is not wanted."""
     by_mu = (x - mu) / mu
     by_theta = tl.zeros_like(x)
     by_l = tl.zeros_like(x)
@@ -177,7 +179,7 @@ def slopes_of(x, mu, theta, l, MODEL: tl.constexpr, BY_THETA: tl.constexpr, DTYP
                 by_theta = tl.where(other, found.to(DTYPE), by_theta)
     if MODEL == "zinb":
         not_dropped = sigmoid(-l)
-        # Of a zero that it is the negative binomial's.
+        # The probability that a zero comes from the negative binomial.
         weight = tl.where(x == 0.0, sigmoid(-theta * log1p - l), 1.0)
         by_mu *= weight
         by_theta *= weight
@@ -202,9 +204,9 @@ def load_genes(
     PER_CELL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Give x, mu, theta and l of a cell's genes; beyond the last one what costs nothing.
+    """Return x, mu, theta and l of a cell's genes; beyond the last one, cheap dummy values.
 
-    A negative count comes as NaN, and a mean and inverse dispersion as they are given.
+    A negative count becomes NaN; means and inverse dispersions are not yet raised to LEAST.
     """
     inside = gene < genes
     at = tl.cast(row, tl.int64) * genes + gene
@@ -223,7 +225,7 @@ def load_genes(
 
 @triton.jit
 def at_least(x, DTYPE: tl.constexpr):
-    """x, but LEAST if it is less; a NaN stays."""
+    """Return x, raised to LEAST if it is less; a NaN stays."""
     return tl.where(x < LEAST, tl.full([], LEAST, DTYPE), x)
 
 
@@ -242,7 +244,7 @@ def count_log_prob_kernel(
     DTYPE: tl.constexpr,
     GENES: tl.constexpr,
 ):
-    """Sum of log p(x) over a stretch of a cell's genes."""
+    """Write the sum of log p(x) over a stretch of a cell's genes."""
     row = tl.program_id(0)
     stretch = tl.program_id(1)
     begin = stretch * genes_a_program
@@ -287,7 +289,7 @@ def count_log_prob_backward_kernel(
     GENES: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Gradients by what is asked for, over a chunk of cells."""
+    """Write the gradients that are wanted, for a chunk of cells."""
     chunk = tl.program_id(0)
     gene = tl.program_id(1) * GENES + tl.arange(0, GENES)
     inside = gene < genes
@@ -345,14 +347,14 @@ def _constants(
 
 
 def _added(parts: Tensor) -> Tensor:
-    """Sum over the first dimension; of one part, without a launch."""
+    """Return the sum over the first dimension; a single part needs no launch."""
     return parts.view(parts.shape[1:]) if len(parts) == 1 else parts.sum(0)
 
 
 def log_prob(
     counts: Tensor, mean: Tensor, inverse_dispersion: Tensor | None, dropout_logits: Tensor | None
 ) -> Tensor:
-    """Log-likelihood [B]; tensors are contiguous and share dtype and device."""
+    """Return the log-likelihood [B]; tensors are contiguous and share dtype and device."""
     cells, genes = mean.shape
     parts = mean.new_empty(triton.cdiv(genes, GENES_A_PROGRAM), cells)
     if parts.numel():
@@ -379,12 +381,12 @@ def backward(
     dropout_logits: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the parameters that are wanted; tensors as in :func:`log_prob`."""
+    """Return the gradients that are wanted, else None; tensors as in :func:`log_prob`."""
     cells, genes = mean.shape
     chunks = triton.cdiv(cells, CELLS)
     constants = _constants(mean, inverse_dispersion, dropout_logits)
     summed = wanted[1] and not constants["PER_CELL"]
-    # What is not wanted is not written.
+    # Gradients that are not wanted are not written: any tensor will do for them.
     out = [torch.empty_like(mean) if want else mean for want in wanted]
     if summed:
         out[1] = mean.new_empty(chunks, genes)

@@ -3,17 +3,17 @@
 The objective and its gradients are those of ``csrc/empirical_bayes.h``, where formulas and sources
 are. The launches
 
-1. build the expected log-joint from the stored parameters, one program a component, with logits
+1. build the expected log-joint from the stored parameters, one program per component, with logits
    in place of log pi (a common offset drops out of responsibilities), and each component's
-   log-prior; one more program has the sum over all logits, and what their prior needs of them;
-2. take the online softmax of every point (:func:`vmm_fast.kernels.log_prob.log_prob_kernel`);
-3. sum over the points, one program a component and split of the points, which merges the softmax's
-   splits as it goes; further programs have the data term;
-4. add up the splits and apply the chain rule, one program a component; one more has the loss and
-   the concentration's gradient.
+   log-prior; one more program computes the sums over all logits that their prior needs;
+2. compute the online softmax of every point (:func:`vmm_fast.kernels.log_prob.log_prob_kernel`);
+3. sum over the points, one program per component and split of the points, which merges the
+   softmax's splits on the way; further programs compute the data term;
+4. add up the splits and apply the chain rule, one program per component; one more computes the loss
+   and the concentration's gradient.
 
 Arithmetic on components is in float64, on pairs in the parameters' dtype. The same input gives the
-same bits: every sum is the work of one program, in order.
+same bits: one program computes each sum, in order.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def store_expected(
     SCALE: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Write component c's A and offsets; returns its log-priors."""
+    """Write component c's A and offsets; return its log-priors up to constants."""
     scale = parameters.scale
     L = constrained(load_lower(parameters.raw_precision, c, D), D)
     log_det = tl.sum(tl.log(diagonal(L, D)), 0)
@@ -109,7 +109,7 @@ def expected_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One component's L and offsets, and its log-priors up to constants; or the logits' sums."""
+    """Write a component's L, offsets and log-priors up to constants; or the sums over logits."""
     c = tl.program_id(0)
     if c < count:
         log_prior = store_expected(
@@ -136,7 +136,7 @@ def expected_sums_kernel(
     WEIGHTS: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """N, s and M of one split of the points; or the sum of its expected log-joint."""
+    """Write N, s and M of one split of the points; or the sum of its expected log-joint."""
     j = tl.program_id(0)
     point_split = tl.program_id(1)
     begin = point_split * points_a_split
@@ -176,7 +176,7 @@ def expected_sums_kernel(
 
 @triton.jit
 def load_sum(parts, index, items, splits, D: tl.constexpr):
-    """A vector [P] of items [splits, items, D], added up over the splits, float64."""
+    """Return a vector [P] of items [splits, items, D], added up over the splits, float64."""
     P: tl.constexpr = padded(D)
     columns = tl.arange(0, P)
     total = tl.zeros([P], tl.float64)
@@ -275,14 +275,14 @@ def map_gradients_kernel(
 def sums_over_points(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, weights: str
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Launch 2 and 3: N, s and M of each split of the points [splits, ..], and the data term's.
+    """Return N, s and M of each split of the points [splits, ..], and its data term [splits].
 
-    ``weights`` is one of :func:`vmm_fast.kernels.blocks.pair_weights`.
+    These are launches 2 and 3. ``weights`` is as for :func:`vmm_fast.kernels.blocks.pair_weights`.
     """
     count, dim = z.shape
     total = len(centers)
-    block, warps = launch.tile(z.dtype, dim, capability=0)  # one for any GPU
-    # Merging the splits as it goes takes registers.
+    block, warps = launch.tile(z.dtype, dim, capability=0)  # the same for all GPUs
+    # Merging the splits on the way needs registers.
     block = max(16, block // 2)
     options = launch.options(8 if z.dtype == torch.float64 else warps)
     pairs = launch.pairs((z, centers, whitening, offsets), True, block)
@@ -323,7 +323,7 @@ def sums_over_points(
 
 
 def scale_form(scale: Tensor | None) -> str:
-    """What kernels call the layout of s."""
+    """Return the layout of s as kernels name it: "none", "diagonal" or "full"."""
     return "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
 
 
@@ -339,10 +339,10 @@ def map_gradients(
     normaliser: float,
     log_weight_floor: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]:
-    """Loss [] (float64) and its gradients by the first five arguments.
+    """Return the loss [] (float64) and its gradients by the first five arguments.
 
-    ``objective`` is a :class:`vmm_fast.inference.empirical_bayes.Objective` that has a data size,
-    ``normaliser`` what the log-priors of centers and precisions have of constants. Tensors are
+    ``objective`` is a :class:`vmm_fast.inference.empirical_bayes.Objective` with a data size, and
+    ``normaliser`` the sum of constants in the log-priors of centers and precisions. Tensors are
     contiguous and share dtype and device.
     """
     count, dim = z.shape

@@ -1,9 +1,9 @@
-"""What is asked for by name, per group of neighbouring components: l, responsibilities, labels.
+"""Log-joint, responsibilities and labels for groups of neighbouring components.
 
-A group's l_g = log sum_{j in g} exp l_j. Points lie in tiles of BLOCK_B; a program takes a tile
-through one split of the groups; where there are several splits, a second launch merges what they
-found for the labels. The same input gives the same bits: every output is the work of one program,
-in order, and the merge adds the splits up in one fixed tree.
+A group's log-joint is l_g = log sum_{j in g} exp l_j. A program processes a tile of BLOCK_B points
+for one split of the groups; if there are several splits, a second launch merges the labels. The
+same input gives the same bits: one program computes each output, in order, and the merge adds
+splits up in one fixed tree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vmm_fast.kernels.blocks import (
 
 @triton.jit
 def group_log_joint(pairs, points, rows, count, g, per_group):
-    """l_g [BLOCK_B] as (max, sum of exp(l - max))."""
+    """Return l_g [BLOCK_B] as (max, sum of exp(l - max))."""
     top = tl.full([pairs.BLOCK_B], lowest(pairs.DTYPE), pairs.DTYPE)
     total = tl.zeros([pairs.BLOCK_B], pairs.DTYPE)
     for k in range(per_group):
@@ -50,7 +50,7 @@ def matrix_kernel(
     per_group,
     NORMALISED: tl.constexpr,
 ):
-    """l_g, or for ``NORMALISED`` exp(l_g - lse)."""
+    """Write l_g, or if NORMALISED the responsibilities exp(l_g - lse)."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     rows = tl.program_id(0) * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
@@ -70,12 +70,12 @@ def matrix_kernel(
 
 @triton.jit
 def store_assignment(outputs, rows, count, label, total, weighted):
-    """Write what follows from an online softmax of the groups."""
+    """Write label, probability and entropy, from an online softmax over the groups."""
     label_out, probability_out, entropy_out = outputs
     mask = rows < count
     tl.store(label_out + rows, label, mask=mask)
     tl.store(probability_out + rows, 1.0 / total, mask=mask)
-    # Rounding may leave a tiny negative number where one group has all the probability.
+    # If one group has all the probability, rounding may give a tiny negative entropy.
     entropy = tl.maximum(tl.log(total) - weighted / total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(entropy_out + rows, entropy, mask=mask)
 
@@ -92,9 +92,10 @@ def assign_kernel(
     per_group,
     SPLIT: tl.constexpr,
 ):
-    """The first of the most probable groups, its probability, and the entropy of all in nats.
+    """Write the first of the most probable groups, its probability, and the entropy over all.
 
-    For ``SPLIT`` the first of one split's groups, and their online softmax into ``partial``.
+    If SPLIT, write the first of one split's most probable groups, and the split's online softmax to
+    ``partial``.
     """
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
@@ -127,14 +128,14 @@ def assign_merge_kernel(
     MOST_SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Merge the splits of BLOCK_B points."""
+    """Merge the splits of BLOCK_B points and write label, probability and entropy."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     top, total, weighted = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
     split = tl.arange(0, MOST_SPLITS)[:, None]
     mask = (split < splits) & (rows < count)[None, :]
     tops = tl.load(partial + split.to(tl.int64) * 3 * count + rows[None, :], mask=mask, other=0.0)
     first = tl.min(tl.where(mask & (tops == top[None, :]), split, MOST_SPLITS), 0)
-    # Where all is NaN, none is the first.
+    # If all are NaN, no split has the maximum.
     first = tl.where(first < splits, first, 0)
     label = tl.load(labels + first.to(tl.int64) * count + rows, mask=rows < count)
     store_assignment(outputs, rows, count, label, total, weighted)
@@ -149,7 +150,7 @@ def matrix(
     per_group: int,
     softmax: Tensor | None,
 ) -> Tensor:
-    """l_g [B, J / per_group], or responsibilities where the softmax of ``log_prob`` is given.
+    """Return l_g [B, J / per_group], or responsibilities if ``log_prob``'s softmax is given.
 
     Tensors are contiguous and share dtype and device.
     """
@@ -183,7 +184,7 @@ def assign(
     transpose: bool,
     per_group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Label [B] (int64), its probability [B] and the entropy [B] of all groups."""
+    """Return label [B] (int64), its probability [B] and the entropy [B] over all groups."""
     count, groups = len(z), len(centers) // per_group
     label = z.new_empty(count, dtype=torch.int64)
     outputs = (label, z.new_empty(count), z.new_empty(count))
@@ -193,7 +194,7 @@ def assign(
     pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)
     tiles = triton.cdiv(count, block)
     splits, each = launch.splits(tiles, groups)
-    # Not touched where there is one split.
+    # With one split the kernel does not access these.
     labels = label if splits == 1 else label.new_empty(splits, count)
     partial = z if splits == 1 else z.new_empty(splits, 3, count)
     with launch.on(z.device):

@@ -1,8 +1,9 @@
-"""log-sum-exp over the components and expected log-joint, or the KL estimate.
+"""Log-sum-exp over the components and expected log-joint, or the KL estimate.
 
-:func:`vmm_fast.ops.mixture_log_prob` and :func:`vmm_fast.ops.mixture_kl`. Online log-sum-exp
-(Milakov & Gimelshein 2018): nothing of size [B, J] is stored. A program takes BLOCK_B points
-through one split of the components; where there are several splits, a second launch merges them.
+These are :func:`vmm_fast.ops.mixture_log_prob` and :func:`vmm_fast.ops.mixture_kl`. By an online
+log-sum-exp (Milakov & Gimelshein 2018) nothing of size [B, J] is stored. A program processes
+BLOCK_B points for one split of the components; if there are several splits, a second launch merges
+them.
 
 The same input gives the same bits: every program adds its components in order, the number of splits
 follows from the sizes alone, and the merge adds them up in one fixed tree.
@@ -39,7 +40,7 @@ def store_log_prob(
     DTYPE: tl.constexpr,
     POSTERIOR: tl.constexpr,
 ):
-    """Write what follows from an online softmax; softmax [3, B] is max, log-sum and gap.
+    """Write the results of an online softmax, and max, log-sum and gap to softmax [3, B].
 
     ``first`` receives lse and ``second`` the expectation or, with a ``POSTERIOR`` scale that is
     "diagonal" [B, D] or "full" [B, D, D], ``first`` the KL estimate -H(q) - lse.
@@ -52,7 +53,7 @@ def store_log_prob(
     tl.store(softmax + rows, top, mask=mask)
     tl.store(softmax + count + rows, log_sum, mask=mask)
     tl.store(softmax + 2 * count + rows, gap, mask=mask)
-    # Of a NaN only the sum tells.
+    # Only the sum shows a NaN.
     none = (top <= lowest(DTYPE)) & (total == total)
     lse = tl.where(none, float("-inf"), top + log_sum)
     if POSTERIOR == "none":
@@ -82,7 +83,7 @@ def log_prob_kernel(
     POSTERIOR: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Final results, or for ``SPLIT`` one split's online softmax into ``partial``."""
+    """Write the final results or, for ``SPLIT``, one split's online softmax to ``partial``."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     rows = tl.program_id(0) * pairs.BLOCK_B + tl.arange(0, pairs.BLOCK_B)
@@ -112,7 +113,7 @@ def log_prob_merge_kernel(
     DTYPE: tl.constexpr,
     POSTERIOR: tl.constexpr,
 ):
-    """Merge the splits of BLOCK_B points."""
+    """Merge the splits of BLOCK_B points and write the final results."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     merged = merge_softmax(partial, rows, count, splits, MOST_SPLITS, DTYPE)
     store_log_prob(outputs, scale, rows, count, merged, D, DTYPE, POSTERIOR)
@@ -126,7 +127,7 @@ def log_prob(
     transpose: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give lse [B] (or with ``scale`` the KL estimate), the expectation [B] and softmax [3, B].
+    """Return lse [B] (the KL estimate if ``scale`` is given), expectation [B], softmax [3, B].
 
     Tensors are contiguous and share dtype and device.
     """

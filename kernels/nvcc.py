@@ -1,4 +1,4 @@
-"""What the CUDA kernels of ``csrc/`` take of a GPU, from the compiler: no GPU is needed."""
+"""The resources of the CUDA kernels in ``csrc/``, as the compiler reports them without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 __all__ = ["TARGETS", "Resources", "resource_report"]
 
-# As in CMakeLists.txt, and so are the flags below, but that warnings are errors here.
+# Targets and flags are those of CMakeLists.txt, except that warnings are errors here.
 TARGETS = (80, 90, 100)
 
 _FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
@@ -25,7 +25,7 @@ _REPORT = re.compile(
 
 
 class Resources(NamedTuple):
-    """One kernel on one target; ``spill_bytes`` are a thread's, ``shared_bytes`` a block's."""
+    """Resources of a kernel on a target; spills are per thread, shared memory per block."""
 
     kernel: str
     target: str
@@ -35,13 +35,13 @@ class Resources(NamedTuple):
 
 
 def resource_report() -> list[Resources] | None:
-    """Compile every CUDA source as the build does, and read the assembler's report.
+    """Return the assembler's report on every CUDA source, compiled with the flags of the build.
 
     Returns
     -------
     list of Resources or None
-        A row for each kernel and target; None where there is no nvcc, or where the package was
-        installed without its sources.
+        A row for each kernel and target; None without nvcc, or if the package was installed without
+        its sources.
 
     Raises
     ------

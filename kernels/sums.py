@@ -5,10 +5,10 @@ With weights w_ij (:func:`vmm_fast.kernels.blocks.pair_weights`), d = z_i - m_j 
     N_j = sum_i w_ij,   s_j = sum_i w_ij d,   M_j = sum_i w_ij d^T d,   g_i = -sum_j w_ij y W^T
 
 of which N, W W^T s and -M W are the gradients by offset, center and W, and g that by z. For -M W
-float32 d are in units of :func:`vmm_fast.kernels.blocks.load_unit`. l is recomputed. One launch
-does both: its first programs take BLOCK_B points each through one split of the components for g,
-the others one component each through one split of the points for the sums. Where there are several
-splits, a second launch adds them up.
+float32 differences d are scaled by :func:`vmm_fast.kernels.blocks.load_unit`. l is recomputed. One
+launch computes both: its first programs compute g, each for BLOCK_B points and one split of the
+components; the others compute the sums, each for one component and one split of the points. If
+there are several splits, a second launch adds them up.
 
 The same input gives the same bits: every program adds in order, the numbers of splits follow from
 the sizes alone, the second launch adds splits in order, and nothing is added atomically.
@@ -44,7 +44,7 @@ from vmm_fast.kernels.blocks import (
 
 @triton.jit
 def store_points(pointer, tile, rows, count, first, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write COLUMNS columns from ``first`` on of rows of [count, D]."""
+    """Write a tile to COLUMNS columns from ``first`` on of rows of [count, D]."""
     columns = first + tl.arange(0, COLUMNS)[None, :]
     mask = (rows[:, None] < count) & (columns < D)
     tl.store(pointer + rows[:, None].to(tl.int64) * D + columns, tile, mask=mask)
@@ -52,9 +52,9 @@ def store_points(pointer, tile, rows, count, first, D: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def store_sums(out, pairs, sums, j, first, slot, GRADIENTS: tl.constexpr):
-    """Write N, s and Q columns of M, or for ``GRADIENTS``, if D <= Q, those by offset, m and A.
+    """Write N, s and Q columns of M, or if GRADIENTS the gradients by offset, m and A.
 
-    For ``GRADIENTS`` M comes in units, if there are any.
+    GRADIENTS needs D <= Q. M is then scaled by the unit, if units are used.
     """
     N_out, s_out, M_out = out
     N, s, M = sums
@@ -102,10 +102,10 @@ def add_sums(
     MOST_SPLITS: tl.constexpr,
     IN_UNITS: tl.constexpr,
 ):
-    """Sums of component j over the points from ``begin`` to ``end``, stored at ``slot``.
+    """Write component j's sums over the points from ``begin`` to ``end``, at ``slot``.
 
-    Of M, Q columns from ``first`` on, and for ``IN_UNITS``, as for ``GRADIENTS``, in units. With
-    ``MOST_SPLITS`` above 1 the softmax is yet to be merged from its ``splits``.
+    Of M it writes Q columns from ``first`` on, scaled by the unit if IN_UNITS or GRADIENTS. If
+    MOST_SPLITS is above 1, the softmax must still be merged from its ``splits``.
     """
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
@@ -132,7 +132,7 @@ def add_sums(
             found = load_softmax(softmax, rows, count)
         weight = pair_weights(l, found, rows, count, upstream, WEIGHTS, DTYPE)
         N, N_excess = kahan(N, N_excess, weight)
-        # A far-off d may be infinite; its weight of 0 must win.
+        # d may be infinite if a point is far away: a weight of 0 must still give 0.
         present = weight[:, None] != 0.0
         if Q < P:
             points = load_points(pairs.z, rows, count, 0, D, P, DTYPE)
@@ -160,7 +160,7 @@ def store_scale_gradient(
     DTYPE: tl.constexpr,
     POSTERIOR: tl.constexpr,
 ):
-    """Gradient of the KL's -H(q) by the scale: -grad_kl / s on the diagonal, 0 elsewhere."""
+    """Write the KL's gradient by the scale, that of -H(q): -grad_kl / s on the diagonal, else 0."""
     P: tl.constexpr = padded(D)
     columns = tl.arange(0, P)[None, :]
     mask = (rows[:, None] < count) & (columns < D)
@@ -180,7 +180,7 @@ def store_scale_gradient(
 def add_gradient(
     pairs, softmax, upstream, out, rows, first, begin, end, count, WEIGHTS: tl.constexpr
 ):
-    """The part that the components from ``begin`` to ``end`` have in Q columns of the gradient."""
+    """Write Q columns of z's gradient, summed over the components from ``begin`` to ``end``."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     Q: tl.constexpr = chunk(D)
@@ -195,7 +195,7 @@ def add_gradient(
         right = first + Q if pairs.TRANSPOSE else first * 0 + D
         for column in range(left, right, Q):
             y = whiten(pairs, points, rows, count, j, column)
-            # A far-off component's y may be infinite; its weight of 0 must win.
+            # y may be infinite if a component is far away: a weight of 0 must still give 0.
             y = tl.where(weight[:, None] != 0.0, weight[:, None] * y, 0.0)
             w = load_whitening(pairs, j, first, column, Q)
             gradient -= tl.dot(y, tl.trans(w), input_precision=pairs.PRECISION, out_dtype=DTYPE)
@@ -230,7 +230,7 @@ def backward_kernel(
     POSTERIOR: tl.constexpr,
     SUMS_ALONE: tl.constexpr,
 ):
-    """All gradients but for the adding up of splits; for ``SUMS_ALONE`` N, s and M instead."""
+    """Write all gradients of one split; if SUMS_ALONE, N, s and M in place of the mixture's."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     columns: tl.constexpr = (D + chunk(D) - 1) // chunk(D)
@@ -277,7 +277,7 @@ def statistics_kernel(
     components,  # J
     points_a_split,
 ):
-    """N, s and M under the responsibilities, but for the adding up of splits."""
+    """Write N, s and M of one split of the points, with the responsibilities as weights."""
     slot = tl.program_id(0)
     first = tl.program_id(1) * chunk(pairs.D)
     begin = (slot // components) * points_a_split
@@ -304,7 +304,7 @@ def statistics_kernel(
 def load_block(
     matrices, slot, row, column, D: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """The block [ROWS, Q] at ``row``, ``column`` of a matrix of [.., D, D]."""
+    """Return the block [ROWS, Q] at ``row``, ``column`` of a matrix of [.., D, D]."""
     row = row + tl.arange(0, ROWS)[:, None]
     column = column + tl.arange(0, chunk(D))[None, :]
     addresses = matrices + tl.cast(slot, tl.int64) * (D * D) + row * D + column
@@ -315,7 +315,7 @@ def load_block(
 def store_gradients(out, pairs, M_parts, N, s, j, first, components, point_splits):
     """Write the gradients by offset and m, and Q rows of that by W, -M W, block by block.
 
-    M comes in units, if there are any.
+    M is scaled by the unit, if units are used.
     """
     N_out, s_out, M_out = out
     D: tl.constexpr = pairs.D
@@ -368,7 +368,7 @@ def sums_merge_kernel(
     BLOCK: tl.constexpr,
     GRADIENTS: tl.constexpr,
 ):
-    """Add splits up, in order: the first programs those of z's gradient, the others the sums'."""
+    """Add splits up, in order: z's gradient in the first programs, the sums in the others."""
     D: tl.constexpr = pairs.D
     DTYPE: tl.constexpr = pairs.DTYPE
     P: tl.constexpr = padded(D)
@@ -421,7 +421,7 @@ def _merge(
     gradients: bool,
     options: dict[str, Any],
 ) -> None:
-    """Launch the second pass where something was split; ``gradient`` is parts, sum and splits."""
+    """Launch the second pass if there are splits; ``gradient`` is parts, sum and their number."""
     block = 1024
     grad_z_parts, grad_z, splits = gradient
     programs = triton.cdiv(grad_z.numel(), block) if splits > 1 else 0
@@ -456,7 +456,7 @@ def backward(
     transpose: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients by z, centers, whitening, offsets and ``scale``.
+    """Return the gradients by z, centers, whitening, offsets and ``scale``.
 
     With a ``scale``, ``grad_lse`` is the KL estimate's. Tensors are contiguous and share dtype and
     device.
@@ -473,7 +473,7 @@ def backward(
     grad_scale = None if scale is None else torch.empty_like(scale)
     out = _sums(z, components, 1)
     columns = triton.cdiv(dim, chunk(dim))
-    # Beyond a block, M W needs what other programs have summed.
+    # With more than one block of columns, M W needs the sums of other programs.
     second = point_splits > 1 or columns > 1
     parts = _sums(z, components, point_splits) if second else out
     if scale is not None:
@@ -481,7 +481,7 @@ def backward(
     else:
         posterior = "none"
         weights = "given lse" if grad_expected is None else "given both"
-    absent, options = softmax, launch.options(warps)  # the first is not read
+    absent, options = softmax, launch.options(warps)  # the kernel does not read an absent tensor
     with launch.on(z.device):
         backward_kernel[((tiles * splits + components * point_splits) * columns,)](
             pairs,
@@ -511,7 +511,7 @@ def backward(
 def statistics(
     z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor, softmax: Tensor, transpose: bool
 ) -> tuple[Tensor, ...]:
-    """N [J], s [J, D] and M [J, D, D]; tensors are contiguous and share dtype and device."""
+    """Return N [J], s [J, D], M [J, D, D]; tensors are contiguous and share dtype and device."""
     components, dim = centers.shape
     block, warps = launch.tile(z.dtype, dim, launch.capability(z.device))
     pairs = launch.pairs((z, centers, whitening, offsets), transpose, block)

@@ -1,8 +1,8 @@
-"""The weights' part of the empirical-Bayes step by gradient, the same for all dimensions.
+"""The part of the empirical-Bayes gradient step that concerns the weights.
 
-That is the log-prior of the weights and of the concentration gamma = 1 / softplus(raw_alpha), the
-gradients by the logits and raw_alpha, and the loss. Formulas and sources are those of
-``csrc/empirical_bayes.h``. All is in float64.
+It does not depend on the dimension: the log-prior of the weights and of the concentration
+gamma = 1 / softplus(raw_alpha), the gradients by the logits and raw_alpha, and the loss. Formulas
+and sources are those of ``csrc/empirical_bayes.h``. All is in float64.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Priors(NamedTuple):
 
 @triton.jit
 def softplus_slope(x):
-    """1 / (1 + e^-x), 1 above 20."""
+    """Return the derivative of softplus: 1 / (1 + e^-x), and 1 above 20."""
     e = tl.exp(tl.minimum(x, 20.0))
     return tl.where(x > 20.0, 1.0, e / (1.0 + e))
 
 
 @triton.jit
 def stirling(x):
-    """What Stirling's series has behind (x - 1/2) log x - x + log sqrt(2 pi), for x >= 8."""
+    """Return log Gamma(x) - [(x - 1/2) log x - x + log sqrt(2 pi)] by Stirling's series, x >= 8."""
     r = 1.0 / x
     s = r * r
     series = 1.0 / 156 - s * (3617.0 / 122400)
@@ -62,7 +62,7 @@ def stirling(x):
 
 @triton.jit
 def stirling_slope(x):
-    """What psi(x) has behind log x, for x >= 8 (Abramowitz & Stegun 6.3.18)."""
+    """Return psi(x) - log x for x >= 8 by its series (Abramowitz & Stegun 6.3.18)."""
     r = 1.0 / x
     s = r * r
     series = 691.0 / 32760 - s * (1.0 / 12)
@@ -76,7 +76,7 @@ def stirling_slope(x):
 
 @triton.jit
 def lgamma(x):
-    """log Gamma(x) for x > 0: up to 10 by recurrence, from there Stirling's series."""
+    """Return log Gamma(x) for x > 0, by Stirling's series from 10 on and recurrence below."""
     product = x * 0.0 + 1.0
     for _ in range(10):
         product = tl.where(x < 10.0, product * x, product)
@@ -86,7 +86,7 @@ def lgamma(x):
 
 @triton.jit
 def digamma(x):
-    """psi(x) for x > 0, likewise (Abramowitz & Stegun 6.3.5)."""
+    """Return psi(x) for x > 0, by its series from 10 on and recurrence below (ibid. 6.3.5)."""
     shifted = x * 0.0
     for _ in range(10):
         shifted -= tl.where(x < 10.0, 1.0 / x, 0.0)
@@ -105,10 +105,10 @@ def store_hyper(
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What all logits have to say.
+    """Write to ``hyper`` the sums over all logits that the weights' prior needs.
 
-    That is the log of the sum of their exponentials, and of x = max(log pi, floor) the sum, how
-    many are above the floor, the smallest, the last index of that, and the sum of e^x.
+    These are the log of the sum of their exponentials and, for x = max(log pi, floor), the sum of
+    x, how many are above the floor, the smallest x, its last index, and the sum of e^x.
     """
     index = tl.arange(0, BLOCK)
     log_total = log_normaliser(logits, count, BLOCK)
@@ -141,7 +141,7 @@ def store_hyper(
 
 @triton.jit
 def weight_prior_slope(log_pi, c, gamma, hyper, count, priors):
-    """Derivative of the weights' log-prior by max(log pi_c, floor)."""
+    """Return the derivative of the weights' log-prior by max(log pi_c, floor)."""
     components = count.to(tl.float64)
     if priors.WEIGHTS == "dirichlet":
         slope = gamma / components - 1.0
@@ -156,7 +156,7 @@ def weight_prior_slope(log_pi, c, gamma, hyper, count, priors):
 
 @triton.jit
 def weight_prior(gamma, hyper, count, priors, BLOCK: tl.constexpr):
-    """log p(pi), with that of gamma where it is learnt, and its derivative by gamma."""
+    """Return log p(pi), plus gamma's log-prior if it is learnt, and the derivative by gamma."""
     counted = tl.load(hyper + 1)
     components = count.to(tl.float64)
     if priors.WEIGHTS == "dirichlet":
@@ -198,7 +198,7 @@ def weight_prior(gamma, hyper, count, priors, BLOCK: tl.constexpr):
 
 @triton.jit
 def weight_prior_total(gamma, hyper, count, priors):
-    """Sum of :func:`weight_prior_slope` over the components above the floor."""
+    """Return the sum of :func:`weight_prior_slope` over the components above the floor."""
     above = tl.load(hyper + 2)
     components = count.to(tl.float64)
     if priors.WEIGHTS == "dirichlet":
@@ -217,7 +217,7 @@ def weight_prior_total(gamma, hyper, count, priors):
 
 @triton.jit
 def load_N(N_parts, j, total, splits):
-    """N_j, added up over the splits [splits, total], float64."""
+    """Return N_j, added up over the splits [splits, total], float64."""
     N = tl.full([], 0.0, tl.float64)
     for split in range(splits):
         N += tl.load(N_parts + tl.cast(split, tl.int64) * total + j).to(tl.float64)
@@ -226,7 +226,7 @@ def load_N(N_parts, j, total, splits):
 
 @triton.jit
 def factors(points, data_size, PRIORS: tl.constexpr):
-    """What the objective takes the data term and the log-priors times: 1 / B, and 1 / n or 0."""
+    """Return the objective's factors of the data term, 1 / B, and of log-priors, 1 / n or 0."""
     data = 1.0 / points.to(tl.float64)
     prior = 1.0 / data_size.to(tl.float64)
     if PRIORS == "none":
@@ -236,7 +236,7 @@ def factors(points, data_size, PRIORS: tl.constexpr):
 
 @triton.jit
 def store_logit_gradient(grad_logits, parameters, hyper, c, mass, data, prior, count, priors):
-    """Write the loss's gradient by the logit of component c, whose mass N_c is ``mass``."""
+    """Write the gradient of the loss by component c's logit."""
     log_pi = tl.load(parameters.logits + c).to(tl.float64) - tl.load(hyper)
     # Weights of all pairs sum to the number of points.
     everywhere = -1.0
