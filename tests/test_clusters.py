@@ -370,11 +370,11 @@ def test_a_finer_cut_gives_the_number_that_was_asked_for():
     held = [len(Clusters(components, of).assign(z).labels.unique()) for of in found]
     assert any(a < n for n, a in enumerate(held, 1))
     for n in range(1, len(tree.leaves) + 1):
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             clusters = find_clusters(components, z, tree=tree, n_clusters=n)
         assert clusters.num_clusters <= n
-        assert len(told) == (clusters.num_clusters < n)
+        assert len(caught) == (clusters.num_clusters < n)
         assert len(clusters.assign(z).labels.unique()) == clusters.num_clusters
 
 

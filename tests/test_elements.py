@@ -77,9 +77,9 @@ def test_what_cannot_be_read_is_left_out_by_name(file):
         names = [*spoil(opened), "zz"]
     cells = read_cells(str(file))
     assert_all_else_is_read(cells.adata)
-    told, more = cells.notes[:-1], cells.notes[-1]
-    assert [note.split(" cannot be read and is left out: ")[0] for note in told] == names[:3]
-    assert told[1].endswith("it is a link to a group that is read already")
+    explained, more = cells.notes[:-1], cells.notes[-1]
+    assert [note.split(" cannot be read and is left out: ")[0] for note in explained] == names[:3]
+    assert explained[1].endswith("it is a link to a group that is read already")
     assert more == f"4 more cannot be read either: {', '.join(names[3:])}"
     with CellStore(file) as store:
         assert store.notes == [] and {"layers/short", "obsm/X_pca"} <= set(store.others)

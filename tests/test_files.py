@@ -135,9 +135,12 @@ def test_errors_name_the_path(tmp_path):
 def test_a_full_disk_is_told_with_the_file(tmp_path):
     path = tmp_path / "a.pt"
     save_atomically(path, {"a": torch.zeros(3)})
-    with files_of_at_most(5_000), pytest.raises(OSError, match=r"File too large: .*a\.pt") as told:
+    with (
+        files_of_at_most(5_000),
+        pytest.raises(OSError, match=r"File too large: .*a\.pt") as caught,
+    ):
         save_atomically(path, {"a": torch.zeros(10_000)})
-    assert told.value.filename == str(path)
+    assert caught.value.filename == str(path)
     assert torch.equal(torch.load(path)["a"], torch.zeros(3))
     assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -175,9 +178,9 @@ def test_a_lock_is_free_for_all_where_the_disk_has_none(tmp_path, monkeypatch):
 
     path = tmp_path / "lock"
     first = Lock(path, "first")
-    with pytest.raises(BlockingIOError) as told:
+    with pytest.raises(BlockingIOError) as caught:
         Lock(path, "second")
-    assert told.value.strerror == "first"
+    assert caught.value.strerror == "first"
     monkeypatch.setattr(fcntl, "flock", absent)
     second = Lock(path, "second")
     assert path.read_text() == "second"

@@ -72,10 +72,10 @@ def test_a_new_folder_is_made_and_marked_as_the_run_s(tmp_path):
 
 def test_another_run_stays_until_it_is_overwritten(out):
     before = contents(out)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         start(out, OTHER)
     for text in (f"--out {out}: holds another run", "integrate --resume", "integrate --overwrite"):
-        assert text in str(told.value)
+        assert text in str(caught.value)
     assert contents(out) == before
     start(out, OTHER, overwrite=True)
     # Under the new record the old checkpoint would be taken for the new run's.
@@ -230,9 +230,9 @@ def test_the_input_is_no_result(out, tmp_path):
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError) as told:
+        with pytest.raises(InputError) as caught:
             start(path, RECORD, overwrite=True)
-        assert f"--out {path}: must be a folder that can be written to: " in str(told.value)
+        assert f"--out {path}: must be a folder that can be written to: " in str(caught.value)
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(InputError, match="link: must be a folder, but is a link to nothing"):

@@ -57,9 +57,9 @@ def test_every_backend_gives_what_the_definition_gives(backend, operation):
             wanted = [True] * len(operation.differentiable)
             given = (*upstream, *tensors, *kept, *constants, wanted)
             results += compute(operation.backward, given)[0]
-    told = operation.shapes(inputs, operation.sizes(inputs))
-    shapes = [(tuple(x.shape), x.dtype) for x in found[: len(told)]]
-    assert shapes == [(tuple(shape), dtype or torch.float64) for shape, dtype in told]
+    expected = operation.shapes(inputs, operation.sizes(inputs))
+    shapes = [(tuple(x.shape), x.dtype) for x in found[: len(expected)]]
+    assert shapes == [(tuple(shape), dtype or torch.float64) for shape, dtype in expected]
     names = [*operation.outputs, *(f"grad_{name}" for name in operation.differentiable)]
     for name, ours, exact in zip(names[: len(found)], found, true, strict=True):
         if name != "softmax":  # whose parts depend on the backend, and their sums do not

@@ -141,7 +141,7 @@ CLOSED = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]
 
 @several_processes
 @pytest.mark.parametrize(
-    ("error", "processes", "told"),
+    ("error", "processes", "message"),
     [
         (RuntimeError(TIMED_OUT), 2, f"{VAIN} process 0, which hangs"),
         (RuntimeError(GAVE_UP), 2, f"{VAIN} process 0, which hangs"),
@@ -154,13 +154,13 @@ CLOSED = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]
     ],
     ids=lambda value: str(value)[-20:],
 )
-def test_an_error_of_the_connection_tells_what_has_happened(monkeypatch, error, processes, told):
+def test_an_error_of_the_connection_tells_what_has_happened(monkeypatch, error, processes, message):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: processes)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     with pytest.raises(Exception) as caught, telling_of_lost_processes():
         raise error
-    if told is None:
+    if message is None:
         assert caught.value is error
     else:
-        assert caught.match(f"^process 1 {told}") and caught.value.__cause__ is error
+        assert caught.match(f"^process 1 {message}") and caught.value.__cause__ is error

@@ -202,7 +202,7 @@ def test_cells_find_the_batches_of_a_model_by_text(tmp_path, on_disk):
         saved = assignment.SavedModel(None, tmp_path, genes, None, "batch", batches)
         with CellStore(tmp_path / "a.h5ad") as store:
             found = assignment.match(store if on_disk else adata, saved)
-        assert found.batches.tolist() == [0] * 4 + [1] * 4 + [assignment.OF_ALL_BATCHES] * 4
+        assert found.batches.tolist() == [0] * 4 + [1] * 4 + [assignment.UNKNOWN_BATCH] * 4
         assert "a batch that the model does not know" in found.notes[0]
 
 
@@ -292,7 +292,7 @@ def test_counts_of_another_byte_order(tmp_path, suffix, kind, dtype):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (np.float64(2 + 1e-9), "has 2.000000001"),
         (np.float64(1e6 + 0.5), "has 1000000.5"),
@@ -302,8 +302,8 @@ def test_counts_of_another_byte_order(tmp_path, suffix, kind, dtype):
         (np.float64(2.0**31), "has 2.14748e+09 (beyond 2,147,483,647)"),
     ],
 )
-def test_values_that_are_no_counts_are_told_as_they_are(value, told):
-    assert not_counts(np.array([1, value], value.dtype)) == (1, told)
+def test_values_that_are_no_counts_are_told_as_they_are(value, message):
+    assert not_counts(np.array([1, value], value.dtype)) == (1, message)
 
 
 def test_a_folder_of_files_in_place_of_one(tmp_path):

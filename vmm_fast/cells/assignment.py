@@ -23,18 +23,18 @@ from vmm_fast._folder import folder_of_model
 from vmm_fast.cells import frames
 from vmm_fast.cells.integration import (
     EARLIER,
-    OF_ALL_BATCHES,
+    UNKNOWN_BATCH,
     assigned,
     dendrogram,
-    in_place_of,
     latent_means,
+    make_adata,
     notes_on_cell_names,
     quiet,
     set_clusters,
 )
 from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.reading import counts_of
-from vmm_fast.cells.store import CellStore, kept_alone
+from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import write_adata, write_clustered
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
@@ -114,7 +114,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
         counts = csr_matrix(np.ones((len(batches), len(genes)), dtype=np.float32))
         obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
         with quiet():
-            cells = in_place_of(counts, obs, genes, layer)
+            cells = make_adata(counts, obs, genes, layer)
             model = VMMSCVI.load(str(folder), cells, trust=True)
     except MemoryError:
         raise
@@ -150,7 +150,7 @@ class MatchedCells(NamedTuple):
     counts : CellSource
         Of the model's genes.
     batches : ndarray of int [cells]
-        Index of each cell's batch, OF_ALL_BATCHES where the model does not know it.
+        Index of each cell's batch, UNKNOWN_BATCH where the model does not know it.
     notes : list of str
         What a reader should know about how they were matched.
     """
@@ -182,7 +182,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     batch: pd.Categorical | None = None
     source: CellSource
     if isinstance(cells, CellStore):
-        source, more = cells, kept_alone("obs and var", ["counts", *cells.others])
+        source, more = cells, notes_on_omissions("obs and var", ["counts", *cells.others])
         earlier = "vmm_cluster" in cells.dtypes or "obsm/X_vmm" in cells.others
         if key in cells.dtypes:
             batch = cells.column(key)
@@ -240,13 +240,13 @@ def _batches(
         return np.zeros(n_obs, dtype=np.int32), []
     if batch is None:
         note = f"obs has no {key!r}, the model's batches: all cells are taken as of a new batch"
-        return np.full(n_obs, OF_ALL_BATCHES, dtype=np.int32), [note + HOW]
+        return np.full(n_obs, UNKNOWN_BATCH, dtype=np.int32), [note + HOW]
     if missing := int((batch.codes < 0).sum()):
         raise InputError(
             f"{key!r} of obs: every cell must have a batch, {missing:,} of {n_obs:,} have none"
         )
     known = frames.find(batch.categories, saved.batches)
-    codes = np.where(known < 0, OF_ALL_BATCHES, known).astype(np.int32)[batch.codes]
+    codes = np.where(known < 0, UNKNOWN_BATCH, known).astype(np.int32)[batch.codes]
     new = [str(batch.categories[i]) for i in pd.unique(batch.codes) if known[i] < 0]
     if not new:
         return codes, []

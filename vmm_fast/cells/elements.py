@@ -20,23 +20,23 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast._errors import InputError
 
-__all__ = ["lacks_chunks", "left_out", "read_elements", "read_var", "told"]
+__all__ = ["lacks_chunks", "left_out", "read_elements", "read_var", "summarize_error"]
 
 DEPTH = 32  # of groups within groups in uns: what is nested deeper takes minutes to write
-TOLD = 3  # of what is left out, with the reason
+MOST_REASONS = 3  # of what is left out, with the reason
 ALIGNED = ("layers", "obsm", "varm", "obsp", "varp")
 SPARSE = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}
 
 
-def told(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Return a library's error in one line."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def left_out(faults: list[tuple[str, str]]) -> list[str]:
     """Return notes on what cannot be read, given the names of elements and the reasons."""
-    notes = [f"{name} cannot be read and is left out: {why}" for name, why in faults[:TOLD]]
-    if more := [name for name, _ in faults[TOLD:]]:
+    notes = [f"{name} cannot be read and is left out: {why}" for name, why in faults[:MOST_REASONS]]
+    if more := [name for name, _ in faults[MOST_REASONS:]]:
         cut = ", ..." if len(more) > 20 else ""
         notes.append(f"{len(more):,} more cannot be read either: {', '.join(more[:20])}{cut}")
     return notes
@@ -99,7 +99,7 @@ class _Attempts:
         except MemoryError:
             raise
         except Exception as error:  # every kind of element has its own
-            self.faults.append((where, told(error)))
+            self.faults.append((where, summarize_error(error)))
             return FAULT
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from vmm_fast.cells.elements import told
+from vmm_fast.cells.elements import summarize_error
 
 __all__ = [
     "cast",
@@ -59,7 +59,7 @@ def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
                 raise LookupError(f"it must have {rows} values, but has {number}")
             found[key] = dtype
         except (TypeError, LookupError, UnicodeDecodeError) as error:
-            faults.append((f"column {key!r} of obs", told(error)))
+            faults.append((f"column {key!r} of obs", summarize_error(error)))
     return found, faults
 
 

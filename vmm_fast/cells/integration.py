@@ -49,7 +49,7 @@ from vmm_fast._text import counted
 from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.preparing import cells_bar
 from vmm_fast.cells.reading import batches_of, column, counts_of, without_batch
-from vmm_fast.cells.store import CellStore, kept_alone
+from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import (
     COLUMNS,
     ROWS,
@@ -73,15 +73,15 @@ from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
 from vmm_fast.scvi.pseudo_cells import Cells
 
 __all__ = [
-    "OF_ALL_BATCHES",
     "RESULTS",
+    "UNKNOWN_BATCH",
     "Integration",
     "OnDisk",
     "Settings",
     "assigned",
-    "in_place_of",
     "integrate",
     "latent_means",
+    "make_adata",
     "notes_on_cell_names",
     "quiet",
     "set_clusters",
@@ -100,7 +100,7 @@ MANY_GENES = 10_000  # where selecting some is worth a note
 CHECKPOINT_SECONDS = 30  # between two of them
 BAR_SECONDS = 0.5  # between two looks of the progress bar
 SAMPLE = 20_000  # cells on disk that the model is made with: pseudo-cells, genes, the report
-OF_ALL_BATCHES = -1  # index of the batch of a cell that is of all in equal shares
+UNKNOWN_BATCH = -1  # index of the batch of a cell that is of all in equal shares
 DENDROGRAM = "dendrogram_vmm_cluster"  # where scanpy looks for it in uns
 EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
@@ -197,7 +197,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
         notes += _notes_on_batches(settings.batch_key, batches.value_counts())
     depth, detected = counts.sum(1).A1, counts.sum(0).A1
     notes += _notes_on_counts(int((depth == 0).sum()), detected) + notes_on_cell_names(adata)
-    whole = in_place_of(counts, obs, adata.var_names, settings.layer)
+    whole = make_adata(counts, obs, adata.var_names, settings.layer)
     chosen = _variable_genes(whole, settings)
     if settings.genes is None and adata.n_vars > MANY_GENES:
         notes.append(f"trained on all {adata.n_vars:,} genes; --genes 2000 is faster")
@@ -234,14 +234,14 @@ def training_cells_on_disk(
         empty += int((counts.sum(1) == 0).sum())  # zeros may be stored
         detected += counts.sum(0).A1
     notes += _notes_on_counts(empty, detected) + notes_on_cell_names(store)
-    notes += kept_alone("obs and var", ["counts", *store.others])
+    notes += notes_on_omissions("obs and var", ["counts", *store.others])
     keys = [] if settings.batch_key is None else [settings.batch_key]
     number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
     sample = store.sample(number, keys=keys, seed=settings.seed)
     obs, genes_of = sample.obs[keys], store.var_names
-    chosen = _variable_genes(in_place_of(sample.X, obs, genes_of, settings.layer), settings)
+    chosen = _variable_genes(make_adata(sample.X, obs, genes_of, settings.layer), settings)
     # Not a view of the cells, which would lose the batches that none of them has.
-    some = in_place_of(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
+    some = make_adata(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
     genes = None if chosen.all() else np.flatnonzero(chosen)
     on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
     return some, on_disk, notes
@@ -302,7 +302,7 @@ def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
     return [f"{counted(same, 'cell')} {have} a name that another has, too; results are in order"]
 
 
-def in_place_of(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
+def make_adata(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
     """Counts where the reader's own cells have them, so that these fit the saved model."""
     var = pd.DataFrame(index=genes)
     if layer is None:
@@ -607,7 +607,7 @@ def _peak_memory() -> float:
 def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False) -> np.ndarray:
     """Posterior means [cells, D] of the cells that `batches` gives.
 
-    A cell whose batch is OF_ALL_BATCHES is encoded as of all in equal shares. With `progress` there
+    A cell whose batch is UNKNOWN_BATCH is encoded as of all in equal shares. With `progress` there
     is a bar on stderr.
     """
     module = model.module
@@ -629,7 +629,7 @@ def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
     if module.encode_covariates:
         index = tensors[REGISTRY_KEYS.BATCH_KEY].to(module.device)
         of_one = one_hot(index[:, 0].clamp(min=0), module.n_batch).to(log_counts.dtype)
-        categories = (of_one.where(index != OF_ALL_BATCHES, 1 / module.n_batch),)
+        categories = (of_one.where(index != UNKNOWN_BATCH, 1 / module.n_batch),)
     return Cells(log_counts, categories, log_counts[:, :0])
 
 

@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from vmm_fast._errors import InputError
 from vmm_fast.cells.frames import STRINGS
 from vmm_fast.cells.reading import MOST, counts_of, kind_of, read_cells
-from vmm_fast.cells.store import CannotStream, CellStore, kept_alone, others_of
+from vmm_fast.cells.store import CannotStream, CellStore, list_other_elements, notes_on_omissions
 from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
 __all__ = ["Prepared", "cells_bar", "prepare"]
@@ -87,7 +87,11 @@ def prepare(
                 bar.update(stop - start)
 
     with source:
-        notes = notes + kept_alone("counts, obs and var", source.others) + notes_on_writing(source)
+        notes = (
+            notes
+            + notes_on_omissions("counts, obs and var", source.others)
+            + notes_on_writing(source)
+        )
         for note in notes:
             tell(note)
         for dtype in (np.uint16, np.int32):
@@ -129,7 +133,7 @@ class _InMemory:
         self.dtypes = dict(self._obs.dtypes)
         self.index_name = self._obs.index.name
         counts = "X" if layer is None else f"layers/{layer}"
-        self.others = others_of(partial(getattr, adata), counts)
+        self.others = list_other_elements(partial(getattr, adata), counts)
 
     def __enter__(self) -> _InMemory:
         return self

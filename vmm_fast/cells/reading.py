@@ -23,7 +23,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted
-from vmm_fast.cells.elements import read_elements, told
+from vmm_fast.cells.elements import read_elements, summarize_error
 from vmm_fast.cells.formats import (
     kind_of_hdf5,
     matrices,
@@ -44,9 +44,9 @@ __all__ = [
     "column",
     "counts_of",
     "damage_of",
+    "describe_choices",
     "example",
     "kind_of",
-    "listed",
     "names_of_genes",
     "no_column",
     "not_counts",
@@ -166,7 +166,7 @@ def unreadable(error: Exception, kind: str) -> str:
             "must be closed where it is written to, but is locked; on a disk without locks, set "
             "HDF5_USE_FILE_LOCKING=FALSE"
         )
-    return f"is damaged or no {kind} file, and cannot be read: {told(error)}"
+    return f"is damaged or no {kind} file, and cannot be read: {summarize_error(error)}"
 
 
 def names_of_genes(var: pd.DataFrame) -> tuple[pd.Index, list[str]]:
@@ -273,7 +273,9 @@ def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
         counts.
     """
     if layer is not None and layer not in adata.layers:
-        raise InputError(f"--layer {layer}: must be one of the layers, {listed(adata.layers)}")
+        raise InputError(
+            f"--layer {layer}: must be one of the layers, {describe_choices(adata.layers)}"
+        )
     matrix = adata.X if layer is None else adata.layers[layer]
     where = "X" if layer is None else f"layers[{layer!r}]"
     if damage := damage_of(matrix):
@@ -379,7 +381,7 @@ def column(adata: AnnData, option: str, key: str) -> Any:
 
 def no_column(option: str, key: str, columns: Any) -> InputError:
     """The error that tells which columns there are."""
-    return InputError(f"{option} {key}: must be a column of obs, {listed(columns)}")
+    return InputError(f"{option} {key}: must be a column of obs, {describe_choices(columns)}")
 
 
 def batches_of(adata: AnnData, key: str) -> Any:
@@ -395,7 +397,7 @@ def without_batch(key: str, missing: int, cells: int) -> str:
     return f"--batch-key {key}: every cell must have a batch, {missing:,} of {cells:,} have none"
 
 
-def listed(names: Any) -> str:
+def describe_choices(names: Any) -> str:
     """The end of an error that tells which names there are."""
     names = [str(name) for name in names]
     if not names:

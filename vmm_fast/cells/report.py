@@ -428,13 +428,15 @@ def _bar(groups: _Groups, counts: np.ndarray) -> str:
     shares = counts / max(counts.sum(), 1)
     names = [*groups.names, "no value"]
     parts = [(n, s, c) for n, s, c in zip(names, shares, groups.colors, strict=True) if s > 0]
-    told = sorted(parts, key=lambda part: -part[1])[:8]
-    text = ", ".join(f"{name} {plots._percent(share)}" for name, share, _ in told)
-    if len(told) < len(parts):
-        text += f", {len(parts) - len(told)} more"
+    largest = sorted(parts, key=lambda part: -part[1])[:8]
+    text = ", ".join(f"{name} {plots._percent(share)}" for name, share, _ in largest)
+    if len(largest) < len(parts):
+        text += f", {len(parts) - len(largest)} more"
     pieces = "".join(f'<i style="width:{100 * s:.3f}%;background:{c}"></i>' for _, s, c in parts)
-    told_as = escape(text)
-    return f'<span class="bar" role="img" aria-label="{told_as}" title="{told_as}">{pieces}</span>'
+    described = escape(text)
+    return (
+        f'<span class="bar" role="img" aria-label="{described}" title="{described}">{pieces}</span>'
+    )
 
 
 def _most_common(labels: _Groups, counts: np.ndarray) -> str:

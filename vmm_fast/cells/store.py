@@ -28,8 +28,8 @@ from vmm_fast.cells.formats import visible
 from vmm_fast.cells.reading import (
     check_shape,
     check_unique,
+    describe_choices,
     kind_of,
-    listed,
     names_of_genes,
     no_column,
     not_counts,
@@ -38,7 +38,7 @@ from vmm_fast.cells.reading import (
     unreadable,
 )
 
-__all__ = ["CannotStream", "CellStore", "kept_alone", "others_of"]
+__all__ = ["CannotStream", "CellStore", "list_other_elements", "notes_on_omissions"]
 
 MOST_OPEN = 64  # files; each has a cache of two chunks' size
 CACHE = 1 << 20  # bytes that HDF5 keeps of each array
@@ -233,7 +233,7 @@ class CellStore:
                 self.layer = usual
             if self.layer is not None and self.layer not in layers:
                 raise InputError(
-                    f"--layer {self.layer}: must be one of the layers, {listed(layers)}"
+                    f"--layer {self.layer}: must be one of the layers, {describe_choices(layers)}"
                 )
             for name in ("obs", "var"):
                 if name not in group:
@@ -263,7 +263,7 @@ class CellStore:
                 raise CannotStream(f"{self._where} must be a matrix of counts, is a {encoding}")
             there = {name: group[name] for name in group if name in group}  # no links to nothing
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
-            others = others_of(there.get, self._element)
+            others = list_other_elements(there.get, self._element)
             self.others += [name for name in others if name not in self.others]
             matrix = group[self._element]
             n_obs = frames.rows_of(group["obs"])
@@ -561,7 +561,7 @@ class _Open:
 # --- what else a file has ---
 
 
-def others_of(element: Callable[[str], Any], counts: str) -> list[str]:
+def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]:
     """Name what cells have besides these counts, obs and var.
 
     Parameters
@@ -579,7 +579,7 @@ def others_of(element: Callable[[str], Any], counts: str) -> list[str]:
     return [name for name in found if name != counts]
 
 
-def kept_alone(kept: str, others: Sequence[str]) -> list[str]:
+def notes_on_omissions(kept: str, others: Sequence[str]) -> list[str]:
     """Give a note that names what is left out of a result, if anything."""
     if not others:
         return []

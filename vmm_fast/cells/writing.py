@@ -129,7 +129,7 @@ class _Disk(io.RawIOBase):
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _explain_write_errors(path: Path) -> Iterator[None]:
     """What keeps a file from being written is told in one line."""
     try:
         yield
@@ -173,7 +173,7 @@ def write_h5ad(
             writer.finish()
         disk.check()
 
-    with _told(path):
+    with _explain_write_errors(path):
         write_atomically(path, write)
         return path.stat().st_size
 
@@ -199,7 +199,7 @@ def write_adata(path: Path, adata: AnnData) -> list[str]:
         disk.check()
 
     _strings_as_categories(adata)
-    with _told(path), settings.override(allow_write_nullable_strings=True):
+    with _explain_write_errors(path), settings.override(allow_write_nullable_strings=True):
         write_atomically(path, write)
     return notes
 
@@ -616,5 +616,5 @@ def write_table(path: Path, parts: Iterable[tuple[Any, pd.DataFrame]]) -> None:
             cells, *(clusters[name] for name in COLUMNS), strict=True
         )
     )
-    with _told(path):
+    with _explain_write_errors(path):
         write_atomically(path, as_csv(header, rows), text=True)
