@@ -10,7 +10,7 @@ from support import mutated
 from vmm_fast import _schema
 from vmm_fast._files import save_atomically, write_json
 from vmm_fast._folder import Folder
-from vmm_fast._schema import check, listed, number, optional, table, tensor, text, whole
+from vmm_fast._schema import check, list_of, number, optional, table, tensor, text, whole
 from vmm_fast.arrays.clustering import Clusterer, Settings
 from vmm_fast.arrays.data import InputError, Scaling
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion
@@ -33,10 +33,10 @@ from vmm_fast.models import VAE
         (_schema.flag, 1, "a must be true or false, but is 1"),
         (_schema.none, 1, "a must be absent, but is 1"),
         (_schema.plain, [], r"a must be a text or a number, but is \[\]"),
-        (listed(text), "text", "a must be a list, but is 'text'"),
-        (listed(text, 2), ["b"], "a must have 2 values, but has 1"),
-        (listed(text, least=1), [], "a must have at least 1 values, but has 0"),
-        (listed(text), ["b", None], r"a\[1\] must be a text, but is None"),
+        (list_of(text), "text", "a must be a list, but is 'text'"),
+        (list_of(text, 2), ["b"], "a must have 2 values, but has 1"),
+        (list_of(text, least=1), [], "a must have at least 1 values, but has 0"),
+        (list_of(text), ["b", None], r"a\[1\] must be a text, but is None"),
         (table({"b": text}), {}, "a must have 'b', but has not"),
         (table({"b": text}), {"b": 1}, r"a\.b must be a text, but is 1"),
         (table({}, None), {"b": 1}, "a must not have 'b', but has"),
@@ -65,7 +65,7 @@ def test_what_keeps_a_rule_is_taken():
         (whole(1), 1),
         (number(), 1),
         (optional(text), None),
-        (listed(text, 2), ("a", "b")),
+        (list_of(text, 2), ("a", "b")),
         (table({"a": text}), {"a": "b", "c": 3}),
         (tensor(torch.float32, [2], pruned=True), pruned),
         (_schema.generator_state, torch.get_rng_state()),

@@ -28,7 +28,7 @@ __all__ = [
     "flag",
     "generator_state",
     "like",
-    "listed",
+    "list_of",
     "none",
     "number",
     "optional",
@@ -132,7 +132,7 @@ def optional(inner: Rule) -> Rule:
     return rule
 
 
-def listed(inner: Rule, length: int | None = None, least: int = 0) -> Rule:
+def list_of(inner: Rule, length: int | None = None, least: int = 0) -> Rule:
     """Return a rule that accepts a list or tuple whose values all keep ``inner``.
 
     It must have ``length`` values if that is given, else at least ``least``.
@@ -237,7 +237,7 @@ def like(example: Any) -> Rule:
         inner = [like(value) for value in example]
 
         def rule(name: str, value: Any) -> None:
-            listed(anything, len(inner))(name, value)
+            list_of(anything, len(inner))(name, value)
             for index, (one, each) in enumerate(zip(inner, value, strict=True)):
                 one(f"{name}[{index}]", each)
 

@@ -225,10 +225,10 @@ class Operation:
     @functools.cached_property
     def letters(self) -> tuple[Any, ...]:
         """Return the letters that :meth:`sizes` returns numbers for: arguments', then results'."""
-        told = tuple(letter for letter, _ in self._places)
+        given = tuple(letter for letter, _ in self._places)
         # C of a grouped result is J / K.
         results = (x for output in self.outputs.values() for x in output.shapes[0])
-        return told + tuple(dict.fromkeys(x for x in results if x not in told))
+        return given + tuple(dict.fromkeys(x for x in results if x not in given))
 
     @functools.cached_property
     def _dimensions(self) -> tuple[tuple[tuple[int, ...], torch.dtype | None], ...]:

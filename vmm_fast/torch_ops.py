@@ -89,14 +89,14 @@ def _fits(argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> bool:
         letters = argument.shapes[-1]
         if len(letters) != len(shape):
             return False
-    told = []
+    added = []
     for letter, size in zip(letters, shape, strict=True):
         known = sizes.get(letter)
         if known is None and (size > 0 or letter in _MAY_BE_0):
             sizes[letter] = size
-            told.append(letter)
+            added.append(letter)
         elif known != size:
-            for other in told:
+            for other in added:
                 del sizes[other]
             return False
     return True

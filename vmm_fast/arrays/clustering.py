@@ -24,7 +24,7 @@ from torch import Tensor
 import vmm_fast
 from vmm_fast._cut import Cut
 from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
-from vmm_fast._schema import RATE, check, listed, table, tensor, weights_of, whole
+from vmm_fast._schema import RATE, check, list_of, table, tensor, weights_of, whole
 from vmm_fast.arrays.data import Data, InputError, Scaling
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
@@ -245,7 +245,11 @@ def _check_state(name: str, state: Any) -> None:
     table({"weights": table({}, tensor())})(name, state)
     # A layer has a weight for each of its values: no network is made that is larger than these.
     size = whole(1, sum(value.numel() for value in state["weights"].values()))
-    sizes = {"input_shape": listed(size, least=1), "hidden": listed(size), "channels": listed(size)}
+    sizes = {
+        "input_shape": list_of(size, least=1),
+        "hidden": list_of(size),
+        "channels": list_of(size),
+    }
     table({"network": table({"latent_dim": size, **sizes}, None)})(name, state)
     try:
         with torch.device("meta"):

@@ -43,7 +43,7 @@ from torch.nn.functional import one_hot
 from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
-from vmm_fast._schema import RATE, check, flag, listed, number, optional, table, text, whole
+from vmm_fast._schema import RATE, check, flag, list_of, number, optional, table, text, whole
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted
 from vmm_fast.cells.names import notes_on_genes
@@ -372,8 +372,8 @@ def check_progress(name: str, state: Any) -> None:
     table({"seconds": seconds, "epoch": whole(), "history": table({})}, None)(name, state)
     epochs = state["epoch"]
     curves = {"elbo_train": number(), "elbo_validation": measured} if epochs else {}
-    values = {key: listed(rule, epochs) for key, rule in curves.items()}
-    table(values, listed(measured))(f"{name}.history", state["history"])
+    values = {key: list_of(rule, epochs) for key, rule in curves.items()}
+    table(values, list_of(measured))(f"{name}.history", state["history"])
 
 
 def measured(name: str, value: Any) -> None:

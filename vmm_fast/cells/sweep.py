@@ -19,7 +19,7 @@ from anndata import AnnData
 
 from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, read_json, write_atomically, write_json
-from vmm_fast._schema import RATE, Rule, check, listed, number, table, whole
+from vmm_fast._schema import RATE, Rule, check, list_of, number, table, whole
 from vmm_fast.cells.integration import Integration, Settings, integrate
 from vmm_fast.metrics import clustering_scores_from_assignment
 
@@ -43,7 +43,7 @@ SHARE = number("of at least 0", lambda x: x >= 0)
 OF_ALL = {"clusters": whole(), "held_out_elbo": number(), "entropy": SHARE, "seconds": SHARE}
 OF_BATCHES = {"batch_mixing": SHARE, "nmi_batch": SHARE}
 OF_LABELS = {"ari": number(), "nmi": SHARE}
-FILE = table({"runs": listed(table({"settings": table({})}))})
+FILE = table({"runs": list_of(table({"settings": table({})}))})
 NEIGHBOURS = 30
 MOST_CELLS = 10_000  # whose neighbours are looked at
 ACTIVE = 0.002  # a cluster counts from this share of the cells
@@ -53,10 +53,10 @@ ACTIVE = 0.002  # a cluster counts from this share of the cells
 class SweepSettings(Settings):
     """Those of all runs, and the knobs' values in place of the two that these set."""
 
-    batch_sizes: Annotated[list[int], listed(whole(2), least=1)] = field(
+    batch_sizes: Annotated[list[int], list_of(whole(2), least=1)] = field(
         default_factory=lambda: [64, 128, 256]
     )
-    ratios: Annotated[list[float], listed(RATE, least=1)] = field(
+    ratios: Annotated[list[float], list_of(RATE, least=1)] = field(
         default_factory=lambda: [1.0, 2.0, 5.0, 10.0]
     )
 
@@ -134,7 +134,7 @@ def _read_kept(
         content = read_json(path)
         check(what, content, FILE)
         taken = [row for row in content["runs"] if row["settings"] in wanted]
-        check(what, {"runs": taken}, table({"runs": listed(table(measured))}))
+        check(what, {"runs": taken}, table({"runs": list_of(table(measured))}))
     except ValueError as error:
         raise InputError(f"{error}; start the sweep again with --overwrite") from None
     return content["runs"]

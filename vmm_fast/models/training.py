@@ -29,7 +29,7 @@ from vmm_fast._files import load_checked, save_atomically
 from vmm_fast._schema import (
     check,
     generator_state,
-    listed,
+    list_of,
     none,
     number,
     optional,
@@ -456,7 +456,7 @@ class _Run:
     def check(self, name: str, state: Any) -> None:
         """Raise ValueError unless every entry of a checkpoint is like one that `state` returns."""
         weights = weights_of(self.model.state_dict())
-        rows = listed(self.check_record, least=1)
+        rows = list_of(self.check_record, least=1)
         noise = table({"cpu": generator_state}, tensor(torch.uint8, [16]))  # the others: GPUs
         table({"model": weights, "noise": noise, "shuffle": generator_state, "history": rows})(
             name, state

@@ -31,7 +31,7 @@ from vmm_fast._schema import (
     flag,
     generator_state,
     like,
-    listed,
+    list_of,
     plain,
     table,
     tensor,
@@ -54,7 +54,7 @@ LIGHTNING = "pytorch-lightning_version"
 GPU_STATE = tensor(torch.uint8, [16])
 OF_A_RUN = table(
     {
-        STATES: listed(anything),
+        STATES: list_of(anything),
         RUN: table({}, plain),
         STOPPED: flag,
         "state_dict": table({}, tensor(finite=False)),
@@ -315,17 +315,17 @@ def _check_content(trainer: Any, plan: Any, name: str, checkpoint: Any) -> None:
     entries = {
         LIGHTNING: text,
         "state_dict": weights_of(plan.state_dict()),
-        STATES: listed(own),
+        STATES: list_of(own),
         "epoch": whole(),
         "global_step": whole(),
         "callbacks": table({}),
-        "optimizer_states": listed(table({})),
-        "lr_schedulers": listed(table({})),
+        "optimizer_states": list_of(table({})),
+        "lr_schedulers": list_of(table({})),
         "loops": table({"fit_loop": table({})}),
     }
     table(entries)(name, checkpoint)
     optimizers = _optimizers(plan.configure_optimizers())
-    listed(table({}), len(optimizers))("optimizer_states", checkpoint["optimizer_states"])
+    list_of(table({}), len(optimizers))("optimizer_states", checkpoint["optimizer_states"])
     for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
         if isinstance(optimizer, Adam):
             check_adam_state(optimizer, state)
@@ -346,7 +346,7 @@ def _check_loops(trainer: Any, checkpoint: dict[str, Any]) -> None:
     if isinstance(trainer.datamodule, CellDataModule):
         batches = whole(0, len(trainer.datamodule.train_dataloader()))
         place = table({"pass": whole(), "done": batches}, None)
-        loaders = table({"combined_loader": listed(place, 1)}, None)
+        loaders = table({"combined_loader": list_of(place, 1)}, None)
         loaders("loops.fit_loop.state_dict", places)
     automatic, manual = (
         fit[f"epoch_loop.{kind}_optimization.{progress}"]
