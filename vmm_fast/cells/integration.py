@@ -1,9 +1,9 @@
 """From counts to an integrated embedding with clusters: train, assign every cell, write.
 
-The model is trained on the genes that vary most, if asked to, and on nine tenths of the cells; the
-loss of the others shows whether it still gains. Labels colour and score alone. Clusters are groups
-of the model's components (:mod:`vmm_fast.clusters`); both are numbered by how many cells they hold,
-so "0" is the largest.
+The model is trained on nine tenths of the cells and, if asked to, on the most variable genes alone.
+The loss of the other cells shows whether it still improves. Labels only colour and score.
+Clusters are groups of the model's components (:mod:`vmm_fast.clusters`); both are numbered by how
+many cells they hold, so "0" is the largest.
 """
 
 from __future__ import annotations
@@ -97,17 +97,17 @@ RESULTS = {
 }
 LEAST_CELLS = 10  # one is held out and nine are trained on
 MANY_GENES = 10_000  # where selecting some is worth a note
-CHECKPOINT_SECONDS = 30  # between two of them
-BAR_SECONDS = 0.5  # between two looks of the progress bar
-SAMPLE = 20_000  # cells on disk that the model is made with: pseudo-cells, genes, the report
-UNKNOWN_BATCH = -1  # index of the batch of a cell that is of all in equal shares
-DENDROGRAM = "dendrogram_vmm_cluster"  # where scanpy looks for it in uns
+CHECKPOINT_SECONDS = 30  # between two checkpoints
+BAR_SECONDS = 0.5  # between two updates of the progress bar
+SAMPLE = 20_000  # cells drawn from disk for pseudo-cells, the choice of genes and the report
+UNKNOWN_BATCH = -1  # of a cell whose batch is unknown: it is encoded as of all in equal shares
+DENDROGRAM = "dendrogram_vmm_cluster"  # the key of uns where scanpy looks for it
 EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Cut):
-    """What a run depends on besides its cells, and the labels that it is shown with."""
+    """Settings of a run: all that it depends on besides its cells, and the column of labels."""
 
     batch_key: Annotated[str | None, optional(text)]
     layer: Annotated[str | None, optional(text)]
@@ -119,12 +119,12 @@ class Settings(Cut):
     learning_rate: Annotated[float, RATE] = 1e-3
     prior_learning_rate: Annotated[float, RATE] = PRIOR_LEARNING_RATE
     seed: Annotated[int, whole(0, 2**32 - 1)] = 0
-    # Counts are read while training, in an order that depends on it.
+    # Whether counts are read from disk while training, which changes the order of the cells.
     on_disk: Annotated[bool, flag] = False
 
     @classmethod
     def suited_to(cls, cells: AnnData | CellStore, **given: Any) -> Settings:
-        """Fill in what was not given (None) by the number of cells.
+        """Return settings in which the number of cells determines what is not given, or None.
 
         Raises
         ------
@@ -147,7 +147,7 @@ class Settings(Cut):
             "layer": None,
             "labels_key": None,
             "genes": None,
-            # As many steps at most as scvi-tools' own default takes: 400 epochs of 20,000 cells.
+            # At most as many steps as by scvi-tools' default: 400 epochs of 20,000 cells.
             "epochs": max(1, min(100, round(400 * 20_000 / number))),
             "components": min(100, max(10, number // 20)),
         }
@@ -158,7 +158,7 @@ class Settings(Cut):
 
 
 class OnDisk(NamedTuple):
-    """All cells, of which the model is made with some alone.
+    """All cells on disk, and which of them the model is made with.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ class OnDisk(NamedTuple):
     genes : ndarray of int or None
         Columns of the store to train on; None for all.
     rows : ndarray of int
-        Where the cells that the model is made with are.
+        The cells that the model is made with, as rows of the store.
     """
 
     store: CellStore
@@ -178,12 +178,12 @@ class OnDisk(NamedTuple):
 
 
 def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[str]]:
-    """Give the counts of the genes to train on with their batches, and notes on them.
+    """Return the cells to train on, with the chosen genes and their batches, and notes on them.
 
     Raises
     ------
     InputError
-        If the values are no counts, or a key is missing or cannot be used.
+        If the values are not counts, or a key is missing or cannot be used.
     """
     _check_keys(settings)
     counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
@@ -210,9 +210,10 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
 def training_cells_on_disk(
     store: CellStore, settings: Settings
 ) -> tuple[AnnData, OnDisk, list[str]]:
-    """As :func:`training_cells`, for a store: gives some cells, and where all are.
+    """Return some cells of a store to make the model with, where all of them are, and notes.
 
-    Every cell is read once, so that what cannot be trained on is told before training.
+    Every cell is read once, so that errors and notes come before training. See
+    :func:`training_cells`.
     """
     _check_keys(settings)
     notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
@@ -240,7 +241,7 @@ def training_cells_on_disk(
     sample = store.sample(number, keys=keys, seed=settings.seed)
     obs, genes_of = sample.obs[keys], store.var_names
     chosen = _variable_genes(make_adata(sample.X, obs, genes_of, settings.layer), settings)
-    # Not a view of the cells, which would lose the batches that none of them has.
+    # A view of the sample would lose the categories of batches that none of its cells has.
     some = make_adata(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
     genes = None if chosen.all() else np.flatnonzero(chosen)
     on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
@@ -257,7 +258,7 @@ def _check_keys(settings: Settings) -> None:
 
 
 def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
-    """Notes on the numbers of cells of each batch; refuses one for each cell."""
+    """Return notes on small batches, given their sizes; refuse a batch for each cell."""
     sizes = sizes[sizes > 0]
     if len(sizes) == sizes.sum():
         raise InputError(f"--batch-key {key}: must name batches, has another value for every cell")
@@ -275,7 +276,7 @@ def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
 
 
 def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
-    """Notes on cells without counts, `empty` of them, and genes without; there must be some."""
+    """Return notes on cells and genes without counts; refuse counts that are all 0."""
     if not detected.any():
         raise InputError("must hold counts above 0, all are 0")
     notes = []
@@ -287,7 +288,7 @@ def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
 
 
 def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
-    """Give a note on cells that have a name that another has, too."""
+    """Return a note on cells that share their name with another cell, if there are any."""
     if isinstance(cells, CellStore):
         names = np.empty(cells.n_obs, dtype=np.uint64)
         for start in range(0, cells.n_obs, ROWS):
@@ -303,7 +304,7 @@ def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
 
 
 def make_adata(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
-    """Counts where the reader's own cells have them, so that these fit the saved model."""
+    """Return an AnnData with the counts in the given layer, or in X, as the input has them."""
     var = pd.DataFrame(index=genes)
     if layer is None:
         return AnnData(counts, obs, var)
@@ -353,7 +354,7 @@ def quiet() -> Iterator[None]:
 
 
 class _CheckpointFile(CheckpointFile):
-    """With an error that says what to do on the command line."""
+    """A checkpoint file whose errors say what to do on the command line."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -367,7 +368,7 @@ class _CheckpointFile(CheckpointFile):
 
 
 def check_progress(name: str, state: Any) -> None:
-    """Raise ValueError unless this is a state of :class:`_Progress`."""
+    """Raise ValueError unless a value is a state of :class:`_Progress`."""
     seconds = number("of at least 0", lambda x: x >= 0)
     table({"seconds": seconds, "epoch": whole(), "history": table({})}, None)(name, state)
     epochs = state["epoch"]
@@ -377,13 +378,16 @@ def check_progress(name: str, state: Any) -> None:
 
 
 def measured(name: str, value: Any) -> None:
-    """Take a number, which a loss of cells that are held out need not be finite."""
+    """Raise ValueError unless a value is a number; the loss of held-out cells may be any."""
     if not isinstance(value, float):
         raise ValueError(f"{name} must be a number, but is {value!r}")
 
 
 class _Progress(Callback):
-    """What happens besides training: history and the bar. Checkpoints have the history, too."""
+    """A callback that records the history of training and shows the bar.
+
+    Checkpoints contain the history.
+    """
 
     def __init__(self, progress: bool) -> None:
         self.progress = progress
@@ -396,7 +400,7 @@ class _Progress(Callback):
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, those before a stop too."""
+        """Seconds of training, including those before the run was stopped and resumed."""
         return self.seconds + time.monotonic() - self._since
 
     def state_dict(self) -> dict[str, Any]:
@@ -442,7 +446,7 @@ class _Progress(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.epoch += 1
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        # Lightning's own mean over an epoch is lost where it was stopped; the ELBO's is not.
+        # Lightning's own mean over an epoch is lost if a run is stopped within it; the ELBO is not.
         metrics.pop("train_loss", None)
         loss = metrics["elbo_train"]
         if not math.isfinite(loss):
@@ -468,18 +472,18 @@ def integrate(
     accelerator: str = "auto",
     progress: bool = False,
 ) -> Integration:
-    """Train on `cells` of :func:`training_cells`, or on all of which they are some.
+    """Train on `cells` of :func:`training_cells`, or on all cells of `on_disk`; find clusters.
 
     Parameters
     ----------
     cells : AnnData
     settings : Settings
     on_disk : OnDisk, optional
-        Where all cells are, if `cells` are those of :func:`training_cells_on_disk`.
+        All cells, if `cells` come from :func:`training_cells_on_disk`.
     checkpoint : Path, optional
-        Written amid an epoch or after it, if the last one is a while ago.
+        File for checkpoints, written during or after an epoch, every 30 seconds.
     checkpoint_steps : int, optional
-        Written after every so many steps, besides.
+        Number of steps after which a checkpoint is written, too.
     resume : bool
         Go on from `checkpoint`, to the same bits as without the stop (on a CPU with one thread).
     accelerator : str
@@ -490,7 +494,7 @@ def integrate(
     Raises
     ------
     InputError
-        If the checkpoint cannot be read or written, or cells on disk not be read any more.
+        If the checkpoint cannot be read or written, or cells on disk can no longer be read.
     FloatingPointError
         If training diverges.
     KeyboardInterrupt
@@ -500,7 +504,7 @@ def integrate(
     during = _Progress(progress)
     callbacks: list[Callback] = [during]
     if checkpoint is not None:
-        # Called after `during`, so that the history has the epoch that has ended.
+        # Called after `during`, so that the history in it includes the epoch that has ended.
         callbacks.append(
             Checkpoints(checkpoint, seconds=CHECKPOINT_SECONDS, steps=checkpoint_steps)
         )
@@ -543,7 +547,7 @@ def integrate(
             z = latent_means(model, loading.all_cells())
             clusters = _find_clusters(model, z, settings)
     except SystemExit:
-        # Lightning exits on Ctrl-C, and leaves it without effect; on SIGTERM with status 0.
+        # On Ctrl-C Lightning exits and disables further Ctrl-C; on SIGTERM it exits with status 0.
         if during.stopped_by is None:
             raise
         signal.signal(signal.SIGINT, on_interrupt)
@@ -565,9 +569,9 @@ def integrate(
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Keep Lightning from SLURM's tasks: the command trains in one process, however many there are.
+    """Let Lightning train in one process, however many tasks SLURM has started.
 
-    Of a job with this name Lightning supposes that its processes are started by hand.
+    Lightning takes a job of the name "interactive" for one whose processes are started by hand.
     """
     before = os.environ.get("SLURM_JOB_NAME")
     os.environ["SLURM_JOB_NAME"] = "interactive"
@@ -598,17 +602,17 @@ def _bar(steps: int, initial: int) -> Any:
 
 
 def _peak_memory() -> float:
-    """The most that the process has held so far, in GiB."""
+    """Return the peak memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 @torch.inference_mode()
 def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False) -> np.ndarray:
-    """Posterior means [cells, D] of the cells that `batches` gives.
+    """Return the posterior means [cells, D] of the cells in `batches`.
 
-    A cell whose batch is UNKNOWN_BATCH is encoded as of all in equal shares. With `progress` there
-    is a bar on stderr.
+    A cell of UNKNOWN_BATCH is encoded as of all batches in equal shares. With `progress` a bar is
+    shown on stderr.
     """
     module = model.module
     means = np.empty((batches.number, module.n_latent), dtype=np.float32)
@@ -623,7 +627,7 @@ def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False
 
 
 def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
-    """Cells of a mini-batch as the encoder sees them."""
+    """Return the cells of a mini-batch as the encoder sees them."""
     log_counts = tensors[REGISTRY_KEYS.X_KEY].to(module.device).log1p()
     categories: tuple[Tensor, ...] = ()
     if module.encode_covariates:
@@ -635,7 +639,7 @@ def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
 
 @torch.no_grad()
 def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.DataFrame:
-    """Renumber the model's components (K = 1) by the cells they hold, and group them."""
+    """Renumber the model's components (K = 1) by the cells they hold, and return the clusters."""
     prior, means = model.module.prior, torch.from_numpy(z)
     components = model.module.components().to("cpu")
     by_weight = components.log_weights.argsort(descending=True, stable=True)
@@ -649,7 +653,7 @@ def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.Data
 
 
 def assigned(clusters: Clusters, z: np.ndarray) -> pd.DataFrame:
-    """Cluster, its probability, the entropy, and the component of points, as columns of obs."""
+    """Return cluster, probability, entropy and component of latent means as columns of obs."""
     means = torch.from_numpy(z)
     components = [clusters.components.assign(points).labels for points in means.split(WINDOW)]
     found = (*clusters.assign(means), torch.cat(components))
@@ -663,7 +667,7 @@ def assigned(clusters: Clusters, z: np.ndarray) -> pd.DataFrame:
 class Integration:
     """A finished run: the model, its curves, and the embedding z [cells, D] with its clusters.
 
-    Clusters are columns of obs, as :func:`assigned` gives them.
+    Clusters are columns of obs, as :func:`assigned` returns them.
     """
 
     model: VMMSCVI
@@ -675,7 +679,7 @@ class Integration:
     clusters: pd.DataFrame
 
     def record(self, labels: Any) -> dict[str, Any]:
-        """Give what is in uns; `labels`, a Series or a Categorical of all cells, or None, score."""
+        """Return the record of the run for uns, with scores against the cells' labels if given."""
         settings = {
             name: value for name, value in asdict(self.settings).items() if value is not None
         }
@@ -705,7 +709,7 @@ class Integration:
         return record
 
     def add_to(self, adata: AnnData) -> dict[str, Any]:
-        """Add embedding, clusters and settings to the cells as read; give what is in uns."""
+        """Add embedding, clusters and settings to the cells as read; return :meth:`record`."""
         key = self.settings.labels_key
         record = self.record(None if key is None else adata.obs[key])
         set_clusters(adata, self.z, self.clusters)
@@ -714,25 +718,25 @@ class Integration:
         return record
 
     def uns(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return entries for the cells' uns: settings and, of several clusters, scanpy's tree."""
+        """Return entries for the cells' uns: the record and, for several clusters, their tree."""
         return {"vmm": record, **dendrogram(self.model, self.clusters)}
 
     def write_model(self, folder: Path) -> None:
-        """Write what VMMSCVI.load takes."""
+        """Write the folder ``model``, which VMMSCVI.load reads."""
         path = folder / "model" / "model.pt"
         path.parent.mkdir(exist_ok=True)
-        # scvi-tools writes to a folder alone: to this one, for another's disk may have no room.
+        # scvi-tools writes only to a folder: one beside, since another disk may have no room.
         with tempfile.TemporaryDirectory(".tmp", ".", path.parent) as temporary, quiet():
             try:
                 self.model.save(temporary, overwrite=True)
-            except RuntimeError as error:  # torch's own, where the system tells of a full disk
+            except RuntimeError as error:  # torch raises this if the disk is full
                 why = str(error).split("\n")[0]
                 raise InputError(f"{path}: cannot be written: {why}") from None
             with open(os.path.join(temporary, "model.pt"), "rb") as saved:
                 write_atomically(path, lambda file: shutil.copyfileobj(saved, file))
 
     def write(self, adata: AnnData, folder: Path) -> None:
-        """Write the model and, of the cells with what was added, all else."""
+        """Write the model, clusters.csv, and the cells with what :meth:`add_to` added."""
         self.write_model(folder)
         write_table(folder / "clusters.csv", [(adata.obs_names, self.clusters)])
         with quiet():
@@ -741,10 +745,10 @@ class Integration:
     def write_on_disk(
         self, cells: OnDisk, folder: Path
     ) -> tuple[dict[str, Any], AnnData, tuple[pd.DataFrame, np.ndarray]]:
-        """As :meth:`write`, of cells on disk: cells.h5ad has obs and var alone.
+        """Write the results of cells on disk; cells.h5ad has obs and var, but no counts.
 
-        Gives what is in uns, and what the report shows: the cells that are in memory, and obs of
-        all with the rows of it that they are.
+        Returns the record in uns, the cells in memory, and obs of all cells with the rows that the
+        cells in memory have there. The report needs the last two.
         """
         store, settings = cells.store, self.settings
         obs = self.clusters.copy()
@@ -762,7 +766,10 @@ class Integration:
 
 
 def dendrogram(model: VMMSCVI, clusters: pd.DataFrame) -> dict[str, Any]:
-    """Return the model's tree of clusters for uns, as scanpy has it, if obs has all of several."""
+    """Return the model's tree of clusters for uns, in scanpy's form.
+
+    Return nothing if there is one cluster, or if some cluster has no cell in obs.
+    """
     of_component = model.kept_clusters().of_component
     number = int(of_component.max()) + 1
     if number == 1 or len(clusters["vmm_cluster"].cat.categories) != number:
@@ -772,7 +779,7 @@ def dendrogram(model: VMMSCVI, clusters: pd.DataFrame) -> dict[str, Any]:
 
 
 def set_clusters(adata: AnnData, z: np.ndarray, clusters: pd.DataFrame) -> None:
-    """Add the embedding z [cells, D] and its clusters to the cells, without an earlier tree."""
+    """Add the embedding z [cells, D] and its clusters to the cells; remove any earlier tree."""
     adata.uns.pop(DENDROGRAM, None)
     adata.obsm["X_vmm"] = z
     for key, values in clusters.items():

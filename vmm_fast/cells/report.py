@@ -1,7 +1,7 @@
 """One HTML page about integrated and clustered cells.
 
-It needs no network and no scripts, which its Content-Security-Policy forbids anyway: pictures and
-styles are inside. Names come from the data, so every one is escaped.
+Pictures and styles are inside the page. It needs no network and no scripts, and its
+Content-Security-Policy forbids them. Names come from the data, so every one is escaped.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from vmm_fast.clusters import Clusters, ClusterTree
 __all__ = ["write_report"]
 
 EMBEDDED = 100_000  # most cells in the pictures
-TESTED = 500  # most cells of a cluster in which its marker genes are sought
+TESTED = 500  # most cells of a cluster that its marker genes are sought in
 FEW = 10  # clusters of fewer cells have no marker genes
 MARKERS = 6  # most marker genes that the table names
 DOTS = 40  # most clusters in the dot plot
-SHOWN = 100  # most batches or labels that are told apart
+SHOWN = 100  # most batches or labels that are shown apart
 LISTED = 20  # most names in a legend that is not folded
 MISSING = "#b5b5b5"
 
@@ -68,16 +68,16 @@ def write_report(
     history : mapping of str to sequence of float
         Names as in scvi-tools' ``model.history``, one value an epoch.
     drawn_from : tuple of DataFrame and ndarray of int, optional
-        Where adata's cells were drawn from more: obs of all, which is used in place of adata's,
-        and the rows of it that adata's cells are. The embedding and marker genes are of the drawn
-        cells, all numbers else of all.
+        If adata's cells are a sample: obs of all cells, which is used instead of adata's, and the
+        rows of it that are in adata. The embedding and marker genes are those of the sample, all
+        other numbers those of all cells.
     tree : tuple of ClusterTree and Clusters, optional
-        Of the components, and where it is cut.
+        Tree of the components, and the clusters that it is cut into.
 
     Raises
     ------
     KeyError
-        If adata, or obs of all cells, lacks any of these.
+        If adata, or obs of all cells, lacks an entry named above.
     ValueError
         If ``obsm["X_vmm"]`` is not finite, or there is no cell.
     """
@@ -90,18 +90,18 @@ def write_report(
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
-            # Of cells without counts, and of clusters and genes with nothing to compare.
+            # Warnings are of cells without counts, and of clusters with nothing to compare.
             warnings.simplefilter("ignore")
             page = _page(adata, z, obs, rows, history, tree)
     finally:
-        torch.set_num_threads(threads)  # scanpy's compiled code sets OpenMP's number to its own
-    # Characters that UTF-8 lacks (lone surrogates) must not cost the page.
+        torch.set_num_threads(threads)  # scanpy's compiled code changes OpenMP's number
+    # Characters that UTF-8 lacks (lone surrogates) must not prevent the page.
     write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """A column of categories: names, and the index of each cell's, -1 where it has none."""
+    """A column of categories: their names, and each cell's index among them, -1 for none."""
 
     title: str
     names: list[str]
@@ -109,18 +109,21 @@ class _Groups:
 
     @property
     def colors(self) -> list[str]:
-        """One for each name, and a last one for cells without: what an index of -1 finds."""
+        """A colour for each name; the last, at index -1, is for cells without a category."""
         return [*map(to_hex, plots._colors(len(self.names))), MISSING]
 
     def counts_in(self, other: _Groups) -> np.ndarray:
-        """Cells of each group by those of another, [groups, groups of other + 1 for none]."""
+        """Return the number of cells in each pair of groups, [groups, groups of other + 1].
+
+        The last column counts cells that have no group in the other.
+        """
         counts = np.zeros((len(self.names) + 1, len(other.names) + 1), dtype=int)
         np.add.at(counts, (self.codes, other.codes), 1)
         return counts[:-1]
 
     @property
     def sizes(self) -> np.ndarray:
-        """Cells of each group."""
+        """Number of cells in each group."""
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
 
 
@@ -131,7 +134,7 @@ def _groups(obs: pd.DataFrame, key: str, title: str) -> _Groups:
 
 
 def _by_size(groups: _Groups, most: int | None = None) -> _Groups:
-    """Put the largest first; all beyond `most` become one."""
+    """Return the groups with the largest first; those beyond `most` are merged into one."""
     order = np.argsort(-groups.sizes, kind="stable")
     rank = np.full(len(order) + 1, -1)  # the last is for the index -1
     rank[order] = np.arange(len(order))
@@ -265,13 +268,13 @@ def _embedding(
     if len(cells) < len(z):
         note += f" {len(cells):,} random cells of {len(z):,}."
 
-    cells = rows[cells]  # among all, as in the groups
+    cells = rows[cells]  # rows among all cells, as in the groups
     order = rng.permutation(len(cells))  # so that no group covers the others
     panels = [_group_panel(plane, clusters, cells, order, written=clusters.names)]
     if batches is not None:
         panels.append(_group_panel(plane, batches, cells, order))
     if labels is not None:
-        # Too many for a legend that the eye can go to and fro with.
+        # Many labels are numbered in the picture, since a long legend is hard to match by colour.
         numbers = [str(i + 1) for i in range(len(labels.names))]
         many = len(labels.names) > LISTED
         panels.append(_group_panel(plane, labels, cells, order, written=numbers if many else None))
@@ -280,12 +283,12 @@ def _embedding(
 
 
 def _plane(z: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """Places [cells, 2] and how they were found."""
+    """Return points in the plane [cells, 2], and the name of the method that placed them."""
     if len(z) < 15 or z.shape[1] <= 2:  # no neighbourhoods, or no need
         plane, _ = plots._project(z.astype(float), "pca", np.random.default_rng(seed), seed)
         return plane, "Principal components" if z.shape[1] > 2 else "Plot"
     data = AnnData(z)
-    # Exact in so few dimensions; scanpy's own choice for many cells fails with pynndescent 0.7.
+    # Exact neighbours: cheap in few dimensions, and scanpy's default fails with pynndescent 0.7.
     sc.pp.neighbors(data, use_rep="X", transformer="sklearn", random_state=seed)
     sc.tl.umap(data, random_state=seed)
     return data.obsm["X_umap"], "UMAP"
@@ -411,7 +414,7 @@ def _key(groups: _Groups) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """HTML cells in rows; the first of each is its head."""
+    """Return an HTML table, given cells in HTML; the first of each row is its head."""
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     body = "\n".join(
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
@@ -424,7 +427,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _bar(groups: _Groups, counts: np.ndarray) -> str:
-    """Counts [groups + 1] as one stacked bar."""
+    """Return counts [groups + 1] as one stacked bar, in HTML."""
     shares = counts / max(counts.sum(), 1)
     names = [*groups.names, "no value"]
     parts = [(n, s, c) for n, s, c in zip(names, shares, groups.colors, strict=True) if s > 0]
@@ -440,7 +443,7 @@ def _bar(groups: _Groups, counts: np.ndarray) -> str:
 
 
 def _most_common(labels: _Groups, counts: np.ndarray) -> str:
-    labelled = counts[:-1]  # not the cells without
+    labelled = counts[:-1]  # without cells that have no label
     if labelled.sum() == 0:
         return "-"
     top = int(labelled.argmax())
@@ -472,7 +475,7 @@ def _where_cells_went(clusters: _Groups, groups: _Groups) -> str:
 
 
 class _Markers:
-    """Genes that each cluster has more of than the others, by scanpy's t-test."""
+    """Marker genes: each cluster's most overexpressed genes, by scanpy's t-test."""
 
     def __init__(
         self,
@@ -484,13 +487,13 @@ class _Markers:
     ):
         self.clusters, self.sizes, self.drawn = clusters, clusters.sizes, len(rows)
         self.genes = [str(name) for name in adata.var_names]
-        codes = clusters.codes[rows]  # adata may be without cells of some
+        codes = clusters.codes[rows]  # adata may lack cells of some clusters
         members = [np.flatnonzero(codes == c) for c in range(len(clusters.names))]
         chosen = [rng.choice(of_one, min(TESTED, len(of_one)), replace=False) for of_one in members]
         cells = np.sort(np.concatenate(chosen))
         counts = adata.layers[layer] if layer else adata.X
         self.codes = codes[cells]
-        # Row numbers stand for names, which may be there twice.
+        # Row numbers stand for gene names, which may occur twice.
         data = AnnData(csr_matrix(counts[cells], dtype=np.float32))
         sc.pp.normalize_total(data, target_sum=1e4)
         sc.pp.log1p(data)
@@ -513,7 +516,7 @@ class _Markers:
                 self.found[c] = table["names"][clear].astype(int).tolist()
 
     def named(self, cluster: int) -> str:
-        """HTML for the table."""
+        """Return the names of a cluster's marker genes for the table, in HTML."""
         if cluster not in self.tested:
             few = "too few cells" if self.sizes[cluster] < FEW else "too few cells drawn"
             return f'<span class="muted">{few}</span>'
@@ -523,7 +526,7 @@ class _Markers:
         return ", ".join(escape(self.genes[g]) for g in genes)
 
     def dot_plot(self) -> str:
-        """Mean expression of the first markers in each cluster, and the share of cells with any."""
+        """Return a plot of the first markers: mean expression, and share of expressing cells."""
         rows = self.tested[:DOTS]
         each = 3 if len(rows) <= 12 else 2 if len(rows) <= 25 else 1
         chosen = dict.fromkeys(g for c in rows for g in self.found.get(c, [])[:each])
@@ -564,7 +567,7 @@ class _Markers:
 
 @dataclass(frozen=True)
 class _Mark:
-    """A square of a matrix, or a circle where it has a radius."""
+    """A square in a matrix, or a circle if it has a radius."""
 
     row: int
     column: int
@@ -577,7 +580,7 @@ class _Mark:
 def _matrix(
     rows: Sequence[str], columns: Sequence[str], marks: Iterable[_Mark], alt: str, width: int
 ) -> str:
-    """SVG of marks under column names and beside row names, in the page's own colours."""
+    """Return an SVG of marks with column and row names, in the colours of the page."""
     height = 16
     rows, columns = [_short(name) for name in rows], [_short(name) for name in columns]
     left = 12 + 7.5 * max(map(len, rows))
@@ -653,7 +656,7 @@ def _scores(clusters: _Groups, labels: _Groups, key: str) -> str:
     labelled = labels.codes >= 0
     if labelled.sum() < 2:
         return ""
-    # These two alone: all of vmm_fast.metrics take many times as long.
+    # Only these two scores: all those of vmm_fast.metrics take many times as long.
     pair = labels.codes[labelled], clusters.codes[labelled]
     ari, nmi = adjusted_rand_score(*pair), normalized_mutual_info_score(*pair)
     rows = [

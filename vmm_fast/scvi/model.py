@@ -63,21 +63,21 @@ class LatentPriorModel(BaseModelClass):
     Parameters
     ----------
     adata : AnnData or MuData, optional
-        Registered by :meth:`setup_anndata`, or by :meth:`setup_mudata` where the model has it.
+        Registered by :meth:`setup_anndata`, or by :meth:`setup_mudata` if the model has it.
     registry : dict, optional
-        Where the model takes one.
+        Only for models that take one.
     prior : {"vmm", "gmm", "vamp", "normal"}
         VampPrior Mixture Model, Gaussian mixture with free centers, VampPrior, or N(0, I).
     n_components : int
-        C, more than there are clusters, which take several each.
+        C. It must be larger than the number of clusters: a cluster takes several components.
     prior_kwargs : dict, optional
-        Of :class:`vmm_fast.VMMPrior`, :class:`vmm_fast.GaussianMixturePrior` or
-        :class:`vmm_fast.VampPrior`; see :class:`LatentPrior`. ``data_size`` is the number of cells
-        that are trained on unless given.
+        Arguments of :class:`vmm_fast.VMMPrior`, :class:`vmm_fast.GaussianMixturePrior` or
+        :class:`vmm_fast.VampPrior`; see :class:`LatentPrior`. ``data_size`` defaults to the number
+        of training cells.
     encode_covariates : bool
-        Whether the encoder sees batches and covariates: True as in the paper.
+        Whether the encoder sees batches and covariates; True, as in the paper.
     **kwargs
-        Of the model and its module.
+        Further arguments of the model and its module.
 
     Notes
     -----
@@ -95,7 +95,7 @@ class LatentPriorModel(BaseModelClass):
         encode_covariates: bool = True,
         **kwargs: Any,
     ):
-        # Not every model takes a registry.
+        # Only some models take a registry.
         takes_registry = "registry" in inspect.signature(super().__init__).parameters
         super().__init__(
             adata,
@@ -110,17 +110,18 @@ class LatentPriorModel(BaseModelClass):
         self.init_params_ = self._get_init_params(locals())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the model without the prior does; pseudo-cells start from random cells.
+        """Train the model, and then find its clusters; pseudo-cells start from random cells.
 
-        Warns where training ended before the prior's warm-up did, as ``max_time`` may let it.
+        Arguments are those of the model without the prior. A warning says if training ended before
+        the prior's warm-up did, for example because of ``max_time``.
 
         Raises
         ------
         ValueError
-            If there are fewer cells than pseudo-cells, or no AnnData to take them from; if a
-            :class:`CellDataModule` has other batches than the AnnData.
+            If there are fewer cells than pseudo-cells, or no AnnData to take them from, or if the
+            batches of a :class:`CellDataModule` differ from those of the AnnData.
         RuntimeError
-            If there are several processes, and one of the others fails or is killed.
+            If there are several processes, and another one fails or is killed.
         """
         cells = kwargs.get("datamodule")
         if isinstance(cells, CellDataModule) and cells.n_batch != self.summary_stats.n_batch:
@@ -135,7 +136,7 @@ class LatentPriorModel(BaseModelClass):
         try:
             with telling_of_lost_processes():
                 found = super().train(*args, **kwargs)
-        finally:  # also where training was interrupted
+        finally:  # also if training was interrupted
             self.module.warming_up, self.module._latest = False, None
         module = self.module
         if not (module.prior is None or module.frozen or module.prior_learnt):
@@ -178,12 +179,14 @@ class LatentPriorModel(BaseModelClass):
 
     @classmethod
     def load(cls, dir_path: str, *args: Any, trust: bool = False, **kwargs: Any) -> Any:
-        """Load a saved model, whose file must hold tensors and tables alone unless ``trust``.
+        """Load a saved model; unless ``trust``, refuse files that could run code.
+
+        Without ``trust`` the file may hold nothing but tensors and tables.
 
         Raises
         ------
         ValueError
-            If the file is damaged, or holds what would run as it is read.
+            If the file is damaged, or could run code when it is read.
         """
         if not trust:
             given = inspect.signature(super().load).bind(dir_path, *args, **kwargs).arguments
@@ -201,7 +204,7 @@ class LatentPriorModel(BaseModelClass):
     def prepare_query_anndata(
         adata: Any, reference_model: Any, *args: Any, trust: bool = False, **kwargs: Any
     ) -> Any:
-        """Give cells the genes of a model; see :meth:`load` for ``trust``.
+        """Bring cells to the genes of a reference model; see :meth:`load` for ``trust``.
 
         See :meth:`scvi.model.base.ArchesMixin.prepare_query_anndata`.
         """
@@ -213,11 +216,12 @@ class LatentPriorModel(BaseModelClass):
     def load_query_data(
         cls, adata: Any = None, reference_model: Any = None, *, trust: bool = False, **kwargs: Any
     ) -> Any:
-        """As the model's own, with weights of new categories next to those of their covariate.
+        """Return a model for query cells, made from a reference model (scArches).
 
-        scvi-tools' puts them behind all others, so that, where batches and covariates have weights
-        and not the last of them alone has new categories, every later one gets another's weights.
-        A ``reference_model`` in a folder must hold tensors and tables alone unless ``trust``.
+        scvi-tools' own method puts the weights of new categories behind all others. Covariates
+        behind one with new categories then get the weights of another covariate. Here the new
+        weights stand next to those of their covariate. See :meth:`load` for ``trust``, if
+        ``reference_model`` is a folder.
         """
         if isinstance(reference_model, str) and not trust:
             _check_saved(reference_model)
@@ -233,7 +237,9 @@ class LatentPriorModel(BaseModelClass):
         return model
 
     def _validate_anndata(self, adata: Any = None, copy_if_view: bool = True) -> Any:
-        """Do as the model's own, which matches genes by position: refuse those of other names.
+        """Check cells as the model's own method does, and that they have the model's genes.
+
+        The model's own method matches genes by position, whatever their names.
 
         Raises
         ------
@@ -247,7 +253,7 @@ class LatentPriorModel(BaseModelClass):
         return super()._validate_anndata(adata, copy_if_view)
 
     def _genes(self) -> dict[str | None, pd.Index]:
-        """Return the names of genes; of a MuData, those of each modality that the model has."""
+        """Return the model's gene names by modality; the key is None for an AnnData."""
         modalities = self.registry["setup_args"].get("modalities")
         if not modalities:
             return {None: pd.Index(self.get_var_names())}
@@ -269,14 +275,15 @@ class LatentPriorModel(BaseModelClass):
         return self.module.components().to("cpu")
 
     def get_cluster_tree(self) -> ClusterTree:
-        """Return the tree of components that clusters are cut from.
+        """Return the tree of components; cutting it gives the clusters.
 
         Raises
         ------
         ValueError
-            For the prior N(0, I), and for a model that was saved before there were trees.
+            For the prior N(0, I), and for a model without clusters, such as one that was saved
+            before models had trees.
         """
-        self.module.components()  # or says that there are none
+        self.module.components()  # raises if there are none
         tree = self.module.tree
         if tree is None:
             raise ValueError(
@@ -296,13 +303,13 @@ class LatentPriorModel(BaseModelClass):
     ) -> None:
         """Group components into clusters by the cells that they share, and keep the clusters.
 
-        :meth:`train` ends with it. Components do not change; whatever changes them besides
-        ``train``, such as the prior's ``fit``, asks for it anew.
+        :meth:`train` calls this at its end. Components do not change. Call it again after anything
+        else that changes them, such as the prior's ``fit``.
 
         Parameters
         ----------
         adata : AnnData, optional
-            The cells that the model was trained on, which is the default.
+            The cells that the model was trained on; by default those that it was made with.
         resolution, separation, n_clusters : optional
             Where the tree of components is cut; see :mod:`vmm_fast.clusters`.
         batch_size : int, optional
@@ -311,7 +318,7 @@ class LatentPriorModel(BaseModelClass):
         self.keep_clusters_of(self._latents(adata, None, batch_size), **cut)
 
     def keep_clusters_of(self, means: Tensor, **cut: Any) -> Clusters:
-        """Do as :meth:`find_clusters`, with the cells' posterior means [cells, D]; return them."""
+        """Find clusters from the cells' posterior means [cells, D], keep them and return them."""
         components = self._components()
         tree = ClusterTree(Confusion.of(components, means))
         clusters = find_clusters(components, means, tree=tree, **cut)
@@ -319,8 +326,8 @@ class LatentPriorModel(BaseModelClass):
         return clusters
 
     def kept_clusters(self) -> Clusters:
-        """Return the clusters of :meth:`find_clusters`; they assign any latent means."""
-        self.get_cluster_tree()  # or says that there are none
+        """Return the clusters that :meth:`find_clusters` kept; they assign any latent means."""
+        self.get_cluster_tree()  # raises if there are none
         return Clusters(self._components(), self.module.cluster_of_component.cpu().clone())
 
     def _clusters(
@@ -329,7 +336,7 @@ class LatentPriorModel(BaseModelClass):
         cut = {"resolution": resolution, "separation": separation, "n_clusters": n_clusters}
         if set(cut.values()) == {None}:
             return self.kept_clusters()
-        self.get_cluster_tree()  # or says that there is none
+        self.get_cluster_tree()  # raises if there is none
         return self.module.other_clusters(**cut)
 
     def get_cluster_probabilities(
@@ -347,20 +354,21 @@ class LatentPriorModel(BaseModelClass):
         Parameters
         ----------
         adata : AnnData, optional
-            With the genes of the one that the model was made with, which is the default, in the
-            same order.
+            Cells with the model's genes in the same order; by default those that the model was made
+            with.
         indices : sequence of int, optional
-            Of cells; all by default.
+            Which cells; all by default.
         batch_size : int, optional
         resolution, separation, n_clusters : optional
             Where the tree of components is cut; see :mod:`vmm_fast.clusters`. By default clusters
-            are those of :meth:`find_clusters`. Clusters of another cut must hold some of the up to
-            16,384 cells that the model keeps of those, which also number them.
+            are those of :meth:`find_clusters`. The model keeps up to 16,384 of the cells that these
+            were found in. Every cluster of another cut must hold some of them, and is numbered by
+            how many it holds.
 
         Returns
         -------
         ndarray [cells, G]
-            Rows sum to 1. Clusters are numbered by the model's cells that they hold.
+            Rows sum to 1. Clusters are numbered by how many of the model's cells they hold.
         """
         clusters = self._clusters(
             resolution=resolution, separation=separation, n_clusters=n_clusters
@@ -439,7 +447,10 @@ def _check_genes(have: pd.Index, genes: pd.Index) -> None:
 
 
 def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
-    """Of batches and of every categorical covariate; 0 for a single one, which has no weights."""
+    """Return the number of batches, and of the categories of every categorical covariate.
+
+    A single batch or category has no weights, and counts as 0.
+    """
     fields = registry["field_registries"]
     numbers = [fields[REGISTRY_KEYS.BATCH_KEY]["summary_stats"]["n_batch"]]
     covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
@@ -448,7 +459,10 @@ def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
 
 
 def _check_saved(folder: str, prefix: str | None = None, backup_url: str | None = None) -> None:
-    """Raise ValueError if a model is damaged or would run anything; scvi-tools says if none is."""
+    """Raise ValueError if a saved model is damaged or could run code.
+
+    If there is no file, scvi-tools says so.
+    """
     path = Path(folder) / f"{prefix or ''}model.pt"
     if path.is_file():
         check_model(path)
@@ -458,6 +472,10 @@ def _check_saved(folder: str, prefix: str | None = None, backup_url: str | None 
 
 @torch.no_grad()
 def _order_category_weights(module: torch.nn.Module, before: list[int], now: list[int]) -> None:
+    """Move the weights of new categories next to those of their covariate, in every layer.
+
+    ``before`` and ``now`` are the numbers of categories in the reference model and in this one.
+    """
     for layers in (m for m in module.modules() if isinstance(m, FCLayers)):
         # With batch embeddings, batches have no columns here.
         skipped = next((k for k in (0, 1) if layers.n_cat_list == now[k:]), None)
@@ -476,14 +494,14 @@ def _order_category_weights(module: torch.nn.Module, before: list[int], now: lis
 
 
 class ComponentExpression(LatentPriorModel):
-    """:class:`LatentPriorModel` of models that decode to the expression of genes."""
+    """A :class:`LatentPriorModel` that decodes to gene expression."""
 
     def get_importance_weights(
         self, *args: Any, zs: Tensor, truncation: bool = False, **kwargs: Any
     ) -> np.ndarray:
-        """Importance weights [n] of the samples ``zs`` [..., D], n of them, under the prior.
+        """Return the importance weights [n] under the prior of n samples ``zs`` [..., D].
 
-        See :meth:`scvi.model.base.RNASeqMixin.get_importance_weights`, whose own are under N(0, I).
+        :meth:`scvi.model.base.RNASeqMixin.get_importance_weights` returns those under N(0, I).
         """
         if self.module.prior is None:
             return super().get_importance_weights(*args, zs=zs, truncation=truncation, **kwargs)
@@ -508,35 +526,37 @@ class ComponentExpression(LatentPriorModel):
         batch_size: int | None = None,
         return_mean: bool = True,
     ) -> pd.DataFrame | np.ndarray:
-        """Normalised (decoded) expression of samples from components of the prior.
+        """Return the normalised (decoded) expression of samples from components of the prior.
 
-        What the decoder sees besides z is that of random cells: library size, batch, covariates.
+        Besides z the decoder sees library size, batch and covariates: those of random cells.
 
         Parameters
         ----------
         components : sequence of int, optional
             Indices, as :meth:`get_components` gives them; all by default.
         n_samples : int
-            Of each component.
+            Number of samples of each component.
         transform_batch : str or sequence of str, optional
-            Batches to decode to, of which the mean is given, in place of the random cells'.
+            Batches to decode to, instead of those of the random cells; the mean over them is
+            returned.
         gene_list : sequence of str, optional
-            Genes to give, in the model's order; all by default.
+            Genes to return, in the model's order; all by default.
         library_size : float or "latent"
-            Sum of a cell's expression; "latent" for the random cell's.
+            Sum of a cell's expression; "latent" takes that of the random cell.
         batch_size : int, optional
         return_mean : bool
-            Over the samples.
+            Whether to return the mean over the samples.
 
         Returns
         -------
         DataFrame [components, genes]
-            Or, with ``return_mean=False``, an ndarray [n_samples, components, genes].
+            With ``return_mean=False``, an ndarray [n_samples, components, genes].
 
         Raises
         ------
         ValueError
-            For the prior N(0, I), for components, genes or batches that there are not.
+            For the prior N(0, I), and for components, genes or batches that the model does not
+            have.
         """
         self._check_if_trained(warn=False)
         n_samples = check_integer("n_samples", n_samples)
@@ -574,10 +594,10 @@ class ComponentExpression(LatentPriorModel):
 
 
 class VMMSCVI(ComponentExpression, SCVI):
-    """:class:`scvi.model.SCVI` with a mixture prior: integrates and clusters cells at once.
+    """:class:`scvi.model.SCVI` with a mixture prior: it integrates and clusters cells at once.
 
-    Its interface is SCVI's, with clusters besides; parameters are those of
-    :class:`LatentPriorModel`. SCVI's own encoder does not see batches and covariates.
+    It has the methods of SCVI, and those for clusters; parameters are those of
+    :class:`LatentPriorModel`. Its encoder sees batches and covariates, SCVI's does not.
     """
 
     _module_cls = VMMVAE
@@ -587,13 +607,14 @@ class VMMSCVI(ComponentExpression, SCVI):
 class VMMSCANVI(ComponentExpression, SCANVI):
     """:class:`scvi.model.SCANVI` with a mixture prior: labels of some cells guide the latents.
 
-    Its interface is SCANVI's, with clusters besides; parameters are those of
+    It has the methods of SCANVI, and those for clusters; parameters are those of
     :class:`LatentPriorModel`.
 
     Notes
     -----
-    The prior is on z1, the embedding that users get, in place of SCANVI's p(z1 | z2, y): z2, which
-    has N(0, I), is what of a cell its label does not say, so that its clusters are not of types.
+    The prior is on z1, the embedding that users get, in place of SCANVI's p(z1 | z2, y). SCANVI's
+    z2, whose prior is N(0, I), holds what the label of a cell does not say: clusters of z2 would
+    not be cell types.
     """
 
     _module_cls = VMMSCANVAE
@@ -613,7 +634,7 @@ class VMMSCANVI(ComponentExpression, SCANVI):
 class VMMPEAKVI(LatentPriorModel, PEAKVI):
     """:class:`scvi.model.PEAKVI` with a mixture prior, for chromatin accessibility.
 
-    Its interface is PEAKVI's, with clusters besides; parameters are those of
+    It has the methods of PEAKVI, and those for clusters; parameters are those of
     :class:`LatentPriorModel`. ``train`` has PEAKVI's warm-up of 50 epochs.
     """
 
@@ -624,9 +645,9 @@ class VMMPEAKVI(LatentPriorModel, PEAKVI):
 class VMMTOTALVI(LatentPriorModel, TOTALVI):
     """:class:`scvi.model.TOTALVI` with a mixture prior, for genes and proteins of the same cells.
 
-    Its interface is TOTALVI's, with clusters besides; parameters are those of
-    :class:`LatentPriorModel`. Pseudo-cells have genes and proteins; ``train`` has TOTALVI's
-    warm-up of steps.
+    It has the methods of TOTALVI, and those for clusters; parameters are those of
+    :class:`LatentPriorModel`. Pseudo-cells have genes and proteins. ``train`` has TOTALVI's
+    warm-up, which is counted in steps.
     """
 
     _module_cls = VMMTOTALVAE

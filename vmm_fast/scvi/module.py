@@ -1,8 +1,8 @@
 """A learnt prior on the latent of scvi-tools' modules.
 
-In these modules the only KL divergence of q(z | x) is the one against N(0, I), and ``inference``
-gives q and its sample z. :class:`LatentPrior` lets ``inference`` give a q whose KL divergence, by
-torch's own dispatch, is that against the prior: the modules' losses stay as they are.
+The losses of these modules have one KL divergence of q(z | x), that from N(0, I), and take q and
+its sample z from ``inference``. With :class:`LatentPrior`, ``inference`` returns a q whose KL
+divergence is, by torch's own dispatch, that from the prior. The losses stay as they are.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ __all__ = [
 
 PRIORS = ("vmm", "gmm", "vamp", "normal")
 
-# Five times scvi-tools' rate for the network. Data sets have a few thousand steps: at the network's
-# rate components that nobody needs have not gone empty by then.
+# Five times scvi-tools' rate for the network. Training takes a few thousand steps: at the network's
+# rate superfluous components are not yet empty by then.
 PRIOR_LEARNING_RATE = 5e-3
-KEPT_POINTS = 16_384  # of the cells that clusters are found in: for a cut elsewhere later
+KEPT_POINTS = 16_384  # latent means that a model keeps, at most, to cut the tree elsewhere later
 
 
 class PosteriorUnderPrior(Normal):
-    """q(z | x), whose KL divergence from any Normal is that from ``module``'s prior.
+    """q(z | x) whose KL divergence from any Normal is replaced by that from ``module``'s prior.
 
-    ``z`` is the sample [B, D] of q that the module decodes, or None. scvi-tools makes another of
-    ``loc`` and ``scale`` alone, to have the densities of many cells together.
+    ``z`` is the sample [B, D] of q that the module decodes, or None. scvi-tools makes another one
+    from ``loc`` and ``scale`` alone, to have the densities of many cells together.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class PosteriorUnderPrior(Normal):
 
 @register_kl(PosteriorUnderPrior, Normal)
 def _kl(q: PosteriorUnderPrior, _: Normal) -> Tensor:
-    """KL(q || prior) [B, 1]: the modules sum over the last dimension."""
+    """Return KL(q || prior) [B, 1]; the modules sum over the last dimension."""
     assert q.module is not None
     return q.module.kl(q)[:, None]
 
 
-# The private optimizer belongs into training checkpoints, not into saved models, all of whose state
-# scvi-tools takes for tensors.
+# The state of the prior's own optimizer belongs in checkpoints of training. Saved models must not
+# have it, because scvi-tools expects tensors alone there.
 def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
     state.pop(f"{prefix}prior._extra_state", None)
 
 
 def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) -> None:
     state.setdefault(f"{prefix}prior._extra_state", {})
-    # Of models that were saved before there were any:
+    # For models that were saved before models had clusters:
     for name, value in module.no_clusters().items():
         state.setdefault(prefix + name, value)
 
@@ -90,21 +90,21 @@ def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) 
 class LatentPrior(BaseModuleClass):
     """Mixin for modules of scvi-tools, before the module's class: a learnt prior on its z.
 
-    A class that uses it gives ``n_features``, and what of :meth:`features`, :meth:`encoder_input`
-    and ``z_encoder`` its module has otherwise.
+    A class that uses it must define ``n_features``. It overrides :meth:`features`,
+    :meth:`encoder_input` and ``z_encoder`` if those of its module differ.
 
     Parameters
     ----------
     *args
-        Of the module.
+        Arguments of the module.
     prior : {"vmm", "gmm", "vamp", "normal"}
-        "normal" is N(0, I) as it is.
+        "normal" is N(0, I), without anything learnt.
     n_components : int
         C.
     prior_kwargs : dict, optional
-        Of the prior's class; ``learning_rate`` is :data:`PRIOR_LEARNING_RATE` unless given.
+        Arguments of the prior's class; ``learning_rate`` is :data:`PRIOR_LEARNING_RATE` by default.
     **kwargs
-        Of the module.
+        Further arguments of the module.
 
     Raises
     ------
@@ -114,17 +114,19 @@ class LatentPrior(BaseModuleClass):
     Attributes
     ----------
     prior : Prior or None
-        None for N(0, I) as it is.
+        None for N(0, I).
     warming_up : bool
-        Whether N(0, I) stands in for the prior for now.
+        Whether N(0, I) stands in for the prior at the moment.
     prior_learnt : Tensor, a boolean scalar
         Whether training under the prior has begun.
     counts_training_cells : bool
-        Whether the prior's ``data_size``, not given, becomes the number of cells trained on.
+        Whether the prior's ``data_size`` was not given, and so becomes the number of training
+        cells.
     confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
-        What components share and the clusters that they form, as :meth:`keep_clusters` was given.
+        The confusion of components and the clusters that they form, set by :meth:`keep_clusters`.
     cluster_points : Tensor [KEPT_POINTS, D]
-        Points that clusters of another cut must hold; infinite where there are no more.
+        Latent means of cells; every cluster of another cut must hold some. Unused rows are
+        infinite.
     """
 
     prior: Prior | None
@@ -134,7 +136,7 @@ class LatentPrior(BaseModuleClass):
     cluster_of_component: Tensor
     cluster_points: Tensor
     warming_up = False
-    # Of modules that do not have them:
+    # Defaults for modules that do not have these attributes:
     log_variational = False
     batch_representation = "one-hot"
 
@@ -183,20 +185,20 @@ class LatentPrior(BaseModuleClass):
 
     @property
     def n_features(self) -> int:
-        """G: of how many genes, regions, .. a pseudo-cell has counts."""
+        """Number G of counts in a pseudo-cell: of genes, regions, and so on."""
         raise NotImplementedError
 
     def features(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Counts [B, G] in a batch of cells, as pseudo-cells have them."""
+        """Return the counts [B, G] of a mini-batch, in the order that pseudo-cells have."""
         return tensors[REGISTRY_KEYS.X_KEY]
 
     def encoder_input(self, log_counts: Tensor) -> Tensor:
-        """What ``z_encoder`` sees [B, G] of log(1 + counts)."""
-        # Counts that are not taken the logarithm of are what they are.
+        """Return the input of ``z_encoder`` [B, G], given log(1 + counts)."""
+        # Modules without log_variational encode the counts themselves.
         return log_counts if self.log_variational else log_counts.expm1()
 
     def encode(self, cells: Cells) -> Normal:
-        """q(z | cells)."""
+        """Return q(z | cells)."""
         inputs = [self.encoder_input(cells.log_counts), cells.continuous]
         categories = list(cells.categories)
         if self.encode_covariates and self.batch_representation == "embedding":
@@ -205,10 +207,10 @@ class LatentPrior(BaseModuleClass):
         return self.z_encoder(torch.cat(inputs, -1), *categories)[0]
 
     def encode_pseudo_cells(self, cells: Cells) -> Normal:
-        """Encode as a trained model does, without dropout and by running statistics.
+        """Return q(z | cells) without dropout and with running statistics, as after training.
 
-        In training mode a batch normalisation would take the pseudo-cells' own statistics, which
-        are not the cells', so that components would move when training ends.
+        In training mode a batch normalisation would use the statistics of the pseudo-cells, which
+        differ from those of the cells: components would move when training ends.
         """
         training = self.z_encoder.training
         self.z_encoder.eval()
@@ -224,9 +226,9 @@ class LatentPrior(BaseModuleClass):
         return not any(p.requires_grad for p in self.prior.parameters())
 
     def kl(self, q: PosteriorUnderPrior) -> Tensor:
-        """KL(q || prior) [B] in nats, estimated from q's sample.
+        """Return KL(q || prior) [B] in nats, estimated from q's sample.
 
-        Where the prior is frozen, the encoder is not drawn to move its components either.
+        If the prior is frozen, no gradient reaches the encoder through the components either.
         """
         assert self.prior is not None
         z = q.z if q.z is not None and q.z.shape == q.loc.shape else None
@@ -235,23 +237,23 @@ class LatentPrior(BaseModuleClass):
         return self.prior.kl(q, self.encode_pseudo_cells, z)
 
     def inference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the module's, with q under the prior."""
+        """Return the module's outputs, with a q whose KL divergence is that from the prior."""
         outputs = super().inference(*args, **kwargs)
         if self.prior is not None and not self.warming_up:
             q = outputs["qz"]
             q = PosteriorUnderPrior(q.loc, q.scale, self.sample_of(outputs), self)
             outputs["qz"] = q
-            # Not by training mode: scvi-tools leaves a loaded model's module in evaluation mode.
+            # `self.training` does not tell: scvi-tools leaves a loaded module in evaluation mode.
             if torch.is_grad_enabled():
                 self._latest = q
         return outputs
 
     def sample_of(self, outputs: dict[str, Any]) -> Tensor | None:
-        """Give q's own sample; with latent_distribution="ln", z is a function of it."""
+        """Return q's sample, or None if ``z`` is a function of it (latent_distribution="ln")."""
         return outputs["z"] if self.latent_distribution == "normal" else None
 
     def decoding_for_loss(self) -> AbstractContextManager[None]:
-        """Within this, a training step, what is decoded need be of no use but for ``loss``."""
+        """Return a context for a training step, in which decoded values serve ``loss`` alone."""
         return nullcontext()
 
     def update_prior(self) -> None:
@@ -260,8 +262,8 @@ class LatentPrior(BaseModuleClass):
         q, self._latest = self._latest, None
         if q is None or self.frozen:
             return
-        # Batch normalisations have followed each process's own cells; components must be the same,
-        # and models that are saved.
+        # Each process's batch normalisations follow its own cells, but all processes must have the
+        # same components and save the same model.
         average_over_processes(
             x
             for name, x in self.named_buffers()
@@ -274,7 +276,7 @@ class LatentPrior(BaseModuleClass):
 
     @torch.no_grad()
     def components(self) -> Components:
-        """Give the mixture as it is now.
+        """Return the mixture at this moment, without gradients.
 
         Raises
         ------
@@ -302,11 +304,11 @@ class LatentPrior(BaseModuleClass):
         """The tree of components, on the CPU; None before clusters have been found."""
         if not self.confusion_counts.any():
             return None
-        sums, counts = self.confusion_sums, self.confusion_counts  # which change in place
+        sums, counts = self.confusion_sums, self.confusion_counts  # copied: they change in place
         return ClusterTree(Confusion(sums.cpu().clone(), counts.cpu().clone()))
 
     def keep_clusters(self, tree: ClusterTree, clusters: Clusters, points: Tensor) -> None:
-        """Keep the tree and a cut of it with the model's weights, and random ones of the points."""
+        """Keep the tree, a cut of it and some random points, to be saved with the weights."""
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         chosen = chosen[:KEPT_POINTS].sort().values
         self.forget_clusters()
@@ -316,19 +318,22 @@ class LatentPrior(BaseModuleClass):
         self.cluster_points[: len(chosen)] = points[chosen]
 
     def forget_clusters(self) -> None:
-        """Be as before clusters were found: components are about to change."""
+        """Reset the clusters, because components are about to change."""
         for name, value in self.no_clusters().items():
             getattr(self, name).copy_(value)
 
     def other_clusters(self, **cut: Any) -> Clusters:
-        """Cut the tree elsewhere; see :func:`vmm_fast.clusters.find_clusters`."""
+        """Return the clusters of another cut; see :func:`vmm_fast.clusters.find_clusters`."""
         points = self.cluster_points.cpu()
         points = points[points[:, 0].isfinite()]
         return find_clusters(self.components().to("cpu"), points, tree=self.tree, **cut)
 
 
 class _PerCell:
-    """Counts' distribution whose log_prob is of whole cells, [B, 1]: the modules sum over it."""
+    """A distribution of counts whose log_prob [B, 1] is that of whole cells.
+
+    The modules sum over the last dimension.
+    """
 
     def __init__(self, log_prob: Callable[..., Tensor], *parameters: Tensor | SoftmaxMean):
         self._log_prob, self._parameters = log_prob, parameters
@@ -338,16 +343,17 @@ class _PerCell:
 
 
 class _Softmax(nn.Softmax):
-    """The decoder's, which it can leave to the likelihood: 1 then stands for it, for a while.
+    """The decoder's softmax; with ``left_out`` it returns 1 instead, and keeps the logits.
 
-    What the decoder multiplies by the library size is then that size itself.
+    The likelihood takes the softmax of them. What the decoder multiplies by the library size is
+    then 1, so that the library size comes out.
     """
 
     left_out = False
     logits: Tensor | None = None
 
     def forward(self, logits: Tensor) -> Tensor:
-        if not self.left_out or logits.ndim > 2:  # of several samples z of each cell
+        if not self.left_out or logits.ndim > 2:  # several samples z of each cell
             return super().forward(logits)
         self.logits = logits
         return torch.ones_like(logits[..., :1])
@@ -359,11 +365,11 @@ class VMMVAE(LatentPrior, VAE):
     Parameters
     ----------
     *args, **kwargs
-        Of :class:`LatentPrior` and of the module.
+        Arguments of :class:`LatentPrior` and of the module.
     fused_likelihood : bool
-        On CPUs and on GPUs of NVIDIA and AMD, take counts' log-likelihood from
-        :mod:`vmm_fast.counts`, several times as fast on CPUs; scvi-tools' own otherwise. They
-        differ in scvi-tools' 1e-8 beside means and dispersions.
+        Whether to take the log-likelihood of counts from :mod:`vmm_fast.counts` on CPUs and on GPUs
+        of NVIDIA and AMD. It is several times as fast on CPUs. It lacks the 1e-8 that scvi-tools
+        adds to means and dispersions.
     """
 
     def __init__(self, *args: Any, fused_likelihood: bool = True, **kwargs: Any):
@@ -375,7 +381,7 @@ class VMMVAE(LatentPrior, VAE):
 
     @property
     def n_features(self) -> int:
-        """Genes."""
+        """Number of genes."""
         return self.n_input
 
     @property
@@ -385,7 +391,7 @@ class VMMVAE(LatentPrior, VAE):
 
     @contextmanager
     def decoding_for_loss(self) -> Iterator[None]:
-        """Let the decoder leave the softmax of the mean to the likelihood, if ``loss`` has it."""
+        """Let the decoder leave the mean's softmax to the likelihood, if ``loss`` includes it."""
         has_it = type(self).loss in (VMMVAE.loss, VMMSCANVAE.loss)
         self._softmax.left_out = has_it and self._fuses_likelihood
         try:
@@ -400,12 +406,12 @@ class VMMVAE(LatentPrior, VAE):
         generative_outputs: dict[str, Any],
         kl_weight: float = 1.0,
     ) -> LossOutput:
-        """As VAE's, with the fused likelihood."""
+        """Return VAE's loss, computed with the fused likelihood."""
         outputs = self.with_fused_likelihood(generative_outputs)
         return VAE.loss(self, tensors, inference_outputs, outputs, kl_weight)
 
     def with_fused_likelihood(self, generative_outputs: dict[str, Any]) -> dict[str, Any]:
-        """Give the outputs with what takes the log-likelihood at once, where there is such."""
+        """Return the outputs with the fused log-likelihood in place of ``px``, where it exists."""
         if not self._fuses_likelihood:
             return generative_outputs
         px = generative_outputs[MODULE_KEYS.PX_KEY]
@@ -417,7 +423,7 @@ class VMMVAE(LatentPrior, VAE):
         if self.gene_likelihood == "poisson":
             fused = _PerCell(poisson_log_prob, mean)
         else:
-            # px has a gene's expanded to all cells, so that each would get a gradient of its own.
+            # px expands a gene's dispersion to all cells, so that each would get its own gradient.
             theta = self.px_r.exp() if self.dispersion == "gene" else px.theta
             if self.gene_likelihood == "nb":
                 fused = _PerCell(nb_log_prob, mean, theta)
@@ -433,12 +439,12 @@ class VMMVAE(LatentPrior, VAE):
         return_mean: bool = False,
         n_mc_samples_per_pass: int = 1,
     ) -> Tensor | float:
-        """Importance-weighted estimate of log p(x) [B] under the prior, in nats.
+        """Return the importance-weighted estimate of log p(x) [B] under the prior, in nats.
 
         Raises
         ------
         NotImplementedError
-            With latent_distribution="ln" and a learnt prior: what is decoded is not q's sample.
+            With latent_distribution="ln" and a learnt prior: the decoder does not see q's sample.
         """
         if self.prior is None:
             return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
@@ -490,7 +496,7 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         labelled_tensors: dict[str, Tensor] | None = None,
         classification_ratio: float | None = None,
     ) -> LossOutput:
-        """Negative bound on log p(x), and the labelled cells' cross-entropy at its weight."""
+        """Return the negative ELBO plus the weighted cross-entropy of the labelled cells."""
         generated = self.with_fused_likelihood(generative_outputs)
         outputs = (tensors, inference_outputs, generated, kl_weight)
         if self.prior is None:
@@ -516,10 +522,10 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         cat_covs: Tensor | None = None,
         use_posterior_mean: bool = True,
     ) -> Tensor:
-        """Logits of the labels [B, n_labels]."""
+        """Return the logits of the labels [B, n_labels]."""
         if not (self.encode_covariates and self.batch_representation == "embedding"):
             return super().classify(x, batch_index, cont_covs, cat_covs, use_posterior_mean)
-        # SCANVAE's own does not look the batches up that its encoder sees.
+        # SCANVAE's own method does not look up the embeddings of batches that its encoder sees.
         outputs = self._regular_inference(x, batch_index, cont_covs, cat_covs)
         return self.classify_helper(outputs["qz"].loc if use_posterior_mean else outputs["z"])
 
@@ -529,7 +535,7 @@ class VMMPEAKVAE(LatentPrior, PEAKVAE):
 
     @property
     def n_features(self) -> int:
-        """Regions."""
+        """Number of regions."""
         return self.n_input_regions
 
     def loss(
@@ -539,10 +545,10 @@ class VMMPEAKVAE(LatentPrior, PEAKVAE):
         generative_outputs: dict[str, Any],
         kl_weight: float = 1.0,
     ) -> LossOutput:
-        """Negative ELBO, mean over the cells; PEAKVAE's own with N(0, I).
+        """Return the negative ELBO, averaged over the cells; with N(0, I), PEAKVAE's own loss.
 
-        PEAKVAE's weighs the reconstruction by the number of cells in the batch, and so leaves next
-        to nothing of the divergence.
+        PEAKVAE weights the reconstruction by the number of cells in the mini-batch, which makes the
+        KL divergence negligible.
         """
         found = super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
         if self.prior is None:
@@ -558,27 +564,30 @@ class VMMTOTALVAE(LatentPrior, TOTALVAE):
 
     @property
     def n_features(self) -> int:
-        """Genes, then proteins."""
+        """Number of genes plus number of proteins."""
         return self.n_input_genes + self.n_input_proteins
 
     @property
     def z_encoder(self) -> nn.Module:
-        """Its name elsewhere."""
+        """TOTALVAE calls its encoder ``encoder``."""
         return self.encoder
 
     def features(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Counts [B, G] of genes, then of proteins."""
+        """Return the counts [B, G], those of genes first, then those of proteins."""
         return torch.cat([tensors[REGISTRY_KEYS.X_KEY], tensors[REGISTRY_KEYS.PROTEIN_EXP_KEY]], -1)
 
     def encoder_input(self, log_counts: Tensor) -> Tensor:
-        """Counts [B, G] over 1 + their mean, by modality, and the logarithm of 1 + that."""
+        """Return log(1 + x) with x = counts / (1 + their mean) in each modality [B, G].
+
+        Without ``log_variational``, return x.
+        """
         parts = log_counts.expm1().split([self.n_input_genes, self.n_input_proteins], -1)
         x = torch.cat([part / (1 + part.mean(-1, keepdim=True)) for part in parts], -1)
-        # A pseudo-cell's count may be a little below 0, and so its share of a small mean below -1.
+        # A pseudo-cell's count may be slightly negative, so that x could fall below -1.
         return x.clamp(min=-0.5).log1p() if self.log_variational else x
 
     def marginal_ll(self, *args: Any, **kwargs: Any) -> float:
-        """As TOTALVAE's, which is that of N(0, I).
+        """Return TOTALVAE's estimate of the marginal likelihood under N(0, I).
 
         Raises
         ------
