@@ -1,7 +1,7 @@
 """From rows to clusters: train a VAE with a VampPrior mixture, assign every row, write the results.
 
-A tenth of the rows is held out. The network ends with the weights of the epoch whose validation
-ELBO was best, and training stops when that has long not improved: true labels play no part.
+A tenth of the rows is held out. The network gets the weights of the epoch with the best validation
+ELBO, and training stops when that has not improved for long. True labels play no part.
 Clusters are groups of the mixture's components (:mod:`vmm_fast.clusters`). Both are numbered by how
 many rows they hold, so 0 is the largest.
 """
@@ -38,7 +38,7 @@ LEAST_ROWS = 10  # one is held out and nine are trained on
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
 FEWEST_EPOCHS, FEWEST_STEPS = 40, 2800
-LONGER_FOR_PICTURES = 1.5  # no picture is seen twice at the same place
+LONGER_FOR_PICTURES = 1.5  # times as many epochs, since each epoch shifts pictures differently
 PRIOR_WARMUP = 0.1  # of the epochs
 TSNE_ROWS = 2000
 SAMPLES = 10  # of each cluster, in the picture
@@ -46,7 +46,7 @@ SAMPLES = 10  # of each cluster, in the picture
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Cut):
-    """What a run depends on besides its data."""
+    """Settings of a run: all that it depends on besides its data."""
 
     epochs: Annotated[int, whole(1)]
     latent_dim: Annotated[int, whole(1)]
@@ -56,7 +56,7 @@ class Settings(Cut):
 
     @classmethod
     def suited_to(cls, data: Data, **given: Any) -> Settings:
-        """Fill in what was not given (None) by the size of the data.
+        """Return settings in which the size of the data determines what is not given, or None.
 
         Raises
         ------
@@ -97,12 +97,12 @@ def _held_out(rows: int) -> int:
 
 
 def _few_pictures(data: Data) -> bool:
-    """Return whether these are pictures that a network would learn by heart unless shifted."""
+    """Return whether pictures are so few that they must be shifted against overfitting."""
     return data.picture_size is not None and len(data.values) < MANY_ROWS
 
 
 def _network(data: Data) -> dict[str, Any]:
-    """Layers of the encoder: convolutions for pictures, else the paper's or fewer of them."""
+    """Return the encoder's layers: convolutions for pictures, else the paper's or smaller ones."""
     size = data.picture_size
     if size is None:
         many = len(data.values) >= MANY_ROWS
@@ -121,7 +121,7 @@ class Assigned(NamedTuple):
     labels, probability, entropy : Tensor [N]
         Cluster, its probability, and the entropy of all clusters' probabilities in nats.
     components : Tensor [N]
-        Most probable component; not always one of the cluster's.
+        Most probable component, which need not belong to the most probable cluster.
     """
 
     z: Tensor
@@ -133,16 +133,16 @@ class Assigned(NamedTuple):
 
 @dataclass(frozen=True)
 class Clusterer:
-    """All that is needed to assign new rows, and to cut the tree of components elsewhere.
+    """A trained model that assigns new rows, and whose tree of components can be cut elsewhere.
 
     Attributes
     ----------
     network : VAE
         In evaluation mode; its own prior plays no part.
     clusters : Clusters
-        Of the mixture, both numbered by the rows that they held in training.
+        Clusters and components of the mixture, numbered by the rows that they held in training.
     tree : ClusterTree
-        Of all rows of the training.
+        From all rows of the training.
     scaling : Scaling
     """
 
@@ -153,7 +153,7 @@ class Clusterer:
 
     @property
     def components(self) -> Components:
-        """The mixture."""
+        """The mixture of the prior."""
         return self.clusters.components
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class Clusterer:
 
     @torch.no_grad()
     def representatives(self, z: Tensor) -> Tensor:
-        """Index of each cluster's most probable row [G], given latent means [N, D]."""
+        """Return the index of each cluster's most probable row [G], given latent means [N, D]."""
         best = torch.full((self.clusters.num_clusters,), -1.0)
         index = torch.zeros(len(best), dtype=torch.int64)
         for number, rows in enumerate(z.split(CHUNK)):
@@ -182,7 +182,7 @@ class Clusterer:
         return self.network.decode(self.clusters.sample(n, cluster))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values alone, which `from_state_dict` takes."""
+        """Return the state as tensors and plain values, for `from_state_dict`."""
         return {
             "vmm_fast": FORMAT,
             "network": {
@@ -213,13 +213,13 @@ class Clusterer:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
-        """Restore from what `state_dict` gave; further entries are ignored.
+        """Return the Clusterer of a `state_dict`; further entries are ignored.
 
         Raises
         ------
         ValueError
-            If it is of another version, which may have no tree of components, or holds other
-            entries than `state_dict` gives.
+            If the state is of another version, which may have no tree of components, or its entries
+            are not as `state_dict` returns them.
         """
         return cls._restored("state", state)
 
@@ -232,7 +232,7 @@ class Clusterer:
             network = VAE(**state["network"])
             network.load_state_dict(state["weights"])
             clusters = Clusters(Components(**state["components"]), state["clusters"])
-            clusters.assign(torch.zeros(1, network.latent_dim))  # or says what cannot be evaluated
+            clusters.assign(torch.zeros(1, network.latent_dim))  # raises if it cannot be evaluated
             tree = ClusterTree(Confusion(**state["confusion"]))
             tree.check_fits(clusters)
         except (ValueError, TypeError) as error:
@@ -243,7 +243,7 @@ class Clusterer:
 def _check_state(name: str, state: Any) -> None:
     """Raise ValueError unless the entries are of the kinds and sizes that a Clusterer's have."""
     table({"weights": table({}, tensor())})(name, state)
-    # A layer has a weight for each of its values: no network is made that is larger than these.
+    # A layer has a weight for each of its values: no size can exceed the number of weights.
     size = whole(1, sum(value.numel() for value in state["weights"].values()))
     sizes = {
         "input_shape": list_of(size, least=1),
@@ -275,7 +275,7 @@ def _check_state(name: str, state: Any) -> None:
 
 @dataclass(frozen=True)
 class Clustering:
-    """A finished run."""
+    """A finished run: its data, settings and history, the model, and the assigned rows."""
 
     data: Data
     settings: Settings
@@ -285,17 +285,17 @@ class Clustering:
 
     @property
     def component_shares(self) -> Tensor:
-        """Share of the rows that each component holds [C]."""
+        """Share of the rows that is assigned to each component [C]."""
         count = self.assigned.components.bincount(minlength=self.settings.components)
         return count / len(self.assigned.components)
 
     @property
     def cluster_shares(self) -> Tensor:
-        """Share of the rows that each cluster holds [G]."""
+        """Share of the rows that is assigned to each cluster [G]."""
         return self.assigned.labels.bincount() / len(self.assigned.labels)
 
     def metrics(self) -> dict[str, Any]:
-        """Everything that is known of the run, for JSON; ``scores`` is None without true labels."""
+        """Return scores, settings and history for JSON; ``scores`` is None without true labels."""
         best = self.history.best_epoch
         assert best is not None  # there always are validation data
         scores = None
@@ -304,7 +304,7 @@ class Clustering:
             every = clustering_scores_from_assignment(
                 self.assigned.labels, self.data.labels, index
             ).as_dict()
-            # The numbers of clusters stand beside, under their own names.
+            # The numbers of clusters are in the record below, under other names.
             scores = {k: v for k, v in every.items() if not k.startswith("components_")}
         record = self.history[best - 1]
         return {
@@ -390,7 +390,7 @@ def train(
     progress: bool = False,
     on_epoch_end: Callable[[dict[str, Any]], object] | None = None,
 ) -> Clustering:
-    """Train and assign every row; see `vmm_fast.models.fit` for the arguments.
+    """Train a model and assign every row; see `vmm_fast.models.fit` for the arguments.
 
     Raises
     ------
@@ -455,7 +455,7 @@ def train(
 
 
 def _by_size(components: Components, labels: Tensor) -> Components:
-    """Renumber components (K = 1) by the rows they hold, and those that hold as many by weight."""
+    """Return the components (K = 1) with the most rows first; ties are in order of weight."""
     by_weight = components.log_weights.argsort(descending=True, stable=True)
     counts = labels.bincount(minlength=components.num_components)[by_weight]
     order = by_weight[counts.argsort(descending=True, stable=True)]

@@ -1,4 +1,4 @@
-"""Data of a person's own: .npz, .npy and .csv files, and the scaling that a VAE needs.
+"""A user's own data: .npz, .npy and .csv files, and the scaling that a VAE needs.
 
     images     x' = (x - offset) / scale with one offset and scale for all pixels: into [-1, 1]
     vectors    x' = (x - mean) / standard deviation, column by column; a constant column becomes 0
@@ -27,8 +27,9 @@ __all__ = ["Data", "InputError", "Scaling", "make_data", "read"]
 
 IMAGE_NAME = "images"
 ARRAY_NAMES = (IMAGE_NAME, "x", "X")
-CHUNK = 4096  # rows that are looked at together
-# An array that unpacks to more bytes, and to so many times what it is in the file, is not unpacked.
+CHUNK = 4096  # rows that are checked together
+# An array is refused if it unpacks to more bytes than the first, and to more than the second times
+# its size in the file.
 PACKED_BYTES, MOST_PACKED = 2**28, 500
 
 
@@ -55,12 +56,15 @@ class Data:
 
     @property
     def picture_size(self) -> tuple[int, int] | None:
-        """Height and width; None for rows that are no pictures."""
+        """Height and width of the pictures; None for rows that are not pictures."""
         pictures = self.pictures(self.values[:1].float())
         return None if pictures is None else (pictures.shape[-2], pictures.shape[-1])
 
     def pictures(self, x: Tensor) -> Tensor | None:
-        """Rows [.., *shape] as [.., H, W] or [.., 3, H, W]; None for what has no two dimensions."""
+        """Return rows [.., *shape] as pictures [.., H, W] or [.., 3, H, W].
+
+        Return None if rows do not have two dimensions.
+        """
         lead, shape = x.shape[: x.ndim - self.values.ndim + 1], tuple(self.values.shape[1:])
         if not self.images:
             return None
@@ -74,7 +78,7 @@ class Data:
         return x
 
     def describe(self) -> str:
-        """One line on what was read."""
+        """Return one line that describes the data."""
         shape = " x ".join(map(str, self.values.shape[1:]))
         if self.images:
             text = f"{counted(len(self.values), 'image')} of {shape} values"
@@ -89,14 +93,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Scaling:
-    """x' = (x - offset) / scale.
+    """The scaling of rows: x' = (x - offset) / scale.
 
     Attributes
     ----------
     offset, scale : Tensor [] or [V] float64
-        Of all pixels, or of each column.
+        One for all pixels, or one for each column.
     constant : list of int
-        Columns that hold one value alone, which tells nothing.
+        Columns that hold only one value, and so no information.
     """
 
     offset: Tensor
@@ -105,7 +109,7 @@ class Scaling:
 
     @classmethod
     def of(cls, data: Data) -> Scaling:
-        """Find the scaling of these rows.
+        """Return the scaling for these rows.
 
         Raises
         ------
@@ -132,16 +136,16 @@ class Scaling:
         return cls(offset, scale, constant)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Scale rows [B, *shape] of any dtype, into float32."""
+        """Return scaled rows [B, *shape] as float32, given rows of any dtype."""
         return ((x.double() - self.offset.to(x.device)) / self.scale.to(x.device)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the tensors by name; ``Scaling(**state)`` restores them."""
+        """Return the tensors by name; ``Scaling(**state)`` restores the scaling."""
         return {"offset": self.offset, "scale": self.scale}
 
 
 def _mean(x: Tensor, center: Tensor | None = None) -> Tensor:
-    """Column means in float64, of x or of (x - center)^2, without a float64 copy of x."""
+    """Return column means in float64, of x or of (x - center)^2, without a float64 copy of x."""
     total = torch.zeros(x.shape[1:], dtype=torch.float64)
     for rows in x.split(CHUNK):
         total += (rows.double() if center is None else (rows.double() - center).square()).sum(0)
@@ -159,8 +163,8 @@ def read(path: str | os.PathLike[str]) -> Data:
         usually called. A .csv has numeric columns, an optional header, and with a header an
         optional column of one of these names (but x and y are a point). Columns that name or
         number the rows are left out. A first line of numbers is a row unless it is quoted and the
-        next is not, counts the columns from 0 or 1, or has an empty first cell. Whatever is left
-        out or guessed is told in the notes.
+        next is not, counts the columns from 0 or 1, or has an empty first cell. The notes say what
+        was left out or guessed.
 
     Returns
     -------
@@ -204,26 +208,26 @@ def make_data(
     columns: Sequence[str] | None = None,
     notes: list[str] | None = None,
 ) -> Data:
-    """Check arrays and bring them into the form that training takes.
+    """Return the data for training from arrays, after checking them.
 
     Parameters
     ----------
     values : array [N, V], [N, H, W] or [N, H, W, channels]; numbers
     labels : array [N], optional
     images : bool
-        Take [N, V] for flattened images. It is so in any case for uint8, for more dimensions, and
-        for squares of at least 8 x 8 whole numbers from 0 to 255.
+        Whether rows [N, V] are flattened images. Arrays of uint8 or of more dimensions always are
+        images, and so are squares of at least 8 x 8 whole numbers from 0 to 255.
     name : str
-        Of the values in messages.
+        Name of the values in messages.
     columns : sequence of str, optional
         Names of the columns in messages.
     notes : list of str, optional
-        The first of the notes.
+        Notes to put first.
 
     Raises
     ------
     InputError
-        If a shape or dtype is another, there is no row, or a value is NaN, infinite, or a whole
+        If a shape or dtype is wrong, there is no row, or a value is NaN, infinite, or a whole
         number that float64 rounds.
     """
     if values.dtype.kind not in "buif":
@@ -272,9 +276,10 @@ def _place(place: Sequence[int], columns: Sequence[str] | None) -> str:
 
 
 def _outliers(values: np.ndarray, columns: Sequence[str] | None) -> list[str]:
-    """Tell of columns [N, V] that a few values stretch so far that all others become alike.
+    """Return notes on columns of values [N, V] with outliers that make all other rows alike.
 
-    Scaled to a standard deviation of 1, nine tenths of the rows lie within a tenth there.
+    In such a column, scaled to a standard deviation of 1, nine tenths of the rows lie within an
+    interval of length 0.1.
     """
     some = values[:: -(-len(values) // 20_000)].astype(np.float64)
     beyond = max(1, len(some) // 20)
@@ -298,7 +303,7 @@ def _outliers(values: np.ndarray, columns: Sequence[str] | None) -> list[str]:
 
 
 def _looks_like_pixels(values: np.ndarray) -> bool:
-    """Whether rows [N, V] are images of at least 8 x 8 whole numbers from 0 to 255."""
+    """Return whether rows [N, V] are squares of at least 8 x 8 whole numbers from 0 to 255."""
     side = round(values.shape[1] ** 0.5)
     if side < 8 or side * side != values.shape[1]:
         return False
@@ -307,7 +312,10 @@ def _looks_like_pixels(values: np.ndarray) -> bool:
 
 
 def _as_torch_takes_it(values: np.ndarray) -> np.ndarray:
-    """Native, contiguous, and uint8, float32 or float64, whichever holds every value."""
+    """Return a contiguous array in native byte order, of uint8, float32 or float64.
+
+    The dtype is the smallest of these that holds every value of the given dtype.
+    """
     dtype: type = np.float32 if np.can_cast(values.dtype, np.float32) else np.float64
     if values.dtype == np.uint8:
         dtype = np.uint8
@@ -346,16 +354,16 @@ def _damaged(what: str, error: Exception) -> str:
 
 
 def _check_header(file: Any, size: int, what: str) -> None:
-    """Check that an array of numpy's format is no larger than the file that has it, and memory.
+    """Raise InputError if an array in numpy's format is larger than its file, or than memory.
 
-    ``size`` is the number of bytes of the file, which is left behind the header. What numpy itself
-    refuses, it refuses later.
+    ``size`` is the number of bytes of the file. The file is left just behind the header. A header
+    that numpy cannot read passes here: numpy refuses it later.
     """
     try:
         newer = np.lib.format.read_magic(file) != (1, 0)
         read_header = getattr(np.lib.format, f"read_array_header_{1 + newer}_0")
         shape, _, dtype = read_header(file)
-    except Exception:  # as _load says
+    except Exception:  # numpy raises many kinds for a damaged file
         return
     declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
     if declared > held and not dtype.hasobject:
@@ -425,7 +433,7 @@ def _member(archive: Any, name: str) -> np.ndarray:
         value = archive[name]
     except InputError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
         raise InputError(_damaged(what, error)) from None
     if not isinstance(value, np.ndarray):
         raise InputError(f"{name!r} is no array that numpy wrote")

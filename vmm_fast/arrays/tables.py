@@ -1,6 +1,6 @@
-"""Tables of numbers as text, .csv: separators, headers, numbers and names of rows, labels.
+"""Reading tables of numbers from .csv text: separators, headers, row numbers and names, labels.
 
-Whatever is guessed or left out is told in a note; what cannot be guessed is an error.
+A note says what is guessed or left out; what cannot be guessed is an error.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from vmm_fast._text import counted
 
 __all__ = ["EXACT", "Table", "inexact", "label_position", "plain", "read_table"]
 
-# As :func:`plain` gives them; the first that is there is taken.
+# Names of label columns, as :func:`plain` returns them; the first that a table has is taken.
 LABEL_NAMES = (
     *("label", "labels", "y", "target", "targets", "class", "classes", "truth", "groundtruth"),
     *("truelabel", "truelabels", "classlabel", "ytrue", "species", "category", "celltype"),
     *("cluster", "clusters", "group"),
 )
 EXACT = 2**53  # float64 holds every whole number up to this
-MOST_CHARACTERS = 2**24  # of a line: a million columns
-# In place of a label, as pandas and R write that there is none.
+MOST_CHARACTERS = 2**24  # in a line: enough for a million columns
+# What pandas and R write in place of a missing label.
 MISSING = ("", "NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
 _NO_COMMAS = "; write numbers as 1234.5, without commas"
 
 
 class Table(NamedTuple):
-    """Numbers of a table.
+    """A table as read: numbers, labels, names of columns, and notes.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ def read_table(file: BinaryIO) -> Table:
     Raises
     ------
     InputError
-        If it is no text, no table, or a cell is no number.
+        If the file is not text or not a table, or a cell is not a number.
     """
     try:
         # A byte-order mark, as spreadsheets write it, would otherwise be part of the first name.
@@ -71,17 +71,17 @@ def read_table(file: BinaryIO) -> Table:
 
 
 def plain(name: str) -> str:
-    """Return a name without all but letters and digits, in lower case."""
+    """Return a name in lower case, with letters and digits only."""
     return "".join(c for c in name.lower() if c.isalnum())
 
 
 def label_position(plain: Sequence[str]) -> int | None:
-    """Return where the labels are among names that :func:`_plain` gave."""
+    """Return the position of the labels among names from :func:`plain`, or None."""
     return next((plain.index(name) for name in LABEL_NAMES if name in plain), None)
 
 
 def inexact(where: str, value: object) -> str:
-    """Return what to say of a whole number that float64 does not hold."""
+    """Return the error message for a whole number that float64 cannot hold."""
     return (
         f"{where} must hold whole numbers up to 2^53, beyond which float64 rounds them, but has "
         f"{value}; subtract the smallest from its column"
@@ -89,7 +89,7 @@ def inexact(where: str, value: object) -> str:
 
 
 def _rows(table: Any) -> Iterator[list[str]]:
-    """Rows of a csv.reader."""
+    """Yield the rows of a csv.reader; a cell that is too long becomes an InputError."""
     try:
         yield from table
     except csv.Error as error:
@@ -107,7 +107,7 @@ def _short(text: str) -> str:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """Lines of a file, none of which is taken into memory where it has no end."""
+    """Yield the lines of a file; refuse a line that is too long to read into memory."""
     for number in itertools.count(1):
         line = file.readline(MOST_CHARACTERS + 1)
         if not line:
@@ -141,7 +141,7 @@ def _parse(file: TextIO) -> Table:
         raise InputError("must have a numeric column, has none")
 
     values, labels, count = array.array("d"), [], 0
-    fractions = set[int]()  # how long the second of two cells are, if of digits
+    fractions = set[int]()  # lengths of the second of two cells of digits: decimals, perhaps
     for row in _rows(table) if header else itertools.chain([first], _rows(table)):
         if _is_blank(row) and (not row or len(names) > 1):
             continue
@@ -191,7 +191,7 @@ def _parse(file: TextIO) -> Table:
 
 
 def _choose_columns(names: Sequence[str]) -> tuple[list[int], int | None, list[str]]:
-    """Return the columns to use and that of the labels, by name, and what to tell of the others."""
+    """Return the columns of numbers, the column of labels, and notes on the other columns."""
     used, notes = list(range(len(names))), []
     for i in [i for i in used if len(names) > 1 and _is_nameless(names[i], i)]:
         used.remove(i)
@@ -206,7 +206,7 @@ def _choose_columns(names: Sequence[str]) -> tuple[list[int], int | None, list[s
         used.remove(label_at)
         if spelt[label_at] not in LABEL_NAMES[:3]:
             notes.append(f"column {names[label_at]!r}: taken for the true labels")
-    # Truth must never reach the training unseen, whatever further name it goes by.
+    # True labels must never get into the training unnoticed, under whatever name.
     for i in [i for i in used if spelt[i] in LABEL_NAMES]:
         used.remove(i)
         notes.append(f"column {names[i]!r} is named like a label too: left out")
@@ -216,7 +216,7 @@ def _choose_columns(names: Sequence[str]) -> tuple[list[int], int | None, list[s
 def _without_row_numbers(
     matrix: np.ndarray, names: Sequence[str], places: Sequence[int]
 ) -> tuple[list[int], list[str]]:
-    """Return the columns [N, V] that have more than the numbers of the rows, and what to tell."""
+    """Return the columns of a matrix [N, V] that do not just number the rows, and notes."""
     kept, notes, point = [], [], _point(names)
     for k, (name, place) in enumerate(zip(names, places, strict=True)):
         if len(names) == 1 or name in point or not _numbers_rows(name, place, matrix[:, k]):
@@ -230,12 +230,12 @@ def _without_row_numbers(
 
 
 def _point(names: Sequence[str]) -> Sequence[str]:
-    """Return the names of two columns that are a point in the plane, if there are such."""
+    """Return the names of two columns that are a point in the plane; empty if there are none."""
     return next((pair for pair in ("xy", "XY") if set(pair) <= set(names)), "")
 
 
 def _delimiter(start: Sequence[str]) -> str:
-    """Return what separates the cells, from the first lines."""
+    """Return the character that separates the cells, given the first lines."""
     bare = [re.sub(r'"[^"]*"', "", line).strip(" \r\n") for line in start]
     # A comma may be a decimal one, and a space may follow any other.
     for delimiter in "\t;|,":
@@ -250,9 +250,9 @@ def _delimiter(start: Sequence[str]) -> str:
 
 
 def _numbers(cells: Iterable[str]) -> list[float]:
-    """Values of numbers; ValueError for anything else, also for 1_2 and for other digits than 0-9.
+    """Return cells as numbers; raise ValueError if one is not, or has ``_`` or digits beyond 0-9.
 
-    Python takes those, but no other reader of tables does.
+    Python accepts 1_2 and other digits, but no other reader of tables does.
     """
     text = "".join(cells)
     if "_" in text or not text.isascii():
@@ -296,7 +296,7 @@ def _look_at_first(
         reason = f"it holds {_short(words[0])}, which is no number"
     elif len(quoted) == 2 and quoted[0] and all(quoted[0]) and not all(quoted[1]):
         reason = "its numbers are quoted, those of the next are not"
-    # 1, 2 may well be a row, if others are whole numbers too.
+    # 1, 2 may well be a row if the next line has whole numbers, too.
     elif any(counts) and (decimals or len(named) > 1 + counts[1]):
         reason = f"its numbers count the columns from {named[0]}"
     elif numbers and len(named) < len(cells):
@@ -320,17 +320,18 @@ def _is_blank(row: Sequence[str]) -> bool:
 
 
 def _is_nameless(name: str, position: int) -> bool:
-    """Whether a column holds the rows' names: pandas writes them without a name, and reads that.
+    """Return whether a column holds the names of the rows, which pandas writes without a header.
 
-    ``Unnamed: 0`` is a first column that had no name; ``Unnamed: 0.1`` the same once more.
+    pandas calls such a column ``Unnamed: 0`` when it reads it, and ``Unnamed: 0.1`` the next time.
     """
     return (not name and position == 0) or re.fullmatch(r"Unnamed: 0(\.\d+)*", name) is not None
 
 
 def _numbers_rows(name: str, position: int, column: np.ndarray) -> bool:
-    """Whether a column has but the numbers of the rows.
+    """Return whether a column only numbers the rows.
 
-    The first column does if it counts them, any id or index if its whole numbers are distinct.
+    The first column does if it counts the rows. Any column called an id or index does if it holds
+    distinct whole numbers.
     """
     if len(column) < 3 or (column != np.floor(column)).any():
         return False
@@ -340,9 +341,9 @@ def _numbers_rows(name: str, position: int, column: np.ndarray) -> bool:
 
 
 def _is_id(name: str) -> bool:
-    """Return whether a name is an id's or an index': ``patient_id``, ``patientId``, ``index``."""
+    """Return whether a name is that of an id or index: ``patient_id``, ``patientId``, ``index``."""
     words = re.findall(r"[^\W_\d]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    # A body-mass index is none.
+    # A body-mass index is not an index of rows.
     return words[-1:] == ["id"] or words in (["index"], ["idx"], ["row", "index"])
 
 

@@ -1,7 +1,7 @@
 """Cells on disk, too many for memory: runs of consecutive cells are read, as CSR counts.
 
-What is read of a CSR matrix for a run is one slice of its values and one of its indices; of the
-rest, only where each cell starts is kept in memory (8 bytes a cell).
+For a run, one slice of the CSR matrix's values is read, and one of its indices. Only the position
+at which each cell starts is kept in memory (8 bytes a cell).
 """
 
 from __future__ import annotations
@@ -40,59 +40,60 @@ from vmm_fast.cells.reading import (
 
 __all__ = ["CannotStream", "CellStore", "list_other_elements", "notes_on_omissions"]
 
-MOST_OPEN = 64  # files; each has a cache of two chunks' size
-CACHE = 1 << 20  # bytes that HDF5 keeps of each array
-ROWS = 1 << 16  # of a column that are read together
+MOST_OPEN = 64  # most files open at once; each has a cache of two chunks
+CACHE = 1 << 20  # bytes of each array that HDF5 caches
+ROWS = 1 << 16  # cells of a column that are read together
 
 
 class CannotStream(InputError):
-    """Cells that can be read into memory as a whole alone, if at all."""
+    """Raised for cells that cannot be read in parts, but perhaps into memory as a whole."""
 
 
 class CellStore:
-    """Cells on disk, of which runs of consecutive cells are read.
+    """Cells on disk, from which runs of consecutive cells are read.
 
     Parameters
     ----------
     path : str or Path
         ``.h5ad``, a ``.zarr`` folder, or a folder of ``.h5ad`` files (shards), which are taken in
-        the order of their names. Shards must have the genes of the first, in any order; of obs
-        there are the columns that all have.
+        the order of their names. Shards must have the genes of the first, in any order. obs has
+        the columns that are common to all.
     layer : str, optional
-        With the counts; default X.
+        Layer with the counts; default X.
     preferred : str, optional
-        The layer to take where `layer` is not given and the first file has this one.
+        Layer to use if `layer` is not given and the first file has this one.
 
     Attributes
     ----------
     files : tuple of Path
     layer : str or None
-        That is read.
+        Layer that is read; None for X.
     n_obs, n_vars : int
     var_names : pandas.Index
     var : pandas.DataFrame
-        Of the first file, as is `index_name`, the name of obs's index.
+        That of the first file, as is `index_name`, the name of the index of obs.
     dtypes : dict
-        Of the columns of obs, pandas' own.
+        pandas' types of the columns of obs.
     nbytes : int
-        What the counts would take in memory, as CSR of float32 with int32 indices; if they are
-        stored dense, at most.
+        Size of the counts in memory, as CSR of float32 with int32 indices; an upper bound if they
+        are stored dense.
     others : list of str
-        What there is besides these counts, obs and var, as ``"obsm/X_pca"``.
+        Names of the elements besides these counts, obs and var, such as ``"obsm/X_pca"``.
     notes : list of str
-        On what is read otherwise than it may seem.
+        On what is left out, or read differently from what one may expect.
 
     Raises
     ------
     CannotStream
-        If the cells of such a file cannot be read one by one: an InputError.
+        If the cells cannot be read one by one; an InputError.
     InputError
-        If it is no such file, is damaged, holds no counts, or a shard has other genes. All reading
-        raises it too, also if a file has changed since it was opened.
+        If the file is of another kind, damaged, or without counts, or if a shard has other genes.
+        Every method that reads raises it as well, and also if a file has changed since it was
+        opened.
 
     Notes
     -----
-    One thread may read while others do.
+    Several threads may use one store; they take turns.
     """
 
     run = 64  # fewer together are slower to read, more are shuffled less well
@@ -148,7 +149,7 @@ class CellStore:
             and not all(frames.of_text(shard.dtypes[key]) for shard in self._shards)
         }
         every = set().union(*names)
-        # Of a column that other files have: the first that lacks it.
+        # For each column that only some files have: the first file that lacks it.
         self._lacks = {
             key: file
             for file, those in reversed(list(zip(self.files, names, strict=True)))
@@ -185,7 +186,7 @@ class CellStore:
         return "X" if self.layer is None else f"layers[{self.layer!r}]"
 
     def _opened(self, file: Path) -> _Open:
-        """The file, opened; that which was read longest ago is closed if they are many."""
+        """Return the opened file; if too many are open, close the least recently used."""
         if file not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
@@ -197,7 +198,7 @@ class CellStore:
 
     @contextmanager
     def _reading(self, file: Path, stamp: Any = None) -> Iterator[_Open]:
-        """The opened file; what goes wrong within is told as of this file."""
+        """Provide the opened file; errors inside become InputErrors that name it."""
         with self._lock:
             try:
                 if stamp is not None and self._stamp(file) != stamp:
@@ -209,12 +210,12 @@ class CellStore:
                 raise type(error)(f"{file}: {error}") from None
             except (MemoryError, KeyboardInterrupt):
                 raise
-            except Exception as error:  # HDF5, zarr and each codec have their own
+            except Exception as error:  # HDF5, zarr and each codec raise their own
                 kind = ".zarr" if file.is_dir() else ".h5ad"
                 raise InputError(f"{file}: {unreadable(error, kind)}") from None
 
     def _stamp(self, file: Path) -> tuple[tuple[int, int], ...]:
-        """What a change of the counts, or of the file, shows by."""
+        """Return times and sizes of files, which differ if the counts or the file have changed."""
         places = [file]
         if file.is_dir():  # of zarr: chunks are new files in the folders of arrays
             arrays = [file / self._element / name for name in ("", "data", "indices")]
@@ -300,13 +301,13 @@ class CellStore:
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
 
     def _prepared(self, file: Path) -> str:
-        """How a file comes to be read in parts; one of several must be replaced."""
+        """Return the advice for a file that cannot be read in parts, for an error message."""
         if file == self.path:
             return "vmm-fast prepare makes a file that can"
         return f"replace {file.name} by what vmm-fast prepare makes of it alone"
 
     def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
-        """Where a shard's genes are in the store, None if where they are in the shard."""
+        """Return the columns of a shard's genes in the store; None if the order is the same."""
         if not self._shards:
             check_unique(genes)
             self.var_names = genes
@@ -335,7 +336,7 @@ class CellStore:
         starts, stops : int or array of int [runs]
             The cells of each run, ``range(start, stop)``.
         dtype : dtype, default float32
-            Of the result, in which every count must be exact; float32 has all up to 2^24.
+            Type of the result; it must hold every count exactly (float32 up to 2^24).
 
         Returns
         -------
@@ -345,7 +346,7 @@ class CellStore:
         Raises
         ------
         InputError
-            If values are no counts, or a file has changed, vanished or is damaged.
+            If values are not counts, or a file has changed, vanished or is damaged.
         """
         runs = list(self._runs(np.atleast_1d(starts), np.atleast_1d(stops)))
         lengths, parts = [np.zeros(1, np.int64)], []
@@ -366,7 +367,7 @@ class CellStore:
         return csr_matrix((data, indices, indptr), (len(indptr) - 1, self.n_vars))
 
     def _runs(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[_Shard, int, int]]:
-        """The runs, cut where shards meet and joined where one follows the other."""
+        """Yield runs as shard, start and stop: adjacent ones joined, then cut between shards."""
         if len(starts) and not ((starts >= 0) & (starts <= stops) & (stops <= self.n_obs)).all():
             raise ValueError(f"runs must lie within the {self.n_obs} cells")
         joined: list[list[int]] = []
@@ -384,7 +385,7 @@ class CellStore:
                 start, number = max(start, min(stop, end)), number + 1
 
     def _slice(self, shard: _Shard, opened: _Open, start: int, stop: int) -> tuple[Any, Any]:
-        """Values of each cell, and all values with their genes; as they are stored."""
+        """Return how many values each cell has, and all values with their genes, as stored."""
         if shard.indptr is None:
             rows = opened[self._element][start:stop]
             at, genes = rows.nonzero()
@@ -405,7 +406,7 @@ class CellStore:
         part: tuple[Any, Any],
         dtype: Any,
     ) -> None:
-        """Refuse values that are no counts, or other ones in this dtype."""
+        """Raise InputError for values that are not counts, or that the dtype does not hold."""
         values, genes = part
         wrong = not_counts(values, dtype)
         if wrong is None:
@@ -420,7 +421,7 @@ class CellStore:
         )
 
     def _cure(self, shard: _Shard, group: Any) -> str:
-        """Where there are counts instead, if the first cells tell."""
+        """Return the advice where to find counts, judged by the first cells; empty if nowhere."""
         options = {"X": "leave --layer out"}
         options |= {f"layers/{name}": f"--layer {name}" for name in group.get("layers", ())}
         options["raw/X"] = "write adata.raw.to_adata() to a file and give that"
@@ -436,7 +437,7 @@ class CellStore:
     # --- obs ---
 
     def obs_names(self, start: int, stop: int) -> np.ndarray:
-        """Names of cells start to stop, str [stop - start]; they may occur again."""
+        """Return the names of cells start to stop, str [stop - start]; they may be repeated."""
         parts = [np.empty(0, object)]
         for shard, first, last in self._runs(np.array([start]), np.array([stop])):
             with self._reading(shard.file, shard.stamp) as opened:
@@ -444,9 +445,9 @@ class CellStore:
         return np.concatenate(parts)
 
     def obs(self, start: int, stop: int, keys: list[str] | None = None) -> pd.DataFrame:
-        """Cells start to stop of the columns that all files have, or of some of these.
+        """Return obs of cells start to stop: all columns that are common to all files, or `keys`.
 
-        Of each column, any slice has the same dtype and categories.
+        A column has the same dtype and categories in every slice.
         """
         columns = {key: self._slices(key, start, stop) for key in keys or self.dtypes}
         return pd.DataFrame(
@@ -466,13 +467,13 @@ class CellStore:
         return parts
 
     def column(self, key: str, option: str = "column") -> pd.Categorical:
-        """Give a column of obs, with the categories that cells of any file have.
+        """Return a column of obs as categories, for the cells of all files.
 
         Parameters
         ----------
         key : str
         option : str
-            What to call it in an error.
+            What to call the column in an error.
 
         Returns
         -------
@@ -500,20 +501,20 @@ class CellStore:
     # --- both ---
 
     def sample(self, number: int, keys: Sequence[str] = (), seed: int = 0) -> AnnData:
-        """Give some cells, in runs drawn at random: what a model is made with.
+        """Return a random sample of the cells, drawn in runs, to make a model with.
 
         Parameters
         ----------
         number : int
-            About how many; all, if there are not more.
+            Approximate number of cells; all, if there are not more.
         keys : sequence of str
-            Columns of obs, which are made categories, those that no drawn cell has too.
+            Columns of obs to include, as categories; also categories of cells that are not drawn.
         seed : int
 
         Returns
         -------
         AnnData
-            Counts in X; obs has the keys, ``uns["rows"]`` where each cell is in the store.
+            Counts in X, the keys in obs, and in ``uns["rows"]`` each cell's row in the store.
         """
         starts = np.arange(0, self.n_obs, self.run)
         chosen = min(-(-number // self.run), len(starts))
@@ -529,7 +530,7 @@ class CellStore:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file of cells, as it was when it was opened."""
+    """What is known of one file of cells since it was first opened."""
 
     file: Path
     stamp: Any
@@ -537,18 +538,18 @@ class _Shard:
     values: int
     indptr: np.ndarray | None = field(repr=False)  # None where rows are dense
     dtypes: dict[str, Any]  # of the columns of obs
-    take: np.ndarray | None  # where its genes are in the store
+    take: np.ndarray | None  # columns of its genes in the store
 
 
 class _Open:
-    """An opened file, with the arrays of its counts: HDF5 keeps chunks as long as one is open."""
+    """An opened file and the opened arrays of its counts: HDF5 caches chunks of open arrays."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
         self._arrays: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The array of this name."""
+        """Return the array of this name."""
         if name not in self._arrays:
             self._arrays[name] = self.group[name]
         return self._arrays[name]
@@ -562,12 +563,12 @@ class _Open:
 
 
 def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]:
-    """Name what cells have besides these counts, obs and var.
+    """Return the names of the elements that cells have besides these counts, obs and var.
 
     Parameters
     ----------
     element : callable
-        Gives what is there by this name, such as "obsm", or None.
+        Returns the element of a name, such as "obsm", or None if there is none.
     counts : str
         "X" or "layers/NAME".
     """
@@ -580,7 +581,7 @@ def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]
 
 
 def notes_on_omissions(kept: str, others: Sequence[str]) -> list[str]:
-    """Give a note that names what is left out of a result, if anything."""
+    """Return a note that names the elements that a result leaves out, if there are any."""
     if not others:
         return []
     more = ", ..." if len(others) > 20 else ""

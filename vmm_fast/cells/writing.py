@@ -1,4 +1,4 @@
-"""Cells written as .h5ad in one pass, part by part, for when they do not fit in memory.
+"""Writing cells as .h5ad in one pass, part by part, so that they need not fit in memory.
 
 The layout is anndata's (https://anndata.readthedocs.io/en/latest/fileformat-prose.html). Counts are
 stored as small as they are: in 16 bits where they fit, in chunks that hold about a hundred cells,
@@ -43,17 +43,17 @@ __all__ = [
     "write_table",
 ]
 
-# Of obs:
+# Columns of obs in the results.
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component")
 CHUNK = 1 << 15  # values
 FILTERS = {"compression": "lzf", "shuffle": True, "fletcher32": True}
-ROWS = 1 << 14  # that are written together, at most
+ROWS = 1 << 14  # most cells that are written together
 
 
 class _Disk(io.RawIOBase):
-    """A file for HDF5 to write to that never fails: HDF5 crashes where closing a file fails.
+    """A file that HDF5 can write to without ever failing, since HDF5 crashes if closing it fails.
 
-    The first error is kept for :meth:`check`, and what is written from then on in memory.
+    The first error is kept for :meth:`check`. All that is written after it is kept in memory.
     """
 
     def __init__(self, file: Any, path: Path) -> None:
@@ -63,13 +63,13 @@ class _Disk(io.RawIOBase):
         self._lost: list[tuple[int, bytes]] = []
 
     def check(self) -> None:
-        """Raise the error."""
+        """Raise the first error, if there was one."""
         if self._error is not None:
             raise self._error
 
     @contextmanager
     def keeping_interrupts(self) -> Iterator[None]:
-        """Keep what signals raise, as errors are kept: they may come where HDF5 calls this."""
+        """Keep interrupts for :meth:`check`, too: a signal may arrive while HDF5 calls this."""
         before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in STOPS}
@@ -130,7 +130,7 @@ class _Disk(io.RawIOBase):
 
 @contextmanager
 def _explain_write_errors(path: Path) -> Iterator[None]:
-    """What keeps a file from being written is told in one line."""
+    """Turn an OSError into an InputError that says in one line why a file cannot be written."""
     try:
         yield
     except OSError as error:
@@ -145,7 +145,7 @@ def write_h5ad(
     fill: Callable[[H5adWriter], object],
     **options: Any,
 ) -> int:
-    """Write an .h5ad file whole or not at all; give its size in bytes.
+    """Write an .h5ad file whole or not at all, and return its size in bytes.
 
     Parameters
     ----------
@@ -153,11 +153,11 @@ def write_h5ad(
     n_obs : int
     var : pandas.DataFrame
     dtypes : dict
-        Of the columns of obs; as of :attr:`CellStore.dtypes`.
+        Those of the columns of obs, as in :attr:`CellStore.dtypes`.
     fill : callable
-        Appends all cells.
+        Called with the writer; must append all cells.
     **options
-        Of :class:`H5adWriter`.
+        Further arguments of :class:`H5adWriter`.
 
     Raises
     ------
@@ -181,9 +181,9 @@ def write_h5ad(
 def write_adata(path: Path, adata: AnnData) -> list[str]:
     """Write cells in memory to an .h5ad file, whole or not at all; return notes on what it lacks.
 
-    As ``AnnData.write_h5ad`` with gzip does, which makes strings categories in `adata` too; that
-    one crashes where the disk is full, and writes nothing if one element cannot be written. Here
-    such an element is renamed or left out, see :func:`notes_on_writing`.
+    The file is that of ``AnnData.write_h5ad`` with gzip, and here, too, strings in `adata` become
+    categories. anndata's own method crashes if the disk is full, and writes nothing if one element
+    cannot be written. Here such an element is renamed or left out; see :func:`notes_on_writing`.
 
     Raises
     ------
@@ -205,16 +205,16 @@ def write_adata(path: Path, adata: AnnData) -> list[str]:
 
 
 def notes_on_writing(cells: Any) -> list[str]:
-    """Return a note on each element of cells that results cannot have as it is.
+    """Return a note on each element of the cells that cannot be written to .h5ad unchanged.
 
-    anndata reads more than it writes: a column called ``_index``, as SeuratDisk leaves them, and
-    of HDF5 null datasets, references and opaque data. Everything is written to memory, of matrices
-    a row, so that this is known before training.
+    anndata reads more than it can write: a column called ``_index`` (SeuratDisk makes such), and
+    HDF5's null datasets, references and opaque data. To know this before training, everything is
+    written to memory, except that one row of each matrix is enough.
 
     Parameters
     ----------
     cells : AnnData or CellStore
-        Of a store obs and var are looked at.
+        Of a store, only obs and var are checked.
     """
     notes: list[str] = []
     if not isinstance(cells, AnnData):
@@ -237,16 +237,16 @@ def _strings_as_categories(adata: AnnData) -> None:
 
 
 class _Elements:
-    """Writes the elements of an AnnData one by one, so that one that fails costs no other.
+    """Writes the elements of an AnnData one by one, so that all others survive one that fails.
 
     Parameters
     ----------
     check : callable
-        Raises what kept the disk from taking something.
+        Raises an error of the disk, if there was one.
     notes : list of str
-        Gets one on each element that is renamed or left out.
+        A note is added for each element that is renamed or left out.
     rows : int, optional
-        Of matrices, so many alone.
+        Write only the first rows of matrices.
     """
 
     def __init__(
@@ -286,8 +286,8 @@ class _Elements:
             write_elem(group, name, value, dataset_kwargs={"compression": "gzip"})
         except MemoryError:
             raise
-        except Exception:  # every kind of element has its own
-            self._check()  # of a full disk it is no fault of the element
+        except Exception:  # every kind of element raises its own
+            self._check()  # if the disk is full, the element is not to blame
             if isinstance(name, str) and name in group:
                 del group[name]
             self._notes.append(f"{where} cannot be written to .h5ad and is left out")
@@ -295,7 +295,7 @@ class _Elements:
 
 
 def _column_names(names: Iterable[Any], where: str, notes: list[str]) -> list[str]:
-    """Return what columns are called in an .h5ad file, where each is text, and none ``_index``."""
+    """Return the names of columns in an .h5ad file: text, distinct and never ``_index``."""
     names = list(names)
     texts = [str(name) for name in names]
     used = set(texts)
@@ -317,10 +317,10 @@ def _writable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame
     found.columns = pd.Index(_column_names(frame.columns, where, notes), dtype=object)
     name = found.index.name
     same = name in found and found.index.equals(pd.Index(found[name]))
-    # What results are called, they are called in obs before long.
+    # The columns of results are added to obs later.
     if (name in found and not same) or (where == "obs" and name in COLUMNS):
         notes.append(f"the index of {where} loses its name, {name!r}, which is a column's")
-        found.index = found.index.rename(None)  # the one at hand is also the reader's
+        found.index = found.index.rename(None)  # a copy: `frame` has the old one
     if not all(isinstance(name, str) for name in found.index):
         found.index = found.index.astype(str)
     for key in list(found):
@@ -342,7 +342,7 @@ def _can_be_written(column: pd.Series) -> bool:
             write_elem(file, "column", column.to_frame("column"))
         except MemoryError:
             raise
-        except Exception:  # every dtype has its own
+        except Exception:  # every dtype raises its own
             return False
     return True
 
@@ -354,17 +354,17 @@ class H5adWriter:
     ----------
     disk : _Disk
     file : h5py.File
-        On it.
+        The file on that disk.
     n_obs : int
     var : pandas.DataFrame
     dtypes : dict
-        Of the columns of obs.
+        Those of the columns of obs.
     counts : dtype, optional
-        To store X in; without, there is no X.
+        Type of the counts in X; without it, no X is written.
     latent : int, optional
-        Dimensions of obsm["X_vmm"]; without, there is none.
+        Dimensions of obsm["X_vmm"]; without it, no embedding is written.
     index_name : str, optional
-        Of obs.
+        Name of the index of obs.
     uns : dict
     """
 
@@ -385,7 +385,7 @@ class H5adWriter:
         _mark(file, "anndata", "0.1.0")
         for name in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, name, {})
-        with settings.override(allow_write_nullable_strings=True):  # what a file had, it keeps
+        with settings.override(allow_write_nullable_strings=True):  # var may have such columns
             write_elem(file, "var", _writable(var, "var", []))
         write_elem(file, "uns", dict(uns or {}))
         self._obs = _mark(file.create_group("obs"), "dataframe", "0.2.0")
@@ -403,7 +403,7 @@ class H5adWriter:
         if counts is not None:
             self._matrix = _mark(file.create_group("X"), "csr_matrix", "0.1.0")
             self._matrix.attrs["shape"] = np.array([n_obs, len(var)])
-            # SciPy warns of unsigned ones.
+            # Signed, because SciPy warns of unsigned indices.
             genes = np.int16 if len(var) <= 1 << 15 else np.int32
             for name, dtype in (("data", counts), ("indices", genes)):
                 self._matrix.create_dataset(
@@ -414,10 +414,10 @@ class H5adWriter:
         self._begin = disk.size
 
     def _array(self, group: Any, name: str, dtype: Any, width: int | None = None) -> Any:
-        """An array with a row for every cell."""
+        """Create an array with a row for every cell."""
         shape = (self._n_obs,) if width is None else (self._n_obs, width)
         chunks = (min(self._n_obs, CHUNK // (width or 1) or 1), *shape[1:])
-        if dtype == STRINGS:  # filters see references to strings alone
+        if dtype == STRINGS:  # not compressed: filters would see references to strings only
             found = group.create_dataset(name, shape, h5py.string_dtype(), chunks=chunks)
             return _mark(found, "string-array", "0.2.0")
         found = group.create_dataset(name, shape, dtype, chunks=chunks, **FILTERS)
@@ -488,7 +488,7 @@ class H5adWriter:
         self._check_space()
 
     def _check_space(self) -> None:
-        """Stop at once if the rest will not fit, by the size of what is written."""
+        """Raise InputError if the rest will not fit on the disk, judged by what is written."""
         needed = (self._disk.size - self._begin) * (self._n_obs / self._at - 1)
         free = shutil.disk_usage(self._disk.folder).free
         if needed > 1.2 * free:
@@ -498,7 +498,7 @@ class H5adWriter:
             )
 
     def finish(self) -> None:
-        """Write what is known at the end alone."""
+        """Write what is only known at the end: where each cell's counts begin."""
         if self._matrix is not None:
             small = self._indptr[-1] < 2**31
             write_elem(self._matrix, "indptr", self._indptr.astype(np.int32 if small else np.int64))
@@ -527,16 +527,16 @@ def write_results(
     Parameters
     ----------
     store : CellStore
-        Of which obs is taken.
+        The cells, whose obs is copied.
     folder : Path
     z : array
         float32 [n_obs, D]; it may be memory-mapped.
     clusters : pandas.DataFrame
-        Of :func:`cluster_columns`.
+        From :func:`cluster_columns`.
     genes : pandas.Index
         Names of the genes that were trained on.
     uns : dict
-        Of the file.
+        Entries of uns in the file.
 
     Raises
     ------
@@ -558,7 +558,7 @@ def _parts(store: CellStore) -> list[slice]:
 def cluster_columns(
     labels: np.ndarray, probability: np.ndarray, entropy: np.ndarray, components: np.ndarray
 ) -> pd.DataFrame:
-    """Clusters and components as columns of obs; categories are in the order of their numbers."""
+    """Return clusters and components as columns of obs, with categories in numerical order."""
     values = (_categories(labels), probability, entropy, _categories(components))
     return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
 
@@ -576,7 +576,7 @@ def write_clustered(
     var: pd.DataFrame,
     uns: Mapping[str, Any],
 ) -> None:
-    """Write obs of a store with :func:`cluster_columns`, and z as X_vmm: whole or not at all.
+    """Write obs of a store, its clusters, and z as X_vmm to .h5ad, whole or not at all.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Checkpoints of training, in one process or several, that it goes on from as if never stopped.
+"""Checkpoints from which training goes on as if it had never stopped, in one process or several.
 
-Lightning's own have parameters, optimizers and how far training has come. What they lack differs
-between processes, and is gathered from all of them: the state of the generators of random numbers,
-and the sums of the losses of an epoch that has begun.
+Lightning's own checkpoints have parameters, optimizers and the progress of training. They lack what
+differs between processes: the state of the generators of random numbers, and the sums of losses of
+the current epoch. Here these are gathered from all processes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from vmm_fast.scvi.training import EmpiricalBayes
 __all__ = ["CheckpointFile", "Checkpoints"]
 
 STATES = "state of each process"
-RUN = "cells and settings"  # of the run that a checkpoint is of
-STOPPED = "stopped"  # whether it has ended before its last epoch
+RUN = "cells and settings"  # of the run that wrote the checkpoint
+STOPPED = "stopped"  # whether that run ended before its last epoch
 LIGHTNING = "pytorch-lightning_version"
 GPU_STATE = tensor(torch.uint8, [16])
 OF_A_RUN = table(
@@ -60,22 +60,22 @@ OF_A_RUN = table(
         "state_dict": table({}, tensor(finite=False)),
     }
 )
-STEPS_BETWEEN_LOOKS = 16  # at the clocks of several processes, which have to wait for each other
+STEPS_BETWEEN_LOOKS = 16  # steps after which several processes compare their clocks, which is slow
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Lightning's checkpoints, but written whole or not at all, on any file system.
+    """Lightning's checkpoint files, but written whole or not at all, on any file system.
 
     Attributes
     ----------
     check : callable or None
-        Called with the path and the checkpoint that was read, before any of it is restored.
+        Called with the path and the checkpoint that was read, before anything is restored from it.
     """
 
     check: Callable[[Any, dict[str, Any]], None] | None = None
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, in place of what is there.
+        """Write `checkpoint` to `path`, and replace any file there.
 
         Raises
         ------
@@ -88,12 +88,12 @@ class CheckpointFile(TorchCheckpointIO):
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Read it.
+        """Read a checkpoint and check it.
 
         Raises
         ------
         InputError
-            If it is not there, damaged or no checkpoint of training, or ``check`` refuses it.
+            If the file is absent, damaged or no checkpoint of training, or ``check`` refuses it.
         """
         if not os.path.isfile(path):
             raise InputError(f"{path}: must be a checkpoint to go on from, is no file")
@@ -109,42 +109,44 @@ class CheckpointFile(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Write a checkpoint amid an epoch or after it; with it training goes on where it was.
+    """Callback that writes checkpoints, during an epoch or after it, from which training goes on.
 
-    It is written right after an optimizer step or at the end of an epoch, and where training ends:
-    after its last epoch, or earlier, by ``max_steps``, ``max_time`` or early stopping. A run that
-    has ended and is resumed ends at once, with the same result. Two things are not as if never
-    stopped: early stopping has not yet seen the epoch after which a file was written by the clock,
-    and training that ``max_steps`` ended just after an epoch is not meant to be made longer.
+    A checkpoint is written right after an optimizer step or at the end of an epoch, and when
+    training ends: after its last epoch, or earlier by ``max_steps``, ``max_time`` or early
+    stopping. A run that had ended and is resumed ends at once, with the same result. There are two
+    differences from training that was never stopped. If a file was written by the clock after an
+    epoch, early stopping has not yet seen that epoch. And training that ``max_steps`` ended just
+    after an epoch is not meant to be made longer.
 
-    On a CPU with one thread a process it comes to the same bits as training that was never stopped.
-    Cells must come from a :class:`vmm_fast.scvi.CellDataModule`, which finds its place in a pass::
+    On a CPU with one thread a process, the results have the same bits as without the stop. Cells
+    must come from a :class:`vmm_fast.scvi.CellDataModule`, which finds its place in an epoch::
 
         keep = Checkpoints("atlas.ckpt", seconds=600)
         model.train(10, datamodule=cells, callbacks=[keep])
         # Later, with a new model that was made in the same way:
         model.train(10, datamodule=cells, callbacks=[keep], ckpt_path="atlas.ckpt")
 
-    With several processes, as many must go on. The first writes the file, all read it.
+    With several processes, a resumed run needs the same number. The first writes the file, all read
+    it.
 
     Parameters
     ----------
     path : str or os.PathLike
-        File to write, whole or not at all, in place of the last one.
+        File to write, whole or not at all; each checkpoint replaces the last one.
     seconds : float
-        Write if the last one is as long ago: after an epoch, and amid it. Several processes, which
-        must write together, look every 16 steps.
+        Time between two checkpoints, during an epoch or at its end. Several processes must write
+        together, and compare their clocks every 16 steps.
     steps : int, optional
-        Write after every so many optimizer steps, besides.
+        Also write after every so many optimizer steps.
 
     Raises
     ------
     ValueError
         If ``seconds`` is negative or no number, or ``steps`` no integer of at least 1.
     InputError
-        While training, if `path` cannot be written; as training begins, if ``ckpt_path`` is not
-        there, damaged, of another number of processes, cells, batch size or model, or was not
-        written by this.
+        During training, if `path` cannot be written. When training begins, if ``ckpt_path`` is
+        absent or damaged, was not written by this callback, or comes from a run with another number
+        of processes, other cells, another batch size or another model.
     """
 
     def __init__(
@@ -157,25 +159,26 @@ class Checkpoints(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        """Forget any run before."""
+        """Forget any earlier run."""
         self._loaded: dict[str, Any] | None = None
         self._written = time.monotonic()
         self._step = 0  # before the current batch
-        self._kept: tuple[int, bool] | None = None  # step of the last file; whether it is the end
+        # Step of the last file, and whether training ended there.
+        self._kept: tuple[int, bool] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let files be written whole or not at all, unless there is a plugin that writes them."""
+        """Write files whole or not at all, unless another plugin writes them; check those read."""
         self._begin()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFile()
         if isinstance(trainer.strategy.checkpoint_io, CheckpointFile):
             trainer.strategy.checkpoint_io.check = partial(_check_all, trainer, pl_module)
-        # A time limit is seen right after the batch. Not after others, too: the first process alone
-        # may have a bar, whose losses wait for the other processes.
+        # Timers first, so that a time limit is seen right after the batch. The order of the others
+        # stays: only the first process may have a bar, whose losses wait for the other processes.
         trainer.callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Timer))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget what was loaded, of a run that had ended."""
+        """Forget what was loaded; it is still there if the run had already ended."""
         self._begin()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -183,31 +186,31 @@ class Checkpoints(Callback):
         self._begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count the seconds."""
+        """Start the clock."""
         self._written = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count the steps, where a checkpoint was."""
+        """Start counting steps at the step of the checkpoint."""
         self._step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add what differs between processes; all of them must take part."""
+        """Add to the checkpoint what differs between processes; all of them must take part."""
         states: list[Any] = [_state(pl_module)] * number_of_processes()
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
         checkpoint[STATES], checkpoint[RUN] = states, _run(trainer)
-        # More time lets a run go on that has had no more.
+        # A run that a time limit ended can go on if it is given more time.
         checkpoint[STOPPED] = trainer.should_stop and not any(map(_is_over, trainer.callbacks))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep this process's part until the first batch."""
-        # Again, for a plugin that is not ours.
+        """Check a checkpoint, and keep this process's part of it until the first batch."""
+        # Checked again, since another plugin may have read the file.
         _check(trainer, pl_module, trainer.ckpt_path, checkpoint)
         self._loaded = checkpoint[STATES][trainer.global_rank]
         trainer.should_stop = trainer.should_stop or checkpoint[STOPPED]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Restore what was loaded; not before, for what comes before the first batch draws, too."""
+        """Restore what was loaded: not earlier, because random numbers are drawn before this."""
         if self._loaded is not None:
             _restore(pl_module, self._loaded)
             self._loaded = None
@@ -215,13 +218,13 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write amid an epoch, after a step: amid an accumulation the gradient would be lost."""
+        """Write during an epoch, but only after a step: an accumulated gradient would be lost."""
         before, step = self._step, trainer.global_step
         self._step = step
-        # The last batch's comes after the losses of the cells held out.
+        # The checkpoint of the last batch comes later, after the losses of held-out cells.
         if step == before or batch_idx + 1 >= trainer.num_training_batches:
             return
-        # An end amid an epoch must not be taken for that of the epoch: training may be made longer.
+        # An end during an epoch must not look like the epoch's end: training may be made longer.
         by_steps = self.steps is not None and step // self.steps > before // self.steps
         looks = trainer.world_size == 1 or (
             step // STEPS_BETWEEN_LOOKS > before // STEPS_BETWEEN_LOOKS
@@ -230,24 +233,24 @@ class Checkpoints(Callback):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write after an epoch."""
+        """Write after an epoch, if it is time or training ends."""
         is_last = trainer.current_epoch + 1 == trainer.max_epochs or self._is_end(trainer)
         if self._kept != (trainer.global_step, True) and (is_last or self._is_time(trainer)):
             self._write(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the end if that is not done; early stopping comes after all other callbacks."""
+        """Write the final state unless it is written; early stopping acts after other callbacks."""
         step, ended = self._kept or (None, False)
         if step != trainer.global_step or (trainer.should_stop and not ended):
             self._write(trainer)
 
     def _is_end(self, trainer: Any) -> bool:
-        """Whether training is to stop here, before its last epoch."""
+        """Return whether training stops here, before its last epoch."""
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         return stops or trainer.global_step == trainer.max_steps
 
     def _is_time(self, trainer: Any) -> bool:
-        """Whether it is by the clock of any process: all write or none."""
+        """Return whether it is time to write by any process's clock; all processes agree."""
         is_time = time.monotonic() - self._written >= self.seconds
         return trainer.strategy.reduce_boolean_decision(is_time, all=False)
 
@@ -258,13 +261,13 @@ class Checkpoints(Callback):
 
 
 def _is_over(callback: Callback) -> bool:
-    """Whether it is a timer without time left."""
+    """Return whether a callback is a timer without time left."""
     left = callback.time_remaining() if isinstance(callback, Timer) else None
     return left is not None and left <= 0
 
 
 def _run(trainer: Any) -> dict[str, int]:
-    """Cells and settings that a run has to go on with."""
+    """Return the cells and settings that must be the same in a resumed run."""
     cells = trainer.datamodule
     if not isinstance(cells, CellDataModule):
         return {}
@@ -278,7 +281,7 @@ def _run(trainer: Any) -> dict[str, int]:
 
 
 def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> None:
-    """Raise InputError unless the checkpoint is of this run."""
+    """Raise InputError unless the checkpoint comes from this run."""
     if not {STATES, RUN, STOPPED} <= checkpoint.keys():
         raise InputError(
             f"{path}: must be a checkpoint with the state of random numbers, has none: it was "
@@ -299,9 +302,9 @@ def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> No
 
 
 def _check_all(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> None:
-    """Raise InputError unless the checkpoint is of this run, and all in it is what this restores.
+    """Raise InputError unless the checkpoint comes from this run and its whole content is valid.
 
-    Lightning would restore it part by part, and look at little.
+    Lightning would restore it part by part, and check little.
     """
     _check(trainer, plan, path, checkpoint)
     try:
@@ -338,7 +341,7 @@ def _check_content(trainer: Any, plan: Any, name: str, checkpoint: Any) -> None:
 
 
 def _check_loops(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Raise ValueError unless the places of Lightning's loops are such, and agree."""
+    """Raise ValueError unless the progress of Lightning's loops is valid and consistent."""
     own = {**trainer.fit_loop.state_dict(), "state_dict": None}
     fit = checkpoint["loops"]["fit_loop"]
     like(own)("loops.fit_loop", fit)
@@ -359,7 +362,7 @@ def _check_loops(trainer: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _optimizers(found: Any) -> list[Optimizer]:
-    """Return the optimizers in what ``configure_optimizers`` gave."""
+    """Return the optimizers in the result of ``configure_optimizers``, which has many forms."""
     if isinstance(found, Optimizer):
         return [found]
     if isinstance(found, dict):
@@ -389,7 +392,7 @@ def _losses(plan: Any) -> list[ElboMetric]:
 
 
 def _state(plan: Any) -> dict[str, Any]:
-    """What of training is this process's own."""
+    """Return the state of training that is this process's own."""
     state: dict[str, Any] = {
         "random": torch.get_rng_state(),
         "losses": [

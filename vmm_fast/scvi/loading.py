@@ -1,9 +1,9 @@
-"""Mini-batches of cells that lie in memory or on disk, shuffled, for training and for passes.
+"""Mini-batches of cells in memory or on disk: shuffled for training, or in order.
 
 Single cells at random places are slow to read from disk, runs of consecutive ones are not. An epoch
-lays the runs end to end in random order, reads some hundred of them together as a window, and takes
-the window's cells in random order. In memory a run is one cell, so that all cells are shuffled. The
-next window is read while the network trains on this one.
+puts the runs in random order, reads some hundred of them together as a window, and takes the cells
+of a window in random order. In memory a run is one cell, so that all cells are shuffled. The next
+window is read while the network trains on this one.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from vmm_fast.priors.base import check_integer
 
 __all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
 
-WINDOW = 16_384  # cells that are shuffled together, at most
-VALUES = 1 << 23  # that they have, at most; four windows are in memory at a time
+WINDOW = 16_384  # most cells that are shuffled together
+VALUES = 1 << 23  # most counts above 0 in a window; four windows are in memory at a time
 LEAST_RUNS = 100
-LEAST_BATCH = 3  # cells: fewer give a batch normalisation nothing to go by
+LEAST_BATCH = 3  # cells: with fewer the statistics of batch normalisation are meaningless
 
 
 class CellSource(Protocol):
-    """Where cells lie: :class:`MemoryCells` or :class:`vmm_fast.scvi.CellStore`.
+    """Protocol of a source of counts: :class:`MemoryCells`, :class:`vmm_fast.cells.CellStore`.
 
     Attributes
     ----------
     n_obs, n_vars : int
-        Cells and genes.
+        Number of cells and of genes.
     nbytes : int
-        Of the counts, as CSR of float32.
+        Size of the counts as CSR of float32.
     run : int
-        How many consecutive cells are read together where the order is random.
+        Number of consecutive cells that are read together in random order.
     """
 
     n_obs: int
@@ -49,12 +49,12 @@ class CellSource(Protocol):
     run: int
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
-        """Counts, float32, of the runs of cells, one after the other."""
+        """Return the counts, float32, of the runs of cells, one after the other."""
         ...
 
 
 class MemoryCells:
-    """Cells in memory.
+    """Cells in memory, as a :class:`CellSource`.
 
     Parameters
     ----------
@@ -69,27 +69,28 @@ class MemoryCells:
         self.nbytes = 8 * counts.nnz
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
-        """Counts of the runs of cells, one after the other."""
+        """Return the counts of the runs of cells, one after the other."""
         return self.counts[_rows(starts, stops)]
 
 
 def window_of(cells: CellSource) -> int:
-    """How many cells to have in memory together, whether they have many counts or few."""
+    """Return how many cells to keep in memory together, by how many counts they have."""
     return max(1, min(WINDOW, VALUES * cells.n_obs // max(1, cells.nbytes // 8)))
 
 
 def _rows(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Indices of the runs' cells, one run after the other."""
+    """Return the indices of the cells in the runs, one run after the other."""
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
 class CellBatches:
-    """Mini-batches of cells as scvi-tools' modules take them; every pass is in an order of its own.
+    """Mini-batches of cells as scvi-tools' modules take them; every pass has its own order.
 
-    The order is determined by ``seed`` and the pass's number. ``state_dict`` says how far a pass
-    has come; after ``load_state_dict`` it goes on there, and what was before is not read again.
+    A pass goes over all cells once. ``seed`` and the number of the pass determine its order.
+    ``state_dict`` says how far a pass has come. After ``load_state_dict`` the pass goes on there,
+    and does not read again what came before.
 
     Parameters
     ----------
@@ -102,12 +103,12 @@ class CellBatches:
         Columns to take; all by default.
     batch_size : int
     seed : int or None
-        None is the order in which they lie.
+        None keeps the cells in order.
     rank, world_size : int
-        Which of how many processes takes its share of each pass. All have as many cells, so that
-        up to ``world_size - 1`` are left out of a pass.
+        Index of this process, and number of processes that share each pass. All get the same number
+        of cells, so that up to ``world_size - 1`` cells are left out of a pass.
     number_of_pass : callable
-        Asked for it as the pass begins.
+        Returns the number of the pass; called when a pass begins.
 
     Raises
     ------
@@ -146,28 +147,28 @@ class CellBatches:
         self._loaded = {"pass": 0, "done": 0}
 
     def __len__(self) -> int:
-        """Number of batches of a pass."""
+        """Return the number of mini-batches of a pass."""
         whole, rest = divmod(self.number, self.batch_size)
         left_out = self.seed is not None and whole and rest < LEAST_BATCH
         return whole + (rest > 0 and not left_out)
 
     def state_dict(self) -> dict[str, int]:
-        """Number of the pass, and how many of its batches have been given."""
+        """Return the number of the pass, and how many of its mini-batches are done."""
         return {"pass": self._pass, "done": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the pass that `state` is of go on where it was given."""
+        """Let the pass of a state from `state_dict` go on where that state was taken."""
         self._loaded = state
 
     def _shuffled(self, number: int, *which: int) -> np.ndarray:
-        """Order of `number` things: as they are without a seed."""
+        """Return a random order of `number` things; without a seed, the order as it is."""
         if self.seed is None:
             return np.arange(number)
         return np.random.default_rng([self.seed, self._pass, *which]).permutation(number)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Begin a pass, or go on with the one that was loaded."""
-        # Lightning counts epochs between this call and the first batch, and may call this twice.
+        """Begin a pass, or go on with the loaded one; yield its mini-batches."""
+        # Lightning advances the epoch between this call and the first batch, and may call it twice.
         self._pass = self._number_of_pass()
         self._done = self._loaded["done"] if self._loaded["pass"] == self._pass else 0
         if self._done == len(self):
@@ -177,7 +178,7 @@ class CellBatches:
         ends = np.cumsum(stops - starts)
 
         def read(window: int) -> tuple[csr_matrix, np.ndarray]:
-            """Counts and batches of the cells of a window, in the order to give them in."""
+            """Return counts and batches of the cells of a window, in the order of the pass."""
             low = self._first + window * size
             high = min(low + size, self._first + self.number)
             runs = slice(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high) + 1)
@@ -210,7 +211,7 @@ class CellBatches:
 
 
 def _tensors(counts: csr_matrix, batches: np.ndarray) -> dict[str, Tensor]:
-    """Give a mini-batch as scvi-tools' loaders do: dense counts, and columns of indices."""
+    """Return a mini-batch as scvi-tools' loaders do: dense counts, and columns of indices."""
     batch = torch.from_numpy(batches.astype(np.int64))[:, None]
     return {
         REGISTRY_KEYS.X_KEY: torch.from_numpy(counts.toarray()),
@@ -222,8 +223,8 @@ def _tensors(counts: csr_matrix, batches: np.ndarray) -> dict[str, Tensor]:
 class CellDataModule(LightningDataModule):
     """Cells in memory or on disk, for ``train(datamodule=..)`` of scvi-tools' models.
 
-    The model is made of an AnnData with some of the cells and all of their batches, such as
-    :meth:`vmm_fast.scvi.CellStore.sample` gives::
+    The model is made with an AnnData that has some of the cells and all batches, such as
+    :meth:`vmm_fast.cells.CellStore.sample` returns::
 
         store = CellStore("atlas.h5ad")
         some = store.sample(20_000, keys=["batch"])
@@ -242,18 +243,18 @@ class CellDataModule(LightningDataModule):
     batch_size : int
         In each process.
     held_out : float
-        Share of the cells, in whole runs, whose loss is the validation's; in [0, 1).
+        Share of the cells, in [0, 1), that is held out for the validation loss, in whole runs.
     seed : int
-        Of which cells are held out, and of the order of the others.
+        Determines which cells are held out, and the order of the others.
 
     Attributes
     ----------
     n_train, n_val : int
-        Cells that are trained on, and held out.
+        Number of training cells, and of held-out cells.
     n_batch : int
-        Batches, of which the model must have as many.
+        Number of batches; the model must have the same.
     batch_size, seed : int
-        As given.
+        Those that were given.
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class CellDataModule(LightningDataModule):
         self._pass_over = partial(
             CellBatches, cells, batches, genes=genes, batch_size=self.batch_size
         )
-        # So many at least that some can be held out and those of a batch are of many runs.
+        # There must be enough runs to hold some out, and to mix many in a mini-batch.
         self._run = max(1, min(cells.run, cells.n_obs // LEAST_RUNS))
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
         self.n_batch = int(batches.max(initial=-1)) + 1
@@ -307,13 +308,13 @@ class CellDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> CellBatches:
-        """Cells to train on, shuffled."""
+        """Return mini-batches of the training cells, shuffled."""
         return self._batches_of(self._trained, self.seed)
 
     def val_dataloader(self) -> CellBatches | list[CellBatches]:
-        """Cells held out, in order."""
+        """Return mini-batches of the held-out cells, in order; an empty list if there are none."""
         return self._batches_of(self._held_out, None) if self.n_val else []
 
     def all_cells(self) -> CellBatches:
-        """Every cell in order, trained on or not."""
+        """Return mini-batches of all cells in order, training cells and held-out ones."""
         return self._pass_over(np.array([0]), np.array([self.n_obs]))

@@ -1,4 +1,4 @@
-"""Pseudo-inputs that are cells: counts, and what an encoder may see besides."""
+"""Pseudo-inputs that are cells: learnt counts, batches and covariates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn.functional import one_hot, softplus
 
 __all__ = ["Cells", "PseudoCells"]
 
-# The share of a cell's membership in its own batch or category at the start; the rest is spread
-# over all, so that every one can still be reached by gradients.
+# Initial membership of a pseudo-cell in the batch or category of its cell. The rest is spread over
+# all, so that gradients can still reach every one.
 MEMBERSHIP = 0.9
-# Before there are cells, and in categories that only query cells have: a share of about e^-10.
+# Logit before the start, and in categories that only query cells have: a share of about e^-10.
 ABSENT = -10.0
 
 
@@ -37,7 +37,7 @@ class Cells(NamedTuple):
 
 
 class PseudoCells(nn.Module):
-    """J learnt cells.
+    """J learnt cells: the pseudo-inputs of a prior.
 
     Counts are softplus(r) - 1, so that log(1 + counts) = log softplus(r) is smooth in r and a
     count of 0 lies where it has a slope; memberships are softmax(logits). All are learnt.
@@ -55,8 +55,8 @@ class PseudoCells(nn.Module):
 
     Notes
     -----
-    Shapes do not depend on cells, so that a saved model is rebuilt first and filled then; until
-    :meth:`start_from` has been called, or a state was loaded, ``started`` is False.
+    Shapes do not depend on the cells, so that a saved model can be rebuilt before its weights are
+    loaded. ``started`` is False until :meth:`start_from` is called or a state is loaded.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PseudoCells(nn.Module):
     started: Tensor
 
     def forward(self) -> Cells:
-        """Give the cells as an encoder sees them."""
+        """Return the cells as an encoder sees them."""
         return Cells(
             softplus(self.raw_counts).log(),
             tuple(logits.softmax(-1) for logits in self.category_logits),

@@ -1,6 +1,6 @@
-"""A check of saved models, which scvi-tools reads with pickle: it runs what a file names.
+"""A check of saved models before scvi-tools reads them with pickle, which runs what a file names.
 
-Before that, every name in the file is compared with those of tensors, arrays and tables.
+Every name in the file must be one of those that tensors, arrays and tables need.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vmm_fast._files import check_archive
 
 __all__ = ["check_model"]
 
-# What scvi-tools' registries are made of, under the names of all versions.
+# The classes and functions in scvi-tools' registries, under the names of all versions.
 _NUMPY = ("numpy._core", "numpy.core")
 _OF_NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 _OF_PANDAS = (
@@ -46,21 +46,21 @@ ALLOWED = {
 
 
 def check_model(path: str | os.PathLike[str], cure: str = "trust=True") -> None:
-    """Raise ValueError if a ``model.pt`` is damaged, or would run anything when it is read.
+    """Raise ValueError if a ``model.pt`` is damaged, or could run code when it is read.
 
-    `cure` is what the message names for a file that may run anything nevertheless.
+    `cure` is the option, named in the message, by which a trusted file can be read nevertheless.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ValueError
-        Naming what it would run.
+        If it is damaged or could run code; the message names what it would run.
     """
     check_archive(path)
     try:
         held = set(get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except Exception as error:  # torch raises of all kinds
+    except Exception as error:  # torch raises many kinds
         raise ValueError(
             f"{os.fspath(path)!r} must be a saved model, but is damaged ({type(error).__name__})"
         ) from error

@@ -1,4 +1,4 @@
-"""The empirical-Bayes step inside Lightning."""
+"""Training plans of scvi-tools that take the prior's empirical-Bayes step, inside Lightning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _worst(callback: Any) -> torch.Tensor:
 
 
 def _number_of_cells(cells: Any) -> int | None:
-    """Cells that are trained on; None where a data module of the user's own does not tell."""
+    """Return the number of training cells, or None if the user's data module does not tell."""
     if isinstance(cells, CellDataModule):
         return cells.n_train
     indices = getattr(cells, "train_idx", None)  # scvi-tools' own
@@ -40,25 +40,26 @@ def _number_of_cells(cells: Any) -> int | None:
 class EmpiricalBayes(LightningModule):
     """Mixin for scvi-tools' training plans: moves the module's prior after each optimizer step.
 
-    The prior has an optimizer of its own, whose state is in checkpoints; the network's does not
+    The prior has its own optimizer, whose state is in checkpoints. The network's optimizer does not
     see the prior's parameters.
 
     Parameters
     ----------
     *args
-        The module, a :class:`LatentPrior`, and what else the plan takes.
+        The module, a :class:`LatentPrior`, and further arguments of the plan.
     prior_warmup : float
         The share of all steps, in [0, 1), in which N(0, I) stands in for a prior that has not been
-        trained yet. Under N(0, I) batches come to overlap. A mixture lets the clusters of one type,
-        each in its own batch, lie apart where they begin apart: both have components, and nothing
-        pulls them together. Where they overlap they share components, and to part would cost.
-        Early stopping does not stop the warm-up; it, the best checkpoint and a learning rate that
-        follows the loss compare nothing with it.
+        trained yet. Under N(0, I) batches come to overlap. Under a mixture, cells of one type that
+        begin apart, because they are of different batches, stay apart: each group has components of
+        its own, and nothing pulls the groups together. If they overlap, they share components, and
+        separating would cost. Early stopping does not end the warm-up. Losses of the warm-up count
+        neither for early stopping, nor for the best checkpoint, nor for a learning rate that
+        follows the loss.
     n_epochs_kl_warmup : int, optional
-        None, unlike in scvi-tools: by the number of epochs that large data sets are trained for,
-        its 400 would have barely begun.
+        None by default. scvi-tools' default of 400 is far more than the number of epochs that large
+        data sets are trained for.
     **kwargs
-        Of the plan.
+        Further arguments of the plan.
 
     Raises
     ------
@@ -83,7 +84,7 @@ class EmpiricalBayes(LightningModule):
         self._logged: set[str] = set()  # metrics, in this epoch
 
     def on_train_start(self) -> None:
-        """Find out how many cells are trained on, and in how many steps N(0, I) stands in."""
+        """Determine the number of training cells, and of steps in which N(0, I) stands in."""
         super().on_train_start()
         module = self.module
         if module.prior is not None and module.counts_training_cells:
@@ -111,7 +112,7 @@ class EmpiricalBayes(LightningModule):
                 self._warmup_steps = 0
 
     def _forget_losses(self) -> None:
-        """Let whatever comes next be better than the losses under N(0, I)."""
+        """Reset all best losses, so that none under N(0, I) is compared with later ones."""
         trainer = self.trainer
         for stopping in trainer.early_stopping_callbacks:
             stopping.wait_count = 0
@@ -133,9 +134,10 @@ class EmpiricalBayes(LightningModule):
         self._logged.clear()
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, which takes half a millisecond: an epoch's metrics in its first step.
+        """Log a value; metrics of a whole epoch are logged in its first step alone.
 
-        They add up by themselves, and are asked at the epoch's end.
+        Lightning's method takes half a millisecond. These metrics accumulate by themselves, and are
+        read at the end of the epoch.
         """
         once = isinstance(value, Metric) and kwargs.get("on_step") is False
         if once and self._trainer is not None and self._trainer.training:
@@ -145,7 +147,7 @@ class EmpiricalBayes(LightningModule):
         super().log(name, value, *args, **kwargs)
 
     def configure_optimizers(self) -> Any:
-        """Leave out the prior's parameters, which its own optimizer moves."""
+        """Return the plan's optimizers, without parameters of the prior, which has its own."""
         prior = self.module.prior
         hidden = [] if prior is None else [p for p in prior.parameters() if p.requires_grad]
         for parameter in hidden:
@@ -157,7 +159,7 @@ class EmpiricalBayes(LightningModule):
                 parameter.requires_grad_(True)
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.nn.Parameter]], Optimizer]:
-        """As the plan's; Adam takes its step on a CPU in one pass, ten times as fast."""
+        """Return the plan's creator of optimizers; on a CPU, Adam is fused, ten times as fast."""
         create = super().get_optimizer_creator()  # type: ignore[misc]  # the plan has it
 
         def created(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
@@ -178,7 +180,7 @@ class EmpiricalBayes(LightningModule):
         self._update_prior()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plan's; where that takes the network's step itself, with the prior's after it."""
+        """Return the plan's loss; if the plan takes the network's step, take the prior's next."""
         with self.module.decoding_for_loss():
             found = super().training_step(*args, **kwargs)
         if not self.automatic_optimization:
@@ -190,19 +192,19 @@ class EmpiricalBayes(LightningModule):
             self.module.update_prior()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the private optimizer's state."""
+        """Add the state of the prior's optimizer to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self.module.prior is not None:
             checkpoint["prior_optimizer"] = self.module.prior.get_extra_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state of the prior's optimizer."""
         super().on_load_checkpoint(checkpoint)
         if self.module.prior is not None and "prior_optimizer" in checkpoint:
             self.module.prior.set_extra_state(checkpoint["prior_optimizer"])
 
     def check_prior_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError unless a checkpoint has a state that the private optimizer takes."""
+        """Raise ValueError unless a checkpoint has a valid state of the prior's optimizer."""
         prior = self.module.prior
         if prior is not None and prior.get_extra_state():
             prior.check_extra_state(checkpoint.get("prior_optimizer"))
