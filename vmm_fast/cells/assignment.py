@@ -1,8 +1,8 @@
-"""New cells in the clusters of a trained model, without training.
+"""Assigning new cells to the clusters of a trained model, without training.
 
-Genes are matched by name. A cell of a batch that the model knows is encoded as of that batch; one
-of a new batch as of all known batches in equal shares: what has been learnt of batches says nothing
-of a new one, so that none is preferred.
+Genes are matched by name. A cell of a batch that the model knows is encoded as of that batch, one
+of a new batch as of all known batches in equal shares: the model knows nothing about a new batch,
+so none is preferred.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
 class SavedModel(NamedTuple):
-    """A model as loaded, and what cells are matched with it by.
+    """A loaded model, with the genes and batches that new cells are matched with.
 
     Attributes
     ----------
     model : VMMSCVI
     folder : Path
-        Which holds it.
+        Folder that it was loaded from.
     genes : pandas.Index
     layer, batch_key : str or None
-        Where its cells had counts, and their batch.
+        Layer and column of obs that had the counts and batches of its cells.
     batches : pandas.Index
     """
 
@@ -71,14 +71,15 @@ class SavedModel(NamedTuple):
 def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     """Load the model in a folder that ``vmm-fast integrate`` or ``VMMSCVI.save`` wrote.
 
-    It must hold tensors and tables alone unless ``trust``: others may run anything as they are
-    read. With a cut of :func:`vmm_fast.clusters.find_clusters` its clusters are those.
+    Unless ``trust``, the file must hold tensors and tables alone, since others could run code when
+    they are read. ``cut`` says where to cut the tree of clusters, as in
+    :func:`vmm_fast.clusters.find_clusters`; by default the model's clusters stay.
 
     Raises
     ------
     InputError
-        If there is none, or none that has clusters and needs no more of a cell than counts and
-        batch.
+        If there is no model, or it has no clusters, or it needs more than the counts and batch of a
+        cell.
     """
     folder = folder_of_model(path)
     damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
@@ -96,7 +97,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
             registry = VMMSCVI.load_registry(str(folder), trust=True)
             genes = VMMSCVI.prepare_query_anndata(None, str(folder), True, trust=True)
         name, setup = registry["model_name"], registry["setup_args"]
-    except Exception:  # pickle raises of all kinds
+    except Exception:  # pickle raises many kinds
         raise damaged from None
     if name != VMMSCVI.__name__:
         raise InputError(f"{path}: must be a model of VMMSCVI, is of {name}")
@@ -110,7 +111,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     try:
         field = registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]
         batches = pd.Index(field["state_registry"]["categorical_mapping"], dtype=object)
-        # Some models cannot be made without cells: one of each batch stands for all.
+        # Some models cannot be made without cells: one of each batch is enough.
         counts = csr_matrix(np.ones((len(batches), len(genes)), dtype=np.float32))
         obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
         with quiet():
@@ -118,7 +119,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
             model = VMMSCVI.load(str(folder), cells, trust=True)
     except MemoryError:
         raise
-    except Exception:  # of what does not fit together in a file, scvi-tools raises all kinds
+    except Exception:  # scvi-tools raises many kinds for a file whose parts do not fit together
         raise damaged from None
     for name, values in model.module.named_parameters():
         if not values.isfinite().all():
@@ -143,16 +144,16 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
 
 
 class MatchedCells(NamedTuple):
-    """Cells as the model takes them.
+    """Cells with the genes of a model and indices of its batches, ready to be assigned.
 
     Attributes
     ----------
     counts : CellSource
-        Of the model's genes.
+        Counts of the model's genes.
     batches : ndarray of int [cells]
-        Index of each cell's batch, UNKNOWN_BATCH where the model does not know it.
+        Index of each cell's batch, UNKNOWN_BATCH if the model does not know it.
     notes : list of str
-        What a reader should know about how they were matched.
+        What a user should know about how they were matched.
     """
 
     counts: CellSource
@@ -161,21 +162,21 @@ class MatchedCells(NamedTuple):
 
 
 def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None) -> MatchedCells:
-    """Find the model's genes and batches in cells.
+    """Return cells with the model's genes and batches.
 
     Parameters
     ----------
     cells : AnnData or CellStore
     saved : SavedModel
     layer : str, optional
-        Of an AnnData, with the counts; default the model's layer where the cells have it, else X.
+        Layer of an AnnData with the counts; default the model's layer if the cells have it, else X.
         A store has its own.
 
     Raises
     ------
     InputError
-        If the cells do not fit the model; of a store, values that are no counts are told when they
-        are read.
+        If the cells do not fit the model. The values of a store are checked later, when they are
+        read.
     """
     key = saved.batch_key
     more: list[str] = []
@@ -201,7 +202,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
 
 
 def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:
-    """Where the cells have the model's genes, -1 for the few they may lack; and notes."""
+    """Return the column of each gene of the model in the cells, -1 for missing ones; and notes."""
     at = have.get_indexer(genes)
     missing = genes[at < 0]
     if not len(missing):
@@ -217,7 +218,7 @@ def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:
 
 
 class _OfGenes:
-    """Cells with some of their genes, `at`, and none where that is -1: a CellSource."""
+    """A CellSource with the genes in columns `at` of another; -1 stands for counts of 0."""
 
     def __init__(self, cells: CellSource, at: np.ndarray):
         self.n_obs, self.n_vars = cells.n_obs, len(at)
@@ -226,7 +227,7 @@ class _OfGenes:
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> csr_matrix:
         counts = self._cells.read(starts, stops)
-        # One empty column behind the others stands for all that are missing.
+        # One empty column behind the others stands for all missing genes.
         counts.resize(counts.shape[0], self._cells.n_vars + 1)
         return counts[:, self._at]
 
@@ -234,7 +235,10 @@ class _OfGenes:
 def _batches(
     batch: pd.Categorical | None, n_obs: int, saved: SavedModel
 ) -> tuple[np.ndarray, list[str]]:
-    """Index of each cell's batch, of these or, if None, of a new one; and notes."""
+    """Return the index of each cell's batch in the model, and notes.
+
+    Without a column of batches (None), all cells are of an unknown batch.
+    """
     key = saved.batch_key
     if key is None:
         return np.zeros(n_obs, dtype=np.int32), []
@@ -264,9 +268,9 @@ def _batches(
 
 @dataclass(frozen=True)
 class Found:
-    """The embedding z [cells, D] of cells, with clusters; and the model that it is of.
+    """Assigned cells: the model, and the cells' embedding z [cells, D] and clusters.
 
-    Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` gives them.
+    Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` returns them.
     """
 
     saved: SavedModel
@@ -276,7 +280,8 @@ class Found:
     def write(self, cells: AnnData | CellStore, path: Path) -> None:
         """Write the cells with embedding and clusters to an .h5ad file, whole or not at all.
 
-        Of cells in memory, to which these are added, it has everything; of a store obs and var.
+        Cells in memory get them as well, and are written whole; of a store, only obs and var are
+        written.
 
         Raises
         ------
@@ -295,12 +300,12 @@ class Found:
 
 
 def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:
-    """Embed cells and find their clusters.
+    """Return the embedding of cells and their clusters.
 
     Parameters
     ----------
     cells : MatchedCells
-        Of :func:`match`, with this model.
+        From :func:`match`, with this model.
     saved : SavedModel
     progress : bool
         Show a bar on stderr.
@@ -308,7 +313,7 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
     Raises
     ------
     InputError
-        If cells on disk cannot be read any more, or are no counts.
+        If cells on disk can no longer be read, or their values are not counts.
     """
     everything = np.array([0]), np.array([cells.counts.n_obs])
     batches = CellBatches(cells.counts, cells.batches, *everything)

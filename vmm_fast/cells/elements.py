@@ -1,7 +1,7 @@
-"""Elements of .h5ad and .zarr, each read by itself: one that cannot be read costs no other.
+"""Reading the elements of .h5ad and .zarr one by one, so that a damaged one spoils no other.
 
-Counts, and the names in obs and var, are needed. Of all else, what cannot be read, does not fit the
-cells or genes, or lies too deep is left out, and a note names it.
+Counts, and the names in obs and var, must be readable. Any other element is left out, with a note
+that names it, if it cannot be read, does not fit the cells or genes, or is nested too deeply.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vmm_fast._errors import InputError
 
 __all__ = ["lacks_chunks", "left_out", "read_elements", "read_var", "summarize_error"]
 
-DEPTH = 32  # of groups within groups in uns: what is nested deeper takes minutes to write
-MOST_REASONS = 3  # of what is left out, with the reason
+DEPTH = 32  # most groups within groups in uns: deeper ones take minutes to write
+MOST_REASONS = 3  # most elements that are left out with the reason in the note
 ALIGNED = ("layers", "obsm", "varm", "obsp", "varp")
 SPARSE = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}
 
@@ -34,7 +34,7 @@ def summarize_error(error: Exception) -> str:
 
 
 def left_out(faults: list[tuple[str, str]]) -> list[str]:
-    """Return notes on what cannot be read, given the names of elements and the reasons."""
+    """Return notes on elements that cannot be read, given their names and the reasons."""
     notes = [f"{name} cannot be read and is left out: {why}" for name, why in faults[:MOST_REASONS]]
     if more := [name for name, _ in faults[MOST_REASONS:]]:
         cut = ", ..." if len(more) > 20 else ""
@@ -48,17 +48,17 @@ def read_elements(group: Any, layer: str | None) -> tuple[AnnData, list[str]]:
     Parameters
     ----------
     group : h5py.File or zarr.Group
-        Whose obs and var are groups.
+        The opened file; obs and var in it must be groups.
     layer : str, optional
-        With the counts; X where there is none such.
+        Layer with the counts; if there is none of this name, X.
 
     Raises
     ------
     Exception
-        If the counts, or obs or var as a whole, cannot be read; of any kind.
+        Of any kind, if the counts, or obs or var as a whole, cannot be read.
     """
     try_to = _Attempts()
-    names = set(group)  # with those of links to nothing
+    names = set(group)  # includes broken links
     obs, var = (_frame(_child(group, name), name, try_to) for name in ("obs", "var"))
     uns = try_to("uns", _Nested(try_to), group, "uns", "uns") if "uns" in names else {}
     cells = AnnData(obs=obs, var=var, uns={} if uns is FAULT else uns)
@@ -79,16 +79,16 @@ def read_elements(group: Any, layer: str | None) -> tuple[AnnData, list[str]]:
 
 
 def read_var(group: Any) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """Return var of a file, and what is wrong with columns that are left out."""
+    """Return var of a file, and the names of columns that are left out, with the reasons."""
     try_to = _Attempts()
     return _frame(_child(group, "var"), "var", try_to), try_to.faults
 
 
-FAULT = object()  # in place of what cannot be read; an element may be None
+FAULT = object()  # stands for an element that cannot be read; None would be a valid element
 
 
 class _Attempts:
-    """Calls what reads an element, and keeps the names of those that fail."""
+    """Calls functions that read elements, and records the elements that fail."""
 
     def __init__(self) -> None:
         self.faults: list[tuple[str, str]] = []
@@ -98,7 +98,7 @@ class _Attempts:
             return read(*arguments)
         except MemoryError:
             raise
-        except Exception as error:  # every kind of element has its own
+        except Exception as error:  # every kind of element raises its own
             self.faults.append((where, summarize_error(error)))
             return FAULT
 
@@ -110,20 +110,20 @@ def _child(group: Any, name: str) -> Any:
 
 
 def _within(group: Any, name: str, try_to: _Attempts) -> list[str]:
-    """Return the names of the elements of a group, as "obsm/X_pca"."""
+    """Return the names of the elements in a group, such as "obsm/X_pca"."""
     found = try_to(name, lambda: list(_child(group, name).keys()))
     return [] if found is FAULT else [f"{name}/{key}" for key in found]
 
 
 def _read(element: Any) -> Any:
-    """Read an element as anndata does, but sparse matrices as scipy can hold them."""
+    """Return an element as anndata reads it; sparse matrices have a dtype that scipy supports."""
     return read_dispatched(element, _as_held)
 
 
 def _as_held(read: Any, name: str, element: Any, *, iospec: Any) -> Any:
-    """Read sparse matrices in the machine's byte order, and half precision as single.
+    """Return an element; sparse matrices get the machine's byte order, and float32 for float16.
 
-    Java writes another order; scipy has neither that nor half precision.
+    Java writes another byte order. scipy supports neither that nor float16.
     """
     make = SPARSE.get(iospec.encoding_type)
     if make is None:
@@ -169,9 +169,9 @@ def _check_shape(values: Any, shape: tuple[int, ...]) -> None:
 
 
 def _frame(group: Any, where: str, try_to: _Attempts) -> pd.DataFrame:
-    """Read obs or var, column by column."""
+    """Return obs or var, read column by column."""
     if group.attrs.get("encoding-version") != "0.2.0":
-        return _read(group)  # in which anndata of old refers from column to column
+        return _read(group)  # old versions of anndata refer from one column to another
     index = str(group.attrs["_index"])
     names = _as_text(_read(_child(group, index)))
     keys = list(map(str, group.attrs["column-order"]))
@@ -191,14 +191,14 @@ def _column(group: Any, key: str, rows: int) -> Any:
 
 
 def _as_text(values: Any) -> Any:
-    """Return an array of bytes as one of text, other values as they are."""
+    """Return an array of bytes as text; other values are unchanged."""
     if values.dtype.kind != "S" or values.ndim != 1:
         return values
     return np.array([value.decode() for value in values.tolist()], object)
 
 
 class _Nested:
-    """Reads groups within groups: not too deep, and each once, however many links lead to it."""
+    """Reads nested groups: to a limited depth, and each once, even if several links lead to it."""
 
     def __init__(self, try_to: _Attempts) -> None:
         self._try_to, self._seen = try_to, set[Any]()
@@ -224,16 +224,17 @@ class _Nested:
 
 
 def lacks_chunks(matrix: Any, width: int) -> bool:
-    """Whether a sparse matrix of zarr has lost chunks, which zarr takes for ones of zeros.
+    """Return whether a sparse matrix of zarr has lost chunks, which zarr would read as zeros.
 
-    Zarr leaves chunks of zeros out, too. Of indices there are such ones where no row or column has
-    two values in a chunk, of ends in a matrix without values; of values none but stored zeros.
+    zarr does not store chunks of zeros, either. Indices can have such chunks if no row or column
+    has two values in a chunk; ends of rows if the matrix has no values; values only if they are
+    stored zeros.
 
     Parameters
     ----------
     matrix : zarr.Group
     width : int
-        Of the matrix, along which indices go.
+        Length of the dimension that the indices are along.
     """
     data, indices, indptr = (matrix[name] for name in ("data", "indices", "indptr"))
     if not all(isinstance(part, zarr.Array) for part in (data, indices, indptr)):

@@ -1,7 +1,7 @@
-"""Files of 10x Genomics, those that look like them, and loom, read as they are.
+"""Reading files of 10x Genomics, similar ones, and loom.
 
-Names are text, whatever they look like: *Drosophila* has a gene *nan*. Of 10x files, which may have
-antibodies, guides or peaks besides, genes alone are kept.
+Names are text, whatever they look like: *Drosophila* has a gene *nan*. 10x files may also have
+antibodies, guides or peaks; only genes are kept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from vmm_fast.cells.names import CELLS, GENES, find_names
 __all__ = ["kind_of_hdf5", "matrices", "read_10x_h5", "read_10x_mtx", "read_loom", "visible"]
 
 GENE = "Gene Expression"  # the type of a feature that is a gene
-# Types of Cell Ranger, its kin for open chromatin, and Xenium that are none.
+# Types of features that are not genes, in Cell Ranger, Cell Ranger ATAC and Xenium.
 OTHER = re.compile("capture$|control|codeword|^peaks$|^custom$", re.IGNORECASE)
-VALUES = 1 << 24  # of a dense matrix that are read together
+VALUES = 1 << 24  # most values of a dense matrix that are read together
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return files by name, without those that macOS writes beside each (``._cells.h5ad``)."""
+    """Return the files that match a pattern, sorted, without hidden ones.
+
+    macOS writes a hidden file beside each (``._cells.h5ad``).
+    """
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
@@ -47,7 +50,7 @@ def kind_of_hdf5(file: Path) -> str | None:
             if "obs" in opened and "var" in opened:
                 return ".h5ad"
             matrix = opened.get("matrix")
-    except Exception:  # what is wrong with it is told where it is read
+    except Exception:  # reported later, when the file is read
         return None
     if matrix is None:
         return None
@@ -55,11 +58,11 @@ def kind_of_hdf5(file: Path) -> str | None:
 
 
 def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
-    """Read the genes of a feature-barcode matrix, and give notes."""
+    """Return the cells of a feature-barcode matrix with their genes, and notes."""
     with h5py.File(file, "r") as opened:
         groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
         genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
-        if genomes:  # of Cell Ranger 2, which has a group for each; 3 has them side by side
+        if genomes:  # Cell Ranger 2 has a group for each genome; 3 has one for all
             parts = [
                 _matrix_of(opened[key], opened[key]["genes"], opened[key]["gene_names"])
                 for key in genomes
@@ -92,7 +95,7 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
 
 
 def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
-    """Return cells with the counts in a group, whole numbers as they are."""
+    """Return cells with the counts and names in a group."""
     number, cells = map(int, group["shape"][()])
     parts = tuple(group[name][()] for name in ("data", "indices", "indptr"))
     counts = csr_matrix(parts, shape=(cells, number))
@@ -103,14 +106,14 @@ def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
 
 
 def _values_of(element: Any) -> np.ndarray:
-    """Return an array, text as text whatever its bytes are."""
+    """Return the values of an array; bytes of text that are not UTF-8 are replaced."""
     if h5py.check_string_dtype(element.dtype) is None:
         return element[()]
     return element.asstr("utf-8", errors="replace")[()].astype(object)
 
 
 def _named(names: Iterable[str], ids: Iterable[str]) -> list[str]:
-    """Return names of genes, with ids for empty ones if several are empty."""
+    """Return the names of genes; if several are empty, their ids replace them."""
     names = list(names)
     several = sum(not name for name in names) > 1
     return [id_ if several and not name else name for name, id_ in zip(names, ids, strict=True)]
@@ -170,9 +173,9 @@ def matrices(folder: Path) -> list[Path]:
 
 
 def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
-    """Read the genes of a folder of Cell Ranger, STARsolo or GEO, and give notes.
+    """Return the cells in a folder of Cell Ranger, STARsolo or GEO with their genes, and notes.
 
-    Each of its three files may be compressed or not, and genes be of two columns or of more.
+    Each of its three files may be compressed or not. The file of genes may have any columns.
     """
     prefixes: dict[str, Path] = {}
     for file in matrices(folder):
@@ -203,7 +206,7 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
     var = pd.DataFrame({"gene_ids": ids}, index=names)
     adata = AnnData(_as_float32(counts), pd.DataFrame(index=barcodes), var)
     types = np.array([row[2] if width > 2 else "" for row in features], dtype=object)
-    # Elsewhere than in features.tsv, a third column may be anything.
+    # The third column of genes.tsv may be anything.
     if GENE not in types and (width < 3 or _bare(features_file).endswith("genes.tsv")):
         return adata, []
     keep, notes = _genes_of(types)
@@ -216,7 +219,7 @@ def _bare(file: Path) -> str:
 
 
 def _beside(matrix: Path, prefix: str, *names: str) -> Path:
-    """Return the first file of these names that there is, compressed or not."""
+    """Return the first of these files that exists, compressed or not."""
     for name in names:
         for suffix in ("", ".gz"):
             file = matrix.with_name(prefix + name + suffix)
@@ -227,7 +230,7 @@ def _beside(matrix: Path, prefix: str, *names: str) -> Path:
 
 
 def _table(file: Path) -> list[list[str]]:
-    """Return the fields of each line; R puts quotes around them."""
+    """Return the fields of each line, without the quotes that R puts around them."""
     opened: Any = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8-sig") as lines:
         rows = [line.rstrip("\n").split("\t") for line in lines]
@@ -238,7 +241,7 @@ def _table(file: Path) -> list[list[str]]:
 
 
 def _as_float32(counts: csr_matrix) -> csr_matrix:
-    """Return the same values, in half the memory if that has them all."""
+    """Return the matrix as float32 if that holds all values exactly, else unchanged."""
     small = counts.astype(np.float32)
     return small if np.array_equal(small.data, counts.data) else counts
 
@@ -247,9 +250,9 @@ def _as_float32(counts: csr_matrix) -> csr_matrix:
 
 
 def read_loom(file: Path) -> tuple[AnnData, list[str]]:
-    """Read a loom file's main matrix, layers and attributes, and give notes.
+    """Return the main matrix, layers and attributes of a loom file, and notes.
 
-    Velocyto and others call what they have names in differently; loompy's are CellID and Gene.
+    loompy's attributes with names are CellID and Gene; velocyto and others have different ones.
     """
     notes = []
     with h5py.File(file, "r") as opened:
@@ -272,7 +275,7 @@ def read_loom(file: Path) -> tuple[AnnData, list[str]]:
 
 
 def _attributes(group: Any, number: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Return attributes as columns of a table, and those that are matrices."""
+    """Return attributes as columns of a table, and separately those that are matrices."""
     columns, arrays = {}, {}
     for key, element in group.items():
         text = h5py.check_string_dtype(element.dtype) is not None

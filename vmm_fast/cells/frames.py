@@ -1,8 +1,8 @@
-"""Columns of a data frame on disk, as anndata writes obs and var: slices of rows of them are read.
+"""Reading slices of rows of a data frame on disk, as anndata writes obs and var.
 
-Several files make one frame of the columns that they have in common: categories are united, numbers
-widened, and a column that is of numbers here and of strings there is one of strings, in which 2,
-2.0, "2" and "2.0" are all "2".
+Several files make one frame of the columns that they have in common. Categories are united, and
+numbers get a dtype that holds all. A column of numbers in one file and strings in another becomes
+one of strings, in which 2, 2.0, "2" and "2.0" are all "2".
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = [
     "rows_of",
 ]
 
-STRINGS = np.dtype(object)  # that none is missing of; with pd.StringDtype() some may be
+STRINGS = np.dtype(object)  # strings without missing values; pd.StringDtype() allows missing ones
 
 
 def encoding_of(element: Any) -> str:
-    """What anndata calls the way that an element is stored in."""
+    """Return anndata's name for the encoding of an element."""
     found = element.attrs.get("encoding-type")
     if found is None:
         raise ValueError("it was written by an anndata older than 0.8")
@@ -41,7 +41,7 @@ def encoding_of(element: Any) -> str:
 
 
 def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return pandas' dtype of each column, with categories, and what is wrong with the others.
+    """Return pandas' dtype of each readable column, and the other columns with the reasons.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def _dtype(frame: Any, key: str) -> Any:
     if len(getattr(column, "shape", "1")) > 1:
         raise TypeError(f"it must have one dimension, but has the shape {column.shape}")
     if encoding == "categorical":
-        # A frame's index makes of them what pandas makes of them elsewhere.
+        # pd.Index converts them as pandas does everywhere.
         categories = pd.Index(np.asarray(read_elem(column["categories"])))
         return pd.CategoricalDtype(categories, bool(column.attrs["ordered"]))
     if encoding == "string-array":
@@ -88,7 +88,7 @@ def _dtype(frame: Any, key: str) -> Any:
 
 
 def rows_of(frame: Any) -> int:
-    """Number of rows."""
+    """Return the number of rows of a frame."""
     return _rows(frame[frame.attrs["_index"]])
 
 
@@ -99,7 +99,7 @@ def _rows(column: Any) -> int:
 
 
 def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
-    """Names of rows start to stop, str [stop - start], whatever the index is of."""
+    """Return the names of rows start to stop as str [stop - start], whatever the index holds."""
     index = frame[frame.attrs["_index"]]
     if "codes" in getattr(index, "keys", tuple)():
         names = pd.Index(read_elem(index["categories"]))
@@ -111,7 +111,7 @@ def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
 
 
 def read_slice(frame: Any, key: str, dtype: Any, start: int, stop: int) -> Any:
-    """Rows start to stop of a column of this dtype (of :func:`dtypes_of`), as pandas has them."""
+    """Return rows start to stop of a column as pandas values of a dtype from :func:`dtypes_of`."""
     column = frame[key]
     if isinstance(dtype, pd.CategoricalDtype):
         return pd.Categorical.from_codes(column["codes"][start:stop], dtype=dtype)
@@ -128,7 +128,7 @@ def read_slice(frame: Any, key: str, dtype: Any, start: int, stop: int) -> Any:
 
 
 def _strings(array: Any, start: int, stop: int) -> np.ndarray:
-    """Return text, in which bytes that are no UTF-8 are replaced."""
+    """Return a slice of an array of text; bytes that are not UTF-8 are replaced."""
     if hasattr(array, "asstr"):  # HDF5
         array = array.asstr("utf-8", "replace")
     values = np.asarray(array[start:stop])
@@ -138,7 +138,7 @@ def _strings(array: Any, start: int, stop: int) -> np.ndarray:
 
 
 def common_dtype(dtypes: Sequence[Any]) -> Any:
-    """The dtype that holds values of all of these."""
+    """Return the dtype that can hold the values of all these dtypes."""
     first = dtypes[0]
     if all(dtype == first for dtype in dtypes):
         return first
@@ -158,7 +158,10 @@ def common_dtype(dtypes: Sequence[Any]) -> Any:
 
 
 def cast(values: Any, dtype: Any, mixed: bool = False) -> Any:
-    """Values of a column as of the common dtype; `mixed` if that is of text and not all are."""
+    """Return values of a column in its common dtype.
+
+    `mixed` says that the common dtype is text, but that of some files is not.
+    """
     if isinstance(dtype, pd.CategoricalDtype):
         names = values.categories
         at = dtype.categories.get_indexer(_plain(names) if mixed else names)
@@ -171,22 +174,23 @@ def cast(values: Any, dtype: Any, mixed: bool = False) -> Any:
 
 
 def of_text(dtype: Any) -> bool:
-    """Whether values of this dtype are text, or those of its categories."""
+    """Return whether values of this dtype, or its categories, are text."""
     if isinstance(dtype, pd.CategoricalDtype):
         return dtype.categories.inferred_type in ("string", "empty")
     return dtype == STRINGS or isinstance(dtype, pd.StringDtype)
 
 
 def _plain(values: Any) -> np.ndarray:
-    """Text of values, in which whole numbers have no fraction: "2" also of 2.0 and "2.0"."""
+    """Return values as text, whole numbers without a fraction: "2" for 2.0 and "2.0", too."""
     text = pd.Series(values).astype("string")
     return text.str.replace(r"^(-?\d+)\.0$", r"\1", regex=True).to_numpy(object)
 
 
 def find(values: pd.Index, known: pd.Index) -> np.ndarray:
-    """Where values are among the known ones, -1 where not: by text where types differ.
+    """Return the positions of values among the known ones, -1 for unknown ones.
 
-    2, 2.0, "2" and "2.0" are one and the same, but "2" and "2.0" are not.
+    If types differ, they are compared as text, and numbers and text are the same: 2, 2.0, "2" and
+    "2.0". If all are text, "2" and "2.0" differ.
     """
     if values.inferred_type == known.inferred_type == "string":
         return known.get_indexer(values)

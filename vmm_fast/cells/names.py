@@ -1,4 +1,4 @@
-"""Names of genes and cells: where files keep them, if not where anndata looks for them."""
+"""Finding the names of genes and cells in files that keep them in unusual columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 __all__ = ["CELLS", "GENES", "find_names", "notes_on_genes", "numbered"]
 
-# Columns that hold names, in the order that they are looked for; spelt as _spelt does it.
+# Columns that hold names, in the order of preference, spelt as by _spelt.
 GENES = (
     *("gene", "genename", "genesymbol", "geneshortname", "symbol", "featurename", "targetname"),
     *("varname", "name", "geneid", "ensemblid", "accession", "featureid", "feature", "index"),
@@ -27,7 +27,7 @@ def find_names(table: pd.DataFrame, usual: Sequence[str], *, unique: bool = Fals
     usual : sequence of str
         :data:`GENES` or :data:`CELLS`.
     unique : bool
-        Whether no name may occur again.
+        Whether names must be distinct.
     """
     columns = {_spelt(key): key for key in reversed(table.columns)}
     for name in usual:
@@ -38,7 +38,7 @@ def find_names(table: pd.DataFrame, usual: Sequence[str], *, unique: bool = Fals
 
 
 def _spelt(key: Any) -> str:
-    """Return a column's name in the singular, in lower case and without signs: "genename"."""
+    """Return a column's name as lower-case letters, without a plural s: "genename"."""
     return re.sub(r"[^a-z]", "", str(key).lower()).removesuffix("s")
 
 
@@ -49,7 +49,7 @@ def _of_text(values: pd.Series) -> bool:
 
 
 def numbered(names: pd.Index) -> bool:
-    """Whether names are 0, 1, 2, ..., as anndata counts where there are none; R does from 1 on."""
+    """Return whether names are only numbers: 0, 1, 2, ... by anndata, or 1, 2, 3, ... by R."""
     return len(names) > 1 and any(
         names[0] == str(first) and all(str(i) == name for i, name in enumerate(names, first))
         for first in (0, 1)
@@ -57,7 +57,7 @@ def numbered(names: pd.Index) -> bool:
 
 
 def notes_on_genes(names: pd.Index) -> list[str]:
-    """Give a note on genes that are numbered alone, which are matched by their positions."""
+    """Return a note if genes are only numbered, since they are then matched by position."""
     if not numbered(names):
         return []
     return [

@@ -1,4 +1,4 @@
-"""Any file of cells as one .h5ad of which runs of cells are read fast: ``vmm-fast prepare``."""
+"""Converting any file of cells to one .h5ad that is read fast in runs: ``vmm-fast prepare``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5a
 
 __all__ = ["Prepared", "cells_bar", "prepare"]
 
-VALUES = 1 << 23  # that are in memory together, about
+VALUES = 1 << 23  # approximate number of values that are in memory together
 
 
 class Prepared(NamedTuple):
-    """What was written."""
+    """Size of the file that was written, and notes."""
 
     n_obs: int
     n_vars: int
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
 
 
 class _TooLarge(Exception):
-    """A count does not fit in uint16."""
+    """Raised for a count that does not fit in uint16."""
 
 
 def prepare(
@@ -50,20 +50,20 @@ def prepare(
     Parameters
     ----------
     path : Path
-        What :func:`read_cells` or :class:`CellStore` reads; what is no CSR or dense .h5ad or zarr
-        is read into memory whole.
+        A file that :func:`read_cells` or :class:`CellStore` reads. It is read in parts if it is
+        .h5ad or zarr, CSR or dense; all others are read into memory.
     out : Path
     layer : str, optional
-        With the counts; default X.
+        Layer with the counts; default X.
     progress : bool
         Show a bar on stderr.
     tell : callable
-        Gets each note, on what is read otherwise or left out, before anything is written.
+        Called with each note, on what is changed or left out, before anything is written.
 
     Raises
     ------
     InputError
-        If the cells cannot be read, are no counts, or the disk is too small.
+        If the cells cannot be read, values are not counts, or the disk is too small.
     """
     source, notes = _open(path, layer)
     step = min(ROWS, max(1, VALUES // max(1, source.nbytes // 8 // source.n_obs)))
@@ -121,7 +121,7 @@ def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[st
 
 
 class _InMemory:
-    """Cells in memory, read as a :class:`CellStore` is."""
+    """Cells in memory, with the interface of a :class:`CellStore`."""
 
     def __init__(self, adata: AnnData, layer: str | None) -> None:
         self._counts = csr_matrix(counts_of(adata, layer))
@@ -149,7 +149,7 @@ class _InMemory:
 
 
 def _storable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
-    """Columns of other kinds than categories, numbers and strings as strings, with a note."""
+    """Return a frame whose columns are categories, numbers or strings; others become strings."""
     found = frame.copy(deep=False)
     for key in frame:
         values = frame[key]
@@ -167,7 +167,7 @@ def _storable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame
 
 
 def cells_bar(cells: int, progress: bool) -> Any:
-    """A bar on stderr of how many cells have been gone through, if `progress`."""
+    """Return a progress bar on stderr that counts cells; hidden unless `progress`."""
     from tqdm import tqdm
 
     return tqdm(

@@ -1,6 +1,6 @@
-"""A person's cells: reading .h5ad, .zarr, .h5, .mtx and .loom, and whether they can be trained on.
+"""Reading cells from .h5ad, .zarr, .h5, .mtx and .loom, and checking that they can be trained on.
 
-A file is only ever read. What is wrong with it is told in one line (:class:`InputError`).
+A file is only ever read. An :class:`InputError` says in one line what is wrong with it.
 """
 
 from __future__ import annotations
@@ -56,35 +56,36 @@ __all__ = [
     "unreadable",
 ]
 
-CHUNK = 1 << 22  # values that are looked at together
-MOST = 2**31 - 1  # counts go through int32
+CHUNK = 1 << 22  # values that are checked together
+MOST = 2**31 - 1  # largest count, since counts are stored as int32
 SINGLE = 2**24  # float32 holds every whole number up to this
 SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells as read, and what a reader should know about how the file was understood."""
+    """Cells as read, and notes on how the file was understood."""
 
     adata: AnnData
     notes: list[str] = field(default_factory=list)
 
 
 def read_cells(path: str, layer: str | None = None) -> Cells:
-    """Read a file or folder of cells.
+    """Read a file or folder of cells into memory.
 
     Parameters
     ----------
     path : str
         ``.h5ad``, a ``.zarr`` folder, ``.h5`` of 10x Genomics, their folder with ``matrix.mtx``, or
-        ``.loom``. What an HDF5 file holds counts, not its suffix.
+        ``.loom``. The content of an HDF5 file determines its kind, not the suffix.
     layer : str, optional
-        With the counts, if it is there; default X. What else cannot be read is left out.
+        Layer with the counts, if there is one; default X. Any other element that cannot be read is
+        left out.
 
     Raises
     ------
     InputError
-        If it is no such file, is damaged or empty, or names genes twice.
+        If the file is of another kind, damaged or empty, or has two genes of the same name.
     """
     file = Path(path)
     kind = kind_of(file)
@@ -92,7 +93,7 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
         raise InputError(f"{path}: must be one file, is a folder of .h5ad files: see CellStore")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that are not unique: looked at below
+            warnings.simplefilter("ignore")  # names that are not unique are checked below
             adata, notes = _reader(kind, layer)(file)
     except MemoryError:
         raise
@@ -100,7 +101,7 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
         raise InputError(f"{path}: {error}") from None
     except ImportError as error:
         raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
-    except Exception as error:  # every format has its own
+    except Exception as error:  # every format raises its own
         raise InputError(f"{path}: {unreadable(error, kind)}") from None
     if kind in (".h5ad", ".zarr"):
         adata.var_names, more = names_of_genes(adata.var)
@@ -119,12 +120,14 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
 
 
 def kind_of(file: Path) -> str:
-    """Its suffix, ".mtx" for a folder of 10x Genomics, or "shards" for one of .h5ad files.
+    """Return the kind of a file of cells: its suffix, ".mtx" or "shards".
+
+    ".mtx" is a folder of 10x Genomics, "shards" a folder of .h5ad files.
 
     Raises
     ------
     InputError
-        If it is no file of cells, by name.
+        If the file is absent, empty or of an unknown kind.
     """
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
@@ -153,14 +156,14 @@ def kind_of(file: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def unreadable(error: Exception, kind: str) -> str:
-    """What to say of a file of this kind that an error has come of."""
+    """Return the message for an error that came up when a file of this kind was read."""
     if "unable to lock file" in str(error):  # HDF5 locks what it writes
         return (
             "must be closed where it is written to, but is locked; on a disk without locks, set "
@@ -170,7 +173,7 @@ def unreadable(error: Exception, kind: str) -> str:
 
 
 def names_of_genes(var: pd.DataFrame) -> tuple[pd.Index, list[str]]:
-    """Return the names of genes, which a column may have where anndata has numbers; and notes."""
+    """Return the names of genes, and a note if they come from a column, as the index is numbers."""
     names = var.index.astype(str)
     if not numbered(names) or (key := find_names(var, GENES, unique=True)) is None:
         return names, []
@@ -179,7 +182,7 @@ def names_of_genes(var: pd.DataFrame) -> tuple[pd.Index, list[str]]:
 
 
 def notes_on_chunks(matrix: Any, where: str) -> list[str]:
-    """Give a note on chunks of a dense array of zarr that are lost, or left out for their zeros."""
+    """Return a note if a dense array of zarr lacks chunks: they are lost, or were all zeros."""
     if not isinstance(matrix, zarr.Array):
         return []
     absent = matrix.nchunks - matrix.nchunks_initialized
@@ -191,7 +194,7 @@ def notes_on_chunks(matrix: Any, where: str) -> list[str]:
 def open_zarr(folder: Path) -> Any:
     """Open a zarr folder for reading.
 
-    Consolidated metadata are left alone: zarr loses columns there that differ by case alone.
+    Consolidated metadata are not used: zarr loses columns there whose names differ only by case.
     """
     return zarr.open_group(folder, mode="r", use_consolidated=False)
 
@@ -212,7 +215,7 @@ def _read_zarr(folder: Path, layer: str | None) -> tuple[AnnData, list[str]]:
 
 
 def _is_old(group: Any) -> bool:
-    """Whether a file is of the first versions of anndata, which have tables for obs and var."""
+    """Return whether a file is of the first versions of anndata, which wrote obs as a table."""
     return "raw.X" in group or not all(hasattr(group.get(n), "keys") for n in ("obs", "var"))
 
 
@@ -228,14 +231,14 @@ def _reader(kind: str, layer: str | None) -> Callable[[Path], tuple[AnnData, lis
 
 
 def check_shape(cells: int, genes: int) -> None:
-    """Refuse what holds no cells or no genes."""
+    """Raise InputError if there are no cells or no genes."""
     if cells == 0 or genes == 0:
         has = f"{counted(cells, 'cell')} and {counted(genes, 'gene')}"
         raise InputError(f"must hold cells and genes, has {has}")
 
 
 def check_unique(names: pd.Index) -> None:
-    """Refuse genes of one name."""
+    """Raise InputError if two genes have the same name."""
     if not names.is_unique:
         twice = names[names.duplicated()]
         raise InputError(
@@ -245,9 +248,9 @@ def check_unique(names: pd.Index) -> None:
 
 
 def example() -> Cells:
-    """Give the 700 blood cells that come with scanpy, as counts; types in obs["bulk_labels"].
+    """Return the 700 blood cells that come with scanpy, as counts; types in obs["bulk_labels"].
 
-    scanpy's raw values are log(1 + 1e4 counts / total), from which the counts come back exactly.
+    scanpy's raw values are log(1 + 1e4 counts / total), which give the counts back exactly.
     """
     from scanpy.datasets import pbmc68k_reduced
 
@@ -264,13 +267,13 @@ def example() -> Cells:
 
 
 def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
-    """Give X, or the layer, after a check that it holds counts, exact also in a dtype if given.
+    """Return X, or the layer, after checking that it holds counts that `dtype` holds exactly.
 
     Raises
     ------
     InputError
-        If there is none such, or it is damaged or holds anything but counts; says where there are
-        counts.
+        If the matrix is absent or damaged, or has values that are not counts; the message says
+        where counts are.
     """
     if layer is not None and layer not in adata.layers:
         raise InputError(
@@ -295,12 +298,12 @@ def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
 
 
 def check_counts(matrix: Any, adata: AnnData) -> str | None:
-    """Say what is wrong with the matrix, or the first value that is no count, or None."""
+    """Return what is wrong with a matrix, or its first value that is not a count; else None."""
     return damage_of(matrix) or _no_counts(matrix, adata)
 
 
 def damage_of(matrix: Any) -> str | None:
-    """Say what would let sparse counts reach beyond their arrays, or None."""
+    """Return what is wrong with the indices of a sparse matrix, or None if they are valid."""
     if not issparse(matrix) or matrix.format not in ("csr", "csc"):
         return None
     major, minor = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
@@ -336,14 +339,14 @@ def _no_counts(matrix: Any, adata: AnnData, dtype: Any = None) -> str | None:
 
 
 def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
-    """Where the first value is that is no count, and what it is; None if all are.
+    """Return the position and description of the first value that is not a count, or None.
 
-    With a dtype, such as the float32 that models are trained in, it must have the same value there.
+    With a dtype, such as the float32 of models, that dtype must hold every value exactly.
     """
     if values.dtype.kind == "u" and values.dtype.itemsize < 4:
         return None
     with np.errstate(invalid="ignore"):
-        right = (values >= 0) & (values <= MOST)  # not so of nan
+        right = (values >= 0) & (values <= MOST)  # False for NaN
         if values.dtype.kind == "f":
             right &= values == np.floor(values)
     if right.all() and dtype is not None and values.max(initial=0) > SINGLE:
@@ -356,14 +359,14 @@ def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
         rounded = int(np.asarray(value, dtype))
         return at, f"has {int(value):,} (of which {np.dtype(dtype)} would make {rounded:,})"
     text = f"{value:.6g}"
-    if float(text).is_integer() and not value.is_integer():  # 1.9999999 is not told as 2
+    if float(text).is_integer() and not value.is_integer():  # 1.9999999 must not appear as 2
         text = str(values[at])
     beyond = f" (beyond {MOST:,})" if MOST < value < np.inf else ""
     return at, f"has {text}{beyond}"
 
 
 def _place(matrix: Any, at: int) -> tuple[int, int]:
-    """Row and column of a stored value of a compressed sparse matrix."""
+    """Return the row and column of a stored value of a compressed sparse matrix."""
     major = int(np.searchsorted(matrix.indptr, at, side="right")) - 1
     minor = int(matrix.indices[at])
     return (major, minor) if matrix.format == "csr" else (minor, major)
@@ -373,19 +376,19 @@ def _place(matrix: Any, at: int) -> tuple[int, int]:
 
 
 def column(adata: AnnData, option: str, key: str) -> Any:
-    """Give a column of obs, or tell in an InputError which there are."""
+    """Return a column of obs; if there is none, raise an InputError that lists the columns."""
     if key not in adata.obs:
         raise no_column(option, key, adata.obs)
     return adata.obs[key]
 
 
 def no_column(option: str, key: str, columns: Any) -> InputError:
-    """The error that tells which columns there are."""
+    """Return the error for a missing column, which lists the columns that exist."""
     return InputError(f"{option} {key}: must be a column of obs, {describe_choices(columns)}")
 
 
 def batches_of(adata: AnnData, key: str) -> Any:
-    """Give the batch column, or an InputError if a cell has no batch."""
+    """Return the column of batches; raise InputError if a cell has no batch."""
     values = column(adata, "--batch-key", key)
     if missing := int(values.isna().sum()):
         raise InputError(without_batch(key, missing, len(values)))
@@ -393,12 +396,12 @@ def batches_of(adata: AnnData, key: str) -> Any:
 
 
 def without_batch(key: str, missing: int, cells: int) -> str:
-    """What to say where cells have no batch."""
+    """Return the error message for cells without a batch."""
     return f"--batch-key {key}: every cell must have a batch, {missing:,} of {cells:,} have none"
 
 
 def describe_choices(names: Any) -> str:
-    """The end of an error that tells which names there are."""
+    """Return the end of an error message, which lists the names to choose from."""
     names = [str(name) for name in names]
     if not names:
         return "but there are none"

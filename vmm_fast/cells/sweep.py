@@ -1,8 +1,8 @@
 """The two knobs between fine clusters and well-mixed batches: batch size and prior learning ratio.
 
-A run of :func:`vmm_fast.cells.integration.integrate` for every pair of a batch size and a ratio,
-the prior's learning rate over the network's. What a finished run showed is kept, so that a sweep
-goes on where it was stopped.
+There is one run of :func:`vmm_fast.cells.integration.integrate` for every pair of a batch size and
+a ratio: the prior's learning rate over the network's. The results of finished runs are kept, so
+that a sweep goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ COLUMNS = {
     "nmi": "NMI",
 }
 SHARE = number("of at least 0", lambda x: x >= 0)
-# What is measured of every run; of one of several batches; of one with labels.
+# Measurements of every run; of runs with several batches; of runs with labels.
 OF_ALL = {"clusters": whole(), "held_out_elbo": number(), "entropy": SHARE, "seconds": SHARE}
 OF_BATCHES = {"batch_mixing": SHARE, "nmi_batch": SHARE}
 OF_LABELS = {"ari": number(), "nmi": SHARE}
 FILE = table({"runs": list_of(table({"settings": table({})}))})
 NEIGHBOURS = 30
-MOST_CELLS = 10_000  # whose neighbours are looked at
-ACTIVE = 0.002  # a cluster counts from this share of the cells
+MOST_CELLS = 10_000  # most cells whose neighbours are found
+ACTIVE = 0.002  # share of the cells that a cluster must have to be counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
-    """Those of all runs, and the knobs' values in place of the two that these set."""
+    """Settings that all runs share, and the batch sizes and ratios to try."""
 
     batch_sizes: Annotated[list[int], list_of(whole(2), least=1)] = field(
         default_factory=lambda: [64, 128, 256]
@@ -61,7 +61,7 @@ class SweepSettings(Settings):
     )
 
     def of_runs(self) -> Iterator[tuple[Settings, float]]:
-        """Settings of every run, and its ratio."""
+        """Yield the settings of every run, and its ratio."""
         common = asdict(self)
         for name in ("batch_sizes", "ratios", "batch_size", "prior_learning_rate"):
             del common[name]
@@ -80,17 +80,17 @@ def sweep(
     accelerator: str = "auto",
     progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Give a row a run, of those that ``folder`` has and of those that it has not.
+    """Yield a row of results for every run, but train only those not yet finished in ``folder``.
 
     Parameters
     ----------
     cells : AnnData
-        Of :func:`vmm_fast.cells.integration.training_cells`.
+        From :func:`vmm_fast.cells.integration.training_cells`.
     labels : ndarray [cells], optional
-        For scores alone; NaN for none.
+        For scores alone; NaN for cells without a label.
     settings : SweepSettings
     folder : Path
-        Gets :data:`FINISHED` and :data:`RESULTS` anew after every run.
+        :data:`FINISHED` and :data:`RESULTS` are written there after every run.
     accelerator : str
         Lightning's.
     progress : bool
@@ -99,7 +99,7 @@ def sweep(
     Raises
     ------
     InputError
-        If what the folder has cannot be read.
+        If the results of finished runs in the folder cannot be read.
     FloatingPointError
         If a run diverges.
     KeyboardInterrupt
@@ -118,7 +118,7 @@ def sweep(
         row = {"batch_size": one.batch_size, "ratio": ratio}
         row |= {name: kept_row[name] for name in measured}
         rows.append(row)
-        # After every run: one that diverges must not cost the others.
+        # Written after every run, so that a run that diverges spoils no other.
         _write_table(rows, folder / "sweep.csv")
         _plot(rows, folder / "sweep.png")
         yield row
@@ -127,7 +127,7 @@ def sweep(
 def _read_kept(
     path: Path, settings: SweepSettings, measured: dict[str, Rule]
 ) -> list[dict[str, Any]]:
-    """Return what has been measured of each run, those of other settings besides."""
+    """Return the rows of all finished runs, including those of other settings."""
     wanted = [asdict(one) for one, _ in settings.of_runs()]
     what = f"{path.name} of {path.parent}"
     try:
@@ -143,7 +143,7 @@ def _read_kept(
 def _measured(
     cells: AnnData, labels: np.ndarray | None, settings: SweepSettings
 ) -> dict[str, Rule]:
-    """Return the names of what is measured of every run, and the rules of their values."""
+    """Return the names of the measurements in every run, and the rules of their values."""
     key = settings.batch_key
     found = dict(OF_ALL)
     if key is not None and cells.obs[key].astype(str).nunique() > 1:
@@ -178,11 +178,11 @@ def _measure(
 
 
 def batch_mixing(z: np.ndarray, batches: np.ndarray) -> float:
-    """How much of its neighbourhood a cell shares with other batches, over what chance gives.
+    """Return how well batches mix: the share of other batches among neighbours, over chance.
 
-    The mean over cells of the share of the 30 nearest others that are of another batch, divided by
-    that share among all cells: 0 for batches apart, 1 for batches that lie at random. Types that
-    only some batches have keep it below 1. There must be two batches at least.
+    This is the mean over cells of the share of the 30 nearest others that are of another batch,
+    divided by that share among all cells: 0 for batches apart, 1 for batches that lie at random.
+    Types that only some batches have keep it below 1. There must be at least two batches.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a heat map for each figure, batch size against ratio."""
+    """Draw a heat map of each measurement, batch size against ratio."""
     from matplotlib.figure import Figure
 
     sizes, ratios = (sorted({row[name] for row in rows}) for name in ("batch_size", "ratio"))

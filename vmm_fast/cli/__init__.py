@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return _complain(f"too large for this machine's memory: {error}", 1)
         except BrokenPipeError:
-            # Nobody reads the table; that the files are written is what counts. The interpreter
-            # would complain once more when it flushes stdout at its end.
+            # Nobody reads the table, but the files are written. The interpreter must not complain
+            # again when it flushes stdout at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    # It is None where the descriptor was closed, and cannot be written to without a terminal.
+    # stderr is None if it was closed, and writing to it fails if the terminal is gone.
     with suppress(OSError):
         if sys.stderr is not None:
             print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)

@@ -58,7 +58,7 @@ True labels are used for scores alone.
 
 
 def add_commands(commands: Any) -> None:
-    """Add both commands to the parser's."""
+    """Add the commands demo and cluster to a parser."""
     demo = commands.add_parser(
         "demo",
         help="cluster 5,000 handwritten digits, in about a minute",
@@ -132,7 +132,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     data = make_data(images.reshape(-1, 28, 28).astype("uint8"), labels)
     settings = Settings.suited_to(data, epochs=arguments.epochs, seed=arguments.seed)
     with _cluster_folder(arguments.out) as folder:
-        # The demo gives the same results again, so a demo's may be replaced unasked.
+        # The demo always gives the same results, so they may be replaced without --overwrite.
         folder.start({"input": DEMO, "settings": asdict(settings)}, overwrite=folder.input == DEMO)
         _run(data, Scaling.of(data), settings, folder, resume=False, again=None)
 
@@ -169,7 +169,7 @@ def _run(
     resume: bool,
     again: str | None,
 ) -> None:
-    """Train, write the results and print them; `again` is the command that goes on, if any."""
+    """Train, write the results and print them; `again` is the command that resumes, if any."""
     print(data.describe())
     notes = list(data.notes)
     if scaling.constant:
@@ -185,7 +185,7 @@ def _run(
             scaling,
             settings,
             checkpoint=checkpoint,
-            # A run that was stopped in its first epoch has none yet: it starts again.
+            # A run that was stopped in its first epoch has no checkpoint yet: it starts again.
             resume=resume and checkpoint is not None and checkpoint.exists(),
             progress=sys.stderr is not None and sys.stderr.isatty(),
         )

@@ -72,7 +72,7 @@ The results have all its cells and genes, also those that --genes leaves out of 
 
 
 def add_commands(commands: Any) -> None:
-    """Add the four commands to the parser's."""
+    """Add the commands integrate, sweep, assign and prepare to a parser."""
     memory: Option = (
         "--memory",
         "GIB",
@@ -189,10 +189,10 @@ def _add_cells_options(
 
 
 def _require_scvi() -> None:
-    """Import what works on cells.
+    """Import the packages that cells need, or raise InputError that says how to install them.
 
-    numba, which scanpy and UMAP need, fails where it finds no folder for its cache: where neither
-    the installation nor the home can be written to it gets one that goes with the process.
+    numba, which scanpy and UMAP need, fails if it finds no folder for its cache. If neither the
+    installation nor the home can be written to, it gets a temporary one.
     """
     scanpy = importlib.util.find_spec("scanpy")
     if scanpy is not None and scanpy.origin is not None and "NUMBA_CACHE_DIR" not in os.environ:
@@ -215,18 +215,18 @@ def _can_be_written(folder: Path) -> bool:
 
 
 class _Run(NamedTuple):
-    """What a command that trains on cells works with."""
+    """Cells, settings and folder of a command that trains on cells."""
 
     cells: Any  # AnnData as read, or CellStore
     training: Any  # AnnData of the cells to train on, or of some of them
     on_disk: Any  # OnDisk, or None
     settings: Any
     folder: Folder
-    again: str  # the command that goes on
+    again: str  # the command that resumes the run
 
 
 def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
-    """Read, check and describe cells, and make the folder: for the commands that train on them."""
+    """Read, check and describe the cells to train on, and make the folder for results."""
     from vmm_fast.cells import integration, reading, writing
 
     file, command, out = arguments.file, arguments.command, arguments.out
@@ -237,7 +237,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         source = EXAMPLE
         arguments.labels_key = arguments.labels_key or "bulk_labels"
     else:
-        reading.kind_of(Path(file))  # or says what is wrong with it
+        reading.kind_of(Path(file))  # raises if the file cannot be used
         place.must_not_hold(file)
         source = digest(file)
     given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
@@ -285,7 +285,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
 
 
 def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
-    """Complain at once of what needs no import of scvi-tools, and find the folder's name."""
+    """Check arguments before scvi-tools is imported, which is slow, and set the folder's name."""
     file = arguments.file
     if (file is None) != arguments.example:
         raise InputError(f"give either FILE or --example; see vmm-fast {arguments.command} --help")
@@ -304,7 +304,7 @@ def _size(cells: Any) -> str:
 
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Let errors begin with the file, if not with one of its files, which a store names."""
+    """Let errors begin with the name of the file, unless a store has named one of its files."""
     try:
         yield
     except InputError as error:
@@ -321,9 +321,9 @@ def _on_disk(
     before: bool | None = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
-    """Open the cells as a store if they are to stay on disk, else give None; and notes.
+    """Return a store if the cells are to stay on disk, else None; and notes.
 
-    `before` is what was chosen in the run that goes on, if one does; `options` are the store's.
+    `before` is the choice of the run that is resumed, if any; `options` are those of the store.
     """
     from vmm_fast.cells import CellStore, reading
     from vmm_fast.cells.store import CannotStream
@@ -337,7 +337,7 @@ def _on_disk(
     except CannotStream as error:
         if kind == "shards":
             raise
-        # All is right, or what is wrong is told, where they are read into memory.
+        # They may still be readable into memory; if not, the error comes there.
         large = reading.size_of(Path(file)) / 2**30 > most
         return None, [f"all counts are read into memory: {error}"] if large else []
     size = store.nbytes / 2**30
@@ -354,7 +354,7 @@ def _on_disk(
 def _give_back_freed_memory() -> None:
     """Let glibc return large arrays to the system when they are freed.
 
-    Of windows of cells, which differ in size, it would keep some hundred megabytes of holes.
+    Otherwise windows of cells, whose sizes differ, would leave some hundred megabytes of holes.
     """
     with suppress(OSError, AttributeError):
         M_MMAP_THRESHOLD = -3
@@ -472,7 +472,7 @@ def _check_accelerator(name: str) -> None:
 
 
 def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
-    """The .h5ad file to write, which must be no other than it may be."""
+    """Return the .h5ad file to write, after checking that it can and may be written."""
     file = arguments.file
     out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
     if out.suffix != ".h5ad":
@@ -489,7 +489,7 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
         raise InputError(f"--out {out}: lies in the input, which is never written to")
     if out.exists() and not arguments.overwrite:
         raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
-    try:  # of a folder that may be written to, the disk may not
+    try:  # the folder's permissions allow it, but the disk may be read-only
         with tempfile.TemporaryFile(dir=out.resolve().parent):
             pass
     except OSError as error:
@@ -503,7 +503,7 @@ def _assign(arguments: argparse.Namespace) -> None:
     file = arguments.file
     cut = cut_of(vars(arguments))
     cut["n_clusters"] = cut.pop("clusters")
-    folder_of_model(arguments.model)  # or says that there is none
+    folder_of_model(arguments.model)  # raises if there is none
     must_exist(file)
     out = _out_file(arguments, "-vmm")
     _require_scvi()

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how they print results."""
+"""Options that several commands share, and functions that print their results."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ CUT = ("resolution", "separation", "clusters")  # settings that change without t
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything else does."""
+    """A parser of arguments that raises InputError with a message of one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what the command prints in one line."""
+        """Raise InputError, which the command prints in one line."""
         raise InputError(f"{message}; see {self.prog} --help")
 
 
@@ -68,7 +68,7 @@ def add_cut(
 
 
 def cut_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Return where to cut the tree, of options or of the settings of a run."""
+    """Return where to cut the tree, given options or the settings of a run."""
     cut = {name: given[name] for name in CUT}
     if cut["clusters"] is not None and (cut["resolution"], cut["separation"]) != (None, None):
         raise InputError("--clusters must be given without --resolution and --separation")
@@ -76,13 +76,13 @@ def cut_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_cut(given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Replace the cut of the run that goes on by the one that was asked for, if any was."""
+    """Return the settings of a resumed run, with the cut from the arguments if one is given."""
     cut = cut_of(vars(arguments))
     return {**given, **(cut_of(given) if set(cut.values()) == {None} else cut)}
 
 
 def add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
-    """Add the choice between replacing a run and going on with it."""
+    """Add the options --resume and --overwrite, of which one may be given."""
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -98,7 +98,7 @@ def add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """Return the type of an option that is a whole number from least to most."""
+    """Return the type for an option that is a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -114,7 +114,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def number(text: str) -> float:
-    """Return the number that an option's text is."""
+    """Return the number in the text of an option; NaN if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -140,7 +140,7 @@ def at_least_0(text: str) -> float:
 def resolution(text: str) -> float:
     """Return a resolution: at least 0, finite."""
     value = at_least_0(text)
-    if math.isinf(value):  # told before training
+    if math.isinf(value):  # refused before training, not after it
         raise argparse.ArgumentTypeError(f"must be a finite number, is {text!r}")
     return value
 
@@ -154,7 +154,7 @@ def share(text: str) -> float:
 
 
 def require(*modules: str, extra: str = "cli") -> None:
-    """Complain of a package that is missing, with the extra that brings it."""
+    """Raise InputError if a package is missing, naming the extra that installs it."""
     for name in modules:
         try:
             importlib.import_module(name)
@@ -164,13 +164,13 @@ def require(*modules: str, extra: str = "cli") -> None:
 
 
 def must_exist(file: str) -> None:
-    """Complain of a file that is not there."""
+    """Raise InputError unless a file or folder exists."""
     if not os.path.exists(file):
         raise InputError(f"{file}: no such file or folder")
 
 
 def note_fewer(asked: int | None, found: int, what: str) -> None:
-    """Say so where the tree has fewer clusters than were asked for."""
+    """Print a note if there are fewer clusters than were asked for."""
     if asked is not None and found < asked:
         some = counted(found, "cluster")
         print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
