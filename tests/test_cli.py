@@ -237,7 +237,10 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     kept = contents(out)
     for more, message in (
         (["--clusters", "0"], "must be a whole number from 1, is '0'"),
-        (["--clusters", "11"], "--clusters must be at most 10, the number of components, is 11"),
+        (
+            ["--clusters", "11"],
+            "--clusters must be at most 10, the number of components, but is 11",
+        ),
         (["--resolution", "-1"], "must be a number from 0, is '-1'"),
         (["--resolution", "inf"], "must be a finite number, is 'inf'"),
         (["--separation", "1"], "must be a number between 0 and 1, is '1'"),
@@ -364,7 +367,9 @@ def test_a_folder_that_may_not_be_used_stays_as_it_is(again, tmp_path, capsys):
     np.save(other, vectors(seed=1)[0])
     refused("cluster --resume, or replace it by cluster --overwrite")
     refused(
-        "--seed must be 0 as in the run that --resume goes on with, is 9", "--resume", "--seed=9"
+        "--seed must be 0 as in the run that --resume goes on with, but is 9",
+        "--resume",
+        "--seed=9",
     )
     refused("--epochs must be 2 as in the run", "--resume", "--epochs", 1)
     refused("another input", "--resume", path=other)

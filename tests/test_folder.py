@@ -165,7 +165,7 @@ def test_settings_to_go_on_with(out):
         (
             "sha256 1",
             {"batch_size": 9},
-            "--batch-size must be 2 as in the run that --resume goes on with, is 9",
+            "--batch-size must be 2 as in the run that --resume goes on with, but is 9",
         ),
         ("sha256 1", {"epochs": 3}, "--epochs must be at least 4 as in the run .* is 3"),
     ):

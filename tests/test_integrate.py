@@ -219,7 +219,7 @@ def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
     options = [text for name, value in settings.items() for text in (f"--{name}", value)]
     assert run(tmp_path / "again.h5ad", tmp_path / "one", *options) == 0
     assert "dendrogram_vmm_cluster" not in cells_of(tmp_path / "one").uns
-    assert "at most 8, the number of components, is 9" in complaint(
+    assert "at most 8, the number of components, but is 9" in complaint(
         capsys, run(h5ad, tmp_path / "bad", "--components", 8, "--clusters", 9)
     )
 

@@ -182,13 +182,13 @@ def test_active_components_hold_more_than_the_threshold():
     ("arguments", "message"),
     [
         (([], []), "labels must hold at least one point"),
-        (([1, 2], [1]), "true_labels must have as many points as labels, got 1 and 2"),
+        (([1, 2], [1]), "true_labels must have as many points as labels, but has 1, not 2"),
         (([[1]], [1]), r"labels must have shape \[N\]"),
         (([1, 2], [1.0, math.nan]), "true_labels must not hold NaN"),
         (([1, 2], np.array(["a", None])), "true_labels must be of one sortable kind"),
         (([0, 1], [0, 1], [0.0, 1.0]), "representative must be integers"),
         (([0, 1], [0, 1], [0, 2]), "representative must be -1 or an index below N = 2"),
-        (([0, 1], [0, 1], [0, -1]), "got -1 for component 1"),
+        (([0, 1], [0, 1], [0, -1]), "but is -1 for component 1"),
         (([0, 2], [0, 1], [0, 1]), r"labels must be integers in \[0, C\) with C = 2"),
         ((["a", "b"], [0, 1], [0, 1]), r"labels must be integers in \[0, C\)"),
     ],
@@ -333,8 +333,8 @@ def total(z):
         ([Laplace(torch.zeros(2, 1), 1.0)], {}, TypeError, "q_batches: q must be a torch.distrib"),
         (ONE, {}, TypeError, "wrap it in a list"),
         ([Normal(torch.zeros(2), 1.0)], {}, ValueError, r"q_batches: q must have a mean of shape"),
-        ([ONE, Normal(torch.zeros(2, 3), 1.0)], {}, ValueError, r"got \[2, 3\] after \[2, 1\]"),
-        ([ONE, MultivariateNormal(torch.zeros(2, 1), torch.eye(1))], {}, TypeError, "got both"),
+        ([ONE, Normal(torch.zeros(2, 3), 1.0)], {}, ValueError, r"but has \[2, 3\] after \[2, 1\]"),
+        ([ONE, MultivariateNormal(torch.zeros(2, 1), torch.eye(1))], {}, TypeError, "but are both"),
         (
             [Normal(torch.full((2, 1), math.nan), 1.0, validate_args=False)],
             {},
@@ -347,7 +347,7 @@ def total(z):
             [ONE],
             {"prior": Normal(0.0, 1.0)},
             ValueError,
-            r"prior must return shape \[2\], got \[2, 1\]",
+            r"prior must return shape \[2\], but returned \[2, 1\]",
         ),
     ],
 )
@@ -466,7 +466,7 @@ THREE = Normal(torch.zeros(3, 2), 1.0)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((total, THREE, total, 0), "num_samples must be an integer of at least 1, got 0"),
+        ((total, THREE, total, 0), "num_samples must be an integer of at least 1, but is 0"),
         ((total, THREE, total, 1, 0), "chunk must be"),
         ((lambda z: z, THREE, total, 1), "log_likelihood_fn must return shape"),
         ((total, THREE, lambda z: z.sum(), 1), "log_prior_fn must return shape"),

@@ -336,7 +336,7 @@ ERRORS = [
     (plot_cluster_samples, [np.zeros((2, 2)), [1, 1]], "samples must have 3 or 4"),
     (plot_cluster_samples, [np.zeros((2, 0, 3)), [1, 1]], "must not be empty"),
     (plot_cluster_samples, [np.zeros((2, 1, 3)), [1]], "weights must have as many"),
-    (plot_cluster_samples, [np.zeros((1, 1, 2, 8, 8)), [1]], "1 or 3 channels, got 2"),
+    (plot_cluster_samples, [np.zeros((1, 1, 2, 8, 8)), [1]], "1 or 3 channels, but have 2"),
     (plot_cluster_samples, [np.full((1, 1, 3), math.nan), [1]], "samples must be finite"),
     (
         partial(plot_cluster_samples, clusters=[1]),

@@ -545,13 +545,13 @@ def test_prior_with_pruned_components(discount, dtype):
 @pytest.mark.parametrize(
     ("counts", "error", "match"),
     [
-        ([1.0, 2.0], TypeError, "counts is a list; it must be a tensor"),
-        (torch.tensor([1, 2]), TypeError, "counts has dtype torch.int64"),
+        ([1.0, 2.0], TypeError, "counts must be a tensor, but is a list"),
+        (torch.tensor([1, 2]), TypeError, "counts must be float32 or float64, but is torch.int64"),
         (torch.ones(2, dtype=torch.float16), TypeError, "must be float32 or float64"),
-        (torch.ones(2, 2), ValueError, r"counts has shape \(2, 2\); it must be one-dimensional"),
-        (torch.ones(0), ValueError, r"counts has shape \(0,\)"),
-        (torch.tensor([1.0, -1.0]), ValueError, "counts has values from -1.0 to 1.0"),
-        (torch.tensor([1.0, math.nan]), ValueError, "counts has values from nan"),
+        (torch.ones(2, 2), ValueError, r"counts must be one-dimensional.*has shape \[2, 2\]"),
+        (torch.ones(0), ValueError, r"counts must .* at least 1 long, but has shape \[0\]"),
+        (torch.tensor([1.0, -1.0]), ValueError, "has values from -1.0 to 1.0"),
+        (torch.tensor([1.0, math.nan]), ValueError, "counts must be .* but has values from nan"),
         (torch.tensor([1.0, math.inf]), ValueError, "must be non-negative and finite"),
         (double([1.5e308, 1.5e308]), ValueError, "with a finite sum"),
     ],
@@ -564,9 +564,12 @@ def test_wrong_counts(counts, error, match):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(((x,), rf"concentration is {x}; it must be finite and gr") for x in (0.0, -1.0)),
-        *(((x,), rf"concentration is {x}; it must be finite and gr") for x in (math.nan, math.inf)),
-        *(((1.0, x), rf"discount is {x}; it must lie in \[0, 1\)") for x in (-0.1, 1.0, math.nan)),
+        *(((x,), f"concentration must be finite and above 0, but is {x}") for x in (0.0, -1.0)),
+        *(
+            ((x,), f"concentration must be finite and above 0, but is {x}")
+            for x in (math.nan, math.inf)
+        ),
+        *(((1.0, x), rf"discount must be in \[0, 1\), but is {x}") for x in (-0.1, 1.0, math.nan)),
     ],
 )
 def test_wrong_concentration_and_discount(arguments, message):
@@ -579,19 +582,21 @@ def test_wrong_concentration_and_discount(arguments, message):
     ("prior", "name"), [((0.0, 1.0), "shape"), ((1.0, -2.0), "rate"), ((math.nan, 1.0), "shape")]
 )
 def test_wrong_concentration_prior(prior, name):
-    with pytest.raises(ValueError, match=f"concentration_prior: {name} is"):
+    with pytest.raises(
+        ValueError, match=f"concentration_prior's {name} must be finite and above 0"
+    ):
         stick_breaking_posterior(torch.ones(2), 1.0, concentration_prior=prior)
 
 
 @pytest.mark.parametrize(
     ("function", "value", "message"),
     [
-        (sticks_to_log_weights, [0.5, -0.5], r"sticks has values from -0.5 to 0.5; .* in \[0, 1\]"),
-        (sticks_to_log_weights, [0.5, math.nan], "sticks has values from nan"),
-        (sticks_to_log_weights, [[1.0, 1.0]], r"sticks has shape \(1, 2\); it must be one-dim"),
-        (log_weights_to_sticks, [-math.inf, -math.inf], "log_weights has the maximum -inf"),
-        (log_weights_to_sticks, [0.0, math.nan], "log_weights has the maximum nan"),
-        (log_weights_to_sticks, [], r"log_weights has shape \(0,\)"),
+        (sticks_to_log_weights, [0.5, -0.5], r"sticks must lie in \[0, 1\], but .* -0.5 to 0.5"),
+        (sticks_to_log_weights, [0.5, math.nan], "sticks must .* values from nan"),
+        (sticks_to_log_weights, [[1.0, 1.0]], r"sticks must be one-dim.* shape \[1, 2\]"),
+        (log_weights_to_sticks, [-math.inf, -math.inf], "log_weights must .* maximum -inf"),
+        (log_weights_to_sticks, [0.0, math.nan], "log_weights must .* maximum nan"),
+        (log_weights_to_sticks, [], r"log_weights must .* shape \[0\]"),
     ],
 )
 def test_wrong_sticks_and_log_weights(function, value, message):
@@ -600,7 +605,7 @@ def test_wrong_sticks_and_log_weights(function, value, message):
 
 
 def test_a_prior_of_wrong_log_weights():
-    with pytest.raises(TypeError, match=r"log_weights has dtype torch\.int64"):
+    with pytest.raises(TypeError, match=r"log_weights must be .*, but is torch\.int64"):
         log_stick_breaking_prior(torch.tensor([1, 2]), 1.0)
-    with pytest.raises(ValueError, match="log_weights has shape"):
+    with pytest.raises(ValueError, match="log_weights must be one-dimensional"):
         log_stick_breaking_prior(torch.ones(2, 2), 1.0)

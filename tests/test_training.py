@@ -442,7 +442,7 @@ def test_an_error_leaves_the_running_variance_alone(value, before):
 
 
 def test_what_does_not_fit_together_is_no_divergence():
-    with pytest.raises(ValueError, match="prior must have latent_dim = 2 dimensions, has 3"):
+    with pytest.raises(ValueError, match="prior must have latent_dim = 2 dimensions, but has 3"):
         VAE(INPUTS, 2, VMMPrior(make_data(5), latent_dim=3))
     model = VAE(INPUTS, 2, VMMPrior(torch.zeros(5, INPUTS + 1), latent_dim=2))
     with pytest.raises(ValueError, match="x must have shape"):
@@ -591,9 +591,9 @@ def with_nan(x):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1, was 0"),
+        ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1, but is 0"),
         ({"epochs": 1.5}, ValueError, "epochs must be"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, was 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, but is 0"),
         ({"seed": -1}, ValueError, "seed must be"),
         ({"patience": 0}, ValueError, "patience must be"),
         ({"patience": 2, "x_val": None}, ValueError, "patience .* needs x_val"),

@@ -313,17 +313,17 @@ def test_constructor_errors(arguments, message):
 
 def test_input_errors():
     model = make((3, 4))
-    with pytest.raises(ValueError, match=r"x must have shape \[B, \*\(3, 4\)\], was \[5, 12\]"):
+    with pytest.raises(ValueError, match=r"x must have shape \[B, \*\(3, 4\)\], but has \[5, 12\]"):
         model.encode(data(5, (12,)))
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, was torch\.uint8"):
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, but is torch\.uint8"):
         model(torch.zeros(5, 3, 4, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="was list"):
+    with pytest.raises(TypeError, match="but is list"):
         model.check_data([1.0])
     x = data(5, (3, 4))
     x[1, 1, 1] = math.inf
-    with pytest.raises(ValueError, match="x must be finite, has 1"):
+    with pytest.raises(ValueError, match="x must be finite, but has 1"):
         model.check_data(x)
     bernoulli = make((3, 4), likelihood="bernoulli")
     for call in (bernoulli, bernoulli.check_data):
-        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\].*was in \[-1, 0\.5\]"):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\].*but is in \[-1, 0\.5\]"):
             call(torch.tensor([-1.0, 0.5] * 6).double().view(1, 3, 4))

@@ -31,8 +31,8 @@ class Cut:
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters > self.components:
             raise InputError(
-                f"--clusters must be at most {self.components}, the number of components, is "
-                f"{self.clusters}"
+                f"--clusters must be at most {self.components}, the number of components, but "
+                f"is {self.clusters}"
             )
 
     def at_most(self, most: int) -> dict[str, Any]:

@@ -78,12 +78,14 @@ def write_atomically(
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"path must lie in a folder that exists, got {os.fspath(path)!r}")
+        raise FileNotFoundError(
+            f"path must lie in a folder that exists, but is {os.fspath(path)!r}"
+        )
     if os.path.isdir(target):
-        raise IsADirectoryError(f"path must be a file, got the folder {os.fspath(path)!r}")
+        raise IsADirectoryError(f"path must be a file, but is the folder {os.fspath(path)!r}")
     replaces = os.path.exists(target)
     if replaces and not os.path.isfile(target):
-        raise OSError(f"path must be a regular file, got {os.fspath(path)!r}")
+        raise OSError(f"path must be a regular file, but is {os.fspath(path)!r}")
 
     _remove_left_behind(folder, name)
     # Not tempfile.mkstemp: it makes files that only their owner can read. The name is cut so that

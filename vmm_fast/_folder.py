@@ -165,12 +165,13 @@ class Folder:
                 option = "--" + name.replace("_", "-")
                 was = "absent" if stored[name] is None else stored[name]
                 raise InputError(
-                    f"{option} must be {was} as in the run that --resume goes on with, is {value}"
+                    f"{option} must be {was} as in the run that --resume goes on with, "
+                    f"but is {value}"
                 )
         if changed.get("epochs", stored["epochs"]) < stored["epochs"]:
             raise InputError(
                 f"--epochs must be at least {stored['epochs']} as in the run that --resume goes on "
-                f"with, is {changed['epochs']}"
+                f"with, but is {changed['epochs']}"
             )
         return {**stored, **changed}
 

@@ -125,9 +125,9 @@ def clustering_scores(responsibilities: Any, true_labels: Any) -> ClusteringScor
             responsibilities = responsibilities.float()  # numpy has no bfloat16
     r = np.asarray(responsibilities)
     if r.ndim != 2 or r.shape[1] == 0:
-        raise ValueError(f"responsibilities must have shape [N, C] with C >= 1, got {r.shape}")
+        raise ValueError(f"responsibilities must have shape [N, C] with C >= 1, but has {r.shape}")
     if r.shape[0] == 0:
-        raise ValueError("responsibilities must hold at least one point, got N = 0")
+        raise ValueError("responsibilities must hold at least one point, but have N = 0")
     # The tolerance allows for bfloat16; the check is to catch log-probabilities and NaN.
     if not (np.all(r >= 0) and np.all(np.abs(r.sum(1) - 1) < 0.05)):
         raise ValueError("responsibilities must be probabilities: rows >= 0 that sum to 1, no NaN")
@@ -169,7 +169,7 @@ def clustering_scores_from_assignment(
     n = len(cluster_of)
     if len(class_of) != n:
         raise ValueError(
-            f"true_labels must have as many points as labels, got {len(class_of)} and {n}"
+            f"true_labels must have as many points as labels, but has {len(class_of)}, not {n}"
         )
 
     contingency = np.bincount(
@@ -224,14 +224,14 @@ def _codes(values: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the sorted distinct values, each point's index among them, and their counts."""
     array = _as_numpy(values)
     if array.ndim != 1:
-        raise ValueError(f"{name} must have shape [N], got {array.shape}")
+        raise ValueError(f"{name} must have shape [N], but has {array.shape}")
     if len(array) == 0:
-        raise ValueError(f"{name} must hold at least one point, got N = 0")
+        raise ValueError(f"{name} must hold at least one point, but has N = 0")
     try:
         unique, codes, counts = np.unique(array, return_inverse=True, return_counts=True)
     except TypeError as error:
         raise ValueError(
-            f"{name} must be of one sortable kind with none missing, got a mixture ({error})"
+            f"{name} must be of one sortable kind with none missing, but is a mixture ({error})"
         ) from error
     if np.any(unique != unique):  # NaN and NaT, in float, datetime and object arrays alike
         raise ValueError(f"{name} must not hold NaN")
@@ -243,20 +243,20 @@ def _representatives(representative: Any, clusters: np.ndarray, n: int) -> np.nd
     points = _as_numpy(representative)
     if points.ndim != 1 or points.dtype.kind not in "iu":
         raise ValueError(
-            f"representative must be integers of shape [C], got {points.dtype} {points.shape}"
+            f"representative must be integers of shape [C], but is {points.dtype} {points.shape}"
         )
     if np.any(points < -1) or np.any(points >= n):
-        raise ValueError(f"representative must be -1 or an index below N = {n}, got {points}")
+        raise ValueError(f"representative must be -1 or an index below N = {n}, but is {points}")
     if clusters.dtype.kind not in "iu" or clusters[0] < 0 or clusters[-1] >= len(points):
         raise ValueError(
             f"labels must be integers in [0, C) with C = {len(points)} given by representative, "
-            f"got {clusters.dtype} from {clusters[0]} to {clusters[-1]}"
+            f"but are {clusters.dtype} from {clusters[0]} to {clusters[-1]}"
         )
     chosen = points[clusters]
     if np.any(chosen < 0):
         raise ValueError(
-            "representative must name a point for each component that holds points, got -1 for "
-            f"component {clusters[chosen < 0][0]}"
+            "representative must name a point for each component that holds points, but is -1 "
+            f"for component {clusters[chosen < 0][0]}"
         )
     return chosen
 
@@ -381,21 +381,25 @@ def elbo_surgery(
 
 def _check_positive(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
 
 
 def _checked(values: Tensor, shape: torch.Size, name: str) -> Tensor:
     if values.shape != shape:
-        raise ValueError(f"{name} must return shape {list(shape)}, got {list(values.shape)}")
+        raise ValueError(
+            f"{name} must return shape {list(shape)}, but returned {list(values.shape)}"
+        )
     if values.isnan().any():
-        raise ValueError(f"{name} must return log-densities, got NaN")
+        raise ValueError(f"{name} must return log-densities, but returned NaN")
     return values.double()
 
 
 def _stack_posteriors(q_batches: Iterable[Distribution]) -> tuple[Tensor, Tensor]:
     """Return means [N, D] and standard deviations [N, D] or Cholesky factors [N, D, D]."""
     if isinstance(q_batches, Distribution):
-        raise TypeError("q_batches must be an iterable of posteriors, got one: wrap it in a list")
+        raise TypeError(
+            "q_batches must be an iterable of posteriors, but is one: wrap it in a list"
+        )
     locs: list[Tensor] = []
     scales: list[Tensor] = []
     for q in q_batches:
@@ -405,18 +409,18 @@ def _stack_posteriors(q_batches: Iterable[Distribution]) -> tuple[Tensor, Tensor
             raise type(error)(f"q_batches: {error}") from None
         if locs and loc.shape[1] != locs[0].shape[1]:
             raise ValueError(
-                "q_batches must hold posteriors with means of one shape [n, D], got "
+                "q_batches must hold posteriors with means of one shape [n, D], but has "
                 f"{list(loc.shape)} after {list(locs[0].shape)}"
             )
         if scales and scale.ndim != scales[0].ndim:
-            raise TypeError("q_batches must be all Normal or all MultivariateNormal, got both")
+            raise TypeError("q_batches must be all Normal or all MultivariateNormal, but are both")
         locs.append(loc)
         scales.append(scale)
     if not locs or not sum(map(len, locs)):
-        raise ValueError("q_batches must hold at least one posterior, got none")
+        raise ValueError("q_batches must hold at least one posterior, but has none")
     loc, scale = torch.cat(locs), torch.cat(scales)
     if not (torch.isfinite(loc).all() and torch.isfinite(scale).all()):
-        raise ValueError("q_batches must have finite means and scales, got NaN or infinity")
+        raise ValueError("q_batches must have finite means and scales, but has NaN or infinity")
     return loc, scale
 
 
@@ -491,7 +495,7 @@ def importance_weighted_log_likelihood(
         q = Independent(q, 1, validate_args=False)
     if len(q.batch_shape) != 1 or len(q.event_shape) != 1:
         raise ValueError(
-            "q must have batch shape [B] and event shape [D], got "
+            "q must have batch shape [B] and event shape [D], but has "
             f"{list(q.batch_shape)} and {list(q.event_shape)}"
         )
     total = None

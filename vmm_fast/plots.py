@@ -87,11 +87,11 @@ def plot_latent(
     cluster_of = _array(clusters, "clusters", 1)
     _check_length(cluster_of, "clusters", points, "z")
     if cluster_of.dtype.kind not in "iu":
-        raise ValueError(f"clusters must be integers, got {cluster_of.dtype}")
+        raise ValueError(f"clusters must be integers, but are {cluster_of.dtype}")
     if len(points) == 0 or points.shape[1] == 0:
-        raise ValueError(f"z must hold at least one point, got shape {points.shape}")
+        raise ValueError(f"z must hold at least one point, but has shape {points.shape}")
     if not np.isfinite(points).all():
-        raise ValueError("z must be finite, got NaN or infinity")
+        raise ValueError("z must be finite, but has NaN or infinity")
     if labels is not None:
         labels = _array(labels, "labels", 1)
         _check_length(labels, "labels", points, "z")
@@ -166,16 +166,16 @@ def plot_cluster_samples(
     mass = _weights(weights, "weights")
     _check_length(mass, "weights", values, "samples")
     if values.size == 0:
-        raise ValueError(f"samples must not be empty, got shape {values.shape}")
+        raise ValueError(f"samples must not be empty, but have shape {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError("samples must be finite, got NaN or infinity")
+        raise ValueError("samples must be finite, but have NaN or infinity")
     if clusters is None:
         numbers = np.arange(len(mass))
     else:
         numbers = _array(clusters, "clusters", 1)
         _check_length(numbers, "clusters", values, "samples")
     if values.ndim == 5 and values.shape[2] not in (1, 3):
-        raise ValueError(f"samples must have 1 or 3 channels, got {values.shape[2]}")
+        raise ValueError(f"samples must have 1 or 3 channels, but have {values.shape[2]}")
 
     order = np.argsort(-mass, kind="stable")
     texts = [f"{numbers[c]}  ({_percent(mass[c])})" for c in order]
@@ -209,7 +209,7 @@ def plot_component_weights(weights: Any, shares: Any, path: str | os.PathLike[st
     """
     mass = _weights(weights, "weights")
     if len(mass) == 0:
-        raise ValueError("weights must hold at least one component, got C = 0")
+        raise ValueError("weights must hold at least one component, but have C = 0")
     share = None if shares is None else _weights(shares, "shares")
     if share is not None:
         _check_length(share, "shares", mass, "weights")
@@ -521,7 +521,7 @@ def _project(
 ) -> tuple[np.ndarray, tuple[str, str]]:
     """Return the points in the plane [N, 2] and the names of its axes."""
     if projection not in ("pca", "tsne"):
-        raise ValueError(f'projection must be "pca" or "tsne", got {projection!r}')
+        raise ValueError(f'projection must be "pca" or "tsne", but is {projection!r}')
     n, dim = points.shape
     if dim == 1:
         return np.column_stack([points[:, 0], rng.random(n)]), ("z", "random height")
@@ -715,7 +715,7 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
         ax.yaxis.label.set_fontsize(9)
     ending = Path(path).suffix[1:].lower()
     if ending not in ("png", "pdf", "svg"):
-        raise ValueError(f"path must end in .png, .pdf or .svg, got {os.fspath(path)!r}")
+        raise ValueError(f"path must end in .png, .pdf or .svg, but is {os.fspath(path)!r}")
     with warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes; that is no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -736,7 +736,8 @@ def _array(values: Any, name: str, ndim: int | tuple[int, ...]) -> np.ndarray:
     wanted = (ndim,) if isinstance(ndim, int) else ndim
     if array.ndim not in wanted:
         raise ValueError(
-            f"{name} must have {' or '.join(map(str, wanted))} dimensions, got shape {array.shape}"
+            f"{name} must have {' or '.join(map(str, wanted))} dimensions, "
+            f"but has shape {array.shape}"
         )
     return array
 
@@ -744,12 +745,12 @@ def _array(values: Any, name: str, ndim: int | tuple[int, ...]) -> np.ndarray:
 def _weights(values: Any, name: str) -> np.ndarray:
     array = _array(values, name, 1).astype(np.float64)
     if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} must be finite and not negative")
+        raise ValueError(f"{name} must be finite and not negative, but is not")
     return array
 
 
 def _check_length(values: np.ndarray, name: str, other: np.ndarray, other_name: str) -> None:
     if len(values) != len(other):
         raise ValueError(
-            f"{name} must have as many entries as {other_name}, got {len(values)} and {len(other)}"
+            f"{name} must have as many entries as {other_name}, {len(other)}, but has {len(values)}"
         )

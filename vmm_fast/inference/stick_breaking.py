@@ -156,15 +156,15 @@ def stick_breaking_posterior(
     for name, value in (("shape", shape), ("rate", rate)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
-                f"concentration_prior: {name} is {value}; it must be finite and greater than 0"
+                f"concentration_prior's {name} must be finite and above 0, but is {value}"
             )
     # The sum is NaN or infinite as soon as one count is, and must itself be finite.
     n = counts.detach().double()
     low, high, total = torch.stack([*n.aminmax(), n.sum()]).tolist()
     if low < 0 or not math.isfinite(total):
         raise ValueError(
-            f"counts has values from {low} to {high} with sum {total}; they must be non-negative "
-            "and finite, with a finite sum"
+            "counts must be non-negative and finite, with a finite sum, but has values from "
+            f"{low} to {high} with sum {total}"
         )
     found = posterior_without_checks(n, concentration, discount, concentration_prior)
     return StickBreakingPosterior(
@@ -269,7 +269,7 @@ def sticks_to_log_weights(sticks: Tensor) -> Tensor:
     v = in_memory(sticks.detach().to("cpu", torch.float64))
     if not bool(((v >= 0) & (v <= 1)).all()):
         raise ValueError(
-            f"sticks has values from {v.min().item()} to {v.max().item()}; they must lie in [0, 1]"
+            f"sticks must lie in [0, 1], but has values from {v.min().item()} to {v.max().item()}"
         )
     log_weights = v.new_empty(v.numel() + 1)
     _core.sticks_to_log_weights(v.data_ptr(), log_weights.numel(), log_weights.data_ptr())
@@ -304,7 +304,7 @@ def log_weights_to_sticks(log_weights: Tensor) -> Tensor:
     w = in_memory(log_weights.detach().to("cpu", torch.float64))
     if not math.isfinite(w.max().item()):  # the maximum of a tensor with NaN is NaN
         raise ValueError(
-            f"log_weights has the maximum {w.max().item()}; it must be finite, with no value NaN"
+            f"log_weights must have a finite maximum and no NaN, but has maximum {w.max().item()}"
         )
     sticks = w.new_empty(w.numel() - 1)
     _core.log_weights_to_sticks(w.data_ptr(), w.numel(), sticks.data_ptr())
@@ -390,25 +390,25 @@ def _check_vector(
     dtypes: tuple[torch.dtype, ...] | None = (torch.float32, torch.float64),
 ) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+        raise TypeError(f"{name} must be a tensor, but is a {type(value).__name__}")
     if dtypes is not None and value.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be float32 or float64")
+        raise TypeError(f"{name} must be float32 or float64, but is {value.dtype}")
     if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
+        raise TypeError(f"{name} must be of a floating dtype, but is {value.dtype}")
     if value.dim() != 1 or value.numel() < minimum_size:
         at_least = f" and at least {minimum_size} long" if minimum_size else ""
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; it must be one-dimensional{at_least}"
+            f"{name} must be one-dimensional{at_least}, but has shape {list(value.shape)}"
         )
 
 
 def _check_concentration(concentration: float | Tensor) -> float:
     concentration = float(concentration)
     if not (math.isfinite(concentration) and concentration > 0):
-        raise ValueError(f"concentration is {concentration}; it must be finite and greater than 0")
+        raise ValueError(f"concentration must be finite and above 0, but is {concentration}")
     return concentration
 
 
 def _check_discount(discount: float) -> None:
     if not 0.0 <= discount < 1.0:
-        raise ValueError(f"discount is {discount}; it must lie in [0, 1)")
+        raise ValueError(f"discount must be in [0, 1), but is {discount}")

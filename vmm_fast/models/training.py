@@ -294,9 +294,9 @@ class _Run:
 
     def check_data(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:
-            raise TypeError(f"{name} must be a tensor [N, *input_shape], was {type(x).__name__}")
+            raise TypeError(f"{name} must be a tensor [N, *input_shape], but is {type(x).__name__}")
         if len(x) == 0:
-            raise ValueError(f"{name} must have at least one row, had none")
+            raise ValueError(f"{name} must have at least one row, but is empty")
         for start in range(0, len(x), CHECK_ROWS):
             rows = x[start : start + CHECK_ROWS].to(self.device)
             try:
@@ -524,25 +524,25 @@ def _check_arguments(
         ("seed", seed, 0),
     ):
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, was {value!r}")
+            raise ValueError(f"{name} must be an integer of at least {least}, but is {value!r}")
     if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive and finite, was {learning_rate!r}")
+        raise ValueError(f"learning_rate must be positive and finite, but is {learning_rate!r}")
     if not 0 <= min_delta < math.inf:
-        raise ValueError(f"min_delta must be at least 0 and finite, was {min_delta!r}")
+        raise ValueError(f"min_delta must be at least 0 and finite, but is {min_delta!r}")
     if patience is not None and x_val is None:
-        raise ValueError(f"patience ({patience}) needs x_val, which was None")
+        raise ValueError(f"patience ({patience}) needs x_val, but that is None")
 
 
 def _checkpoint_path(checkpoint: str | os.PathLike[str] | None, resume: bool) -> Path | None:
     if checkpoint is None:
         if resume:
-            raise ValueError("resume=True needs checkpoint, which was None")
+            raise ValueError("resume=True needs checkpoint, but that is None")
         return None
     path = Path(checkpoint)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"checkpoint's folder {str(path.parent)!r} does not exist")
     if path.is_dir():
-        raise ValueError(f"checkpoint must be a file, {str(path)!r} is a folder")
+        raise ValueError(f"checkpoint must be a file, but {str(path)!r} is a folder")
     if resume and not path.exists():
         raise FileNotFoundError(
             f"resume=True, but checkpoint {str(path)!r} does not exist; leave resume out to start"

@@ -150,28 +150,28 @@ class VAE(nn.Module):
             ("channels", tuple(channels)),
         ):
             if not all(isinstance(size, int) and size >= 1 for size in sizes):
-                raise ValueError(f"{name} must hold integers of at least 1, was {sizes}")
+                raise ValueError(f"{name} must hold integers of at least 1, but is {sizes}")
         if not shape:
-            raise ValueError("input_shape must have at least one dimension, was ()")
+            raise ValueError("input_shape must have at least one dimension, but is ()")
         for name, value, allowed in (
             ("posterior", posterior, ("full", "diagonal")),
             ("likelihood", likelihood, ("gaussian", "bernoulli")),
             ("scale", scale, ("maximum-likelihood", "learnt")),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, was {value!r}")
+                raise ValueError(f"{name} must be one of {allowed}, but is {value!r}")
 
         if channels:
             try:
                 picture = Picture(shape)
             except ValueError:
                 raise ValueError(
-                    f"input_shape must be a picture for channels, was {shape}"
+                    f"input_shape must be a picture for channels, but is {shape}"
                 ) from None
             if min(picture.height, picture.width) < 2 ** len(channels):
                 raise ValueError(
                     f"channels must be few enough to halve {picture.height} x {picture.width} "
-                    f"values each time, was {tuple(channels)}"
+                    f"values each time, but is {tuple(channels)}"
                 )
 
         self.input_shape = shape
@@ -183,7 +183,8 @@ class VAE(nn.Module):
         self.prior = StandardNormalPrior(latent_dim) if prior is None else prior
         if self.prior.latent_dim != latent_dim:
             raise ValueError(
-                f"prior must have latent_dim = {latent_dim} dimensions, has {self.prior.latent_dim}"
+                f"prior must have latent_dim = {latent_dim} dimensions, "
+                f"but has {self.prior.latent_dim}"
             )
 
         full = posterior == "full"
@@ -235,16 +236,18 @@ class VAE(nn.Module):
         """
         self._check_shape(x)
         if not torch.isfinite(x).all():
-            raise ValueError(f"x must be finite, has {int((~torch.isfinite(x)).sum())} NaN or inf")
+            raise ValueError(
+                f"x must be finite, but has {int((~torch.isfinite(x)).sum())} NaN or inf"
+            )
         if self.likelihood == "bernoulli":
             self._check_unit_interval(x)
 
     def _check_shape(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, was {kind}")
+            raise TypeError(f"x must be a floating-point tensor, but is {kind}")
         if x.shape[1:] != self.input_shape:
-            raise ValueError(f"x must have shape [B, *{self.input_shape}], was {list(x.shape)}")
+            raise ValueError(f"x must have shape [B, *{self.input_shape}], but has {list(x.shape)}")
 
     @staticmethod
     def _check_unit_interval(x: Tensor) -> None:
@@ -253,7 +256,7 @@ class VAE(nn.Module):
         low, high = x.detach().aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"x must lie in [0, 1] for a Bernoulli likelihood, was in [{low:g}, {high:g}]"
+                f"x must lie in [0, 1] for a Bernoulli likelihood, but is in [{low:g}, {high:g}]"
             )
 
     def encode(self, x: Tensor) -> Distribution:
