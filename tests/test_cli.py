@@ -236,14 +236,14 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     check_results(out, path)
     kept = contents(out)
     for more, message in (
-        (["--clusters", "0"], "must be a whole number from 1, is '0'"),
+        (["--clusters", "0"], "must be a whole number from 1, but is '0'"),
         (
             ["--clusters", "11"],
             "--clusters must be at most 10, the number of components, but is 11",
         ),
-        (["--resolution", "-1"], "must be a number from 0, is '-1'"),
-        (["--resolution", "inf"], "must be a finite number, is 'inf'"),
-        (["--separation", "1"], "must be a number between 0 and 1, is '1'"),
+        (["--resolution", "-1"], "must be a number from 0, but is '-1'"),
+        (["--resolution", "inf"], "must be a finite number, but is 'inf'"),
+        (["--separation", "1"], "must be a number between 0 and 1, but is '1'"),
         (["--resolution", "1", "--clusters", "2"], "--clusters must be given without --resolution"),
     ):
         assert message in complaint(capsys, cli.main([*resume, *more]), 2)
@@ -530,14 +530,14 @@ def bad_files(folder):
     for name, content, message in (
         ("objects", python, "damaged or holds Python objects"),
         ("npz as npy", {"x": x}, "is a .npz archive"),
-        ("nan", changed(np.nan), "must be finite, has nan in row 7, column 2"),
+        ("nan", changed(np.nan), "must be finite, but has nan in row 7, column 2"),
         ("strings", x.astype(str), "must hold numbers, holds <U"),
         ("complex", x + 1j, "must hold numbers, holds complex128"),
         ("one dimension", x[:, 0], r"has \[60\]"),
         ("five dimensions", np.zeros((2, 2, 2, 2, 2)), r"has \[2, 2, 2, 2, 2\]"),
         ("no rows", x[:0], "must not be empty"),
         ("no columns", x[:, :0], "must not be empty"),
-        ("nine rows", x[:9], "at least 10 rows to be clustered, has 9"),
+        ("nine rows", x[:9], "at least 10 rows to be clustered, but has 9"),
         ("all the same", np.ones((50, 3)), "all rows are the same"),
         ("too far apart", changed(1e300), "too far apart"),
     ):
@@ -549,15 +549,15 @@ def bad_files(folder):
         ("two arrays", {"a": x, "b": x}, "one called images, x or X; holds a, b"),
         ("no array", {}, "holds none"),
         ("npy as npz", x, "single .npy array"),
-        ("inf", {"x": changed(np.inf)}, "must be finite, has inf in row 7, column 2"),
+        ("inf", {"x": changed(np.inf)}, "must be finite, but has inf in row 7, column 2"),
         ("few labels", {"x": x, "y": labels[:9]}, "one entry for each of the 60 rows"),
         ("nan labels", {"x": x, "y": gaps}, "labels must be complete"),
     ):
         case(f"{name} npz", ".npz", content, message)
     for name, content, message in (
-        ("word", "a,b\n1,2\n3,cat\n", "line 3, column 'b' must be a number, is 'cat'"),
-        ("word column", "1,2\n3,cat\n", "line 2, column 2 must be a number, is 'cat'"),
-        ("gap", "a,b\n1,\n", "line 2, column 'b' must be a number, is empty"),
+        ("word", "a,b\n1,2\n3,cat\n", "line 3, column 'b' must be a number, but is 'cat'"),
+        ("word column", "1,2\n3,cat\n", "line 2, column 2 must be a number, but is 'cat'"),
+        ("gap", "a,b\n1,\n", "line 2, column 'b' must be a number, but is empty"),
         ("gap in labels", "a,label\n1,u\n2,\n", "but 'label' is empty; fill it in"),
         ("ragged", "a,b\n1,2\n1,2,3\n", "line 3 has 3 columns, the first line has 2"),
         ("header alone", "a,b\n", "has a header alone"),
@@ -585,8 +585,8 @@ def test_bad_input(tmp_path, capsys):
     "options, message",
     [
         (["--components", "55"], "--components must be at most 54"),
-        (["--components", "0"], "--components: must be a whole number from 1, is '0'"),
-        (["--epochs", "many"], "--epochs: must be a whole number from 1, is 'many'"),
+        (["--components", "0"], "--components: must be a whole number from 1, but is '0'"),
+        (["--epochs", "many"], "--epochs: must be a whole number from 1, but is 'many'"),
         (["--latent-dim", "-1"], "--latent-dim: must be a whole number"),
         (["--batch-size", "2.5"], "--batch-size: must be a whole number"),
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0"),

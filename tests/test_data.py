@@ -117,7 +117,7 @@ def test_the_line_in_which_excel_says_what_separates_cells(tmp_path, line):
     assert found.values.tolist() == [[1.5, 2], [3, 4]]
     assert found.notes == ["the first line says what separates the cells, ';'"]
     (tmp_path / "x.csv").write_text(f"{line}\na;b\n1.5;2\nx;4\n")
-    assert "line 4, column 'a' must be a number, is 'x'" in refusal(tmp_path / "x.csv")
+    assert "line 4, column 'a' must be a number, but is 'x'" in refusal(tmp_path / "x.csv")
 
 
 # --- numbers ---
@@ -129,7 +129,7 @@ def test_the_line_in_which_excel_says_what_separates_cells(tmp_path, line):
 def test_only_plain_numbers_are_numbers(tmp_path, cell):
     """Python takes some of these for a number, where other readers of tables do not."""
     (tmp_path / "x.csv").write_text(f"a,b\n1,2\n3,{cell}\n", encoding="utf-8")
-    assert f"line 3, column 'b' must be a number, is {cell!r}" in refusal(tmp_path / "x.csv")
+    assert f"line 3, column 'b' must be a number, but is {cell!r}" in refusal(tmp_path / "x.csv")
 
 
 def test_numbers_as_they_are_written(tmp_path):
@@ -317,7 +317,7 @@ def test_cells_without_an_end_are_told_by_their_line(tmp_path):
     )
     (tmp_path / "x.csv").write_text('a,b\n1,"2\n' + "2,3\n" * 400)
     error = refusal(tmp_path / "x.csv")
-    assert "column 'b' must be a number, is '2\\n2,3" in error and len(error) < 300
+    assert "column 'b' must be a number, but is '2\\n2,3" in error and len(error) < 300
 
 
 def declare(file, shape, dtype="<f4"):

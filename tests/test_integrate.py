@@ -791,9 +791,9 @@ def bad_files(folder):
     twice = make_cells()
     twice.var_names = ["same", "same", *twice.var_names[2:]]
     case("genes twice", twice, "gene names must be unique, 1 occurs again, the first .* 'same'")
-    case("no cells", make_cells()[:0].copy(), "must hold cells and genes, has 0 cells")
+    case("no cells", make_cells()[:0].copy(), "must hold cells and genes, but has 0 cells")
     case("no genes", make_cells()[:, :0].copy(), "must hold cells and genes, .* 0 genes")
-    case("few", make_cells(9), "at least 10 cells to be integrated, has 9")
+    case("few", make_cells(9), "at least 10 cells to be integrated, but has 9")
     return cases
 
 
@@ -817,11 +817,11 @@ def test_bad_input(tmp_path, capsys):
         (["--batch-key", "some"], "every cell must have a batch, 2 of 60 have none"),
         (["--batch-key", "barcode"], "--batch-key barcode: .* another value for every cell"),
         (["--components", "61"], "--components must be at most 60, the cells .* is 61"),
-        (["--epochs", "0"], "--epochs: must be a whole number from 1, is '0'"),
-        (["--batch-size", "1"], "--batch-size: must be a whole number from 2, is '1'"),
+        (["--epochs", "0"], "--epochs: must be a whole number from 1, but is '0'"),
+        (["--batch-size", "1"], "--batch-size: must be a whole number from 2, but is '1'"),
         (["--seed", 2**32], "--seed: must be a whole number from 0 to 4294967295"),
         (["--prior-learning-rate", "0"], "--prior-learning-rate: must be a number above 0"),
-        (["--memory", "-1"], "--memory: must be a number from 0, is '-1'"),
+        (["--memory", "-1"], "--memory: must be a number from 0, but is '-1'"),
         (["--accelerator", "cuda"], "--accelerator: invalid choice"),
         (["--example"], "either FILE or --example"),
     ],
@@ -965,7 +965,7 @@ def test_a_file_to_write_that_is_a_folder_or_in_none(trained, h5ad, tmp_path, ca
     (tmp_path / "dir.h5ad").mkdir()
     for options in ([], ["--overwrite"]):
         error = complaint(capsys, assigned(trained, h5ad, tmp_path / "dir.h5ad", *options))
-        assert f"--out {tmp_path / 'dir.h5ad'}: must be a file, is a folder" in error
+        assert f"--out {tmp_path / 'dir.h5ad'}: must be a file, but is a folder" in error
 
     def refused(*arguments, **keywords):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -1286,7 +1286,7 @@ def test_models_that_were_not_made_by_integrate(tmp_path, capsys, options):
     code = assigned(tmp_path / "model", written(tmp_path, adata), tmp_path / "out.h5ad")
     if options == {"prior": "normal"}:
         error = complaint(capsys, code)
-        assert f"{tmp_path / 'model'}: must be a model with clusters, is of N(0, I)" in error
+        assert f"{tmp_path / 'model'}: must be a model with clusters, but is of N(0, I)" in error
         return
     assert code == 0
     found = anndata.read_h5ad(tmp_path / "out.h5ad")

@@ -420,18 +420,18 @@ def test_what_training_cannot_go_on_from(tmp_path):
             train(Checkpoints(tmp_path / "other.ckpt"), 2, ckpt_path=path, **options)
 
     for message, options in (
-        ("batch_size was 16, is given 32", {"batch_size": 32}),
-        ("number of cells was 150, is given 160", {"number": 160}),
-        ("seed of the cells was 0, is given 3", {"seed": 3}),
-        (r"shape of module\..+ was \(8.*\), is given \(9.*\)", {"n_hidden": 9}),
+        ("batch_size was 16, but is given 32", {"batch_size": 32}),
+        ("number of cells was 150, but is given 160", {"number": 160}),
+        ("seed of the cells was 0, but is given 3", {"seed": 3}),
+        (r"shape of module\..+ was \(8.*\), but is given \(9.*\)", {"n_hidden": 9}),
     ):
         refused(f"must go on with the run that wrote it: {message}", **options)
     content = load_checked(path)
     states = content.pop(checkpoints.STATES)
     save_atomically(path, content)
-    refused("must be a checkpoint with the state of random numbers, has none")
+    refused("must be a checkpoint with the state of random numbers, but has none")
     save_atomically(path, {**content, checkpoints.STATES: 2 * states})
-    refused("must go on in as many processes as wrote it, 2, is given 1")
+    refused("must go on in as many processes as wrote it, 2, but is given 1")
     path.write_bytes(path.read_bytes()[:1000])
     refused("is damaged")
     save_atomically(path, {"state_dict": {}})
@@ -439,7 +439,7 @@ def test_what_training_cannot_go_on_from(tmp_path):
     torch.save([1, 2], path)
     refused("is damaged")
     path.unlink()
-    refused("must be a checkpoint to go on from, is no file")
+    refused("must be a checkpoint to go on from, but is no file")
 
 
 def test_checkpoints_of_other_content_are_refused(tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ def test_values_that_are_no_counts_are_told_as_they_are(value, message):
 def test_a_folder_of_files_in_place_of_one(tmp_path):
     make_cells().write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(
-        InputError, match=r"must be one file, is a folder of .h5ad files: see CellS"
+        InputError, match=r"must be one file, but is a folder of .h5ad files: see CellS"
     ):
         read_cells(str(tmp_path))
     shutil.copy(tmp_path / "a.h5ad", tmp_path / "._a.h5ad")  # macOS's hold something else

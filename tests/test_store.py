@@ -355,7 +355,7 @@ BAD_FILES = {
     "genes.h5ad": (lambda p: written(p, named(["same"] * 20)), "gene names must be uni.* 19 occur"),
     "shape.h5ad": (
         lambda p: edited(p, lambda file: file["X"].attrs.update(shape=[60, 19])),
-        r"must be 60 x 20, is \(60, 19\)",
+        r"must be 60 x 20, but is \(60, 19\)",
     ),
     "ends.h5ad": (
         lambda p: edited(p, lambda file: file["X/indptr"].__setitem__(3, 10**6)),
@@ -380,7 +380,10 @@ NOT_IN_PARTS = {
         lambda p: written(p, with_counts(lambda counts: counts.toarray() > 0)),
         "X must hold counts, holds bool",
     ),
-    "bare.h5ad": (lambda p: written(p, AnnData(obs=make_cells().obs)), "hold counts, is absent"),
+    "bare.h5ad": (
+        lambda p: written(p, AnnData(obs=make_cells().obs)),
+        "hold counts, but is absent",
+    ),
     "no obs.h5ad": (lambda p: edited(p, lambda file: file.pop("obs")), "in parts, it lacks obs"),
 }
 
@@ -414,7 +417,7 @@ def test_a_shard_without_a_column(shards):
     for number in (1, 2):
         del parts[number].obs["flag"]
         written(folder / f"{number}.h5ad", parts[number])
-    message = "--batch-key flag: must be a column of obs in every file, is none in 1.h5ad$"
+    message = "--batch-key flag: must be a column of obs in every file, but is none in 1.h5ad$"
     with CellStore(folder) as found, pytest.raises(InputError, match=message):
         found.column("flag", "--batch-key")
 

@@ -66,7 +66,9 @@ class Settings(Cut):
         """
         rows = len(data.values)
         if rows < LEAST_ROWS:
-            raise InputError(f"must have at least {LEAST_ROWS} rows to be clustered, has {rows}")
+            raise InputError(
+                f"must have at least {LEAST_ROWS} rows to be clustered, but has {rows}"
+            )
         training = rows - _held_out(rows)
         chosen = {name: value for name, value in given.items() if value is not None}
         batch_size = chosen.get(
@@ -74,7 +76,7 @@ class Settings(Cut):
         )
         if chosen.get("components", 0) > training:
             raise InputError(
-                f"--components must be at most {training}, the rows that are trained on, is "
+                f"--components must be at most {training}, the rows that are trained on, but is "
                 f"{chosen['components']}"
             )
         longer = 1 if data.picture_size is None else LONGER_FOR_PICTURES

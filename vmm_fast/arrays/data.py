@@ -187,7 +187,7 @@ def read(path: str | os.PathLike[str]) -> Data:
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: must be a file, is a folder") from None
+        raise InputError(f"{path}: must be a file, but is a folder") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     with file:
@@ -238,7 +238,7 @@ def make_data(
             f"not, has {list(values.shape)}"
         )
     if 0 in values.shape:
-        raise InputError(f"{name} must not be empty, has shape {list(values.shape)}")
+        raise InputError(f"{name} must not be empty, but has shape {list(values.shape)}")
     whole = values.dtype.kind in "iu"
     for start in range(0, len(values), CHUNK):
         block = values[start : start + CHUNK]
@@ -251,7 +251,7 @@ def make_data(
             if whole:
                 raise InputError(inexact(f"{name}, {where},", value))
             raise InputError(
-                f"{name} must be finite, has {value} in {where}; mend or leave out such rows"
+                f"{name} must be finite, but has {value} in {where}; mend or leave out such rows"
             )
     notes = list(notes or [])
     images = images or values.ndim > 2 or values.dtype == np.uint8

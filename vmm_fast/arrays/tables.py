@@ -65,7 +65,7 @@ def read_table(file: BinaryIO) -> Table:
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             return _parse(text)
     except UnicodeDecodeError:
-        raise InputError("must be text in UTF-8, is something else") from None
+        raise InputError("must be text in UTF-8, but is something else") from None
     except (csv.Error, OSError) as error:
         raise InputError(f"cannot be read as a table: {error}") from None
 
@@ -138,7 +138,7 @@ def _parse(file: TextIO) -> Table:
     names = [n.strip() if header else str(i + 1) for i, n in enumerate(first)]
     used, label_at, more_notes = _choose_columns(names)
     if not used:
-        raise InputError("must have a numeric column, has none")
+        raise InputError("must have a numeric column, but has none")
 
     values, labels, count = array.array("d"), [], 0
     fractions = set[int]()  # lengths of the second of two cells of digits: decimals, perhaps
@@ -174,7 +174,7 @@ def _parse(file: TextIO) -> Table:
         count += 1
     if count == 0:
         held = "a header alone" if header else "none"
-        raise InputError(f"must have rows of numbers, has {held}")
+        raise InputError(f"must have rows of numbers, but has {held}")
     if delimiter == "," and len(fractions) == 1 and min(fractions) > 1:
         notes.append(
             f"every line is two whole numbers, the second of {min(fractions)} digits: they are two "
@@ -225,7 +225,7 @@ def _without_row_numbers(
         cure = "" if _is_id(name) else "; to train on it, put it behind another column"
         notes.append(f"column {name!r} numbers the rows: left out{cure}")
     if not kept:
-        raise InputError("must have a column besides the numbers of its rows, has none")
+        raise InputError("must have a column besides the numbers of its rows, but has none")
     return kept, notes
 
 
@@ -350,7 +350,7 @@ def _is_id(name: str) -> bool:
 def _bad_cell(row: list[str], used: list[int], names: list[str], header: bool, line: int) -> str:
     at = next(i for i in used if not _is_number(row[i]))
     column = f"column {names[at]!r}" if header else f"column {names[at]}"
-    value = f"is {_short(row[at])}" if row[at].strip() else "is empty"
+    value = f"but is {_short(row[at])}" if row[at].strip() else "but is empty"
     cure = "leave the column out"
     if re.fullmatch(r"[+-]?[\d,]+,\d+", row[at].strip()):
         return f"line {line}, {column} must be a number, {value}{_NO_COMMAS}"

@@ -100,11 +100,11 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     except Exception:  # pickle raises many kinds
         raise damaged from None
     if name != VMMSCVI.__name__:
-        raise InputError(f"{path}: must be a model of VMMSCVI, is of {name}")
+        raise InputError(f"{path}: must be a model of VMMSCVI, but is of {name}")
     needed = [key for key, value in setup.items() if key not in ("layer", "batch_key") and value]
     if needed:
         raise InputError(
-            f"{path}: must be a model without covariates, labels and size factors, has "
+            f"{path}: must be a model without covariates, labels and size factors, but has "
             f"{', '.join(needed)}; use VMMSCVI.load_query_data"
         )
     layer, key = setup["layer"], setup["batch_key"]
@@ -125,7 +125,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
         if not values.isfinite().all():
             raise InputError(f"{path}: model.pt must hold finite numbers, but {name} has others")
     if model.module.prior is None:
-        raise InputError(f"{path}: must be a model with clusters, is of N(0, I)")
+        raise InputError(f"{path}: must be a model with clusters, but is of N(0, I)")
     if model.module.tree is None:
         raise InputError(
             f"{path}: must be a model with clusters, but was saved before models had them; load it "

@@ -135,12 +135,12 @@ class Settings(Cut):
         number = cells.n_obs
         if number < LEAST_CELLS:
             raise InputError(
-                f"must have at least {LEAST_CELLS} cells to be integrated, has {number}"
+                f"must have at least {LEAST_CELLS} cells to be integrated, but has {number}"
             )
         if (given.get("components") or 0) > number:
             raise InputError(
-                f"--components must be at most {number}, the cells that pseudo-inputs start as, is "
-                f"{given['components']}"
+                f"--components must be at most {number}, the cells that pseudo-inputs start as, "
+                f"but is {given['components']}"
             )
         suited: dict[str, Any] = {
             "batch_key": None,
@@ -261,7 +261,9 @@ def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
     """Return notes on small batches, given their sizes; refuse a batch for each cell."""
     sizes = sizes[sizes > 0]
     if len(sizes) == sizes.sum():
-        raise InputError(f"--batch-key {key}: must name batches, has another value for every cell")
+        raise InputError(
+            f"--batch-key {key}: must name batches, but has another value for every cell"
+        )
     notes = []
     if len(sizes) == 1:
         notes.append("one batch alone: there is nothing to integrate, cells are clustered")

@@ -90,7 +90,7 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
     file = Path(path)
     kind = kind_of(file)
     if kind == "shards":
-        raise InputError(f"{path}: must be one file, is a folder of .h5ad files: see CellStore")
+        raise InputError(f"{path}: must be one file, but is a folder of .h5ad files: see CellStore")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that are not unique are checked below
@@ -234,7 +234,7 @@ def check_shape(cells: int, genes: int) -> None:
     """Raise InputError if there are no cells or no genes."""
     if cells == 0 or genes == 0:
         has = f"{counted(cells, 'cell')} and {counted(genes, 'gene')}"
-        raise InputError(f"must hold cells and genes, has {has}")
+        raise InputError(f"must hold cells and genes, but has {has}")
 
 
 def check_unique(names: pd.Index) -> None:

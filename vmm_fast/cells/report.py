@@ -84,7 +84,8 @@ def write_report(
     z = np.asarray(adata.obsm["X_vmm"], dtype=np.float32)
     if len(z) == 0 or not np.isfinite(z).all():
         raise ValueError(
-            f'adata.obsm["X_vmm"] must hold finite values of at least one cell, has shape {z.shape}'
+            f'adata.obsm["X_vmm"] must hold finite values of at least one cell, but has '
+            f"shape {z.shape}"
         )
     obs, rows = (adata.obs, np.arange(len(z))) if drawn_from is None else drawn_from
     threads = torch.get_num_threads()

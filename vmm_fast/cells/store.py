@@ -254,14 +254,14 @@ class CellStore:
                     f"cannot be read in parts, {error}; {self._prepared(file)}"
                 ) from None
             if encoding in ("", "null"):
-                raise CannotStream(f"{self._where} must hold counts, is absent")
+                raise CannotStream(f"{self._where} must hold counts, but is absent")
             if encoding == "csc_matrix":
                 raise CannotStream(
                     f"{self._where} is stored by genes (CSC), cells cannot be read one by one; "
                     f"{self._prepared(file)}"
                 )
             if encoding not in ("csr_matrix", "array"):
-                raise CannotStream(f"{self._where} must be a matrix of counts, is a {encoding}")
+                raise CannotStream(f"{self._where} must be a matrix of counts, but is a {encoding}")
             there = {name: group[name] for name in group if name in group}  # no links to nothing
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
             others = list_other_elements(there.get, self._element)
@@ -270,7 +270,7 @@ class CellStore:
             n_obs = frames.rows_of(group["obs"])
             shape = tuple(map(int, matrix.attrs.get("shape", getattr(matrix, "shape", ()))))
             if shape != (n_obs, len(genes)):
-                raise InputError(f"{self._where} must be {n_obs} x {len(genes)}, is {shape}")
+                raise InputError(f"{self._where} must be {n_obs} x {len(genes)}, but is {shape}")
             indptr, values = None, n_obs * len(genes)
             if encoding == "csr_matrix":
                 indptr, data, indices = matrix["indptr"][:], matrix["data"], matrix["indices"]
@@ -482,7 +482,7 @@ class CellStore:
         """
         if key in self._lacks:
             raise InputError(
-                f"{option} {key}: must be a column of obs in every file, is none in "
+                f"{option} {key}: must be a column of obs in every file, but is none in "
                 f"{self._lacks[key].name}"
             )
         if key not in self.dtypes:

@@ -481,7 +481,7 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
         raise InputError(f"--out {out}: must lie in a folder that can be written to")
     if out.exists() and not out.is_file():
         raise InputError(
-            f"--out {out}: must be a file, is {'a folder' if out.is_dir() else 'none'}"
+            f"--out {out}: must be a file, but is {'a folder' if out.is_dir() else 'none'}"
         )
     if out.exists() and os.path.exists(file) and out.samefile(file):
         raise InputError(f"--out {out}: is the input, which is never written to")

@@ -107,7 +107,9 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
             value = least - 1
         if not least <= value <= most:
             bounds = f"{least}" if most == 2**63 - 1 else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be a whole number from {bounds}, is {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {bounds}, but is {text!r}"
+            )
         return value
 
     return parse
@@ -125,7 +127,7 @@ def rate(text: str) -> float:
     """Return a learning rate: above 0, finite."""
     value = number(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text!r}")
     return value
 
 
@@ -133,7 +135,7 @@ def at_least_0(text: str) -> float:
     """Return a number of at least 0."""
     value = number(text)
     if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0, but is {text!r}")
     return value
 
 
@@ -141,7 +143,7 @@ def resolution(text: str) -> float:
     """Return a resolution: at least 0, finite."""
     value = at_least_0(text)
     if math.isinf(value):  # refused before training, not after it
-        raise argparse.ArgumentTypeError(f"must be a finite number, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a finite number, but is {text!r}")
     return value
 
 
@@ -149,7 +151,7 @@ def share(text: str) -> float:
     """Return a share between 0 and 1."""
     value = number(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, but is {text!r}")
     return value
 
 

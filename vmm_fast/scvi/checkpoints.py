@@ -96,7 +96,7 @@ class CheckpointFile(TorchCheckpointIO):
             If the file is absent, damaged or no checkpoint of training, or ``check`` refuses it.
         """
         if not os.path.isfile(path):
-            raise InputError(f"{path}: must be a checkpoint to go on from, is no file")
+            raise InputError(f"{path}: must be a checkpoint to go on from, but is no file")
         try:
             checkpoint = load_checked(path)
         except (OSError, ValueError) as error:
@@ -284,7 +284,7 @@ def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> No
     """Raise InputError unless the checkpoint comes from this run."""
     if not {STATES, RUN, STOPPED} <= checkpoint.keys():
         raise InputError(
-            f"{path}: must be a checkpoint with the state of random numbers, has none: it was "
+            f"{path}: must be a checkpoint with the state of random numbers, but has none: it was "
             "not written by vmm_fast.scvi.Checkpoints"
         )
     try:
@@ -294,7 +294,7 @@ def _check(trainer: Any, plan: Any, path: Any, checkpoint: dict[str, Any]) -> No
     processes, of_file, given = len(checkpoint[STATES]), checkpoint[RUN], _run(trainer)
     if processes != trainer.world_size:
         raise InputError(
-            f"{path}: must go on in as many processes as wrote it, {processes}, is given "
+            f"{path}: must go on in as many processes as wrote it, {processes}, but is given "
             f"{trainer.world_size}"
         )
     _compare(path, of_file, given)
@@ -383,7 +383,8 @@ def _compare(path: Any, of_file: dict[str, Any], given: dict[str, Any]) -> None:
         was, now = of_file.get(name), given.get(name)
         if was != now:
             raise InputError(
-                f"{path}: must go on with the run that wrote it: {name} was {was}, is given {now}"
+                f"{path}: must go on with the run that wrote it: {name} was {was}, but "
+                f"is given {now}"
             )
 
 
