@@ -30,7 +30,7 @@ from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints
 
 
 def main() -> None:
-    """Train and save."""
+    """Train a model and save it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("cells", metavar="CELLS")
     parser.add_argument("--out", default="atlas-model", help="folder of the model")

@@ -19,7 +19,7 @@ LATENT_DIM, PIXELS, BATCH = 8, 64, 128
 
 
 class Encoder(nn.Module):
-    """q(z | x): any torch.distributions Normal or MultivariateNormal will do."""
+    """An encoder q(z | x), which may return any Normal or MultivariateNormal."""
 
     def __init__(self):
         super().__init__()
@@ -29,13 +29,13 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, x):
-        """Posterior of a batch [B, 1, 8, 8]."""
+        """Return the posterior of a batch [B, 1, 8, 8]."""
         mean, raw = self.layers(x).chunk(2, -1)
         return Independent(Normal(mean, softplus(raw) + 1e-4), 1)
 
 
 def main(epochs: int) -> None:
-    """Train and report."""
+    """Train the VAE and report its clusters."""
     torch.manual_seed(0)
     images, _ = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1

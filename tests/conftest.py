@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("fixed")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem():
-    """Refuse a test that is marked slow and does not say why: its file has an error."""
+    """Make a slow test that gives no reason an error of its file."""
     found = yield
     for item in found if isinstance(found, list) else []:
         for mark in item.iter_markers("slow"):
@@ -46,13 +46,13 @@ def pytest_pycollect_makeitem():
 
 @pytest.fixture(autouse=True)
 def torch_seed():
-    """Whatever ran before, a test that draws without a seed of its own draws the same."""
+    """Seed torch before each test, so that its draws do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def quick_interpreter():
-    """Let the interpreter wrap the language once a launch.
+    """Let Triton's interpreter wrap the language only once for each launch.
 
     It does so again at every call of a device function, around what it has wrapped before, so that
     a launch of many calls slows down without bound.
@@ -91,7 +91,7 @@ BACKENDS = ["core", "plain", "triton", "triton-split"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Compute every operation in each backend in turn; gives the device of its tensors.
+    """Compute every operation in each backend in turn; return the device of its tensors.
 
     "triton-split" has more programs than there are points and components, so that their sums are
     merged in a second launch; "triton" has one that takes all.
@@ -126,12 +126,3 @@ def isa(request, monkeypatch):
     except ValueError:
         pytest.skip(f"this machine has no {request.param}")
     return request.param
-
-
-@pytest.fixture
-def one_thread():
-    """Nets this small only lose time on several threads, much of it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

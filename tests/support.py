@@ -16,7 +16,7 @@ from vmm_fast import Components, ops, reference
 
 @contextlib.contextmanager
 def threads(count):
-    """Let the core use up to so many threads."""
+    """Let the core use up to this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -27,7 +27,7 @@ def threads(count):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Python ignores SIGXFSZ, so that writing more fails as on a full disk."""
+    """Limit the size of files: Python ignores SIGXFSZ, so that writing fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -37,7 +37,7 @@ def files_of_at_most(size):
 
 
 def shifted(x, items=1):
-    """The same values so many items behind an address that is aligned to vectors."""
+    """Return the same values at an address that is not aligned to vectors."""
     count = x.numel() * x.element_size()
     buffer = bytearray(count + (64 + items) * x.element_size())
     start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 64
@@ -47,25 +47,25 @@ def shifted(x, items=1):
 
 
 def strided(x):
-    """The same values with the order of dimensions reversed in memory and gaps between items."""
+    """Return the same values, with dimensions in reverse order and gaps between items in memory."""
     reverse = tuple(range(x.ndim))[::-1]
     return x.permute(reverse).contiguous().permute(reverse).repeat_interleave(2, 0)[::2]
 
 
 def expanded(x):
-    """The first entry for all, with strides of zero."""
+    """Return the first entry repeated for all others, with a stride of zero."""
     return x[:1].expand_as(x)
 
 
 def negated(x):
-    """The same values as a view of memory that holds the other sign, as of ``y.conj().imag``."""
+    """Return the same values as a view of memory with the other sign, like ``y.conj().imag``."""
     view = torch._neg_view(-x.detach().contiguous())
     assert view.is_neg() and torch.equal(view, x)
     return view
 
 
 def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0):
-    """z [B, D], centers [J, D], well-conditioned lower-triangular whitening, offsets [J]."""
+    """Return z [B, D], centers [J, D], well-conditioned whitening [J, D, D] and offsets [J]."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -83,7 +83,7 @@ def random_mixture(num, components, dim, dtype=torch.float64, seed=0, spread=2.0
 
 
 def random_gaussians(components, centers, dim, form, dtype=torch.float64, seed=0):
-    """log_weights [C], precision_cholesky [C, D, D] and scale of one of the FORMS."""
+    """Return log_weights [C], precision_cholesky [C, D, D] and scale of one of the FORMS."""
     generator = torch.Generator().manual_seed(seed)
 
     def factor(count):
@@ -102,7 +102,7 @@ def random_gaussians(components, centers, dim, form, dtype=torch.float64, seed=0
 
 
 def random_counts(cells, genes, seed=0, dtype=torch.float64, per_cell=False, depth=1.0):
-    """Counts, most of them 0, and mean, inverse dispersion and dropout logits."""
+    """Return counts, most of them 0, with mean, inverse dispersion and dropout logits."""
     random = np.random.default_rng(seed)
     mean = random.lognormal(-1, 2, (cells, genes)) * depth
     theta = random.lognormal(0, 1.5, (cells, genes) if per_cell else genes)
@@ -125,7 +125,7 @@ def random_components(c=4, k=1, d=3, scale="full", precision=True, dtype=torch.f
 
 
 def random_scale(size, dim, full, dtype=torch.float64):
-    """Scales of posteriors, [B, D] or for ``full`` [B, D, D]."""
+    """Return scales of posteriors: [B, D], or [B, D, D] if ``full``."""
     generator = torch.Generator().manual_seed(5)
     scale = torch.rand(size, dim, generator=generator, dtype=dtype) + 0.1
     if not full:
@@ -135,17 +135,17 @@ def random_scale(size, dim, full, dtype=torch.float64):
 
 
 def on_backends(*names):
-    """Some of the backends of the fixture, where the others would compute the same."""
+    """Run a test in only these backends of the fixture."""
     return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def on(device, tensors, dtype=None):
-    """The tensors on a device, and of another dtype if any is given; None stays None."""
+    """Return the tensors on a device and in a dtype, if one is given; None stays None."""
     return tuple(x if x is None else x.to(device, dtype) for x in tensors)
 
 
 def assert_no_worse(ours, eager, truth):
-    """Against float64 on the same numbers we err no more than eager float32 does, plus rounding.
+    """Check that our error against float64 is at most that of eager float32, plus rounding.
 
     All three are values by name. Eager's own largest error is a draw, which depends on the
     machine's matrix products: of few numbers it may be several times smaller than usual.
@@ -158,7 +158,7 @@ def assert_no_worse(ours, eager, truth):
 
 @contextlib.contextmanager
 def counted_launches():
-    """Names of the kernels launched in the interpreter, in order."""
+    """Collect the names of the kernels that the interpreter launches, in order."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names, run = [], InterpretedFunction.run
@@ -173,7 +173,7 @@ def counted_launches():
 
 
 class Computations(TorchDispatchMode):
-    """Names of the torch operations that would launch something on a GPU, or wait for it."""
+    """Collect the torch operations that would launch something on a GPU, or wait for it."""
 
     IDLE = ("empty", "new_empty", "view", "detach", "expand", "alias", "as_strided", "unsqueeze")
 
@@ -223,7 +223,7 @@ def everything(module, mixture, transpose=False, group=1):
 
 
 def composed_kl(z, centers, whitening, offsets, transpose, scale):
-    """The estimate of ``mixture_kl`` from its parts."""
+    """Return the estimate of ``mixture_kl``, composed of its parts."""
     lse, _ = reference.mixture_log_prob(z, centers, whitening, offsets, transpose)
     diagonal = scale if scale.ndim == 2 else scale.diagonal(dim1=-2, dim2=-1)
     entropy = torch.distributions.Normal(torch.zeros_like(diagonal), diagonal).entropy().sum(-1)
@@ -241,7 +241,7 @@ def kl_with_gradients(kl, inputs, transpose=False):
 
 
 def assert_all_close(found, true, tolerance):
-    """Values by name, each within a share of its largest absolute value, or of 1."""
+    """Compare values by name, with a tolerance relative to the largest of each, or to 1."""
     for name, value in true.items():
         finite = value[value.isfinite()]
         largest = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
@@ -331,7 +331,7 @@ def prior_steps(model):
 
 
 def complaint(capsys, code, expected_code=2):
-    """The one line on stderr that a command has ended with; no traceback."""
+    """Return the single line on stderr with which a command failed; there must be no traceback."""
     error = capsys.readouterr().err
     assert code == expected_code, error
     assert error.startswith("vmm-fast: ") and error.count("\n") == 1, error
@@ -339,7 +339,7 @@ def complaint(capsys, code, expected_code=2):
 
 
 def make_cells(number=60, genes=20, batches=2, seed=0):
-    """Two types of cells in batches."""
+    """Return cells of two types, in batches."""
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -356,14 +356,14 @@ def make_cells(number=60, genes=20, batches=2, seed=0):
 
 
 def written(folder, adata=None, name="cells.h5ad"):
-    """The path of a new .h5ad file of these cells, or of :func:`make_cells`."""
+    """Write cells, by default those of :func:`make_cells`, to an .h5ad file and return its path."""
     path = folder / name
     (make_cells() if adata is None else adata).write_h5ad(path)
     return path
 
 
 def mutated(state, rng):
-    """A copy with one entry gone, of another type, size or shape, or not a number; and where."""
+    """Return a copy in which one entry is missing or wrong, and the path of that entry."""
     state = copy.deepcopy(state)
     holder, key, path = [state], 0, []
     while isinstance(holder[key], dict | list) and holder[key] and (not path or rng.random() < 0.9):

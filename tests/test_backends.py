@@ -33,13 +33,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 class OnGPU(torch.Tensor):
-    """A tensor in the CPU's memory that says it is a GPU's, which decides the backend."""
+    """A tensor in the CPU's memory that claims to be on a GPU."""
 
     is_cpu, is_cuda = False, True
 
 
 def on_gpu(dim=3):
-    """Arguments of ``mixture_log_prob``, of which the first says where all are."""
+    """Return arguments of ``mixture_log_prob``, the first of which claims to be on a GPU."""
     z, *others = random_mixture(5, 4, dim)
     return (z.as_subclass(OnGPU), *others, False)
 
@@ -52,7 +52,7 @@ def unforced(monkeypatch):
 
 @pytest.fixture
 def three(monkeypatch):
-    """Backends that give their own names."""
+    """Replace each backend by one that returns its own name."""
     for module in (core, plain):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "call", lambda *_, name=name: name)
@@ -114,7 +114,7 @@ def test_an_unknown_backend_is_an_error(monkeypatch):
 
 
 def assert_warns_once(recwarn, message, dim=3):
-    """Plain torch computes, and says so at the first of two calls."""
+    """Check that plain torch computes both calls, and that only the first warns."""
     true, _ = reference.mixture_log_prob(*random_mixture(5, 4, dim))
     for _ in range(2):
         (lse, *_), _ = backends.call(MIXTURE_LOG_PROB, on_gpu(dim))
@@ -159,7 +159,7 @@ def test_components_of_many_dimensions_are_built_in_plain_torch_on_gpus(monkeypa
 
 
 def fail_with(monkeypatch, error):
-    """Let a kernel fail; gives its calls."""
+    """Make a kernel fail; return the list of its calls."""
     calls = []
 
     def fail(*arguments):

@@ -38,7 +38,7 @@ BACKWARD, PARAMETERS = "forward + backward", "forward + backward from (m, S, L, 
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """Run a command here; gives its exit status and what it prints."""
+    """Run a command in this process; return its exit status and output."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
@@ -48,7 +48,7 @@ def bench(monkeypatch, capsys):
 
 
 def measured(bench, folder, part, targets):
-    """Run a part with --quick; gives its rows, which must be complete and have so many targets."""
+    """Run a part with --quick; return its rows, after checking that all are there."""
     status, printed = bench(part, "--quick", "--threads", 1, "--out", folder)
     assert status == 0
     rows = read_rows(folder / f"{part}.jsonl")
@@ -212,7 +212,7 @@ def test_time_beside_a_part_operations_and_density_by_hand():
 
 
 def timed(part, mode, times, **fields):
-    """A row for each provider, of its median."""
+    """Return one row for each provider, with this median."""
     row = {"part": part, "mode": mode, "dtype": "float32", "threads": 2}
     row |= {"B": 256, "J": 100, "D": 10}
     return [

@@ -44,13 +44,13 @@ def small_and_quick(monkeypatch):
 
 @pytest.fixture
 def pictures(monkeypatch, small_and_quick):
-    """Pictures all the same, t-SNE of few points."""
+    """Draw pictures after all, with t-SNE of few points."""
     monkeypatch.setattr(vmm_fast.arrays.clustering, "TSNE_ROWS", 40)
     monkeypatch.setattr(Clustering, "write_pictures", WRITE_PICTURES)
 
 
 def vectors(rows=ROWS, columns=COLUMNS, seed=0):
-    """Two clusters."""
+    """Return points in two clusters."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, rows)
     return rng.normal(size=(rows, columns)) + 6 * labels[:, None], labels
@@ -88,7 +88,7 @@ def without_times(result):
 
 
 def check_results(out, source):
-    """All files are there and agree with one another."""
+    """Check that all files are there and agree with each other."""
     assert {p.name for p in out.iterdir()} == FILES
     values = read(source).values
     rows = table(out)
@@ -330,7 +330,7 @@ def test_rows_that_are_no_pictures_have_the_papers_network_where_there_are_many(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run and its input."""
+    """Return the folder of a finished run and its input."""
     folder = tmp_path_factory.mktemp("finished")
     np.save(folder / "x.npy", vectors()[0])
     with pytest.MonkeyPatch.context() as patch:
@@ -342,7 +342,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def again(finished, tmp_path):
-    """A copy of the run, and its input."""
+    """Return a copy of the finished run's folder and its input."""
     return shutil.copytree(finished / "out", tmp_path / "out"), finished / "x.npy"
 
 
@@ -461,7 +461,7 @@ def test_tables(tmp_path, text, shape, labels, noted):
 
 
 def test_no_label_is_trained_on(tmp_path):
-    """Whatever further name the truth goes by, it is left out, and the reader is told."""
+    """Columns of labels are left out whatever their name, and the user is told."""
     rows = "\n".join(f"{i % 3},{i % 3},{i / 7},{-i}" for i in range(12))
     (tmp_path / "x.csv").write_text(f"labels,y,a,b\n{rows}\n")
     data = read(tmp_path / "x.csv")

@@ -29,14 +29,14 @@ def mixture(centers=CENTERS, weights=None):
 
 
 def overlapping(count=12, points=600, seed=0):
-    """Components at random, and points of them."""
+    """Return random components and points drawn from them."""
     torch.manual_seed(seed)
     components = mixture(3 * torch.randn(count, 2), (torch.rand(count) + 0.5).tolist())
     return components, components.sample(points)
 
 
 class Shares:
-    """Stands in for a mixture: a point is the number of a row of responsibilities."""
+    """A stand-in for a mixture: a point is the row number of given responsibilities."""
 
     def __init__(self, rows):
         self.rows = torch.tensor(rows)

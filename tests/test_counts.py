@@ -14,13 +14,9 @@ from support import (
     Computations,
     assert_all_close,
     counted_launches,
-    expanded,
-    negated,
     on,
     on_backends,
     random_counts,
-    shifted,
-    strided,
     threads,
 )
 
@@ -72,7 +68,7 @@ everywhere = on_backends("core", "plain", "triton")
 
 @pytest.fixture
 def small_programs(monkeypatch, backend):
-    """Several programs for few genes and cells."""
+    """Split few genes and cells between several programs."""
     if backends.FORCED == "triton":
         from vmm_fast.kernels import counts as kernels
 
@@ -82,7 +78,7 @@ def small_programs(monkeypatch, backend):
 
 @pytest.fixture(scope="module")
 def grid():
-    """Every count with every parameter, and its three log-likelihoods to 40 digits."""
+    """Return every count with every parameter, and the three log-likelihoods to 40 digits."""
     rows = list(itertools.product(COUNTS, MEANS, DISPERSIONS, LOGITS))
     with mpmath.workdps(40):
         exact = [_exact(*map(mpmath.mpf, row)) for row in rows]
@@ -168,7 +164,7 @@ def test_every_instruction_set(isa, model):
 @pytest.mark.parametrize("per_cell", [False, True], ids=["of genes", "of cells"])
 @in_kernels
 def test_every_model_in_kernels(small_programs, backend, per_cell, model):
-    """Within a stretch of genes and a chunk of cells, and beyond them."""
+    """For shapes that fit into one block of genes and cells, and for larger ones."""
     for shape in [(3, 70), (1, 1), (0, 5), (3, 0)]:
         arguments = on(backend, random_counts(*shape, per_cell=per_cell, depth=5.0))
         assert_equals_reference(model, *arguments)
@@ -188,7 +184,7 @@ def test_sparse_counts_and_another_run_give_the_same_bits(small_programs, backen
 @models
 @everywhere
 def test_a_gene_that_occurs_again_in_a_cell_of_sparse_counts(backend, model):
-    """Counts as the sum, as torch takes it."""
+    """Its counts are added, as in torch."""
     genes, values = torch.tensor([0, 4, 4, 6, 4]), torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0])
     rows = torch.tensor([0, 4, 5])
     x = torch.sparse_csr_tensor(rows, genes, values.double(), (2, 9), check_invariants=False)
@@ -221,13 +217,6 @@ def test_zeros_that_dropout_makes_nearly_sure(isa, logit):
     exact = torch.log1p((zero - logits).exp()) - torch.log1p((-logits).exp())
     found = ops.zinb_log_prob(x, *single).double()
     torch.testing.assert_close(found, exact.sum(-1), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("change", [strided, shifted, expanded, negated])
-@everywhere
-def test_any_memory_layout(backend, change):
-    arguments = [change(x).to(backend) if x.ndim == 2 else x for x in random_counts(5, 19)]
-    assert_equals_reference("zinb", *on(backend, arguments))
 
 
 @models
@@ -290,23 +279,18 @@ def test_a_mean_of_zero_is_finite_and_has_no_gradient(backend):
 
 
 @everywhere
-def test_dtypes(backend):
-    x, mean, theta, logits = on(backend, random_counts(4, 11))
-    expected = ops.zinb_log_prob(x, mean, theta, logits)
-    mixed = ops.zinb_log_prob(x.int(), mean.float(), theta, logits.bfloat16().double())
-    assert mixed.dtype == torch.float64
-    half = [p.bfloat16() for p in (mean, theta, logits)]
-    found = ops.zinb_log_prob(x.short(), *half)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, ops.zinb_log_prob(x.float(), *(p.float() for p in half)))
-    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.1)
+def test_counts_of_other_dtypes(backend):
+    x, *parameters = on(backend, random_counts(4, 11))
+    expected = ops.zinb_log_prob(x, *parameters)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        assert torch.equal(ops.zinb_log_prob(x.to(dtype), *parameters), expected)
 
 
 # --- a mean that comes as a library size and logits ---
 
 
 def softmax_case(model, cells, genes, dtype=torch.float64):
-    """As random_counts, with logits in place of the mean and library sizes behind the others."""
+    """Return random counts, logits in place of the mean, other parameters and library sizes."""
     x, mean, *rest = random_counts(cells, genes, dtype=dtype)
     scale = torch.linspace(0.5, 3, cells, dtype=dtype)
     rest = rest[: FEW[model] - 1]
@@ -314,7 +298,7 @@ def softmax_case(model, cells, genes, dtype=torch.float64):
 
 
 def of_softmax(model, x, logits, *rest):
-    """The log-likelihood, of arguments as softmax_case gives them."""
+    """Return the log-likelihood for arguments from softmax_case."""
     *others, library_size = rest
     return FUNCTIONS[model](x, ops.SoftmaxMean(logits, library_size), *others)
 
@@ -379,23 +363,6 @@ def test_softmax_mean_at_the_edges(backend):
         bad[where] = 1
 
 
-@pytest.mark.parametrize(("model", "softmax"), [("poisson", True), ("nb", False), ("zinb", True)])
-@everywhere
-def test_only_what_is_asked_for_has_a_gradient(backend, model, softmax):
-    x, *parameters = on(backend, softmax_case(model, 4, 11))
-    function = partial(of_softmax, model)
-    if not softmax:
-        *parameters, _ = parameters
-        parameters[0], function = parameters[0].exp(), FUNCTIONS[model]
-    everything = values_and_gradients(function, x, *parameters)[1:]
-    for one in range(len(parameters)):
-        inputs = [p.clone().requires_grad_(i == one) for i, p in enumerate(parameters)]
-        found = function(x, *inputs)
-        upstream = torch.linspace(-1, 2, len(found), dtype=found.dtype, device=backend)
-        (slope,) = torch.autograd.grad((found * upstream).sum(), [inputs[one]])
-        assert torch.equal(slope, everything[one])
-
-
 @pytest.mark.parametrize(
     ("model", "shape", "sums"),
     [("poisson", (3, 70), 1), ("nb", (3, 70), 2), ("zinb", (3, 70), 2), ("zinb", (2, 20), 0)],
@@ -413,14 +380,6 @@ def test_launches(small_programs, backend, model, shape, sums):
         backends.call(COUNT_LOG_PROB.backward, (grad, *given, wanted))
     assert launched == ["count_log_prob_kernel", "count_log_prob_backward_kernel"]
     assert computed.names == ["sum.dim_IntList"] * sums
-
-
-@everywhere
-def test_compiles_without_graph_breaks(backend):
-    arguments = on(backend, random_counts(4, 11))
-    compiled = torch.compile(ops.zinb_log_prob, fullgraph=True, backend="aot_eager")
-    found, true = (values_and_gradients(f, *arguments) for f in (compiled, ops.zinb_log_prob))
-    torch.testing.assert_close(found, true)
 
 
 def softmax(shape, sizes):

@@ -77,7 +77,7 @@ def test_no_report_without_nvcc_or_sources(monkeypatch, tmp_path):
 
 
 def test_no_such_device(kernels):
-    """The same on a machine without any: CUDA's own words, and no crash."""
+    """The error is CUDA's own, also on a machine without a GPU."""
     device = 1000
     assert not kernels.is_served(device)
     with pytest.raises(RuntimeError, match=r"CUDA: .* \(cudaError\w+\)"):

@@ -127,7 +127,7 @@ def test_the_line_in_which_excel_says_what_separates_cells(tmp_path, line):
     "cell", ["1_2", "1_0.5", "1e1_0", "\u0661", "\uff12", "\u22121", "1\u00a0000", "0x10", "-"]
 )
 def test_only_plain_numbers_are_numbers(tmp_path, cell):
-    """Python takes some of these for a number, where other readers of tables do not."""
+    """Python takes some of these for numbers, but other readers of tables do not."""
     (tmp_path / "x.csv").write_text(f"a,b\n1,2\n3,{cell}\n", encoding="utf-8")
     assert f"line 3, column 'b' must be a number, but is {cell!r}" in refusal(tmp_path / "x.csv")
 

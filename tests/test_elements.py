@@ -25,7 +25,7 @@ LATIN = "é".encode("latin-1")
 
 @pytest.fixture
 def file(tmp_path):
-    """An .h5ad file, whose elements are all as they should be."""
+    """Return an .h5ad file in which every element is valid."""
     adata = make_cells()
     adata.obs["batch"] = ["a", "b"] * 6
     adata.var["length"] = np.arange(9)
@@ -39,7 +39,7 @@ def file(tmp_path):
 
 
 def put(group, key, value, encoding="array"):
-    """Write an element as anndata says that it does."""
+    """Write an element with the attributes that anndata's format requires."""
     group.create_dataset(key, data=value)
     group[key].attrs.update({"encoding-type": encoding, "encoding-version": "0.2.0"})
 
@@ -59,7 +59,7 @@ def assert_all_else_is_read(adata):
 
 
 def spoil(opened):
-    """Give names of elements that cannot be read, which are written to the file."""
+    """Write elements that cannot be read; return their names."""
     opened["uns/soft"] = h5py.SoftLink("/nowhere")
     opened["obsm/external"] = h5py.ExternalLink("no.h5", "/x")
     opened["uns"].create_dataset("latin", data=LATIN, dtype=h5py.string_dtype())

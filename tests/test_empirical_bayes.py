@@ -45,7 +45,7 @@ def random_parameters(c=5, k=1, d=3, scale="full", dtype=torch.float64, device=N
 
 
 def copied(parameters, dtype=None):
-    """The same values in tensors of their own, each of which moves if it did before."""
+    """Return a copy of the tensors, with the same requires_grad."""
 
     def copy(x):
         return x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
@@ -67,7 +67,7 @@ def objective_of(
 
 @pytest.fixture
 def device(backend, monkeypatch):
-    """The backend's; kernels take logits two at a time, so that a few fill several blocks."""
+    """Return the backend's device; kernels take only two logits at a time."""
     if backends.FORCED == "triton":
         from vmm_fast.kernels import closed_form, empirical_bayes
 
@@ -81,7 +81,7 @@ in_kernels = on_backends("triton")
 
 
 def in_each_backend(names, rows):
-    """All rows in the core, and in the kernels, which split the work in every other one."""
+    """Run all cases in the core, and in the kernels, every other one with split work."""
     kinds = itertools.cycle(["triton", "triton-split"])
     cases = [("core", *row) for row in rows] + [(next(kinds), *row) for row in rows]
     return pytest.mark.parametrize(("backend", *names), cases, indirect=["backend"])
@@ -412,7 +412,7 @@ def no_sums(parameters):
 
 
 def after_online_steps(parameters, objective, batches, rate=0.2):
-    """Running sums and parameters after some steps; the centers move between them."""
+    """Return running sums and parameters after some steps, between which the centers move."""
     parameters = copied(parameters)
     running, free = no_sums(parameters), parameters.scale is None
     settings = {"rate": rate, "free_centers": free}
@@ -424,7 +424,7 @@ def after_online_steps(parameters, objective, batches, rate=0.2):
 
 
 def assert_online_steps(parameters, objective, batches, tolerance=1e-7, **settings):
-    """The same steps as in torch; gives what they came to."""
+    """Compare online steps with those in torch; return the result."""
     found = after_online_steps(parameters, objective, batches, **settings)
     with in_torch():
         true = after_online_steps(parameters, objective, batches, **settings)
@@ -474,7 +474,7 @@ def test_online_steps_of_float32(device, scale):
 
 
 def free_parameters(device, c, **values):
-    """Free centers, and values of some components or of a whole tensor."""
+    """Return free centers, and values of some components or of a whole tensor."""
     parameters = random_parameters(c=c, scale=None, device=device)
     with torch.no_grad():
         for name, (where, value) in values.items():
@@ -611,7 +611,7 @@ def test_many_components_and_dimensions(c, d):
 
 
 def one_of_each(inference):
-    """Parameters, sums and running sums after a step of each kind."""
+    """Return parameters, sums and running sums after one step of each kind."""
     parameters, z = random_parameters(c=120, k=2, d=16), points(16, b=500)
     objective = objective_of(weights=("stick-breaking", 0.2), data_size=1000)
     if inference == "closed-form":
@@ -692,7 +692,7 @@ def stored_encoder(total, d, full, dtype=torch.float32):
 
 
 def prior_of(kind, d=3, **options):
-    """A prior of one of the kinds, and its encoder if it has one."""
+    """Return a prior of this kind, and its encoder if it has one."""
     torch.manual_seed(0)
     if kind == "free":
         return GaussianMixturePrior(4, d, **options), None

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def example(monkeypatch, capsys):
-    """Run an example in this process; gives what it prints."""
+    """Run an example in this process; return its output."""
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -33,7 +33,7 @@ def test_own_vae(example):
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """A folder to be in, with 200 cells in two batches."""
+    """Change to a folder that holds 200 cells in two batches; return the folder."""
     pytest.importorskip("scvi", reason="scvi-tools is not installed")
     from anndata import AnnData
 
@@ -49,7 +49,7 @@ ATLAS = ("cells.h5ad", "--batch-size", "32", "--components", "5", "--out", "mode
 
 
 def check_model(cells):
-    """It is all that was left, and assigns every cell."""
+    """Check that the model is the only file left, and that it assigns every cell."""
     from vmm_fast.cells import CellStore
     from vmm_fast.scvi import VMMSCVI
 

@@ -37,7 +37,7 @@ def folder(path, **options):
 
 @pytest.fixture
 def out(tmp_path):
-    """A finished run, and a file of somebody's own."""
+    """Return the folder of a finished run, with one file that is not the run's."""
     path = tmp_path / "out"
     start(path, RECORD)
     (path / "model").mkdir()
@@ -47,7 +47,7 @@ def out(tmp_path):
 
 
 def start(path, record, **options):
-    """Mark the folder as a run's that ends at once."""
+    """Start and end a run in the folder."""
     with folder(path) as run:
         run.start(record, **{"overwrite": False, **options})
 

@@ -81,13 +81,13 @@ def test_the_larger_tile_of_some_gpus(monkeypatch, backend, transpose):
 
 
 def tf32(x):
-    """The nearest number of 10 binary places, as ``cvt.rna.tf32.f32`` gives it."""
+    """Round to 10 binary places, as ``cvt.rna.tf32.f32`` does."""
     return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Products as three passes of TF32, which the interpreter takes for exact ones."""
+    """Compute products in three passes of TF32, which the interpreter computes exactly."""
     if ON_GPU:
         yield  # this GPU's own
         return
@@ -217,7 +217,7 @@ def test_launches_of_a_variational_step(monkeypatch, backend, full):
 
 
 def run_compiler(tmp_path, *arguments, code=0):
-    """Run Python without the interpreter and with nothing compiled before; gives what it prints."""
+    """Run Python without the interpreter and with an empty cache of kernels; return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
@@ -228,7 +228,7 @@ def run_compiler(tmp_path, *arguments, code=0):
 
 
 def test_kernels_compile(tmp_path):
-    """Each once, in float32 and within its bounds."""
+    """Each kernel once, in float32, within its bounds."""
     code = """
 from vmm_fast.kernels import aot
 first = {}

@@ -31,13 +31,13 @@ RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 
 def room_of(name):
-    """The room of a module, None of what all may import: files, errors, texts."""
+    """Return a module's room, or None if every room may import it: files, errors, texts."""
     parts = name.split(".")
     return parts[1] if parts[0] == "vmm_fast" and len(parts) > 1 and parts[1] in RANKS else None
 
 
 def imports_of(path):
-    """Modules of the package that a file imports when it is imported, or later in a function."""
+    """Return the modules of the package that a file imports, at the top or in a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,7 +56,7 @@ def test_every_room_has_its_place():
 
 @pytest.mark.parametrize("room", [x for x in RANKS if not x.startswith("_")])
 def test_a_room_imports_from_those_below(room):
-    """Rooms of one row stand side by side."""
+    """Rooms in one row may import from each other."""
     folder = PACKAGE.parent / room if room == "kernels" else PACKAGE / room
     paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
     for path in paths:

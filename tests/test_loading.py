@@ -24,11 +24,11 @@ from vmm_fast._files import load_checked, save_atomically  # noqa: E402
 from vmm_fast.cells import CellStore, integration  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, MemoryCells, checkpoints, loading  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Cells:
-    """Cell i has the counts i + 1 and 1; remembers what was read."""
+    """Cells of which cell i has the counts i + 1 and 1; they remember what was read."""
 
     n_vars = 2
 
@@ -198,7 +198,7 @@ def make_cells(number=150, genes=12):
 
 
 def prepared(on_disk, tmp_path):
-    """Cells as the command takes them, in memory or on disk."""
+    """Return cells as the command takes them, in memory or on disk."""
     adata = make_cells()
     options = {"batch_key": "batch", "epochs": 3, "batch_size": 16, "components": 5, "seed": 2}
     chosen = integration.Settings.suited_to(adata, **options, on_disk=on_disk)
@@ -320,7 +320,7 @@ class Kept(Checkpoints):
 
 
 def train(keep=None, epochs=3, *, number=150, n_hidden=8, batch_size=16, seed=0, **more):
-    """Nine steps an epoch, of which the last has seven cells."""
+    """Train a small model: nine steps an epoch, the last of seven cells."""
     adata = make_cells(number)
     counts = adata.X
     VMMSCVI.setup_anndata(adata, batch_key="batch")
@@ -343,7 +343,7 @@ def train(keep=None, epochs=3, *, number=150, n_hidden=8, batch_size=16, seed=0,
 
 @cache
 def whole():
-    """A model that was trained without a stop."""
+    """Return a model that was trained without a stop."""
     return train()
 
 

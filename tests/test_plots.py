@@ -34,7 +34,7 @@ def rng():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Catch the figures that are saved, and save them all the same."""
+    """Collect the figures that are saved."""
     caught = []
     save = plots._save
 

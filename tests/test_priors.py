@@ -54,7 +54,7 @@ class Counted:
 
 
 class Generator(nn.Module):
-    """Pseudo-inputs from a module."""
+    """A module that generates pseudo-inputs."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Generator(nn.Module):
 
 
 class Given(nn.Module):
-    """Pseudo-inputs that are a module's parameter as it is."""
+    """A module whose parameter is the pseudo-inputs."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def inputs(n=40, dtype=torch.float64):
 
 
 def perturb(prior):
-    """Parameters that are not all alike."""
+    """Change the parameters so that components differ."""
     with torch.no_grad():
         prior.logits.copy_(torch.randn_like(prior.logits))
         lower = 0.3 * torch.randn_like(prior.raw_precision).tril()
@@ -120,7 +120,7 @@ PRIORS = LEARNT | {"normal": lambda: StandardNormalPrior(D).double()}
 
 
 def state_of(prior):
-    """Parameters and buffers by name, as they are now."""
+    """Return parameters and buffers by name, as they are now."""
     state = prior.state_dict().items()
     return {name: value.clone() for name, value in state if name != "_extra_state"}
 
@@ -133,7 +133,7 @@ def same_state(one, two):
 
 
 def plain_kl(prior, q, z, encoder, factor):
-    """KL estimate from torch.distributions alone, everything in the graph."""
+    """Return a KL estimate from torch.distributions alone, with everything in the graph."""
     posterior = encoder(prior.pseudo_inputs)
     full = isinstance(posterior, MultivariateNormal)
     normal = posterior if full else getattr(posterior, "base_dist", posterior)

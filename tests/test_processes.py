@@ -27,7 +27,7 @@ def points():
 
 
 def train(z, inference):
-    """Steps on standing points with a standing encoder; the state afterwards."""
+    """Take steps on fixed points with a fixed encoder; return the state afterwards."""
     torch.manual_seed(0)
     weight = torch.randn(3, D, dtype=torch.float64)
     start = torch.randn(COMPONENTS, 3, dtype=torch.float64)
@@ -43,7 +43,7 @@ def train(z, inference):
 
 
 def mixed(rank):
-    """Tensors of a process, with values whose sums rounding in float32 would change."""
+    """Return tensors of a process, whose sums float32 would round."""
     generator = torch.Generator().manual_seed(rank)
 
     def random(*shape, dtype=torch.float32):
@@ -64,7 +64,7 @@ def mixed(rank):
 
 
 def worker(rank, folder):
-    """Do in this process all that the tests look at."""
+    """Do all that the tests check in this process."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.set_num_threads(1)
     found = {inference: train(points().chunk(2)[rank], inference) for inference in INFERENCES}
@@ -93,7 +93,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """What was found in each of two processes."""
+    """Return what each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
     # What takes seconds to import is imported once for both.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "vmm_fast"])

@@ -35,7 +35,7 @@ def make_cells():
 
 
 def read(path):
-    """The counts, and names of cells and genes, and notes."""
+    """Return the counts, the names of cells and of genes, and the notes."""
     adata, notes = (cells := read_cells(str(path))).adata, cells.notes
     return adata.X.toarray().tolist(), list(adata.obs_names), list(adata.var_names), notes
 

@@ -35,7 +35,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """Text, attributes and tables of a page; complains of tags that do not match."""
+    """Text, attributes and tables of a page, whose tags must match."""
 
     def __init__(self, path):
         super().__init__()
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def cells(number=240, clusters=4, n_genes=30, seed=0, **settings):
-    """Clusters that have genes of their own; cluster c is called 10 c."""
+    """Return cells in clusters with genes of their own; cluster c is called 10 c."""
     random = np.random.default_rng(seed)
     cluster = np.minimum(random.geometric(0.4, number) - 1, clusters - 1)
     if clusters > 10:
@@ -98,7 +98,7 @@ PLANE = report._plane
 
 @pytest.fixture(autouse=True, scope="module")
 def no_umap():
-    """Its first call compiles for ten seconds."""
+    """Draw no UMAP, whose first call compiles for ten seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
         yield
@@ -115,7 +115,7 @@ def page_of(tmp_path):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, no_umap):
-    """A page with everything, and the cells it is of."""
+    """Return a page with everything, and the cells that it shows."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     adata = cells(batch_key="donor", labels_key="type", genes=["gene0"] * 30, rate={"network": 0.1})
     write_report(path, adata, HISTORY)

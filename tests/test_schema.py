@@ -113,7 +113,7 @@ def test_runs_with_other_settings_than_there_can_be_are_refused(tmp_path):
 
 
 def _value(state, where):
-    """The value at a path, None where it is gone."""
+    """Return the value at a path, or None if it is missing."""
     for key in where:
         try:
             state = state[key]
@@ -124,7 +124,7 @@ def _value(state, where):
 
 @pytest.fixture
 def clusterer():
-    """One of four components, of which the last holds no point, in two clusters."""
+    """Return a clusterer with four components, the last without a point, in two clusters."""
     network = VAE(3, 2, hidden=(4,)).eval()
     centers = torch.tensor([[-3.0, 0], [-3.0, 1], [3.0, 0], [9.0, 9]])
     log_weights = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()

@@ -50,7 +50,7 @@ def train(model, epochs=1, **options):
 
 @cache
 def learnt():
-    """A trained model, which all tests leave as it is."""
+    """Return a trained model, which no test may change."""
     return train(model(), 3)
 
 
@@ -58,7 +58,7 @@ def learnt():
 
 
 def loss_of(model):
-    """Loss of the first cells, with the same random numbers for all models."""
+    """Return the loss of the first cells, with the same random numbers for all models."""
     scvi.settings.seed = 1
     return model.module(batch_of(model), loss_kwargs={"kl_weight": 0.7})[2].loss
 
@@ -551,7 +551,7 @@ def test_early_stopping_waits_for_the_end_of_the_warmup():
 
 def test_the_warmup_does_not_count_for_what_follows_the_loss(tmp_path):
     class Better(Callback):
-        """Make every loss of the warm-up a better one than those after it."""
+        """Make every loss of the warm-up better than those after it."""
 
         def on_validation_epoch_end(self, trainer, plan):
             loss = trainer.current_epoch - 1000.0 * plan.module.warming_up

@@ -42,7 +42,7 @@ def logs(tmp_path_factory):
 
 
 def some_labels(adata=None):
-    """Cells of which every other one has its label."""
+    """Return cells of which every other one has its label."""
     adata = separated_cells() if adata is None else adata
     labels = adata.obs["cluster"].to_numpy(object, copy=True)
     labels[::2] = "Unknown"
@@ -89,7 +89,7 @@ def train(model, epochs=1, **options):
 
 @cache
 def learnt(name, prior="vmm", epochs=2):
-    """A trained model, which all tests leave as it is."""
+    """Return a trained model, which no test may change."""
     return train(made(name, prior=prior), epochs)
 
 
@@ -117,7 +117,7 @@ def test_the_normal_prior_is_the_stock_model(name, encode_covariates):
 
 
 def log_prior(components, z):
-    """log p(z) of the mixture, as torch.distributions has it."""
+    """Return log p(z) of the mixture from torch.distributions."""
     covariance = components.precision_cholesky
     if covariance is not None:
         covariance = torch.cholesky_inverse(covariance)
@@ -210,7 +210,7 @@ def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
 
 
 class MakesFolder:
-    """An object that makes a folder as pickle reads it: a stranger may hide one in a file."""
+    """An object that makes a folder when pickle reads it, as malicious code in a file might."""
 
     def __init__(self, path):
         self.path = path

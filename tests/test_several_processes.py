@@ -34,7 +34,7 @@ TIMEOUT = timedelta(seconds=2)  # of one who waits for one that hangs
 
 
 class Watched(training.EmpiricalBayesTrainingPlan):
-    """Remembers the cells of each step, before one of which it sends its own process a signal."""
+    """A plan that remembers each step's cells, and sends its process a signal before one step."""
 
     signal = at = None
 
@@ -53,7 +53,7 @@ class Watched(training.EmpiricalBayesTrainingPlan):
 
 
 class Kept(Checkpoints):
-    """Remembers after which steps it has written."""
+    """Checkpoints that remember after which steps they were written."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -116,7 +116,7 @@ BY_STEPS = [{"seconds": math.inf, "steps": 4}] * 2
 
 
 def start(folder, inference, name, keep, signal=None, at=None, resume=False):
-    """Two processes; the packages are imported once for all."""
+    """Start two processes, which import the packages only once."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vmm_fast.scvi"])
     options = (str(folder), inference, name, signal, at, keep, resume)
     return multiprocessing.start_processes(
@@ -125,7 +125,7 @@ def start(folder, inference, name, keep, signal=None, at=None, resume=False):
 
 
 def finished(folder, inference, name, *args, **kwargs):
-    """What came of each process."""
+    """Return the result of each process."""
     started = start(folder, inference, name, *args, **kwargs)
     while not started.join(SECONDS):
         pass
@@ -134,7 +134,7 @@ def finished(folder, inference, name, *args, **kwargs):
 
 @pytest.fixture(scope="module", params=["gradient", "closed-form"])
 def whole(request, tmp_path_factory):
-    """Folder, inference and what came of each of two processes that nobody stopped."""
+    """Return the folder, the inference and the results of two processes that were not stopped."""
     folder, inference = tmp_path_factory.mktemp("whole"), request.param
     random = np.random.default_rng(0)
     rates = random.gamma(1.0, 4.0, (3, 12)) + 0.1

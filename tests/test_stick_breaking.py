@@ -48,7 +48,7 @@ def double(values):
 
 
 def oracle(counts, concentration, discount):
-    """(order, a, b, expected log weights, mean weights) by the definition."""
+    """Return (order, a, b, expected log weights, mean weights) by the definition."""
     counts = np.asarray(counts, dtype=np.float64)
     order = np.argsort(-counts, kind="stable")
     n = counts[order]
@@ -67,7 +67,7 @@ def oracle(counts, concentration, discount):
 
 
 def concentration_objective(gamma, sum_log_rest, num_components, discount, shape, rate):
-    """Up to terms without gamma."""
+    """Return the objective up to terms without gamma."""
     c = np.arange(1, num_components)
     return (
         (shape - 1) * np.log(gamma)
@@ -343,7 +343,7 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.fixture
 def emulated_gpu(monkeypatch):
-    """Makes the dispatch believe that the counts are on a GPU whose block has so many threads."""
+    """Make the dispatch believe that the counts are on a GPU with this many threads in a block."""
 
     def emulate(members, falling=False):
         def launch(*arguments):
@@ -413,7 +413,7 @@ def test_without_checks_what_is_no_count_gives_nan(members, value, discount, emu
 
 
 class NeverWaiting(TorchDispatchMode):
-    """Refuses what a GPU would have to be waited for."""
+    """Refuse operations that would have to wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def make_counts(number, genes, seed=0):
-    """Sparse counts; some cells have none."""
+    """Return sparse counts; some cells have none."""
     random = np.random.default_rng(seed)
     counts = random.poisson(random.gamma(0.3, 2.0, genes), (number, genes))
     counts[random.random(number) < 0.2] = 0
@@ -41,7 +41,7 @@ def make_counts(number, genes, seed=0):
 
 
 def make_cells(number=60, genes=20, seed=0):
-    """Cells with a column of every kind that anndata writes."""
+    """Return cells with a column of every kind that anndata writes."""
     random = np.random.default_rng(seed)
     adata = AnnData(make_counts(number, genes, seed))
     adata.obs_names = [f"cell {seed}-{i}" for i in range(number)]
@@ -67,7 +67,7 @@ def make_cells(number=60, genes=20, seed=0):
 
 
 def make_full_cells():
-    """Cells with something in every place that anndata has."""
+    """Return cells with something in every place that anndata has."""
     adata = make_cells()
     adata.raw = adata.copy()
     adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(60, 3))
@@ -97,7 +97,7 @@ def random_runs(random, number):
 
 
 def check_reads(found, dense, seed=0):
-    """Random runs are what numpy slices."""
+    """Compare random ranges of cells with numpy's slices."""
     assert (found.n_obs, found.n_vars) == dense.shape
     random = np.random.default_rng(seed)
     for _ in range(10):
@@ -148,7 +148,7 @@ def test_no_runs_and_runs_beyond_the_cells(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of three, genes of the second in another order, and their counts."""
+    """Return a folder of three files, genes of the second in another order, and their counts."""
     folder = tmp_path / "shards"
     folder.mkdir()
     parts = [make_cells(number, 20, seed) for seed, number in enumerate((30, 17, 25))]
@@ -325,7 +325,7 @@ def test_counts_in_raw_are_pointed_to(tmp_path):
 
 
 def edited(path, edit, adata=None):
-    """A file of cells in which something has been changed."""
+    """Return a file of cells in which something has been changed."""
     with h5py.File(written(path, adata), "r+") as file:
         edit(file)
     return path
@@ -522,7 +522,7 @@ def corrupt(path):
 
 
 def chunk_of(path, part, number):
-    """The file of a chunk of an array of zarr."""
+    """Return the file of a chunk of a zarr array."""
     array = zarr.open_group(path, mode="r")[part]
     return path / part / array.metadata.encode_chunk_key((number % array.nchunks,))
 
@@ -599,7 +599,7 @@ def test_damaged_counts_in_memory(tmp_path, kind, where):
 
 
 def same_cells(path, adata, layer=None):
-    """Also when backed, anndata reads what was prepared as it was."""
+    """Check that anndata reads the prepared file as it was, in memory and backed."""
     expected = adata.X if layer is None else adata.layers[layer]
     for backed in (None, "r"):
         found = anndata.read_h5ad(path, backed=backed)
@@ -883,7 +883,7 @@ def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
         pd.testing.assert_frame_equal(getattr(ours, name), getattr(theirs, name))
 
     def stored(name):
-        """Everything in the file: its attributes, how it is stored, and its values."""
+        """Return everything in the file: its attributes, storage and values."""
         found = {}
 
         def take(key, item):
@@ -900,7 +900,7 @@ def test_cells_in_memory_are_written_as_anndata_does(tmp_path, bare):
 
 
 def unwritable_cells(path):
-    """Cells as anndata reads them, of which it would not write twelve elements; and notes."""
+    """Return cells with twelve elements that anndata reads but does not write, and their notes."""
     adata = make_full_cells()
     adata.obs.index.name = "vmm_cluster"
     adata.var["index"] = 1

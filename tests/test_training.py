@@ -20,13 +20,11 @@ from vmm_fast.models import VAE, History, RandomShifts, fit, training
 from vmm_fast.priors import StandardNormalPrior, VMMPrior
 from vmm_fast.schedules import learning_rate_share
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 N, M, INPUTS = 70, 30, 6
 
 
 def make_data(n=N, seed=0):
-    """Two clusters in INPUTS dimensions, within [0, 1]."""
+    """Return two clusters in INPUTS dimensions, within [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     side = torch.randint(2, (n, 1), generator=generator)
     return 0.25 + 0.5 * side + 0.2 * torch.rand(n, INPUTS, generator=generator)
@@ -48,7 +46,7 @@ def run(model, **arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model after 4 epochs, its history, and its checkpoints after 1, 2 and 4 of them."""
+    """Return a model after 4 epochs, its history, and the folder of its checkpoints."""
     model, folder = make_model(), tmp_path_factory.mktemp("trained")
 
     def keep(record):
@@ -59,7 +57,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(trained, tmp_path):
-    """Give a copy of a checkpoint of the trained model, after so many epochs."""
+    """Return a copy of a checkpoint of the trained model after this many epochs."""
 
     def copied(epochs):
         path = tmp_path / "run.pt"
@@ -70,7 +68,7 @@ def checkpoint(trained, tmp_path):
 
 
 def assert_same_state(a, b):
-    """Equal to the last bit, extra state of the prior's optimizer included."""
+    """Compare to the last bit, including the state of the prior's optimizer."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -120,7 +118,7 @@ def test_without_validation_and_mixture():
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(70, 16, 4), (64, 16, 4), (10, 16, 1)])
 def test_batches(n, batch_size, steps, monkeypatch):
-    """Each is encoded once: the empirical-Bayes step has the z of the variational step."""
+    """Each batch is encoded once: the empirical-Bayes step uses the z of the variational step."""
     model = make_model()
     batches, drawn, updated = [], [], []
     elbo = model.elbo
@@ -151,7 +149,7 @@ def test_same_seed_same_bits_other_seed_other_batches(trained):
 
 
 def assert_same_file(a, b):
-    """In all but the clock."""
+    """Compare all but the clock."""
     files = [load_checked(path) for path in (a, b)]
     for file in files:
         file["history"] = without_seconds(file["history"])
