@@ -603,7 +603,7 @@ def with_nan(x):
         ({"min_delta": -1.0}, ValueError, "min_delta must be"),
         ({"x_train": make_data().numpy()}, TypeError, "x_train must be a tensor.*ndarray"),
         ({"x_train": make_data()[:0]}, ValueError, "x_train must have at least one row"),
-        ({"x_train": make_data()[:, 1:]}, ValueError, r"x_train.*\(6,\).*was \[70, 5\]"),
+        ({"x_train": make_data()[:, 1:]}, ValueError, r"x_train.*\[B, 6\], but has \[70, 5\]"),
         ({"x_train": make_data().long()}, TypeError, "x_train.*int64.*pass x.float.*`transform`"),
         ({"transform": lambda x: x.long()}, TypeError, "x_train.* after `transform`.*int64"),
         ({"x_train": with_nan(make_data(9000))}, ValueError, "x_train, rows from 8192: .*finite"),

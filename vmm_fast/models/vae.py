@@ -247,7 +247,8 @@ class VAE(nn.Module):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor, but is {kind}")
         if x.shape[1:] != self.input_shape:
-            raise ValueError(f"x must have shape [B, *{self.input_shape}], but has {list(x.shape)}")
+            shape = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"x must have shape [B, {shape}], but has {list(x.shape)}")
 
     @staticmethod
     def _check_unit_interval(x: Tensor) -> None:
