@@ -160,10 +160,13 @@ def test_every_backend_gives_what_the_definition_gives(backend, operation):
 
 @every_operation
 @pytest.mark.parametrize("layout", [strided, expanded, negated])
+@one_of_each_kind
 def test_tensors_lie_anywhere_in_memory(backend, operation, layout):
     """With gaps, with strides of zero, or the other sign, upstream too: the values alone count."""
     for dtype, tolerance in TOLERANCES.items():
-        for inputs in examples(operation):
+        # The interpreter takes seconds for what a processor takes microseconds for.
+        forms = examples(operation)[-1:] if backends.FORCED == "triton" else examples(operation)
+        for inputs in forms:
             moved = changed(inputs, lambda x, dtype=dtype: layout(x.to(backend, dtype)))
             tensors = [x for x in moved if isinstance(x, torch.Tensor)]
             assert layout is negated or not any(x.is_contiguous() for x in tensors)
