@@ -843,7 +843,7 @@ def test_results_of_an_earlier_run(trained, tmp_path, capsys):
 
 
 FULL = """
-import resource, sys; from vmm_fast import cli; from vmm_fast.scvi import assignment, integration
+import resource, sys; from vmm_fast import cli; from vmm_fast.cells import assignment, integration
 write = integration.write_adata
 def full(*arguments):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -216,14 +216,14 @@ def test_launches_of_a_variational_step(monkeypatch, backend, full):
 # --- compiled ahead of time ---
 
 
-def run_compiler(tmp_path, *arguments, code=0):
+def run_compiler(tmp_path, *arguments, codes=(0,)):
     """Run Python without the interpreter and with an empty cache of kernels; return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True
     )
-    assert run.returncode == code, run.stdout + run.stderr
+    assert run.returncode in codes, run.stdout + run.stderr
     return run.stdout
 
 
@@ -280,8 +280,7 @@ def test_the_interpreter_compiles_nothing_ahead_of_time(capsys):
 
 
 # Bytes that components_backward_kernel spills for sm_100 with Triton 3.7.1, by FORM, DIAGONAL,
-# WANT_WEIGHTS, WANT_PRECISION and WANT_SCALE: no other bound may break, and these no longer once
-# they hold.
+# WANT_WEIGHTS, WANT_PRECISION and WANT_SCALE: no other bound may break, and these by no more.
 SPILLED = {
     "marginal False True True True": 400,
     "marginal False False False True": 168,
@@ -294,23 +293,22 @@ SPILLED = {
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("target", "dim"),
-    [("sm_80", 10), ("sm_90", 10), ("sm_100", 10), ("gfx942", 10), ("sm_90", 32), ("sm_90", 50)],
+    [("sm_80", 10), ("sm_90", 10), ("sm_100", 10), ("gfx942", 10), ("sm_90", 50)],
 )
 def test_kernels_compile_within_their_bounds(tmp_path, target, dim):
     """In float32 and one dimension; the command by itself does all, in longer."""
     known = SPILLED if target == "sm_100" and triton.__version__ == "3.7.1" else {}
     options = ("--dtype", "float32", "--dim", str(dim), "--target", target)
     arguments = ("-m", "vmm_fast.kernels.aot", *options)
-    printed = run_compiler(tmp_path, *arguments, code=1 if known else 0)
+    printed = run_compiler(tmp_path, *arguments, codes=(0, 1) if known else (0,))
     rows = [re.split("  +", row) for row in printed.splitlines() if f" {target} " in row]
     broken = {}
     for kernel, configuration, *_, bounds in rows:
         if bounds != "hold":
             constants = " ".join(re.findall(r"=(\w+)", configuration)[1:6])
             broken[kernel, constants] = bounds
-    assert broken == {
-        ("components_backward_kernel", constants): f"{spilled} bytes spilled, at most 0"
-        for constants, spilled in known.items()
-    }
+    for (kernel, constants), bounds in broken.items():
+        assert kernel == "components_backward_kernel" and constants in known, (kernel, constants)
+        assert int(bounds.partition(" bytes spilled")[0]) <= known[constants], bounds
     compilations = re.search(r"(\d+) compilations", printed)
     assert int(compilations[1]) > (90 if dim <= LARGEST_COMPONENT_DIM else 40)
