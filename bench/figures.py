@@ -1,4 +1,4 @@
-"""What the pictures share."""
+"""Style and layout that all pictures of the bench share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement declares, and how its calls are timed.
+"""Declarations of measurements, and the timing of their calls.
 
 Its rows are written to ``results/NAME.jsonl``. Targets, tables and pictures are made of these rows
 alone, so that a page can be made again at any time.
@@ -44,7 +44,7 @@ class Check(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the value is on the right side of its limit."""
+        """Return whether the value is on the right side of its limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     @property
@@ -164,7 +164,7 @@ def size_of(row: Row) -> str:
 
 
 class Measurement(NamedTuple):
-    """What is run, what is asked of it, and how it is shown.
+    """A measurement: its rows, its targets, and the tables and picture that show them.
 
     Most are sections of speed.md, with ``heading``, ``introduction``, ``tables`` and a picture, and
     ``checks`` are their targets. Others have a ``page`` that writes files into the folder of

@@ -16,7 +16,7 @@ from vmm_fast.kernels.blocks import log_normaliser, softplus
 
 
 class Parameters(NamedTuple):
-    """What a prior stores."""
+    """Parameters of a mixture as a prior stores them, one pointer each."""
 
     centers: Any  # [J, D]
     scale: Any  # [J, D, D], [J, D], or not read

@@ -84,7 +84,7 @@ def test_every_form(backend, form, expected):
 @pytest.mark.parametrize("dim", [17, 33, 64])
 @on_backends("core", "triton")
 def test_more_dimensions(backend, dim, form, expected):
-    """In a kernel's larger tile, and beyond the largest, without a warning."""
+    """Values equal the reference in the larger tile and beyond it, without a warning."""
     inputs = on(backend, wide_gaussians(1, 2, dim, form))
     assert_equals_reference(inputs, 2, expected)
 

@@ -164,7 +164,7 @@ def test_every_instruction_set(isa, model):
 @pytest.mark.parametrize("per_cell", [False, True], ids=["of genes", "of cells"])
 @in_kernels
 def test_every_model_in_kernels(small_programs, backend, per_cell, model):
-    """For shapes that fit into one block of genes and cells, and for larger ones."""
+    """Compare shapes that fit into one block of genes and cells, and larger ones."""
     for shape in [(3, 70), (1, 1), (0, 5), (3, 0)]:
         arguments = on(backend, random_counts(*shape, per_cell=per_cell, depth=5.0))
         assert_equals_reference(model, *arguments)
@@ -184,7 +184,7 @@ def test_sparse_counts_and_another_run_give_the_same_bits(small_programs, backen
 @models
 @everywhere
 def test_a_gene_that_occurs_again_in_a_cell_of_sparse_counts(backend, model):
-    """Its counts are added, as in torch."""
+    """Counts of a gene that occurs twice in a cell are added, as in torch."""
     genes, values = torch.tensor([0, 4, 4, 6, 4]), torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0])
     rows = torch.tensor([0, 4, 5])
     x = torch.sparse_csr_tensor(rows, genes, values.double(), (2, 9), check_invariants=False)

@@ -1,4 +1,4 @@
-"""What of an .h5ad or zarr cannot be read costs nothing else, and is told by its name."""
+"""Elements of an .h5ad or zarr that cannot be read are left out, with a note that names them."""
 
 import time
 

@@ -148,7 +148,7 @@ def test_map_gradients(device, scale, k, responsibility_gradient, data_size, map
     ],
 )
 def test_map_gradients_in_more_dimensions(device, d, scale, k, objective):
-    """In a kernel's larger tile, and beyond all tiles, where nothing warns."""
+    """Gradients equal those of plain torch in the larger tile and beyond it, without a warning."""
     parameters = random_parameters(c=2, k=k, d=d, scale=scale, device=device)
     assert_gradients(parameters, points(d, b=20, device=device), objective)
 

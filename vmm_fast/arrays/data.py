@@ -363,7 +363,7 @@ def _check_header(file: Any, size: int, what: str) -> None:
         newer = np.lib.format.read_magic(file) != (1, 0)
         read_header = getattr(np.lib.format, f"read_array_header_{1 + newer}_0")
         shape, _, dtype = read_header(file)
-    except Exception:  # numpy raises many kinds for a damaged file
+    except Exception:  # of many kinds; loading, which comes next, says that the file is damaged
         return
     declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
     if declared > held and not dtype.hasobject:
