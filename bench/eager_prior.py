@@ -42,12 +42,13 @@ class EagerVMM(Prior):
     def __init__(self, prior: VMMPrior):
         super().__init__()
         self.latent_dim, self.num_components = prior.latent_dim, prior.num_components
-        self.closed_form = prior.inference == "closed-form"
-        self.rate, self.data_size = prior.statistics_rate, prior.data_size
+        options = prior.options
+        self.closed_form = options.inference == "closed-form"
+        self.rate, self.data_size = options.statistics_rate, options.data_size
         for name, value in prior.named_parameters():
             setattr(self, name, nn.Parameter(value.detach().clone()))
         self.learnt = [self.pseudo_inputs] if self.closed_form else list(self.parameters())
-        self.adam = torch.optim.Adam(self.learnt, lr=prior.learning_rate, eps=1e-7, fused=True)
+        self.adam = torch.optim.Adam(self.learnt, lr=options.learning_rate, eps=1e-7, fused=True)
         self.running: tuple[Tensor, ...] | None = None
 
     def _precision_cholesky(self) -> Tensor:

@@ -59,9 +59,7 @@ def points(d=3, dtype=torch.float64, seed=1, b=37, device=None):
     return z.to(device, dtype) if d <= 30 else z.to(device, dtype) / 2
 
 
-def objective_of(
-    map_prior="learnt", weights=DIRICHLET, data_size=None, responsibility_gradient=True
-):
+def objective_of(map_prior="learnt", weights=DIRICHLET, data_size=37, responsibility_gradient=True):
     return Objective(map_prior, *weights, responsibility_gradient, data_size)
 
 
@@ -121,13 +119,13 @@ def assert_gradients(parameters, z, objective):
     ("scale", "k", "responsibility_gradient", "data_size", "map_prior", "weights"),
     [  # all pairs
         ("full", 1, False, 1000, "fixed", DIRICHLET),
-        ("full", 2, True, None, "none", STICKS),
-        ("full", 2, False, None, "learnt", PITMAN_YOR),
+        ("full", 2, True, 37, "none", STICKS),
+        ("full", 2, False, 37, "learnt", PITMAN_YOR),
         ("diagonal", 2, True, 1000, "none", DIRICHLET),
         ("diagonal", 1, False, 1000, "learnt", STICKS),
-        ("diagonal", 2, True, None, "fixed", PITMAN_YOR),
-        (None, 2, True, None, "learnt", DIRICHLET),
-        (None, 1, True, None, "fixed", STICKS),
+        ("diagonal", 2, True, 37, "fixed", PITMAN_YOR),
+        (None, 2, True, 37, "learnt", DIRICHLET),
+        (None, 1, True, 37, "fixed", STICKS),
         (None, 1, False, 1000, "none", PITMAN_YOR),
     ],
 )

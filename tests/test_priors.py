@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -328,7 +329,7 @@ def test_update_moves_the_prior_and_nothing_else(settings):
     assert torch.equal(z, kept) and torch.equal(x, given)
     assert same_state(network, encoder.state_dict())
     assert all(p.grad is None for p in (*encoder.parameters(), *prior.parameters()))
-    assert (prior.concentration.item() != gamma) == (prior.map_prior == "learnt")
+    assert (prior.concentration.item() != gamma) == (prior.options.map_prior == "learnt")
     state = state_of(prior)
     for name in ("pseudo_inputs", "logits", "raw_precision"):
         assert not torch.equal(state[name], first[name]), name
@@ -493,7 +494,8 @@ def test_closed_form_statistics_are_under_the_responsibilities():
         fitted = copy.deepcopy(prior)
         prior.update(z, encoder)
         torch.testing.assert_close(prior.running_N, shares.detach(), **TIGHT)
-        fitted.map_prior = "none"  # what EM raises is the log-sum-exp alone
+        # What EM raises is the log-sum-exp alone.
+        fitted.options = replace(fitted.options, map_prior="none")
         assert fitted.fit(z, encoder, max_iterations=1) == [pytest.approx(loss.item())]
 
 
@@ -643,7 +645,7 @@ def test_states_that_do_not_fit_change_nothing(name):
             assert str(moments) == str(prior.get_extra_state())
         prior.update(z, encoder)
         assert all(x.isfinite().all() for x in state_of(prior).values())
-    assert (refused > 20) == (prior._adam is not None)
+    assert (refused > 20) == bool(sound["_extra_state"])
     wide = VMMPrior(inputs(30), D, inference="closed-form" if "closed" in name else "gradient")
     before = state_of(wide)
     with pytest.raises(RuntimeError, match="must have shape"):
@@ -679,6 +681,27 @@ def test_states_of_the_private_optimizer_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         prior.set_extra_state(state)
     assert str(prior.get_extra_state()) == before
+
+
+def test_a_state_keeps_the_options():
+    """A schedule of the data weight, set between steps, goes on from a loaded state."""
+    encoder, prior, other = Encoder(), vmm(data_size=50, statistics_rate=0.1), vmm()
+    z = encoder(inputs()).sample()
+    prior.update(z, encoder)
+    prior.data_size = 400
+    other.load_state_dict(prior.state_dict())
+    assert other.options == prior.options and other.data_size == 400
+    for each in (prior, other):
+        each.update(z, encoder)
+    assert same_state(state_of(prior), state_of(other))
+    with pytest.raises(ValueError, match="data_size must be an integer of at least 1, but is 0"):
+        prior.data_size = 0
+    state = prior.state_dict()
+    with pytest.raises(RuntimeError, match="inference must be 'closed-form', as the prior's, but"):
+        vmm(inference="closed-form").load_state_dict(state)
+    del state["_extra_state"]["options"]  # as versions before wrote it
+    prior.load_state_dict(state)
+    assert prior.options == other.options
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -816,7 +839,7 @@ def test_compiles_without_graph_breaks():
         ({"data_size": 0}, "data_size must be an integer of at least 1"),
         ({"discount": 0.5}, "discount must be in"),
         ({"discount": 1.0, "weights": "stick-breaking"}, "discount must be in"),
-        ({"joint": True, "inference": "closed-form"}, "joint=True trains by gradient"),
+        ({"joint": True, "inference": "closed-form"}, "joint must be False with"),
         ({"pseudo_inputs": torch.full((4, 2), math.nan)}, "pseudo_inputs must be finite"),
         ({"pseudo_inputs": torch.zeros(0, 2)}, "pseudo_inputs must have shape"),
     ],

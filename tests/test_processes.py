@@ -31,7 +31,7 @@ def train(z, inference):
     torch.manual_seed(0)
     weight = torch.randn(3, D, dtype=torch.float64)
     start = torch.randn(COMPONENTS, 3, dtype=torch.float64)
-    prior = VMMPrior(start, D, inference=inference, data_size=POINTS)
+    prior = VMMPrior(start, D, inference=inference)  # n is the batch of all processes
 
     def encoder(x):
         return Normal(x @ weight, torch.full((len(x), D), 0.3, dtype=torch.float64))

@@ -374,7 +374,7 @@ def test_learning_rate_is_the_networks_alone():
     run(model, x_train=make_data(16), x_val=None, epochs=1, learning_rate=0.02)
     for name, tensor in model.named_parameters():
         step = (tensor - before.get_parameter(name)).abs().max().item()
-        rate = model.prior.learning_rate if name.startswith("prior.") else 0.02
+        rate = model.prior.options.learning_rate if name.startswith("prior.") else 0.02
         assert step == pytest.approx(rate, rel=0.01), name
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from vmm_fast.priors.base import check_choice
+from vmm_fast._checks import check_choice
 
 __all__ = ["SCHEDULES", "learning_rate_share"]
 

@@ -47,13 +47,16 @@ __all__ = [
 
 
 class Objective(NamedTuple):
-    """Settings of the objective, with the meaning that :class:`vmm_fast.VMMPrior` gives them."""
+    """Settings of the objective, with the meaning that :class:`vmm_fast.VMMPrior` gives them.
+
+    ``data_size`` is the number n of points that weigh against the priors.
+    """
 
     map_prior: str
     weights: str
     discount: float
     responsibility_gradient: bool
-    data_size: int | None
+    data_size: int
 
 
 class MixtureParameters(NamedTuple):
@@ -335,7 +338,7 @@ def _map_gradients_in_core(
         len(z),
         _core_priors(objective),
         objective.responsibility_gradient,
-        1 / (objective.data_size or len(z)),
+        1 / objective.data_size,
         torch.get_num_threads(),
         *(gradients.get(id(x)) for x in parameters),
         *(sums[:3] if sums else (None, None, None)),
@@ -357,7 +360,7 @@ def _map_gradients_in_kernels(
         dim,
         (
             *inputs,
-            objective._replace(data_size=objective.data_size or len(z)),
+            objective,
             map_objective.wishart_scale(count, dim),
             normaliser,
             map_objective.LOG_WEIGHT_FLOOR,
@@ -498,8 +501,6 @@ def online_step(
     z : Tensor [B, D]
     running : Running
     objective : Objective
-        Its ``data_size`` is the number of points that weigh against the priors; None for the
-        batch's size.
     rate : float
         Weight of the batch in the running sums.
     free_centers : bool
@@ -512,7 +513,6 @@ def online_step(
             return
         sums, _ = statistics(parameters, z)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
-    data_size = objective.data_size or count
     suffix = _in_core(parameters)
     if suffix is None:
         batch = sums.scaled(1 / count)
@@ -526,7 +526,7 @@ def online_step(
         for buffer, value in zip(running.sums, new, strict=True):
             buffer.copy_(value)
         running.steps.add_(1)
-        _maximise_in_torch(parameters, new.scaled(data_size), objective, free_centers)
+        _maximise_in_torch(parameters, new.scaled(objective.data_size), objective, free_centers)
         return
     core_parameters = _CoreParameters(parameters, suffix)
     _call(
@@ -536,7 +536,7 @@ def online_step(
         *sums[:3],
         count,
         rate,
-        data_size,
+        objective.data_size,
         free_centers,
         _core_priors(objective),
         _core_learnt(parameters, free_centers),
@@ -577,7 +577,7 @@ def _online_step_in_kernels(
         (
             *(x if x is None else in_memory(x.detach()) for x in (*parameters, z)),
             (*running.sums, running.steps),
-            objective._replace(data_size=objective.data_size or len(z)),
+            objective,
             moves,
             rate,
             free_centers,

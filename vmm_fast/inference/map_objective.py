@@ -116,7 +116,7 @@ def map_loss(
     log_prior: Tensor | float,
     *,
     responsibility_gradient: bool,
-    data_size: int | None,
+    data_size: int,
 ) -> Tensor:
     """Return the negative objective, a scalar in nats per point.
 
@@ -131,8 +131,8 @@ def map_loss(
         True: the gradient also runs through q, and l_ij has the weight q_ij (1 + l_ij - sum_k q_ik
         l_ik), as in the authors' code. False: q_ij, as in expectation maximisation. The value is
         the same.
-    data_size : int or None
-        n; None for B.
+    data_size : int
+        n.
 
     Raises
     ------
@@ -144,4 +144,4 @@ def map_loss(
     lse, expected = components.log_joint_expectation(z)
     # d lse / d l_ij = q_ij: the value of the expectation with the gradient of the log-sum-exp.
     data = expected if responsibility_gradient else lse + (expected - lse).detach()
-    return -data.mean() - log_prior / (data_size or len(z))
+    return -data.mean() - log_prior / data_size

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmm_fast._checks import check_choice
 from vmm_fast._files import load_checked, save_atomically
 from vmm_fast._schema import (
     check,
@@ -42,7 +43,6 @@ from vmm_fast._schema import (
 from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
-from vmm_fast.priors.base import check_choice
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -243,8 +241,12 @@ class EmpiricalBayesStep(NamedTuple):
 class LearntPrior(Prior):
     """A prior with an empirical-Bayes step of its own."""
 
-    joint: bool
     _adam: PrivateAdam | None
+
+    @property
+    def joint(self) -> bool:
+        """Whether :meth:`kl` trains the prior's own parameters too."""
+        raise NotImplementedError
 
     def _centers(
         self, encoder: Encoder | None, differentiable: bool
@@ -295,8 +297,11 @@ class LearntPrior(Prior):
 
     def check_extra_state(self, state: Any) -> None:
         """Raise ValueError if there is a private optimizer and a state does not fit it."""
-        if self._adam is not None:
-            self._adam.check_state_dict(state)
+        if self._adam is not None and state != {}:
+            try:
+                self._adam.check_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"optimizer {error}") from error
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -311,40 +316,12 @@ class LearntPrior(Prior):
             and given.shape != tensor.shape
         ]
         private = state_dict.get(f"{prefix}_extra_state")
-        if self._adam is not None and private and not problems:
+        if private and not problems:
             try:
-                self._adam.check_state_dict(private)
+                self.check_extra_state(private)
             except ValueError as error:
-                problems.append(f"optimizer {error}")
+                problems.append(str(error))
         if problems:
             errors += problems
         else:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise ValueError unless it is a finite number above zero."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, but is {value!r}")
-    return number
-
-
-def check_integer(name: str, value: int) -> int:
-    """Return ``value`` as an int, or raise ValueError unless it is an integer of at least 1."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
-    return number
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast._checks import check_integer
 from vmm_fast.inference import empirical_bayes
 from vmm_fast.inference.closed_form import Statistics, summed_over_processes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 from vmm_fast.inference.gradient import PrivateAdam
+from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, LearntPrior, check_choice, check_integer, check_positive
+from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.options import MixtureOptions
 
 __all__ = ["BayesianMixturePrior"]
 
@@ -30,60 +34,30 @@ class BayesianMixturePrior(LearntPrior):
         self,
         num_components: int,
         latent_dim: int,
-        *,
         pseudo_inputs_per_component: int,
-        weights: str,
-        inference: str,
-        responsibility_gradient: bool,
-        data_size: int | None,
-        learning_rate: float,
-        joint: bool,
-        map_prior: str,
-        concentration: float,
-        discount: float,
-        statistics_rate: float,
+        options: MixtureOptions,
         dtype: torch.dtype,
     ):
-        check_choice("weights", weights, ("dirichlet", "stick-breaking"))
-        check_choice("inference", inference, ("gradient", "closed-form"))
-        check_choice("map_prior", map_prior, ("none", "fixed", "learnt"))
-        self.learning_rate = check_positive("learning_rate", learning_rate)
-        check_positive("concentration", concentration)
-        if not 0 < statistics_rate <= 1:
-            raise ValueError(f"statistics_rate must be in (0, 1], but is {statistics_rate!r}")
-        if not 0 <= discount < 1 or (discount and weights == "dirichlet"):
-            raise ValueError(
-                "discount must be in [0, 1), and 0 unless weights='stick-breaking', "
-                f"but is {discount!r}"
-            )
-        if joint and inference == "closed-form":
-            raise ValueError("joint=True trains by gradient; it excludes inference='closed-form'")
-        if not isinstance(responsibility_gradient, bool):
-            raise ValueError(
-                f"responsibility_gradient must be True or False, but is {responsibility_gradient!r}"
-            )
         latent_dim = self.latent_dim = check_integer("latent_dim", latent_dim)
         self.num_components = num_components
         self.pseudo_inputs_per_component = pseudo_inputs_per_component
-        self.weights, self.inference, self.map_prior = weights, inference, map_prior
-        self.responsibility_gradient = responsibility_gradient
-        self.data_size = None if data_size is None else check_integer("data_size", data_size)
-        self.joint, self.discount = joint, float(discount)
-        self.statistics_rate = float(statistics_rate)
+        self.options = options
         self.logits = nn.Parameter(torch.zeros(num_components, dtype=dtype))
         self.raw_precision = nn.Parameter(
             torch.zeros(num_components, latent_dim, latent_dim, dtype=dtype)
         )
         self.raw_alpha = nn.Parameter(
-            torch.zeros((), dtype=dtype), requires_grad=map_prior == "learnt"
+            torch.zeros((), dtype=dtype), requires_grad=options.map_prior == "learnt"
         )
         self.precision_cholesky = torch.eye(latent_dim, dtype=dtype).expand(num_components, -1, -1)
-        self.concentration = concentration
-        if inference == "closed-form":
+        self.concentration = options.concentration
+        if options.inference == "closed-form":
             self._register_running_statistics()
-        learnt = self.parameters() if inference == "gradient" else self._gradient_parameters()
-        learnt = list(learnt)
-        self._adam = PrivateAdam(learnt, self.learning_rate) if learnt and not joint else None
+            learnt = list(self._gradient_parameters())
+        else:
+            learnt = list(self.parameters())
+        moved = learnt and not options.joint
+        self._adam = PrivateAdam(learnt, options.learning_rate) if moved else None
 
     # --- state ---
 
@@ -128,31 +102,61 @@ class BayesianMixturePrior(LearntPrior):
         else:
             super().__setattr__(name, value)
 
-    def extra_repr(self) -> str:
-        """Return the settings as text; ``state_dict`` does not hold them."""
-        names = (
-            "weights",
-            "inference",
-            "responsibility_gradient",
-            "data_size",
-            "learning_rate",
-            "joint",
-            "map_prior",
-            "discount",
-            "statistics_rate",
-        )
-        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{self.num_components}, {self.latent_dim}, {settings}"
+    @property
+    def data_size(self) -> int | None:
+        """Number of points n that weigh against the parameter priors, None for the batch's.
+
+        Settable between steps. ``state_dict`` keeps it, as it keeps all options.
+        """
+        return self.options.data_size
+
+    @data_size.setter
+    def data_size(self, value: int | None) -> None:
+        self.options = replace(self.options, data_size=value)
 
     @property
-    def _objective(self) -> Objective:
+    def joint(self) -> bool:
+        """Whether :meth:`kl` trains the prior's own parameters too."""
+        return self.options.joint
+
+    def _objective(self, points: int) -> Objective:
+        """Return the objective of a step for so many points in this process."""
         return Objective(
-            self.map_prior,
-            self.weights,
-            self.discount,
-            self.responsibility_gradient,
-            self.data_size,
+            self.options.map_prior,
+            self.options.weights,
+            self.options.discount,
+            self.options.responsibility_gradient,
+            self.data_size or points * number_of_processes(),
         )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the private optimizer's state and the options, which ``state_dict`` includes."""
+        return {**super().get_extra_state(), "options": asdict(self.options)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer's state and the options, or raise ValueError if they do not fit."""
+        self.check_extra_state(state)
+        super().set_extra_state(_without_options(state))
+        if "options" in state:
+            self.options = MixtureOptions.of_state(state["options"])
+            self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
+
+    def check_extra_state(self, state: Any) -> None:
+        """Raise ValueError if a state does not fit; states of old versions have no options."""
+        if isinstance(state, dict) and "options" in state:
+            found = MixtureOptions.of_state(state["options"])
+            for name in ("inference", "joint"):  # they decide what else a state holds
+                own, other = getattr(self.options, name), getattr(found, name)
+                if own != other:
+                    raise ValueError(f"{name} must be {own!r}, as the prior's, but is {other!r}")
+        super().check_extra_state(_without_options(state))
+
+    def extra_repr(self) -> str:
+        """Return the settings as text."""
+        options = asdict(self.options)
+        del options["concentration"]  # where it began
+        settings = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.num_components}, {self.latent_dim}, {settings}"
 
     # --- the mixture ---
 
@@ -182,7 +186,7 @@ class BayesianMixturePrior(LearntPrior):
         ``z`` and the encoder; :meth:`update` uses those of the parameters alone.
         """
         parameters = self._mixture_parameters(*self._centers(encoder, differentiable=True))
-        return empirical_bayes.map_loss(parameters, z, self._objective)
+        return empirical_bayes.map_loss(parameters, z, self._objective(len(z)))
 
     def _map_gradients(
         self,
@@ -194,9 +198,9 @@ class BayesianMixturePrior(LearntPrior):
         return empirical_bayes.map_gradients(
             self._mixture_parameters(centers, scale),
             z,
-            self._objective,
+            self._objective(len(z)),
             learnt,
-            with_sums=self.inference == "closed-form",
+            with_sums=self.options.inference == "closed-form",
         )
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
@@ -223,20 +227,21 @@ class BayesianMixturePrior(LearntPrior):
         if self.joint:
             return
         step = self._step(z, encoder)
+        closed_form = self.options.inference == "closed-form"
         centers, scale = step.centers, step.scale
-        if self.inference == "closed-form" and not self._free_centers:
+        if closed_form and not self._free_centers:
             centers = _unshared(centers, self._learnt())
             scale = None if scale is None else _unshared(scale, self._learnt())
         if self._adam is not None:
             self._adam.descend(step.loss, step.gradients)
-        if self.inference == "closed-form":
+        if closed_form:
             with torch.no_grad():
                 empirical_bayes.online_step(
                     self._mixture_parameters(centers, scale),
                     z,
                     self._running,
-                    self._objective,
-                    rate=self.statistics_rate,
+                    self._objective(len(z)),
+                    rate=self.options.statistics_rate,
                     free_centers=self._free_centers,
                     sums=step.sums,
                 )
@@ -329,12 +334,20 @@ class BayesianMixturePrior(LearntPrior):
             if sums is None:
                 raise ValueError("z must have at least one point, but is empty")
             sums, (count, total) = summed_over_processes(sums, count, total)
-            log_prior = empirical_bayes.log_parameter_prior(parameters, components, self._objective)
+            objective = self._objective(int(count))
+            log_prior = empirical_bayes.log_parameter_prior(parameters, components, objective)
             history.append((total + float(log_prior)) / count)
             if len(history) > 1 and history[-1] - history[-2] < tolerance:
                 break
-            empirical_bayes.maximise(parameters, sums, self._objective, self._free_centers)
+            empirical_bayes.maximise(parameters, sums, objective, self._free_centers)
         return history
+
+
+def _without_options(state: Any) -> Any:
+    """Return the part of a prior's extra state that is the optimizer's."""
+    if not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.items() if name != "options"}
 
 
 def _unshared(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vmm_fast.priors.base import Encoder, check_integer
+from vmm_fast._checks import check_integer
+from vmm_fast.priors.base import Encoder
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
+from vmm_fast.priors.options import MixtureOptions
 
 __all__ = ["GaussianMixturePrior"]
 
@@ -45,18 +48,30 @@ class GaussianMixturePrior(BayesianMixturePrior):
         num_components: int,
         latent_dim: int,
         centers: Tensor | None = None,
-        weights: str = "dirichlet",
-        inference: str = "gradient",
+        weights: Literal["dirichlet", "stick-breaking"] = "dirichlet",
+        inference: Literal["gradient", "closed-form"] = "gradient",
         responsibility_gradient: bool = True,
         data_size: int | None = None,
         learning_rate: float = 1e-3,
         joint: bool = False,
-        map_prior: str = "learnt",
+        map_prior: Literal["none", "fixed", "learnt"] = "learnt",
         concentration: float = 1.0,
         discount: float = 0.0,
         statistics_rate: float = 0.003,
     ):
         nn.Module.__init__(self)
+        options = MixtureOptions(
+            weights=weights,
+            inference=inference,
+            responsibility_gradient=responsibility_gradient,
+            data_size=data_size,
+            learning_rate=learning_rate,
+            joint=joint,
+            map_prior=map_prior,
+            concentration=concentration,
+            discount=discount,
+            statistics_rate=statistics_rate,
+        )
         num_components = check_integer("num_components", num_components)
         latent_dim = check_integer("latent_dim", latent_dim)
         if centers is None:
@@ -70,22 +85,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
             )
         # Contiguous, since compiled code writes the centers in place.
         self.centers = nn.Parameter(centers.detach().clone(memory_format=torch.contiguous_format))
-        super().__init__(
-            num_components,
-            latent_dim,
-            pseudo_inputs_per_component=1,
-            weights=weights,
-            inference=inference,
-            responsibility_gradient=responsibility_gradient,
-            data_size=data_size,
-            learning_rate=learning_rate,
-            joint=joint,
-            map_prior=map_prior,
-            concentration=concentration,
-            discount=discount,
-            statistics_rate=statistics_rate,
-            dtype=self.centers.dtype,
-        )
+        super().__init__(num_components, latent_dim, 1, options, self.centers.dtype)
 
     _free_centers = True
 

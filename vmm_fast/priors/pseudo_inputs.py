@@ -1,4 +1,4 @@
-"""The base of priors whose centers are the encoder's outputs at learnt pseudo-inputs."""
+"""Centers that are the encoder's outputs at learnt pseudo-inputs."""
 
 from __future__ import annotations
 
@@ -10,93 +10,103 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from torch.func import functional_call
 
 from vmm_fast.mixture import gaussian_parameters
-from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.base import Encoder
 
-__all__ = ["PseudoInputsPrior"]
+__all__ = ["as_pseudo_inputs", "centers_at", "encode_with"]
 
 
-class PseudoInputsPrior(LearntPrior):
-    """A prior whose centers are the posteriors of J learnt inputs.
+def as_pseudo_inputs(given: Tensor | nn.Module) -> tuple[nn.Parameter | nn.Module, Tensor]:
+    """Return what a prior registers as its pseudo-inputs, and their first tensor [J, ...].
 
-    ``pseudo_inputs`` is a Parameter [J, ...], or a module whose call returns the encoder's input.
+    A tensor is copied. A module's call gives what the encoder takes.
     """
-
-    pseudo_inputs: nn.Parameter | nn.Module
-    _num_pseudo_inputs: int
-
-    def _set_pseudo_inputs(self, pseudo_inputs: Tensor | nn.Module) -> tuple[int, torch.dtype]:
-        """Register the pseudo-inputs; return J and the dtype for the prior's parameters.
-
-        A tensor is copied.
-        """
-        if isinstance(pseudo_inputs, nn.Module):
-            self.pseudo_inputs = pseudo_inputs
-            with torch.no_grad():
-                first = _first_tensor(pseudo_inputs())
-        elif isinstance(pseudo_inputs, Tensor):
-            first = pseudo_inputs.detach()
-            if not first.is_floating_point():
-                raise TypeError(
-                    f"pseudo_inputs must be of a floating dtype, but is {first.dtype}; "
-                    "convert as you do for the encoder"
-                )
-            if not first.isfinite().all():
-                raise ValueError("pseudo_inputs must be finite, but has a NaN or infinite value")
-            self.pseudo_inputs = nn.Parameter(first.clone())
-        else:
+    registered: nn.Parameter | nn.Module
+    if isinstance(given, nn.Module):
+        registered = given
+        with torch.no_grad():
+            first = _first_tensor(given())
+    elif isinstance(given, Tensor):
+        first = given.detach()
+        if not first.is_floating_point():
             raise TypeError(
-                "pseudo_inputs must be a tensor [J, ...] or a torch.nn.Module, "
-                f"but is {type(pseudo_inputs).__name__}"
+                f"pseudo_inputs must be of a floating dtype, but is {first.dtype}; "
+                "convert as you do for the encoder"
             )
-        if first.ndim < 1 or len(first) < 1:
-            raise ValueError(
-                f"pseudo_inputs must have shape [J, ...] with J >= 1, but has {list(first.shape)}"
-            )
-        self._num_pseudo_inputs = len(first)
-        return len(first), torch.float64 if first.dtype == torch.float64 else torch.float32
-
-    # --- encoding ---
-
-    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
-        if differentiable and not self.joint and isinstance(encoder, _Encoded):
-            raise TypeError(
-                "encoder must be the network's own where pseudo-inputs get a gradient, but is what "
-                "encode gave for kl"
-            )
-        u = self.pseudo_inputs
-        if isinstance(u, nn.Module):
-            inputs = u() if differentiable else _without_gradient(u)
-        else:
-            inputs = u if differentiable else u.detach()
-        if not callable(encoder):
-            raise TypeError(
-                "encoder must be a callable from inputs to a Gaussian distribution, "
-                f"but is {type(encoder).__name__}"
-            )
-        mean, scale = gaussian_parameters(encoder(inputs))
-        if mean.shape != (self._num_pseudo_inputs, self.latent_dim):
-            raise ValueError(
-                f"encoder must give {self._num_pseudo_inputs} pseudo-inputs means of shape "
-                f"{[self._num_pseudo_inputs, self.latent_dim]}, but gave {list(mean.shape)}"
-            )
-        return mean, scale
-
-    def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
-        """Return a batch's posteriors, and an encoder for :meth:`kl` in the same training step.
-
-        See :meth:`vmm_fast.priors.Prior.encode`.
-        """
-        u = self.pseudo_inputs
-        if not (
-            isinstance(u, Tensor)
-            and isinstance(x, Tensor)
-            and (x.shape[1:], x.dtype, x.device) == (u.shape[1:], u.dtype, u.device)
-        ):
-            return encoder(x), encoder
-        q, at_pseudo_inputs = _split(
-            encoder(torch.cat([x, u if self.joint else u.detach()])), len(x)
+        if not first.isfinite().all():
+            raise ValueError("pseudo_inputs must be finite, but has a NaN or infinite value")
+        registered = nn.Parameter(first.clone())
+    else:
+        raise TypeError(
+            "pseudo_inputs must be a tensor [J, ...] or a torch.nn.Module, "
+            f"but is {type(given).__name__}"
         )
-        return q, _Encoded(at_pseudo_inputs)
+    if first.ndim < 1 or len(first) < 1:
+        raise ValueError(
+            f"pseudo_inputs must have shape [J, ...] with J >= 1, but has {list(first.shape)}"
+        )
+    return registered, first
+
+
+def centers_at(
+    pseudo_inputs: nn.Parameter | nn.Module,
+    encoder: Encoder | None,
+    shape: tuple[int, int],
+    *,
+    differentiable: bool,
+    joint: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the posteriors' means [J, D] and scales [J, D, D] or [J, D] at pseudo-inputs.
+
+    Parameters
+    ----------
+    pseudo_inputs : Parameter or Module
+    encoder : callable
+    shape : tuple of int
+        J and D.
+    differentiable : bool
+        Whether the pseudo-inputs get a gradient.
+    joint : bool
+        Whether they get it from :meth:`vmm_fast.priors.Prior.kl` as well.
+    """
+    if differentiable and not joint and isinstance(encoder, _Encoded):
+        raise TypeError(
+            "encoder must be the network's own where pseudo-inputs get a gradient, but is what "
+            "encode gave for kl"
+        )
+    if isinstance(pseudo_inputs, nn.Module):
+        inputs = pseudo_inputs() if differentiable else _without_gradient(pseudo_inputs)
+    else:
+        inputs = pseudo_inputs if differentiable else pseudo_inputs.detach()
+    if not callable(encoder):
+        raise TypeError(
+            "encoder must be a callable from inputs to a Gaussian distribution, "
+            f"but is {type(encoder).__name__}"
+        )
+    mean, scale = gaussian_parameters(encoder(inputs))
+    if mean.shape != shape:
+        raise ValueError(
+            f"encoder must give {shape[0]} pseudo-inputs means of shape {list(shape)}, "
+            f"but gave {list(mean.shape)}"
+        )
+    return mean, scale
+
+
+def encode_with(
+    pseudo_inputs: nn.Parameter | nn.Module, x: Tensor, encoder: Encoder, joint: bool
+) -> tuple[Distribution, Encoder]:
+    """Return a batch's posteriors, and an encoder that knows those at the pseudo-inputs.
+
+    See :meth:`vmm_fast.priors.Prior.encode`.
+    """
+    u = pseudo_inputs
+    if not (
+        isinstance(u, Tensor)
+        and isinstance(x, Tensor)
+        and (x.shape[1:], x.dtype, x.device) == (u.shape[1:], u.dtype, u.device)
+    ):
+        return encoder(x), encoder
+    q, at_pseudo_inputs = _split(encoder(torch.cat([x, u if joint else u.detach()])), len(x))
+    return q, _Encoded(at_pseudo_inputs)
 
 
 class _Encoded:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from vmm_fast._checks import check_integer
 from vmm_fast.mixture import (
     Components,
     check_kl,
@@ -15,7 +16,7 @@ from vmm_fast.mixture import (
     gaussian_entropy,
     gaussian_parameters,
 )
-from vmm_fast.priors.base import Encoder, Prior, check_integer
+from vmm_fast.priors.base import Encoder, Prior
 
 __all__ = ["StandardNormalPrior"]
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast._checks import check_integer, check_positive
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, check_integer, check_positive
-from vmm_fast.priors.pseudo_inputs import PseudoInputsPrior
+from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.pseudo_inputs import as_pseudo_inputs, centers_at, encode_with
 
 __all__ = ["VampPrior"]
 
 
-class VampPrior(PseudoInputsPrior):
+class VampPrior(LearntPrior):
     """A uniform mixture of the posteriors at K pseudo-inputs: p(z) = 1/K sum_k N(z; m_k, S_k).
 
     Its density is that of a VMMPrior with one component and Lambda^-1 = 0. To compare it as a
@@ -51,12 +52,30 @@ class VampPrior(PseudoInputsPrior):
     ):
         super().__init__()
         self.learning_rate = check_positive("learning_rate", learning_rate)
-        self.latent_dim, self.joint = check_integer("latent_dim", latent_dim), joint
-        self.num_components, _ = self._set_pseudo_inputs(pseudo_inputs)
+        self.latent_dim, self._joint = check_integer("latent_dim", latent_dim), joint
+        self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
+        self.num_components = len(first)
         parameters = list(self.parameters())
         self._adam = (
             PrivateAdam(parameters, self.learning_rate) if parameters and not joint else None
         )
+
+    @property
+    def joint(self) -> bool:
+        """Whether :meth:`kl` trains the pseudo-inputs too."""
+        return self._joint
+
+    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
+        shape = (self.num_components, self.latent_dim)
+        u, joint = self.pseudo_inputs, self.joint
+        return centers_at(u, encoder, shape, differentiable=differentiable, joint=joint)
+
+    def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
+        """Return a batch's posteriors, and an encoder for :meth:`kl` in the same training step.
+
+        See :meth:`vmm_fast.priors.Prior.encode`.
+        """
+        return encode_with(self.pseudo_inputs, x, encoder, self.joint)
 
     def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
         uniform = centers.new_full((self.num_components,), -math.log(self.num_components))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from vmm_fast.priors.base import check_integer
+from vmm_fast._checks import check_integer
+from vmm_fast.priors.base import Encoder
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
-from vmm_fast.priors.pseudo_inputs import PseudoInputsPrior
+from vmm_fast.priors.options import MixtureOptions
+from vmm_fast.priors.pseudo_inputs import as_pseudo_inputs, centers_at, encode_with
 
 __all__ = ["VMMPrior"]
 
 
-class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
+class VMMPrior(BayesianMixturePrior):
     """A Bayesian Gaussian mixture whose centers are posteriors at learnt pseudo-inputs.
 
         p(z) = sum_c pi_c 1/K sum_k N(z; m_ck, Lambda_c^-1 + S_ck),   N(m_ck, S_ck) = encoder(u_ck)
@@ -39,8 +44,9 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         Whether the gradient of :meth:`map_loss` runs through the responsibilities as well, which
         rewards crisp assignments (the authors' rule), or not (expectation maximisation).
     data_size : int or None
-        n, by which the parameter priors are divided; None is the batch size, the authors' weight.
-        The number of training points keeps more components.
+        n, by which the parameter priors are divided; None is the batch size over all processes, the
+        authors' weight. The number of training points keeps more components. ``data_size`` can be
+        set between steps.
     learning_rate : float
         Of the private Adam.
     joint : bool
@@ -82,32 +88,19 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         pseudo_inputs: Tensor | nn.Module,
         latent_dim: int,
         pseudo_inputs_per_component: int = 1,
-        weights: str = "dirichlet",
-        inference: str = "gradient",
+        weights: Literal["dirichlet", "stick-breaking"] = "dirichlet",
+        inference: Literal["gradient", "closed-form"] = "gradient",
         responsibility_gradient: bool = True,
         data_size: int | None = None,
         learning_rate: float = 1e-3,
         joint: bool = False,
-        map_prior: str = "learnt",
+        map_prior: Literal["none", "fixed", "learnt"] = "learnt",
         concentration: float = 1.0,
         discount: float = 0.0,
         statistics_rate: float = 0.003,
     ):
         nn.Module.__init__(self)
-        total, dtype = self._set_pseudo_inputs(pseudo_inputs)
-        pseudo_inputs_per_component = check_integer(
-            "pseudo_inputs_per_component", pseudo_inputs_per_component
-        )
-        if total % pseudo_inputs_per_component:
-            raise ValueError(
-                f"pseudo_inputs_per_component must divide the number of pseudo-inputs {total}, "
-                f"but is {pseudo_inputs_per_component}"
-            )
-        BayesianMixturePrior.__init__(
-            self,
-            total // pseudo_inputs_per_component,
-            latent_dim,
-            pseudo_inputs_per_component=pseudo_inputs_per_component,
+        options = MixtureOptions(
             weights=weights,
             inference=inference,
             responsibility_gradient=responsibility_gradient,
@@ -118,8 +111,16 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
             concentration=concentration,
             discount=discount,
             statistics_rate=statistics_rate,
-            dtype=dtype,
         )
+        self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
+        total, per_component = len(first), pseudo_inputs_per_component
+        if total % check_integer("pseudo_inputs_per_component", per_component):
+            raise ValueError(
+                f"pseudo_inputs_per_component must divide the number of pseudo-inputs {total}, "
+                f"but is {per_component}"
+            )
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        super().__init__(total // per_component, latent_dim, per_component, options, dtype)
 
     _free_centers = False
 
@@ -127,3 +128,15 @@ class VMMPrior(PseudoInputsPrior, BayesianMixturePrior):
         if isinstance(self.pseudo_inputs, nn.Module):
             return self.pseudo_inputs.parameters()
         return (self.pseudo_inputs,)
+
+    def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
+        shape = (self.num_components * self.pseudo_inputs_per_component, self.latent_dim)
+        u, joint = self.pseudo_inputs, self.joint
+        return centers_at(u, encoder, shape, differentiable=differentiable, joint=joint)
+
+    def encode(self, x: Tensor, encoder: Encoder) -> tuple[Distribution, Encoder]:
+        """Return a batch's posteriors, and an encoder for :meth:`kl` in the same training step.
+
+        See :meth:`vmm_fast.priors.Prior.encode`.
+        """
+        return encode_with(self.pseudo_inputs, x, encoder, self.joint)

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi.train._metrics import ElboMetric
 from torch.optim import Adam, Optimizer
 
+from vmm_fast._checks import check_integer
 from vmm_fast._errors import InputError
 from vmm_fast._files import load_checked, save_atomically
 from vmm_fast._schema import (
@@ -41,7 +42,6 @@ from vmm_fast._schema import (
 )
 from vmm_fast.inference.gradient import check_adam_state
 from vmm_fast.inference.processes import number_of_processes
-from vmm_fast.priors.base import check_integer
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.training import EmpiricalBayes
 

@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from vmm_fast.priors.base import check_integer
+from vmm_fast._checks import check_integer
 
 __all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
 

@@ -21,10 +21,10 @@ from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
 
+from vmm_fast._checks import check_integer
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import check_integer
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
 from vmm_fast.scvi.saved import check_model

@@ -1,0 +1,42 @@
+"""Checks of arguments that many modules share."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+__all__ = ["check_choice", "check_integer", "check_positive", "number_of"]
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}")
+
+
+def number_of(value: Any) -> float:
+    """Return a value as a float, NaN if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise ValueError unless it is a finite number above zero."""
+    number = number_of(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, but is {value!r}")
+    return number
+
+
+def check_integer(name: str, value: int) -> int:
+    """Return ``value`` as an int, or raise ValueError unless it is an integer of at least 1."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
+    return number

@@ -1,0 +1,62 @@
+"""How a Bayesian mixture is learnt: the options of VMMPrior and GaussianMixturePrior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vmm_fast._checks import check_choice, check_integer, check_positive, number_of
+
+__all__ = ["MixtureOptions"]
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """Options with the meaning and the defaults of :class:`vmm_fast.VMMPrior`.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, what it must be and what it is.
+    """
+
+    weights: Literal["dirichlet", "stick-breaking"] = "dirichlet"
+    inference: Literal["gradient", "closed-form"] = "gradient"
+    responsibility_gradient: bool = True
+    data_size: int | None = None
+    learning_rate: float = 1e-3
+    joint: bool = False
+    map_prior: Literal["none", "fixed", "learnt"] = "learnt"
+    concentration: float = 1.0
+    discount: float = 0.0
+    statistics_rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        """Check all values and those that exclude each other."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                check_choice(name, value, get_args(kind))
+            elif kind is bool and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, but is {value!r}")
+        if self.data_size is not None:
+            check_integer("data_size", self.data_size)
+        for name in ("learning_rate", "concentration"):
+            check_positive(name, getattr(self, name))
+        if not 0 < number_of(self.statistics_rate) <= 1:
+            raise ValueError(f"statistics_rate must be in (0, 1], but is {self.statistics_rate!r}")
+        if not 0 <= number_of(self.discount) < 1 or (self.discount and self.weights == "dirichlet"):
+            raise ValueError(
+                "discount must be in [0, 1), and 0 unless weights='stick-breaking', "
+                f"but is {self.discount!r}"
+            )
+        if self.joint and self.inference == "closed-form":
+            raise ValueError("joint must be False with inference='closed-form', but is True")
+
+    @classmethod
+    def of_state(cls, state: Any) -> MixtureOptions:
+        """Return the options that a state of a prior holds, or raise ValueError."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(state, dict) or set(state) != set(names):
+            raise ValueError(f"options must be a dict of {', '.join(names)}, but are {state!r}")
+        return cls(**state)
