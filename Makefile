@@ -1,5 +1,5 @@
-# `make demo`, `make test` and `make test-slow` do everything that a fresh machine with Python >= 3.10
-# and a C++ compiler needs: a virtual environment, the compiled package with its extras, the command.
+# Each target does everything that a fresh machine with Python >= 3.10 and a C++ compiler needs: a
+# virtual environment, the compiled package with its extras, the tools, the command.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ RUN := $(VENV)/bin
 # The install is editable: a change of Python code counts at once, a change of these installs again.
 SOURCES := $(wildcard csrc/*) CMakeLists.txt constraints.txt pyproject.toml
 
-.PHONY: constraints demo sanitize test test-slow
+.PHONY: constraints demo lint sanitize test test-slow types
 
 demo: $(VENV)/.installed
 	$(RUN)/vmm-fast demo --out demo-output
@@ -22,6 +22,18 @@ test: $(VENV)/.installed
 # What a change needs less often: large shapes, long trainings, processes that are killed, all GPUs.
 test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow $(ARGS)
+
+# Style of all code; the hooks in .pre-commit-config.yaml mend most of it.
+PYTHON_CODE := vmm_fast kernels tests bench examples
+CXX_CODE := $(wildcard csrc/*) $(wildcard bench/*.cpp)
+
+lint: $(VENV)/.tools
+	$(RUN)/ruff check $(PYTHON_CODE)
+	$(RUN)/ruff format --check $(PYTHON_CODE)
+	$(RUN)/clang-format --dry-run --Werror $(CXX_CODE)
+
+types: $(VENV)/.tools $(VENV)/.installed
+	$(RUN)/mypy
 
 # The versions that all extras resolve to, for each Python: after a change of those in pyproject.toml.
 # This torch and this scvi-tools are the ones that the figures in bench/results were measured with.
@@ -51,6 +63,11 @@ sanitize: $(VENV)/.installed
 		sys.exit(not _core.__file__.startswith(sys.prefix) and f"the core is {_core.__file__}")'
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys $(KERNEL_TESTS)
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys tests/test_priors.py -k state
+
+$(VENV)/.tools: constraints.txt
+	test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet -c constraints.txt clang-format mypy ruff
+	touch $@
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -13,7 +13,8 @@ constexpr int kVectorBytes = 16;
 // More chains than latency times units of any current core, few enough for 16 registers.
 constexpr int kChains = 12;
 
-// fma_loop(rounds) makes `rounds` times fma_operations() floating-point operations, an FMA counts two.
+// fma_loop(rounds) makes `rounds` times fma_operations() floating-point operations, an FMA counts
+// two.
 extern "C" float fma_loop(std::int64_t rounds) {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   Vector sums[kChains] = {};

@@ -1,6 +1,7 @@
 // Python bindings of csrc/components.h, in the order of vmm_fast/operations.py: addresses of the
-// tensors (0 is an argument that is None; after that of a scale whether it is of the full form), the
-// sizes C, D and J, flags, threads, addresses of the results (0 is a gradient that is not wanted).
+// tensors (0 is an argument that is None; after that of a scale whether it is of the full form),
+// the sizes C, D and J, flags, threads, addresses of the results (0 is a gradient that is not
+// wanted).
 #include "bind.h"
 #include "components.h"
 
@@ -41,9 +42,8 @@ void bind(py::module_& m, const std::string& suffix) {
            Address whitening, int64_t C, int64_t D, int64_t J, bool expected, int threads,
            Address grad_log_weights, Address grad_precision_cholesky, Address grad_scale) {
           vmm::whitened_components_backward<T>(
-              components<T>(w, L, s, full, expected, C, J, D), threads,
-              pointer<const T>(whitening), pointer<const T>(grad_whitening),
-              pointer<const T>(grad_offsets),
+              components<T>(w, L, s, full, expected, C, J, D), threads, pointer<const T>(whitening),
+              pointer<const T>(grad_whitening), pointer<const T>(grad_offsets),
               {pointer<T>(grad_log_weights), pointer<T>(grad_precision_cholesky),
                pointer<T>(grad_scale)});
         },

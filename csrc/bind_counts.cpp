@@ -1,6 +1,7 @@
-// Python bindings of csrc/counts.h, in the order of vmm_fast/operations.py: addresses of the tensors
-// (0 is what a model lacks; after that of the inverse dispersion whether it is of genes in cells),
-// the sizes B and G, threads, addresses of the results (0 is a gradient that is not wanted).
+// Python bindings of csrc/counts.h, in the order of vmm_fast/operations.py: addresses of the
+// tensors (0 is what a model lacks; after that of the inverse dispersion whether it is of genes in
+// cells), the sizes B and G, threads, addresses of the results (0 is a gradient that is not
+// wanted).
 #include "bind.h"
 #include "counts.h"
 

@@ -1,6 +1,7 @@
-"""The pinned versions resolve with torch from the package index, for every Python."""
+"""The pinned versions: the hooks have them, and they resolve with torch from the package index."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,16 @@ import pytest
 uv = pytest.importorskip("uv", reason="uv is not installed")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pinned_versions():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {line.split(";")[0].strip() for line in lines}
+
+
+def test_hooks_have_the_pinned_versions():
+    hooks = re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks and not set(hooks) - pinned_versions()
 
 
 def resolve(*options, **keywords):
@@ -38,7 +49,5 @@ def test_constraints_resolve_with_torch_from_the_index(index, python, tmp_path):
     resolved = tmp_path / "resolved.txt"
     run = resolve(*options, "--output-file", resolved, "pyproject.toml")
     assert run.returncode == 0, run.stderr
-    pinned = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {line.split(";")[0].strip() for line in pinned}
     found = {line for line in resolved.read_text().splitlines() if line[0] != "#"}
-    assert found and not found - pinned
+    assert found and not found - pinned_versions()

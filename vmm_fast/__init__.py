@@ -1,10 +1,14 @@
 """vmm_fast: the VampPrior Mixture Model as a drop-in, compiled prior for torch VAEs."""
 
+from importlib.metadata import version
+
 import torch  # noqa: F401  first: it loads the OpenMP runtime that the compiled core then shares
 
 from vmm_fast import ops
 from vmm_fast.mixture import Assignment, Components
 from vmm_fast.priors import GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
+
+__version__ = version("vmm-fast")
 
 __all__ = [
     "Assignment",
@@ -13,5 +17,6 @@ __all__ = [
     "StandardNormalPrior",
     "VMMPrior",
     "VampPrior",
+    "__version__",
     "ops",
 ]
