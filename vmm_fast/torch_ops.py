@@ -129,15 +129,16 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     shown = len(operation.results)
     if not operation.differentiable and not operation.reference_gradient:
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    needs_gradient = torch.is_grad_enabled() and any(
+        [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+    )
     in_plain_torch = not backends.compiled_code_serves(operation, inputs) or (
-        operation.reference_gradient
-        and torch.is_grad_enabled()
-        and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        needs_gradient and operation.reference_gradient
     )
     if not in_plain_torch and torch.compiler.is_compiling():
         found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
         return (*found[:shown], None) if isinstance(found, tuple) else (found, None)
-    if not in_plain_torch and operation.differentiable:
+    if not in_plain_torch and needs_gradient and operation.differentiable:
         return _FUNCTIONS[operation.name].apply(*inputs)
     compute = backends.plain.call if in_plain_torch else backends.call
     results, number = compute(operation, inputs)
@@ -180,7 +181,8 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
             if len(with_gradient) > 1 and not operation.missing_gradients:
                 shapes = zip(upstream, ctx.shapes, strict=True)
                 upstream = [saved[0].new_zeros(s) if x is None else x for x, s in shapes]
-            wanted = [ctx.needs_input_grad[i] for i in positions]
+            needed = ctx.needs_input_grad  # a new tuple each time
+            wanted = [needed[i] for i in positions]
             found, _ = backends.call(operation.backward, (*upstream, *saved, *constants, wanted))
             return _at(positions, found, number_of_tensors + len(constants))
 
