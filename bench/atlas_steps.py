@@ -96,7 +96,7 @@ def save_embedding(results: Path) -> float:
 def _trained(results: str, cells: str) -> tuple[Any, Tensor]:
     """Return a trained module, and the points [n, D], which are read as they are used."""
     from vmm_fast.cells import CellStore
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
     from vmm_fast.scvi import VMMSCVI
 
     with CellStore(cells) as store, quiet():
@@ -166,7 +166,7 @@ def shuffle(
     import scvi
 
     from vmm_fast.cells import CellStore
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
     from vmm_fast.scvi import VMMSCVI
     from vmm_fast.scvi.loading import CellDataModule, MemoryCells
 

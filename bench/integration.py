@@ -245,7 +245,7 @@ def embed(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Non
         return
     import scvi
 
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
 
     adata = read(dataset, args)
     scvi.settings.seed = seed

@@ -60,7 +60,7 @@ def normal(start: Tensor, latent_dim: int, **options: Any) -> Prior:
 def train_with(prior: MakePrior, problem: Problem, **changed: Any) -> list[Assigned]:
     """Cluster as ``vmm-fast cluster`` does, but for this prior and settings, and assign images."""
     data, new, seed, epochs = problem
-    settings = Settings.suited_to(data, **{"seed": seed, "epochs": epochs, **changed})
+    settings = Settings.for_data(data, **{"seed": seed, "epochs": epochs, **changed})
     with mock.patch("vmm_fast.VMMPrior", side_effect=prior) as made:
         clusterer = train(data, Scaling.of(data), settings).clusterer
     made.assert_called_once()

@@ -48,7 +48,7 @@ def train(rank: int, folder: str, processes: int, batch_size: int, plan: Plan) -
     """Train in this process; the first writes the seconds, wall and CPU, of every epoch."""
     from lightning.pytorch.callbacks import Callback
 
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
     from vmm_fast.scvi import VMMSCVI, CellDataModule
     from vmm_fast.scvi.loading import MemoryCells
 

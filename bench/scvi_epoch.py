@@ -228,7 +228,7 @@ def make_model(name: str, adata: AnnData, **options: Any) -> Any:
     from scvi.model import SCVI
     from scvi.train import TrainingPlan
 
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
     from vmm_fast.scvi import VMMSCVI
     from vmm_fast.scvi.training import EmpiricalBayesTrainingPlan
 
@@ -252,7 +252,7 @@ def make_model(name: str, adata: AnnData, **options: Any) -> Any:
 
 def epochs(models: dict[str, Any], batch_size: int, repeats: int, *modes: bool) -> dict[str, list]:
     """Return the epochs of every model, which take turns, each with phases or without, or both."""
-    from vmm_fast.cells.integration import quiet
+    from vmm_fast.cells.quiet import quiet
 
     found: dict[str, list] = {name: [] for name in models}
     with threads(1), quiet():

@@ -236,14 +236,14 @@ def test_a_finished_run_is_cut_elsewhere_without_training(tmp_path, capsys):
     check_results(out, path)
     kept = contents(out)
     for more, message in (
-        (["--clusters", "0"], "must be a whole number from 1, but is '0'"),
+        (["--clusters", "0"], "must be a whole number of at least 1, but is 0"),
         (
             ["--clusters", "11"],
             "--clusters must be at most 10, the number of components, but is 11",
         ),
-        (["--resolution", "-1"], "must be a number from 0, but is '-1'"),
-        (["--resolution", "inf"], "must be a finite number, but is 'inf'"),
-        (["--separation", "1"], "must be a number between 0 and 1, but is '1'"),
+        (["--resolution", "-1"], "must be a finite number of at least 0, but is -1.0"),
+        (["--resolution", "inf"], "must be a finite number of at least 0, but is inf"),
+        (["--separation", "1"], "must be a finite number between 0 and 1, but is 1.0"),
         (["--resolution", "1", "--clusters", "2"], "--clusters must be given without --resolution"),
     ):
         assert message in complaint(capsys, cli.main([*resume, *more]), 2)
@@ -585,13 +585,13 @@ def test_bad_input(tmp_path, capsys):
     "options, message",
     [
         (["--components", "55"], "--components must be at most 54"),
-        (["--components", "0"], "--components: must be a whole number from 1, but is '0'"),
-        (["--epochs", "many"], "--epochs: must be a whole number from 1, but is 'many'"),
+        (["--components", "0"], "--components: must be a whole number of at least 1, but is 0"),
+        (["--epochs", "many"], "--epochs: must be a whole number of at least 1, but is 'many'"),
         (["--latent-dim", "-1"], "--latent-dim: must be a whole number"),
         (["--batch-size", "2.5"], "--batch-size: must be a whole number"),
-        (["--learning-rate", "0"], "--learning-rate: must be a number above 0"),
-        (["--learning-rate", "nan"], "--learning-rate: must be a number above 0"),
-        (["--seed", "-1"], "--seed: must be a whole number from 0"),
+        (["--learning-rate", "0"], "--learning-rate: must be a finite number above 0"),
+        (["--learning-rate", "nan"], "--learning-rate: must be a finite number above 0"),
+        (["--seed", "-1"], "--seed: must be a whole number of at least 0"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )

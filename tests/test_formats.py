@@ -15,9 +15,10 @@ from scipy.sparse import csr_matrix
 from test_reading import BARCODES, COUNTS, make_cells, read
 
 from vmm_fast._errors import InputError
-from vmm_fast.cells import formats, integration
+from vmm_fast.cells import formats, selection
 from vmm_fast.cells.preparing import prepare
 from vmm_fast.cells.reading import read_cells
+from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CannotStream, CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,13 +107,13 @@ def test_counts_are_exact_or_refused(tmp_path, kind):
         getattr(adata, f"write_{kind}")(path)
     assert read(path)[0] == large.tolist()
     unset = dict.fromkeys(("batch_key", "layer", "labels_key", "genes"))
-    settings = integration.Settings(**unset, epochs=1, components=2)
+    settings = Settings(**unset, epochs=1, components=2)
     message = (
         "X must hold counts, whole numbers from 0, has 16,777,217 (of which float32 would make "
         "16,777,216) in cell 'AAAC-1', gene 'gene 0'"
     )
     with pytest.raises(InputError, match=re.escape(message)):
-        integration.training_cells(read_cells(str(path)).adata, settings)
+        selection.training_cells(read_cells(str(path)).adata, settings)
     prepare(path, tmp_path / "out.h5ad")
     for stored in [tmp_path / "out.h5ad", *([path] if kind in ("h5ad", "zarr") else [])]:
         with CellStore(stored) as store:

@@ -26,7 +26,16 @@ from anndata import AnnData  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
 
 from vmm_fast import cli  # noqa: E402
-from vmm_fast.cells import CellStore, assignment, integration, reading, report, writing  # noqa: E402
+from vmm_fast.cells import (  # noqa: E402
+    CellStore,
+    assignment,
+    integration,
+    reading,
+    report,
+    selection,
+    writing,
+)
+from vmm_fast.cells.settings import Settings  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, loading  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -296,8 +305,8 @@ def test_options(h5ad, tmp_path):
     cells = reading.read_cells(str(h5ad)).adata
 
     def loss(options):
-        settings = integration.Settings.suited_to(cells, **options, epochs=1)
-        training, _ = integration.training_cells(cells, settings)
+        settings = Settings.for_cells(cells, **options, epochs=1)
+        training, _ = selection.training_cells(cells, settings)
         found = integration.integrate(training, settings, accelerator="cpu")
         assert found.model.adata.shape == (60, 12)
         assert found.model.module.components().centers.shape == (4, 3)
@@ -327,8 +336,8 @@ def test_kinds_of_files(tmp_path, kind):
             source.X = np.log1p(counts)
         path = written(tmp_path, source)
     adata = reading.read_cells(str(path)).adata
-    settings = integration.Settings.suited_to(adata, layer=layer, epochs=1)
-    training, _ = integration.training_cells(adata, settings)
+    settings = Settings.for_cells(adata, layer=layer, epochs=1)
+    training, _ = selection.training_cells(adata, settings)
     found = training.X if layer is None else training.layers[layer]
     np.testing.assert_array_equal(found.toarray(), counts)
     assert list(training.obs_names) == list(source.obs_names)
@@ -434,9 +443,9 @@ def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
     codes[150:153] = 3
     adata.obs["batch"] = pd.Categorical.from_codes(codes, names)
     path = written(tmp_path, adata)
-    settings = integration.Settings.suited_to(adata, batch_key="batch", genes=15, on_disk=True)
+    settings = Settings.for_cells(adata, batch_key="batch", genes=15, on_disk=True)
     with CellStore(path) as store:
-        some, on_disk, _ = integration.training_cells_on_disk(store, settings)
+        some, on_disk, _ = selection.training_cells_on_disk(store, settings)
     assert some.n_obs == 64 and some.n_vars == 15
     assert len(set(some.obs["batch"])) < 3  # one was not drawn
     VMMSCVI.setup_anndata(some, batch_key="batch")
@@ -742,7 +751,7 @@ def bad_files(folder):
     case("genes twice", twice, "gene names must be unique, 1 occurs again, the first .* 'same'")
     case("no cells", make_cells()[:0].copy(), "must hold cells and genes, but has 0 cells")
     case("no genes", make_cells()[:, :0].copy(), "must hold cells and genes, .* 0 genes")
-    case("few", make_cells(9), "at least 10 cells to be integrated, but has 9")
+    case("few", make_cells(9), "at least 10 cells to be clustered, but has 9")
     return cases
 
 
@@ -766,11 +775,11 @@ def test_bad_input(tmp_path, capsys):
         (["--batch-key", "some"], "every cell must have a batch, 2 of 60 have none"),
         (["--batch-key", "barcode"], "--batch-key barcode: .* another value for every cell"),
         (["--components", "61"], "--components must be at most 60, the cells .* is 61"),
-        (["--epochs", "0"], "--epochs: must be a whole number from 1, but is '0'"),
-        (["--batch-size", "1"], "--batch-size: must be a whole number from 2, but is '1'"),
+        (["--epochs", "0"], "--epochs: must be a whole number of at least 1, but is 0"),
+        (["--batch-size", "1"], "--batch-size: must be a whole number of at least 2, but is 1"),
         (["--seed", 2**32], "--seed: must be a whole number from 0 to 4294967295"),
-        (["--prior-learning-rate", "0"], "--prior-learning-rate: must be a number above 0"),
-        (["--memory", "-1"], "--memory: must be a number from 0, but is '-1'"),
+        (["--prior-learning-rate", "0"], "--prior-learning-rate: must be a finite number above 0"),
+        (["--memory", "-1"], "--memory: must be a finite number of at least 0, but is -1.0"),
         (["--accelerator", "cuda"], "--accelerator: invalid choice"),
         (["--example"], "either FILE or --example"),
     ],
@@ -1061,7 +1070,7 @@ def test_cells_on_disk_are_assigned_as_in_memory(
     found, notes = same_as_in_memory(trained, cells, whole, tmp_path, capsys)
     assert f"1 of the model's 18 genes is missing, taken as 0: {gene}" in notes[0]
     assert "2 batches that the model does not know: new, other, whose" in notes[1]
-    assert notes[2:] == [f"note: {integration.EARLIER}"]
+    assert notes[2:] == [f"note: {selection.EARLIER}"]
     assert list(found.obs) == ["batch", "type", COLUMNS[0], "depth", *COLUMNS[1:]]
     assert found.uns["vmm"] == {"model": str((trained / "model").resolve())}
     assert sum(in_small_parts) == 300 and max(in_small_parts) <= 128

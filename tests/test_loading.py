@@ -21,7 +21,8 @@ from scipy.sparse import csr_matrix  # noqa: E402
 
 from vmm_fast._errors import InputError  # noqa: E402
 from vmm_fast._files import load_checked, save_atomically  # noqa: E402
-from vmm_fast.cells import CellStore, integration  # noqa: E402
+from vmm_fast.cells import CellStore, integration, selection  # noqa: E402
+from vmm_fast.cells.settings import Settings  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, MemoryCells, checkpoints, loading  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -201,11 +202,11 @@ def prepared(on_disk, tmp_path):
     """Return cells as the command takes them, in memory or on disk."""
     adata = make_cells()
     options = {"batch_key": "batch", "epochs": 3, "batch_size": 16, "components": 5, "seed": 2}
-    chosen = integration.Settings.suited_to(adata, **options, on_disk=on_disk)
+    chosen = Settings.for_cells(adata, **options, on_disk=on_disk)
     if not on_disk:
-        return integration.training_cells(adata, chosen)[0], None, chosen
+        return selection.training_cells(adata, chosen)[0], None, chosen
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    cells, where, _ = integration.training_cells_on_disk(CellStore(tmp_path / "cells.h5ad"), chosen)
+    cells, where, _ = selection.training_cells_on_disk(CellStore(tmp_path / "cells.h5ad"), chosen)
     return cells, where, chosen
 
 

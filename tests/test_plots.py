@@ -16,15 +16,17 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from vmm_fast import plots
 from vmm_fast.clusters import ClusterTree, Confusion, find_clusters
 from vmm_fast.mixture import Components
 from vmm_fast.plots import (
+    components,
+    drawing,
     plot_cluster_samples,
     plot_component_weights,
     plot_latent,
     plot_training_curves,
 )
+from vmm_fast.plots.components import tree_figure
 
 
 @pytest.fixture
@@ -36,13 +38,13 @@ def rng():
 def figures(monkeypatch):
     """Collect the figures that are saved."""
     caught = []
-    save = plots._save
+    save = drawing.save
 
     def catch(figure, path):
         caught.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", catch)
+    monkeypatch.setattr(drawing, "save", catch)
     return caught
 
 
@@ -127,7 +129,11 @@ def test_latent_in_two_dimensions_is_drawn_as_it_is(tmp_path, rng, figures):
     colors = {
         tuple(p): c[:3] for p, c in zip(drawn, ax.collections[0].get_facecolors(), strict=True)
     }
-    for cluster, color in [(7, plots.PALETTE[0]), (70, plots.PALETTE[1]), (700, plots.INACTIVE)]:
+    for cluster, color in [
+        (7, drawing.PALETTE[0]),
+        (70, drawing.PALETTE[1]),
+        (700, drawing.INACTIVE),
+    ]:
         for point in z[clusters == cluster]:
             assert colors[tuple(point)] == pytest.approx(to_rgb(color))
 
@@ -146,7 +152,7 @@ def test_a_hundred_clusters_have_a_hundred_colours_and_readable_numbers(tmp_path
     clusters = np.arange(5000) % 100
     z = rng.normal(size=(100, 2))[clusters] * 0.3 + 0.05 * rng.normal(size=(5000, 2))
     plot_latent(z, clusters, path=tmp_path / "a.png")
-    assert len(set(plots._colors(100))) == 100
+    assert len(set(drawing.distinct_colors(100))) == 100
     (ax,) = figures[0].axes
     assert sorted(map(int, written(ax))) == list(range(100))
     boxes = [text.get_window_extent() for text in ax.texts]
@@ -229,10 +235,10 @@ def test_a_hundred_components_are_folded_into_blocks(tmp_path, rng, figures):
 
 
 def test_values_outside_the_unit_range_are_scaled_but_small_overshoots_are_cut():
-    np.testing.assert_allclose(plots._unit_range(np.array([-2.0, 0.0, 2.0])), [0, 0.5, 1])
-    np.testing.assert_allclose(plots._unit_range(np.array([-0.1, 0.5, 1.1])), [0, 0.5, 1])
-    np.testing.assert_allclose(plots._unit_range(np.zeros(2)), [0, 0])
-    np.testing.assert_allclose(plots._unit_range(np.full(2, 9.0)), [0, 0])
+    np.testing.assert_allclose(components._unit_range(np.array([-2.0, 0.0, 2.0])), [0, 0.5, 1])
+    np.testing.assert_allclose(components._unit_range(np.array([-0.1, 0.5, 1.1])), [0, 0.5, 1])
+    np.testing.assert_allclose(components._unit_range(np.zeros(2)), [0, 0])
+    np.testing.assert_allclose(components._unit_range(np.full(2, 9.0)), [0, 0])
 
 
 def test_vector_samples_are_heat_strips(tmp_path, rng, figures):
@@ -385,7 +391,7 @@ def test_the_tree_shows_how_sure_each_merge_between_clusters_is():
     z = components.sample(400)
     tree = ClusterTree(Confusion.of(components, z))
     clusters = find_clusters(components, z, tree=tree, n_clusters=3)
-    (ax,) = plots._tree(tree, clusters).axes
+    (ax,) = tree_figure(tree, clusters).axes
     bars = [line.get_segments()[0] for line in ax.collections if isinstance(line, LineCollection)]
     assert len(bars) == 2
     shown = np.array([[10**-y for _, y in bar] for bar in bars])

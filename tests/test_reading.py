@@ -16,10 +16,11 @@ from anndata import AnnData
 from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast._errors import InputError
-from vmm_fast.cells import assignment, frames, integration
+from vmm_fast.cells import assignment, frames, selection
 from vmm_fast.cells.names import find_names, notes_on_genes
 from vmm_fast.cells.preparing import prepare
 from vmm_fast.cells.reading import not_counts, read_cells
+from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -77,16 +78,16 @@ def test_shards_without_names_are_matched_by_those_that_a_column_has(tmp_path):
 def test_genes_that_are_only_numbered_are_noted(tmp_path):
     adata = AnnData(csr_matrix(COUNTS.astype(np.float32)))
     adata.write_h5ad(tmp_path / "a.h5ad")
-    settings = integration.Settings(
+    settings = Settings(
         batch_key=None, layer=None, labels_key=None, genes=None, epochs=1, components=2
     )
     for first, noted in ((0, True), (1, True), (2, False)):
         adata.var_names = [str(i) for i in range(first, first + 9)]
-        _, notes = integration.training_cells(adata, settings)
+        _, notes = selection.training_cells(adata, settings)
         assert [note for note in notes if "matched by position" in note] == notes[:noted]
         assert notes_on_genes(adata.var_names) == notes[:noted]
     with CellStore(tmp_path / "a.h5ad") as store:
-        _, _, notes = integration.training_cells_on_disk(store, settings)
+        _, _, notes = selection.training_cells_on_disk(store, settings)
     assert "matched by position" in notes[0]
 
 
@@ -226,15 +227,15 @@ def test_zeros_that_are_stored_are_no_counts_of_a_cell(tmp_path, on_disk):
     adata = make_cells()
     adata.X.data[: adata.X.indptr[1]] = 0
     adata.write_h5ad(tmp_path / "a.h5ad")
-    settings = integration.Settings(
+    settings = Settings(
         batch_key=None, layer=None, labels_key=None, genes=None, epochs=1, components=2
     )
     with CellStore(tmp_path / "a.h5ad") as store:
         assert store.read(0, 1).nnz > 0
         if on_disk:
-            _, _, notes = integration.training_cells_on_disk(store, settings)
+            _, _, notes = selection.training_cells_on_disk(store, settings)
         else:
-            _, notes = integration.training_cells(adata, settings)
+            _, notes = selection.training_cells(adata, settings)
     assert notes[0] == "1 cell has no counts at all"
 
 

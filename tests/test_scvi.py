@@ -24,8 +24,8 @@ from torch.distributions import Normal  # noqa: E402
 
 from vmm_fast.counts import SoftmaxMean  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
-from vmm_fast.scvi.model import _order_category_weights  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
+from vmm_fast.scvi.query import order_category_weights  # noqa: E402
 from vmm_fast.scvi.training import EmpiricalBayes, EmpiricalBayesTrainingPlan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -333,7 +333,7 @@ def test_weights_of_new_categories_are_put_behind_those_of_their_covariate():
     # scvi-tools has appended two to the first covariate's two, then one to the third's three.
     with torch.no_grad():
         layer[0].weight.copy_(torch.arange(13.0).expand(3, 13))
-    _order_category_weights(layers, [2, 0, 3, 3], [4, 0, 4, 3])
+    order_category_weights(layers, [2, 0, 3, 3], [4, 0, 4, 3])
     expected = [0, 1, *(2, 3, 10, 11), *(4, 5, 6, 12), *(7, 8, 9)]
     assert layer[0].weight[0].tolist() == expected
 

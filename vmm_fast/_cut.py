@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from vmm_fast._errors import InputError
-from vmm_fast._schema import number, optional, whole
+from vmm_fast._schema import AT_LEAST_0, SHARE, optional, whole
 
-__all__ = ["Cut"]
+LEAST = 10  # rows or cells: one is held out and nine are trained on
+T = TypeVar("T", bound="Cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,8 @@ class Cut:
     """
 
     components: Annotated[int, whole(1)]
-    resolution: Annotated[float | None, optional(number("of at least 0", lambda x: x >= 0))] = None
-    separation: Annotated[
-        float | None, optional(number("between 0 and 1", lambda x: 0 < x < 1))
-    ] = None
+    resolution: Annotated[float | None, optional(AT_LEAST_0)] = None
+    separation: Annotated[float | None, optional(SHARE)] = None
     clusters: Annotated[int | None, optional(whole(1))] = None
 
     def __post_init__(self) -> None:
@@ -34,6 +33,26 @@ class Cut:
                 f"--clusters must be at most {self.components}, the number of components, but "
                 f"is {self.clusters}"
             )
+
+    @classmethod
+    def _filled(
+        cls: type[T], given: dict[str, Any], number: int, what: str, starts: int, **usual: Any
+    ) -> T:
+        """Return settings in which usual values stand for those that are not given, or None.
+
+        `number` is that of the things to cluster, which `what` names; components may start from
+        `starts` of them. Raises InputError if there are too few of them, or too many components.
+        """
+        if number < LEAST:
+            raise InputError(f"must have at least {LEAST} {what} to be clustered, but has {number}")
+        usual["components"] = min(100, max(10, starts // 20), starts)
+        found = cls(**usual | {name: x for name, x in given.items() if x is not None})
+        if found.components > starts:
+            raise InputError(
+                f"--components must be at most {starts}, the {what} that they start from, but is "
+                f"{found.components}"
+            )
+        return found
 
     def at_most(self, most: int) -> dict[str, Any]:
         """Return the keyword arguments of :func:`vmm_fast.clusters.find_clusters`.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError"]
-
 
 class InputError(ValueError):
     """Raised for input that cannot be used; the message is one line: what it is, and the cure."""

@@ -28,17 +28,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "Lock",
-    "as_csv",
-    "check_archive",
-    "load_checked",
-    "read_json",
-    "save_atomically",
-    "write_atomically",
-    "write_json",
-]
-
 DIGEST = "sha256"
 # A temporary file younger than this may belong to a process that has not locked it yet.
 SECONDS_TO_LOCK = 60

@@ -21,8 +21,6 @@ from vmm_fast._errors import InputError
 from vmm_fast._files import Lock, read_json, write_json
 from vmm_fast._schema import check, rules_of, table, text
 
-__all__ = ["Folder", "digest", "folder_of_model", "must_hold_run"]
-
 RUN = "run.json"
 RECORD = table({"vmm_fast": text, "input": text, "settings": table({})})
 RUNNING = ".running"  # locked while a run lasts

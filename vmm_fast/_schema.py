@@ -20,27 +20,6 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-__all__ = [
-    "RATE",
-    "Rule",
-    "anything",
-    "check",
-    "flag",
-    "generator_state",
-    "like",
-    "list_of",
-    "none",
-    "number",
-    "optional",
-    "plain",
-    "rules_of",
-    "table",
-    "tensor",
-    "text",
-    "weights_of",
-    "whole",
-]
-
 Rule = Callable[[str, Any], None]
 MOST = 2**63 - 1  # largest integer of torch and numpy
 LONGEST = 60  # characters of a value that a message shows
@@ -120,6 +99,8 @@ def number(bounds: str = "", fits: Callable[[float], bool] = lambda x: True) -> 
 
 
 RATE = number("above 0", lambda x: x > 0)
+AT_LEAST_0 = number("of at least 0", lambda x: x >= 0)
+SHARE = number("between 0 and 1", lambda x: 0 < x < 1)
 
 
 def optional(inner: Rule) -> Rule:

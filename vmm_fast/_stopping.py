@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["STOPS", "HungUp", "Terminated", "stoppable"]
-
 IMPATIENCE = 2.0  # seconds after a signal in which further ones are ignored
 
 

@@ -182,36 +182,44 @@ def clustering_scores_from_assignment(
         points = _representatives(representative, clusters, n)
         accuracy = float(np.mean(class_of[points][cluster_of] == class_of))
 
-    scores = _sklearn_scores()
+    nmi, ari = agreement(cluster_of, class_of)
+    nmi_merged, ari_merged = agreement(merged, class_of)
+    ami = _sklearn("adjusted_mutual_info_score", cluster_of, class_of)
     from scipy.optimize import linear_sum_assignment  # installed with scikit-learn
 
-    with warnings.catch_warnings():
-        # If most labels differ, as in small data, scikit-learn warns of a regression target.
-        warnings.filterwarnings("ignore", message="The number of unique classes is greater")
-        return ClusteringScores(
-            accuracy=accuracy,
-            accuracy_majority=float(contingency.max(1).sum() / n),
-            accuracy_one_to_one=float(
-                contingency[linear_sum_assignment(contingency, maximize=True)].sum() / n
-            ),
-            nmi=float(scores.normalized_mutual_info_score(class_of, cluster_of)),
-            ari=float(scores.adjusted_rand_score(class_of, cluster_of)),
-            ami=float(scores.adjusted_mutual_info_score(class_of, cluster_of)),
-            nmi_merged=float(scores.normalized_mutual_info_score(class_of, merged)),
-            ari_merged=float(scores.adjusted_rand_score(class_of, merged)),
-            components_used=len(clusters),
-            components_active=int((sizes > ACTIVE_SHARE * n).sum()),
-        )
+    return ClusteringScores(
+        accuracy=accuracy,
+        accuracy_majority=float(contingency.max(1).sum() / n),
+        accuracy_one_to_one=float(
+            contingency[linear_sum_assignment(contingency, maximize=True)].sum() / n
+        ),
+        nmi=nmi,
+        ari=ari,
+        ami=ami,
+        nmi_merged=nmi_merged,
+        ari_merged=ari_merged,
+        components_used=len(clusters),
+        components_active=int((sizes > ACTIVE_SHARE * n).sum()),
+    )
 
 
-def _sklearn_scores() -> Any:
+def agreement(labels: Any, true_labels: Any) -> tuple[float, float]:
+    """Return the NMI and ARI of an assignment [N] with another, of any integers."""
+    pair = labels, true_labels
+    return _sklearn("normalized_mutual_info_score", *pair), _sklearn("adjusted_rand_score", *pair)
+
+
+def _sklearn(score: str, labels: Any, true_labels: Any) -> float:
     try:
         from sklearn import metrics
     except ImportError as error:
         raise ImportError(
             "clustering scores need scikit-learn: pip install vmm-fast[cli]"
         ) from error
-    return metrics
+    with warnings.catch_warnings():
+        # If most labels differ, as in small data, scikit-learn warns of a regression target.
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater")
+        return float(getattr(metrics, score)(true_labels, labels))
 
 
 def _as_numpy(values: Any) -> np.ndarray:

@@ -23,18 +23,16 @@ from torch import Tensor
 
 import vmm_fast
 from vmm_fast._cut import Cut
+from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
 from vmm_fast._schema import RATE, check, list_of, table, tensor, weights_of, whole
-from vmm_fast.arrays.data import Data, InputError, Scaling
-from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
+from vmm_fast.arrays.data import Data, Scaling
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters, order_by_size
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
 from vmm_fast.models import VAE, History, RandomShifts, fit
 
-__all__ = ["Clusterer", "Clustering", "Settings", "train"]
-
 FORMAT = "clusterer 2"
-LEAST_ROWS = 10  # one is held out and nine are trained on
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
 CHUNK = 4096  # rows that are encoded together
 FEWEST_EPOCHS, FEWEST_STEPS = 40, 2800
@@ -55,43 +53,28 @@ class Settings(Cut):
     seed: Annotated[int, whole()] = 0
 
     @classmethod
-    def suited_to(cls, data: Data, **given: Any) -> Settings:
+    def for_data(cls, data: Data, **given: Any) -> Settings:
         """Return settings in which the size of the data determines what is not given, or None.
 
-        Raises
-        ------
-        InputError
-            If there are too few rows, more components than rows to start them from, or more
-            clusters than components.
+        Raises InputError if there are too few rows, more components than rows to start them from,
+        or more clusters than components.
         """
-        rows = len(data.values)
-        if rows < LEAST_ROWS:
-            raise InputError(
-                f"must have at least {LEAST_ROWS} rows to be clustered, but has {rows}"
-            )
+        rows, pictures = len(data.values), data.picture_size is not None
         training = rows - _held_out(rows)
-        chosen = {name: value for name, value in given.items() if value is not None}
-        batch_size = chosen.get(
-            "batch_size", 256 if rows >= MANY_ROWS else min(64, max(16, rows // 8))
-        )
-        if chosen.get("components", 0) > training:
-            raise InputError(
-                f"--components must be at most {training}, the rows that are trained on, but is "
-                f"{chosen['components']}"
-            )
-        longer = 1 if data.picture_size is None else LONGER_FOR_PICTURES
-        suited: dict[str, Any] = {
+        batch_size = 256 if rows >= MANY_ROWS else min(64, max(16, rows // 8))
+        steps = max(1, training // (given.get("batch_size") or batch_size))
+        longer = LONGER_FOR_PICTURES if pictures else 1
+        return cls._filled(
+            given,
+            rows,
+            "rows",
+            training,
             # Enough steps for few rows, enough passes for many.
-            "epochs": max(
-                round(longer * FEWEST_EPOCHS),
-                math.ceil(longer * FEWEST_STEPS / max(1, training // batch_size)),
-            ),
-            "latent_dim": min(10, data.values[0].numel()),
-            "learning_rate": 1e-3 if data.picture_size is None else 2e-3,
-            "components": min(100, max(10, training // 20), training),
-            "batch_size": batch_size,
-        }
-        return cls(**{**suited, **chosen})
+            epochs=max(round(longer * FEWEST_EPOCHS), math.ceil(longer * FEWEST_STEPS / steps)),
+            latent_dim=min(10, data.values[0].numel()),
+            learning_rate=2e-3 if pictures else 1e-3,
+            batch_size=batch_size,
+        )
 
 
 def _held_out(rows: int) -> int:
@@ -394,12 +377,8 @@ def train(
 ) -> Clustering:
     """Train a model and assign every row; see `vmm_fast.models.fit` for the arguments.
 
-    Raises
-    ------
-    InputError
-        If the checkpoint is damaged or of another run.
-    FloatingPointError
-        If training diverges.
+    Raises InputError if the checkpoint is damaged or of another run, FloatingPointError if training
+    diverges.
     """
     shape = tuple(data.values.shape[1:])
     with torch.random.fork_rng(devices=[]):
@@ -446,7 +425,10 @@ def train(
     with torch.no_grad():
         components = model.prior.components(model.encode).detach()
     z = torch.cat([bare.eval().encode(scaling.apply(x)).mean for x in data.values.split(CHUNK)])
-    components = _by_size(components, components.assign(z).labels)
+    counts = components.assign(z).labels.bincount(minlength=components.num_components)
+    order = order_by_size(components, counts)
+    sorted_ = {name: value[order] for name, value in components.state_dict().items()}
+    components = Components(**sorted_)
     tree = ClusterTree(Confusion.of(components, z))
     cut = settings.at_most(len(tree.leaves))
     with warnings.catch_warnings():  # the result says how many there are
@@ -454,11 +436,3 @@ def train(
         clusters = find_clusters(components, z, tree=tree, **cut)
     clusterer = Clusterer(bare, clusters, tree, scaling)
     return Clustering(data, settings, clusterer, history, clusterer.assign(data.values))
-
-
-def _by_size(components: Components, labels: Tensor) -> Components:
-    """Return the components (K = 1) with the most rows first; ties are in order of weight."""
-    by_weight = components.log_weights.argsort(descending=True, stable=True)
-    counts = labels.bincount(minlength=components.num_components)[by_weight]
-    order = by_weight[counts.argsort(descending=True, stable=True)]
-    return Components(**{name: value[order] for name, value in components.state_dict().items()})

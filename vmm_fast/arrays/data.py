@@ -23,8 +23,6 @@ from vmm_fast._errors import InputError
 from vmm_fast._text import counted
 from vmm_fast.arrays.tables import EXACT, inexact, label_position, plain, read_table
 
-__all__ = ["Data", "InputError", "Scaling", "make_data", "read"]
-
 IMAGE_NAME = "images"
 ARRAY_NAMES = (IMAGE_NAME, "x", "X")
 CHUNK = 4096  # rows that are checked together

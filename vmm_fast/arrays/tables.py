@@ -18,8 +18,6 @@ import numpy as np
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted
 
-__all__ = ["EXACT", "Table", "inexact", "label_position", "plain", "read_table"]
-
 # Names of label columns, as :func:`plain` returns them; the first that a table has is taken.
 LABEL_NAMES = (
     *("label", "labels", "y", "target", "targets", "class", "classes", "truth", "groundtruth"),

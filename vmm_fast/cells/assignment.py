@@ -20,44 +20,34 @@ from scvi import REGISTRY_KEYS
 from vmm_fast._errors import InputError
 from vmm_fast._files import check_archive
 from vmm_fast._folder import folder_of_model
+from vmm_fast._text import joined
 from vmm_fast.cells import frames
 from vmm_fast.cells.integration import (
-    EARLIER,
     UNKNOWN_BATCH,
     assigned,
     dendrogram,
     latent_means,
-    make_adata,
-    notes_on_cell_names,
-    quiet,
     set_clusters,
 )
 from vmm_fast.cells.names import notes_on_genes
+from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
+from vmm_fast.cells.selection import EARLIER, make_adata, notes_on_cell_names
 from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import write_adata, write_clustered
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.saved import check_model
 
-__all__ = ["Found", "MatchedCells", "SavedModel", "assign", "find_model", "match"]
-
 HOW = ", whose cells are encoded as of all known batches in equal shares"
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
 class SavedModel(NamedTuple):
-    """A loaded model, with the genes and batches that new cells are matched with.
+    """A loaded model, its folder, and the genes and batches that new cells are matched with.
 
-    Attributes
-    ----------
-    model : VMMSCVI
-    folder : Path
-        Folder that it was loaded from.
-    genes : pandas.Index
-    layer, batch_key : str or None
-        Layer and column of obs that had the counts and batches of its cells.
-    batches : pandas.Index
+    ``layer`` and ``batch_key`` name the layer and column of obs that had its cells' counts and
+    batches.
     """
 
     model: VMMSCVI
@@ -75,11 +65,8 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     they are read. ``cut`` says where to cut the tree of clusters, as in
     :func:`vmm_fast.clusters.find_clusters`; by default the model's clusters stay.
 
-    Raises
-    ------
-    InputError
-        If there is no model, or it has no clusters, or it needs more than the counts and batch of a
-        cell.
+    Raises InputError if there is no model, or it has no clusters, or it needs more than the counts
+    and batch of a cell.
     """
     folder = folder_of_model(path)
     damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
@@ -144,16 +131,10 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
 
 
 class MatchedCells(NamedTuple):
-    """Cells with the genes of a model and indices of its batches, ready to be assigned.
+    """Cells with the genes of a model, ready to be assigned, and notes on how they were matched.
 
-    Attributes
-    ----------
-    counts : CellSource
-        Counts of the model's genes.
-    batches : ndarray of int [cells]
-        Index of each cell's batch, UNKNOWN_BATCH if the model does not know it.
-    notes : list of str
-        What a user should know about how they were matched.
+    ``batches`` has the index of each cell's batch [cells], UNKNOWN_BATCH if the model does not know
+    it.
     """
 
     counts: CellSource
@@ -164,19 +145,9 @@ class MatchedCells(NamedTuple):
 def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None) -> MatchedCells:
     """Return cells with the model's genes and batches.
 
-    Parameters
-    ----------
-    cells : AnnData or CellStore
-    saved : SavedModel
-    layer : str, optional
-        Layer of an AnnData with the counts; default the model's layer if the cells have it, else X.
-        A store has its own.
-
-    Raises
-    ------
-    InputError
-        If the cells do not fit the model. The values of a store are checked later, when they are
-        read.
+    Counts are those of ``layer``, by default the model's layer if the cells have it, else X; a
+    store has its own. Raises InputError if the cells do not fit the model. The values of a store
+    are checked later, when they are read.
     """
     key = saved.batch_key
     more: list[str] = []
@@ -207,8 +178,7 @@ def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:
     missing = genes[at < 0]
     if not len(missing):
         return at, []
-    first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    are = "is" if len(missing) == 1 else "are"
+    first, are = joined(missing, 5), "is" if len(missing) == 1 else "are"
     number = f"{len(missing):,} of the model's {len(genes):,} genes {are}"
     if len(missing) > MOST_MISSING * len(genes):
         raise InputError(
@@ -254,13 +224,9 @@ def _batches(
     new = [str(batch.categories[i]) for i in pd.unique(batch.codes) if known[i] < 0]
     if not new:
         return codes, []
-    names = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
-    one = (
-        "a batch that the model does not know"
-        if len(new) == 1
-        else f"{len(new)} batches that the model does not know"
-    )
-    return codes, [f"{one}: {names}{HOW}"]
+    unknown = "that the model does not know"
+    what = f"a batch {unknown}" if len(new) == 1 else f"{len(new)} batches {unknown}"
+    return codes, [f"{what}: {joined(new, 5)}{HOW}"]
 
 
 # --- their clusters ---
@@ -281,12 +247,8 @@ class Found:
         """Write the cells with embedding and clusters to an .h5ad file, whole or not at all.
 
         Cells in memory get them as well, and are written whole; of a store, only obs and var are
-        written.
-
-        Raises
-        ------
-        InputError
-            If the disk is too small or fills up, or a file of the store has changed.
+        written. Raises InputError if the disk is too small or fills up, or a file of the store has
+        changed.
         """
         uns = {"vmm": {"model": str(self.saved.folder.resolve())}}
         uns |= dendrogram(self.saved.model, self.clusters)
@@ -300,20 +262,10 @@ class Found:
 
 
 def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:
-    """Return the embedding of cells and their clusters.
+    """Return the embedding of cells from :func:`match` and their clusters.
 
-    Parameters
-    ----------
-    cells : MatchedCells
-        From :func:`match`, with this model.
-    saved : SavedModel
-    progress : bool
-        Show a bar on stderr.
-
-    Raises
-    ------
-    InputError
-        If cells on disk can no longer be read, or their values are not counts.
+    With `progress` a bar is shown on stderr. Raises InputError if cells on disk can no longer be
+    read, or their values are not counts.
     """
     everything = np.array([0]), np.array([cells.counts.n_obs])
     batches = CellBatches(cells.counts, cells.batches, *everything)

@@ -19,8 +19,7 @@ from anndata.experimental import read_dispatched
 from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast._errors import InputError
-
-__all__ = ["lacks_chunks", "left_out", "read_elements", "read_var", "summarize_error"]
+from vmm_fast._text import joined
 
 DEPTH = 32  # most groups within groups in uns: deeper ones take minutes to write
 MOST_REASONS = 3  # most elements that are left out with the reason in the note
@@ -37,8 +36,7 @@ def left_out(faults: list[tuple[str, str]]) -> list[str]:
     """Return notes on elements that cannot be read, given their names and the reasons."""
     notes = [f"{name} cannot be read and is left out: {why}" for name, why in faults[:MOST_REASONS]]
     if more := [name for name, _ in faults[MOST_REASONS:]]:
-        cut = ", ..." if len(more) > 20 else ""
-        notes.append(f"{len(more):,} more cannot be read either: {', '.join(more[:20])}{cut}")
+        notes.append(f"{len(more):,} more cannot be read either: {joined(more)}")
     return notes
 
 

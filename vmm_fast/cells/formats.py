@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from scipy.io import mminfo, mmread
 from scipy.sparse import csr_matrix, vstack
 
 from vmm_fast._errors import InputError
-from vmm_fast._text import counted
+from vmm_fast._text import counted, joined
 from vmm_fast.cells.names import CELLS, GENES, find_names
-
-__all__ = ["kind_of_hdf5", "matrices", "read_10x_h5", "read_10x_mtx", "read_loom", "visible"]
 
 GENE = "Gene Expression"  # the type of a feature that is a gene
 # Types of features that are not genes, in Cell Ranger, Cell Ranger ATAC and Xenium.
@@ -90,7 +88,7 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
     (adata,) = parts
     if len(genomes) > 1:
         adata.var_names, more = _with_genomes(adata.var)
-        notes += [f"the genes of {len(genomes)} genomes are read: {_cut(genomes)}", *more]
+        notes += [f"the genes of {len(genomes)} genomes are read: {joined(genomes, 5)}", *more]
     return adata, notes
 
 
@@ -127,8 +125,7 @@ def _with_genomes(var: pd.DataFrame) -> tuple[list[str], list[str]]:
         return list(var.index), []
     names = [f"{x}_{name}" if name in same else name for name, x in var["genome"].items()]
     example = next(name for name in names if name not in var.index)
-    are = "is" if len(same) == 1 else "are"
-    found = f"{counted(len(same), 'gene name')} {are} of several genomes"
+    found = f"{counted(len(same), 'gene name is', 'gene names are')} of several genomes"
     return names, [f"{found}, so the genome stands before the name: {example!r}"]
 
 
@@ -138,30 +135,19 @@ def _genes_of(types: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if not keep.any():
         raise InputError(f"must hold features of {GENE}, but holds {_listed_types(types)}")
     notes = []
-    if not keep.all():
-        are = "feature is" if (~keep).sum() == 1 else "features are"
-        notes.append(
-            f"{(~keep).sum():,} {are} left out, since genes alone are read: "
-            f"{_listed_types(types[~keep])}"
-        )
-    if (unknown := keep & (types != GENE)).any():
-        are = "feature is" if unknown.sum() == 1 else "features are"
-        notes.append(
-            f"{unknown.sum():,} {are} of a type that 10x does not have, and taken for genes: "
-            f"{_listed_types(types[unknown])}"
-        )
+    for these, what in (
+        (~keep, "left out, since genes alone are read"),
+        (keep & (types != GENE), "of a type that 10x does not have, and taken for genes"),
+    ):
+        if number := these.sum():
+            are = counted(number, "feature is", "features are")
+            notes.append(f"{are} {what}: {_listed_types(types[these])}")
     return keep, notes
 
 
 def _listed_types(types: np.ndarray) -> str:
     numbers = pd.Series(types).value_counts(sort=False)
-    return _cut([f"{number:,} {kind or 'of no type'}" for kind, number in numbers.items()])
-
-
-def _cut(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(str(name)[:100] for name in names[:5]) + more
+    return joined([f"{number:,} {kind or 'of no type'}" for kind, number in numbers.items()], 5)
 
 
 # --- 10x, a folder ---
@@ -182,8 +168,9 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
         prefixes.setdefault(_bare(file).removesuffix("matrix.mtx"), file)
     if len(prefixes) > 1 and "" not in prefixes:
         raise InputError(
-            f"must hold one matrix.mtx, but holds {_cut([f.name for f in prefixes.values()])}; "
-            "put the files of each into a folder of its own"
+            "must hold one matrix.mtx, but holds "
+            f"{joined([f.name for f in prefixes.values()], 5)}; put the files of each into a "
+            "folder of its own"
         )
     prefix = "" if "" in prefixes else next(iter(prefixes))
     matrix = prefixes[prefix]

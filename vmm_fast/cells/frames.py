@@ -17,18 +17,6 @@ from anndata.io import read_elem
 
 from vmm_fast.cells.elements import summarize_error
 
-__all__ = [
-    "cast",
-    "common_dtype",
-    "dtypes_of",
-    "encoding_of",
-    "find",
-    "of_text",
-    "read_index",
-    "read_slice",
-    "rows_of",
-]
-
 STRINGS = np.dtype(object)  # strings without missing values; pd.StringDtype() allows missing ones
 
 

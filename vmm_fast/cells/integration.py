@@ -8,8 +8,6 @@ many cells they hold, so "0" is the largest.
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 import os
 import resource
@@ -18,13 +16,12 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,60 +31,32 @@ from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
-from vmm_fast._schema import RATE, check, flag, list_of, number, optional, table, text, whole
+from vmm_fast._schema import check, list_of, number, table, whole
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted
-from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.preparing import cells_bar
-from vmm_fast.cells.reading import batches_of, column, counts_of, without_batch
-from vmm_fast.cells.store import CellStore, notes_on_omissions
-from vmm_fast.cells.writing import (
-    COLUMNS,
-    ROWS,
-    cluster_columns,
-    write_adata,
-    write_results,
-    write_table,
-)
-from vmm_fast.clusters import Clusters, Confusion
-from vmm_fast.metrics import ACTIVE_SHARE
+from vmm_fast.cells.quiet import quiet
+from vmm_fast.cells.selection import OnDisk, counts_in
+from vmm_fast.cells.settings import Settings
+from vmm_fast.cells.writing import cluster_columns, write_adata, write_results, write_table
+from vmm_fast.clusters import Clusters, Confusion, order_by_size
+from vmm_fast.metrics import ACTIVE_SHARE, agreement
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.loading import (
     WINDOW,
     CellBatches,
     CellDataModule,
     MemoryCells,
-    window_of,
 )
 from vmm_fast.scvi.model import VMMSCVI
-from vmm_fast.scvi.module import PRIOR_LEARNING_RATE, VMMVAE
+from vmm_fast.scvi.module import VMMVAE
 from vmm_fast.scvi.pseudo_cells import Cells
-
-__all__ = [
-    "RESULTS",
-    "UNKNOWN_BATCH",
-    "Integration",
-    "OnDisk",
-    "Settings",
-    "assigned",
-    "integrate",
-    "latent_means",
-    "make_adata",
-    "notes_on_cell_names",
-    "quiet",
-    "set_clusters",
-    "training_cells",
-    "training_cells_on_disk",
-]
 
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
@@ -95,264 +64,13 @@ RESULTS = {
     "model": "what VMMSCVI.load and vmm-fast assign take",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
-LEAST_CELLS = 10  # one is held out and nine are trained on
-MANY_GENES = 10_000  # where selecting some is worth a note
 CHECKPOINT_SECONDS = 30  # between two checkpoints
 BAR_SECONDS = 0.5  # between two updates of the progress bar
-SAMPLE = 20_000  # cells drawn from disk for pseudo-cells, the choice of genes and the report
 UNKNOWN_BATCH = -1  # of a cell whose batch is unknown: it is encoded as of all in equal shares
 DENDROGRAM = "dendrogram_vmm_cluster"  # the key of uns where scanpy looks for it
-EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(Cut):
-    """Settings of a run: all that it depends on besides its cells, and the column of labels."""
-
-    batch_key: Annotated[str | None, optional(text)]
-    layer: Annotated[str | None, optional(text)]
-    labels_key: Annotated[str | None, optional(text)]
-    genes: Annotated[int | None, optional(whole(1))]
-    epochs: Annotated[int, whole(1)]
-    latent_dim: Annotated[int, whole(1)] = 10
-    batch_size: Annotated[int, whole(2)] = 128
-    learning_rate: Annotated[float, RATE] = 1e-3
-    prior_learning_rate: Annotated[float, RATE] = PRIOR_LEARNING_RATE
-    seed: Annotated[int, whole(0, 2**32 - 1)] = 0
-    # Whether counts are read from disk while training, which changes the order of the cells.
-    on_disk: Annotated[bool, flag] = False
-
-    @classmethod
-    def suited_to(cls, cells: AnnData | CellStore, **given: Any) -> Settings:
-        """Return settings in which the number of cells determines what is not given, or None.
-
-        Raises
-        ------
-        InputError
-            If there are too few cells, more components than cells that they start as, or more
-            clusters than components.
-        """
-        number = cells.n_obs
-        if number < LEAST_CELLS:
-            raise InputError(
-                f"must have at least {LEAST_CELLS} cells to be integrated, but has {number}"
-            )
-        if (given.get("components") or 0) > number:
-            raise InputError(
-                f"--components must be at most {number}, the cells that pseudo-inputs start as, "
-                f"but is {given['components']}"
-            )
-        suited: dict[str, Any] = {
-            "batch_key": None,
-            "layer": None,
-            "labels_key": None,
-            "genes": None,
-            # At most as many steps as by scvi-tools' default: 400 epochs of 20,000 cells.
-            "epochs": max(1, min(100, round(400 * 20_000 / number))),
-            "components": min(100, max(10, number // 20)),
-        }
-        return cls(**suited | {name: value for name, value in given.items() if value is not None})
-
-
-# --- the cells to train on ---
-
-
-class OnDisk(NamedTuple):
-    """All cells on disk, and which of them the model is made with.
-
-    Attributes
-    ----------
-    store : CellStore
-    batches : ndarray of int [cells]
-        Index of each cell's batch.
-    genes : ndarray of int or None
-        Columns of the store to train on; None for all.
-    rows : ndarray of int
-        The cells that the model is made with, as rows of the store.
-    """
-
-    store: CellStore
-    batches: np.ndarray
-    genes: np.ndarray | None
-    rows: np.ndarray
-
-
-def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[str]]:
-    """Return the cells to train on, with the chosen genes and their batches, and notes on them.
-
-    Raises
-    ------
-    InputError
-        If the values are not counts, or a key is missing or cannot be used.
-    """
-    _check_keys(settings)
-    counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
-    notes = [EARLIER] if "vmm_cluster" in adata.obs else []
-    notes += notes_on_genes(adata.var_names)
-    obs = pd.DataFrame(index=adata.obs_names)
-    if settings.labels_key is not None:
-        column(adata, "--labels-key", settings.labels_key)
-    if settings.batch_key is not None:
-        obs[settings.batch_key] = batches = batches_of(adata, settings.batch_key)
-        notes += _notes_on_batches(settings.batch_key, batches.value_counts())
-    depth, detected = counts.sum(1).A1, counts.sum(0).A1
-    notes += _notes_on_counts(int((depth == 0).sum()), detected) + notes_on_cell_names(adata)
-    whole = make_adata(counts, obs, adata.var_names, settings.layer)
-    chosen = _variable_genes(whole, settings)
-    if settings.genes is None and adata.n_vars > MANY_GENES:
-        notes.append(f"trained on all {adata.n_vars:,} genes; --genes 2000 is faster")
-    cells = whole[:, chosen].copy()
-    if number := int((_counts(cells, settings.layer).sum(1).A1 == 0).sum() - (depth == 0).sum()):
-        notes.append(f"{number:,} more have none in the genes that are trained on")
-    return cells, notes
-
-
-def training_cells_on_disk(
-    store: CellStore, settings: Settings
-) -> tuple[AnnData, OnDisk, list[str]]:
-    """Return some cells of a store to make the model with, where all of them are, and notes.
-
-    Every cell is read once, so that errors and notes come before training. See
-    :func:`training_cells`.
-    """
-    _check_keys(settings)
-    notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
-    notes += notes_on_genes(store.var_names)
-    if settings.labels_key is not None:
-        store.column(settings.labels_key, "--labels-key")
-    if settings.batch_key is None:
-        batches = pd.Categorical.from_codes(np.zeros(store.n_obs, np.int8), ["0"])
-    else:
-        batches = store.column(settings.batch_key, "--batch-key")
-        if missing := int((batches.codes < 0).sum()):
-            raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
-        notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
-    empty, detected = 0, np.zeros(store.n_vars)
-    step = window_of(store)
-    for start in range(0, store.n_obs, step):
-        stop = min(start + step, store.n_obs)
-        counts = store.read(start, stop)
-        empty += int((counts.sum(1) == 0).sum())  # zeros may be stored
-        detected += counts.sum(0).A1
-    notes += _notes_on_counts(empty, detected) + notes_on_cell_names(store)
-    notes += notes_on_omissions("obs and var", ["counts", *store.others])
-    keys = [] if settings.batch_key is None else [settings.batch_key]
-    number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
-    sample = store.sample(number, keys=keys, seed=settings.seed)
-    obs, genes_of = sample.obs[keys], store.var_names
-    chosen = _variable_genes(make_adata(sample.X, obs, genes_of, settings.layer), settings)
-    # A view of the sample would lose the categories of batches that none of its cells has.
-    some = make_adata(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
-    genes = None if chosen.all() else np.flatnonzero(chosen)
-    on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
-    return some, on_disk, notes
-
-
-def _check_keys(settings: Settings) -> None:
-    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
-        if key in COLUMNS:
-            raise InputError(
-                f"{option} {key}: must be another column, results are written to this one; rename "
-                "it"
-            )
-
-
-def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
-    """Return notes on small batches, given their sizes; refuse a batch for each cell."""
-    sizes = sizes[sizes > 0]
-    if len(sizes) == sizes.sum():
-        raise InputError(
-            f"--batch-key {key}: must name batches, but has another value for every cell"
-        )
-    notes = []
-    if len(sizes) == 1:
-        notes.append("one batch alone: there is nothing to integrate, cells are clustered")
-    single = [str(name) for name in sizes.index[sizes == 1]]
-    if single:
-        one = len(single) == 1
-        notes.append(
-            f"{'a batch' if one else f'{len(single)} batches'} of one cell: "
-            f"{', '.join(single[:5])}{', ...' if len(single) > 5 else ''}"
-        )
-    return notes
-
-
-def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
-    """Return notes on cells and genes without counts; refuse counts that are all 0."""
-    if not detected.any():
-        raise InputError("must hold counts above 0, all are 0")
-    notes = []
-    if empty:
-        notes.append(f"{empty:,} {'cell has' if empty == 1 else 'cells have'} no counts at all")
-    if number := int((detected == 0).sum()):
-        notes.append(f"{number:,} {'gene has' if number == 1 else 'genes have'} no counts at all")
-    return notes
-
-
-def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
-    """Return a note on cells that share their name with another cell, if there are any."""
-    if isinstance(cells, CellStore):
-        names = np.empty(cells.n_obs, dtype=np.uint64)
-        for start in range(0, cells.n_obs, ROWS):
-            part = cells.obs_names(start, min(start + ROWS, cells.n_obs))
-            names[start : start + len(part)] = pd.util.hash_array(part, categorize=False)
-        same = cells.n_obs - len(np.unique(names))
-    else:
-        same = int(cells.obs_names.duplicated().sum())
-    if not same:
-        return []
-    have = "has" if same == 1 else "have"
-    return [f"{counted(same, 'cell')} {have} a name that another has, too; results are in order"]
-
-
-def make_adata(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
-    """Return an AnnData with the counts in the given layer, or in X, as the input has them."""
-    var = pd.DataFrame(index=genes)
-    if layer is None:
-        return AnnData(counts, obs, var)
-    return AnnData(obs=obs, var=var, layers={layer: counts})
-
-
-def _counts(adata: AnnData, layer: str | None) -> Any:
-    return adata.X if layer is None else adata.layers[layer]
-
-
-def _variable_genes(adata: AnnData, settings: Settings) -> np.ndarray:
-    if settings.genes is None or settings.genes >= adata.n_vars:
-        return np.ones(adata.n_vars, dtype=bool)
-    from scanpy.experimental.pp import highly_variable_genes
-
-    with quiet():
-        found = highly_variable_genes(
-            adata,
-            flavor="pearson_residuals",
-            n_top_genes=settings.genes,
-            batch_key=settings.batch_key,
-            layer=settings.layer,
-            inplace=False,
-        )
-    return found["highly_variable"].to_numpy()
 
 
 # --- training ---
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings, logs and printing of scvi-tools and Lightning from the terminal."""
-    loggers = [
-        logging.getLogger(name) for name in ("scvi", "lightning.pytorch", "lightning.fabric")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _CheckpointFile(CheckpointFile):
@@ -522,7 +240,7 @@ def integrate(
             )
             if on_disk is None:
                 codes = model.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY)[:, 0]
-                counts = MemoryCells(_counts(cells, settings.layer))
+                counts = MemoryCells(counts_in(cells, settings.layer))
                 loading = CellDataModule(counts, codes, **_loading(settings))
             else:
                 loading = CellDataModule(
@@ -644,9 +362,8 @@ def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.Data
     """Renumber the model's components (K = 1) by the cells they hold, and return the clusters."""
     prior, means = model.module.prior, torch.from_numpy(z)
     components = model.module.components().to("cpu")
-    by_weight = components.log_weights.argsort(descending=True, stable=True)
-    counts = Confusion.of(components, means).counts[by_weight]
-    order = by_weight[counts.argsort(descending=True, stable=True)]
+    counts = Confusion.of(components, means).counts
+    order = order_by_size(components, counts)
     for parameter in prior.parameters():
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
@@ -699,16 +416,19 @@ class Integration:
                 name: version(name) for name in ("vmm-fast", "scvi-tools", "torch", "anndata")
             },
         }
-        if labels is not None:
-            codes, _ = pd.factorize(labels)
-            known = codes >= 0
-            if known.any():
-                pair = codes[known], clusters.cat.codes[known]
-                record["scores"] = {
-                    "ari": float(adjusted_rand_score(*pair)),
-                    "nmi": float(normalized_mutual_info_score(*pair)),
-                }
+        if labels is not None and (scores := self.scores(labels)):
+            record["scores"] = scores
         return record
+
+    def scores(self, labels: Any) -> dict[str, float]:
+        """Return ARI and NMI of clusters and labels, of the cells that have one; empty if none."""
+        codes, _ = pd.factorize(labels)
+        known = codes >= 0
+        if not known.any():
+            return {}
+        clusters = self.clusters["vmm_cluster"].cat.codes.to_numpy()
+        nmi, ari = agreement(clusters[known], codes[known])
+        return {"ari": ari, "nmi": nmi}
 
     def add_to(self, adata: AnnData) -> dict[str, Any]:
         """Add embedding, clusters and settings to the cells as read; return :meth:`record`."""

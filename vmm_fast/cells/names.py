@@ -8,8 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["CELLS", "GENES", "find_names", "notes_on_genes", "numbered"]
-
 # Columns that hold names, in the order of preference, spelt as by _spelt.
 GENES = (
     *("gene", "genename", "genesymbol", "geneshortname", "symbol", "featurename", "targetname"),

@@ -19,8 +19,6 @@ from vmm_fast.cells.reading import MOST, counts_of, kind_of, read_cells
 from vmm_fast.cells.store import CannotStream, CellStore, list_other_elements, notes_on_omissions
 from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
-__all__ = ["Prepared", "cells_bar", "prepare"]
-
 VALUES = 1 << 23  # approximate number of values that are in memory together
 
 
@@ -47,23 +45,9 @@ def prepare(
 ) -> Prepared:
     """Write counts, obs and var of cells to one .h5ad, whole or not at all.
 
-    Parameters
-    ----------
-    path : Path
-        A file that :func:`read_cells` or :class:`CellStore` reads. It is read in parts if it is
-        .h5ad or zarr, CSR or dense; all others are read into memory.
-    out : Path
-    layer : str, optional
-        Layer with the counts; default X.
-    progress : bool
-        Show a bar on stderr.
-    tell : callable
-        Called with each note, on what is changed or left out, before anything is written.
-
-    Raises
-    ------
-    InputError
-        If the cells cannot be read, values are not counts, or the disk is too small.
+    A file that :class:`CellStore` reads is read in parts; all others are read into memory. `tell`
+    is called with each note, on what is changed or left out, before anything is written. Raises
+    InputError if the cells cannot be read, values are not counts, or the disk is too small.
     """
     source, notes = _open(path, layer)
     step = min(ROWS, max(1, VALUES // max(1, source.nbytes // 8 // source.n_obs)))

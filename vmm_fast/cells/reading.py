@@ -22,7 +22,7 @@ from anndata.io import read_zarr
 from scipy.sparse import csr_matrix, issparse
 
 from vmm_fast._errors import InputError
-from vmm_fast._text import counted
+from vmm_fast._text import counted, joined
 from vmm_fast.cells.elements import read_elements, summarize_error
 from vmm_fast.cells.formats import (
     kind_of_hdf5,
@@ -33,28 +33,6 @@ from vmm_fast.cells.formats import (
     visible,
 )
 from vmm_fast.cells.names import GENES, find_names, numbered
-
-__all__ = [
-    "MOST",
-    "Cells",
-    "batches_of",
-    "check_counts",
-    "check_shape",
-    "check_unique",
-    "column",
-    "counts_of",
-    "damage_of",
-    "describe_choices",
-    "example",
-    "kind_of",
-    "names_of_genes",
-    "no_column",
-    "not_counts",
-    "notes_on_chunks",
-    "open_zarr",
-    "read_cells",
-    "unreadable",
-]
 
 CHUNK = 1 << 22  # values that are checked together
 MOST = 2**31 - 1  # largest count, since counts are stored as int32
@@ -109,7 +87,7 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
     elif not adata.var_names.is_unique:
         number = int(adata.var_names.duplicated().sum())
         adata.var_names_make_unique()
-        names = "1 gene name that occurs" if number == 1 else f"{number:,} gene names that occur"
+        names = counted(number, "gene name that occurs", "gene names that occur")
         notes.append(f"{names} again got a number: -1, -2, ...")
     try:
         check_shape(*adata.shape)
@@ -402,8 +380,5 @@ def without_batch(key: str, missing: int, cells: int) -> str:
 
 def describe_choices(names: Any) -> str:
     """Return the end of an error message, which lists the names to choose from."""
-    names = [str(name) for name in names]
-    if not names:
-        return "but there are none"
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return "which are " + ", ".join(names[:20]) + more
+    names = list(names)
+    return f"which are {joined(names)}" if names else "but there are none"

@@ -22,6 +22,7 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from vmm_fast._errors import InputError
+from vmm_fast._text import joined
 from vmm_fast.cells import frames
 from vmm_fast.cells.elements import lacks_chunks, left_out, read_var
 from vmm_fast.cells.formats import visible
@@ -37,8 +38,6 @@ from vmm_fast.cells.reading import (
     open_zarr,
     unreadable,
 )
-
-__all__ = ["CannotStream", "CellStore", "list_other_elements", "notes_on_omissions"]
 
 MOST_OPEN = 64  # most files open at once; each has a cache of two chunks
 CACHE = 1 << 20  # bytes of each array that HDF5 caches
@@ -157,10 +156,8 @@ class CellStore:
         }
         if self._lacks:
             columns = [f"{key} ({self._lacks[key].name} has none)" for key in sorted(self._lacks)]
-            more = ", ..." if len(columns) > 20 else ""
             self.notes.append(
-                "columns of obs that not all files have are left out: "
-                f"{', '.join(columns[:20])}{more}"
+                f"columns of obs that not all files have are left out: {joined(columns)}"
             )
 
     def __enter__(self) -> CellStore:
@@ -294,9 +291,8 @@ class CellStore:
                 self.var = var.set_axis(genes.rename(var.index.name), axis=0)
                 self.index_name = None if index == "_index" else str(index)
             if len(more := var.columns.difference(self.var.columns, sort=False)):
-                columns = ", ".join(map(str, more[:20])) + (", ..." if len(more) > 20 else "")
                 first = self._shards[0].file.name
-                notes = [*notes, f"columns of var that {first} lacks are left out: {columns}"]
+                notes = [*notes, f"columns of var that {first} lacks are left out: {joined(more)}"]
             self.notes += [note for note in notes if note not in self.notes]
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
 
@@ -314,7 +310,7 @@ class CellStore:
         if genes.equals(self.var_names):
             return None
         faults = [
-            f"{what} {len(names):,}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            f"{what} {len(names):,}: {joined(names, 5)}"
             for what, names in (
                 ("lacks", self.var_names.difference(genes, sort=False)),
                 ("has others,", genes.difference(self.var_names, sort=False)),
@@ -582,7 +578,4 @@ def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]
 
 def notes_on_omissions(kept: str, others: Sequence[str]) -> list[str]:
     """Return a note that names the elements that a result leaves out, if there are any."""
-    if not others:
-        return []
-    more = ", ..." if len(others) > 20 else ""
-    return [f"{kept} alone are kept, not {', '.join(others[:20])}{more}"]
+    return [f"{kept} alone are kept, not {joined(others)}"] if others else []

@@ -20,10 +20,8 @@ from anndata import AnnData
 from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, read_json, write_atomically, write_json
 from vmm_fast._schema import RATE, Rule, check, list_of, number, table, whole
-from vmm_fast.cells.integration import Integration, Settings, integrate
-from vmm_fast.metrics import clustering_scores_from_assignment
-
-__all__ = ["COLUMNS", "FINISHED", "RESULTS", "SweepSettings", "batch_mixing", "sweep"]
+from vmm_fast.cells.integration import Integration, integrate
+from vmm_fast.cells.settings import Settings
 
 FINISHED = "sweep.json"
 RESULTS = {"sweep.csv": "a line a run", "sweep.png": "the same as a picture"}
@@ -82,27 +80,11 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of results for every run, but train only those not yet finished in ``folder``.
 
-    Parameters
-    ----------
-    cells : AnnData
-        From :func:`vmm_fast.cells.integration.training_cells`.
-    labels : ndarray [cells], optional
-        For scores alone; NaN for cells without a label.
-    settings : SweepSettings
-    folder : Path
-        :data:`FINISHED` and :data:`RESULTS` are written there after every run.
-    accelerator : str
-        Lightning's.
-    progress : bool
-        Show a bar a run on stderr.
+    Labels [cells] are for scores alone; NaN for cells without one. :data:`FINISHED` and
+    :data:`RESULTS` are written after every run.
 
-    Raises
-    ------
-    InputError
-        If the results of finished runs in the folder cannot be read.
-    FloatingPointError
-        If a run diverges.
-    KeyboardInterrupt
+    Raises InputError if the results of finished runs in the folder cannot be read, and what
+    :func:`vmm_fast.cells.integration.integrate` raises.
     """
     path = folder / FINISHED
     measured = _measured(cells, labels, settings)
@@ -168,26 +150,18 @@ def _measure(
     if OF_BATCHES.keys() <= measured.keys():
         batches = cells.obs[found.settings.batch_key].astype(str).to_numpy()
         row["batch_mixing"] = batch_mixing(z, batches)
-        row["nmi_batch"] = clustering_scores_from_assignment(clusters, batches).nmi
+        row["nmi_batch"] = found.scores(batches)["nmi"]
     if OF_LABELS.keys() <= measured.keys():
-        assert labels is not None
-        known = ~pd.isna(labels)
-        scores = clustering_scores_from_assignment(clusters[known], labels[known].astype(str))
-        row |= {"ari": scores.ari, "nmi": scores.nmi}
+        row |= found.scores(labels)
     return row
 
 
 def batch_mixing(z: np.ndarray, batches: np.ndarray) -> float:
-    """Return how well batches mix: the share of other batches among neighbours, over chance.
+    """Return how well batches [cells] mix in z: the share of other batches around, over chance.
 
     This is the mean over cells of the share of the 30 nearest others that are of another batch,
     divided by that share among all cells: 0 for batches apart, 1 for batches that lie at random.
     Types that only some batches have keep it below 1. There must be at least two batches.
-
-    Parameters
-    ----------
-    z : ndarray [cells, D]
-    batches : ndarray [cells]
     """
     from sklearn.neighbors import NearestNeighbors
 

@@ -31,18 +31,6 @@ from vmm_fast.cells.frames import STRINGS
 from vmm_fast.cells.reading import damage_of
 from vmm_fast.cells.store import CellStore
 
-__all__ = [
-    "COLUMNS",
-    "H5adWriter",
-    "cluster_columns",
-    "notes_on_writing",
-    "write_adata",
-    "write_clustered",
-    "write_h5ad",
-    "write_results",
-    "write_table",
-]
-
 # Columns of obs in the results.
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component")
 CHUNK = 1 << 15  # values
@@ -147,22 +135,9 @@ def write_h5ad(
 ) -> int:
     """Write an .h5ad file whole or not at all, and return its size in bytes.
 
-    Parameters
-    ----------
-    path : Path
-    n_obs : int
-    var : pandas.DataFrame
-    dtypes : dict
-        Those of the columns of obs, as in :attr:`CellStore.dtypes`.
-    fill : callable
-        Called with the writer; must append all cells.
-    **options
-        Further arguments of :class:`H5adWriter`.
-
-    Raises
-    ------
-    InputError
-        If the disk is too small for it or fills up, or the file cannot be written.
+    `fill` is called with the writer, and must append all cells; `dtypes` are those of the columns
+    of obs, as in :attr:`CellStore.dtypes`; further arguments are those of :class:`H5adWriter`.
+    Raises InputError if the disk is too small or fills up, or the file cannot be written.
     """
 
     def write(raw: Any) -> None:
@@ -239,14 +214,8 @@ def _strings_as_categories(adata: AnnData) -> None:
 class _Elements:
     """Writes the elements of an AnnData one by one, so that all others survive one that fails.
 
-    Parameters
-    ----------
-    check : callable
-        Raises an error of the disk, if there was one.
-    notes : list of str
-        A note is added for each element that is renamed or left out.
-    rows : int, optional
-        Write only the first rows of matrices.
+    `check` raises an error of the disk, if there was one. A note is added to `notes` for each
+    element that is renamed or left out. With `rows`, only the first rows of matrices are written.
     """
 
     def __init__(
@@ -444,20 +413,9 @@ class H5adWriter:
     def append(
         self, obs: pd.DataFrame, counts: csr_matrix | None = None, z: np.ndarray | None = None
     ) -> None:
-        """Append cells.
+        """Append cells, with counts [cells, genes] with sorted indices, and z [cells, D].
 
-        Parameters
-        ----------
-        obs : pandas.DataFrame
-        counts : csr_matrix, optional
-            [cells, genes], indices sorted.
-        z : array, optional
-            [cells, latent dimensions].
-
-        Raises
-        ------
-        OSError, InputError
-            If the disk is full, or too small for all cells.
+        Raises OSError or InputError if the disk is full, or too small for all cells.
         """
         start, stop = self._at, self._at + len(obs)
         self._at = stop
@@ -524,24 +482,7 @@ def write_results(
 ) -> None:
     """Write cells.h5ad, without counts, and clusters.csv: each whole or not at all.
 
-    Parameters
-    ----------
-    store : CellStore
-        The cells, whose obs is copied.
-    folder : Path
-    z : array
-        float32 [n_obs, D]; it may be memory-mapped.
-    clusters : pandas.DataFrame
-        From :func:`cluster_columns`.
-    genes : pandas.Index
-        Names of the genes that were trained on.
-    uns : dict
-        Entries of uns in the file.
-
-    Raises
-    ------
-    InputError
-        If the disk is too small or fills up, or a file of the store has changed.
+    See :func:`write_clustered`; `genes` were trained on.
     """
     var = store.var.assign(vmm_gene=store.var_names.isin(genes))
     write_clustered(store, folder / "cells.h5ad", z, clusters, var, uns)
@@ -576,12 +517,10 @@ def write_clustered(
     var: pd.DataFrame,
     uns: Mapping[str, Any],
 ) -> None:
-    """Write obs of a store, its clusters, and z as X_vmm to .h5ad, whole or not at all.
+    """Write obs of a store, its clusters, and z [n_obs, D] as X_vmm to .h5ad, whole or not at all.
 
-    Raises
-    ------
-    InputError
-        If the disk is too small or fills up, or a file of the store has changed.
+    `clusters` come from :func:`cluster_columns`, `uns` is that of the file. Raises InputError if
+    the disk is too small or fills up, or a file of the store has changed.
     """
     kept = [key for key in store.dtypes if key not in clusters]
 

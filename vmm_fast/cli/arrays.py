@@ -27,8 +27,6 @@ from vmm_fast.cli.options import (
     with_cut,
 )
 
-__all__ = ["add_commands"]
-
 RESULTS = {
     "clusters.csv": "cluster, its probability, entropy (nats) and component of every row",
     "metrics.json": "scores, settings and training history",
@@ -130,7 +128,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     images, labels = mnist_data()
     data = make_data(images.reshape(-1, 28, 28).astype("uint8"), labels)
-    settings = Settings.suited_to(data, epochs=arguments.epochs, seed=arguments.seed)
+    settings = Settings.for_data(data, epochs=arguments.epochs, seed=arguments.seed)
     with _cluster_folder(arguments.out) as folder:
         # The demo always gives the same results, so they may be replaced without --overwrite.
         folder.start({"input": DEMO, "settings": asdict(settings)}, overwrite=folder.input == DEMO)
@@ -147,7 +145,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
         source = digest(arguments.file)
         if arguments.resume:
             given = folder.resumed(source, given)
-        settings = Settings.suited_to(data, **with_cut(given, arguments))
+        settings = Settings.for_data(data, **with_cut(given, arguments))
         scaling = Scaling.of(data)
     except InputError as error:
         raise InputError(f"{arguments.file}: {error}") from None
@@ -173,8 +171,7 @@ def _run(
     print(data.describe())
     notes = list(data.notes)
     if scaling.constant:
-        one = len(scaling.constant) == 1
-        columns = "1 column holds" if one else f"{len(scaling.constant)} columns hold"
+        columns = counted(len(scaling.constant), "column holds", "columns hold")
         notes.append(f"{columns} one value alone, which tells nothing")
     for note in notes:
         print(f"note: {note}", flush=True)

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import ctypes
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -38,8 +39,6 @@ from vmm_fast.cli.options import (
     whole,
     with_cut,
 )
-
-__all__ = ["add_commands"]
 
 SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
@@ -76,7 +75,7 @@ def add_commands(commands: Any) -> None:
     memory: Option = (
         "--memory",
         "GIB",
-        at_least_0,
+        lambda text: math.inf if text == "inf" else at_least_0(text),
         "most that counts may take in memory; more are read from disk, part by part (default: 1)",
     )
     integrate = commands.add_parser(
@@ -227,7 +226,8 @@ class _Run(NamedTuple):
 
 def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
     """Read, check and describe the cells to train on, and make the folder for results."""
-    from vmm_fast.cells import integration, reading, writing
+    from vmm_fast.cells import reading, selection, writing
+    from vmm_fast.cells.quiet import quiet
 
     file, command, out = arguments.file, arguments.command, arguments.out
     place = Folder(out, command=command, settings=kind, checkpoint=checkpoint, **folder)
@@ -253,13 +253,13 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         cells, notes = read.adata, notes + read.notes
     on_disk = None
     with _naming(file or EXAMPLE):
-        settings = kind.suited_to(cells, **given)
+        settings = kind.for_cells(cells, **given)
         if settings.on_disk:
-            training, on_disk, more = integration.training_cells_on_disk(cells, settings)
+            training, on_disk, more = selection.training_cells_on_disk(cells, settings)
         else:
-            training, more = integration.training_cells(cells, settings)
+            training, more = selection.training_cells(cells, settings)
     if command == "integrate":
-        with integration.quiet():
+        with quiet():
             more = more + writing.notes_on_writing(cells)
     _check_accelerator(arguments.accelerator)
     place.start(
@@ -365,10 +365,11 @@ def _integrate(arguments: argparse.Namespace) -> None:
     _check_before_imports(arguments, "-vmm")
     _require_scvi()
     from vmm_fast.cells import integration, report
+    from vmm_fast.cells.settings import Settings
 
     run = _read_cells(
         arguments,
-        integration.Settings,
+        Settings,
         "checkpoint.ckpt",
         results=integration.RESULTS,
         changeable=("epochs", "labels_key", *CUT),
@@ -507,7 +508,8 @@ def _assign(arguments: argparse.Namespace) -> None:
     must_exist(file)
     out = _out_file(arguments, "-vmm")
     _require_scvi()
-    from vmm_fast.cells import assignment, integration, reading, writing
+    from vmm_fast.cells import assignment, reading, writing
+    from vmm_fast.cells.quiet import quiet
 
     model = assignment.find_model(arguments.model, trust=arguments.trust, **cut)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
@@ -520,7 +522,7 @@ def _assign(arguments: argparse.Namespace) -> None:
         with _naming(file):
             matched = assignment.match(cells, model, arguments.layer)
             print(_size(cells))
-            with integration.quiet():
+            with quiet():
                 more = writing.notes_on_writing(cells)
             for note in notes + matched.notes + more:
                 print(f"note: {note}", flush=True)

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vmm_fast import _schema
 from vmm_fast._errors import InputError
+from vmm_fast._schema import MOST, Rule
 from vmm_fast._text import counted
-
-__all__ = [
-    "CUT",
-    "Option",
-    "Parser",
-    "add_cut",
-    "add_existing",
-    "add_options",
-    "at_least_0",
-    "cut_of",
-    "must_exist",
-    "note_fewer",
-    "number",
-    "print_files",
-    "print_table",
-    "rate",
-    "require",
-    "resolution",
-    "share",
-    "whole",
-    "with_cut",
-]
 
 Option = tuple[str, str, Callable[[str], Any], str]  # name, symbol, type, help
 CUT = ("resolution", "separation", "clusters")  # settings that change without training
@@ -61,8 +41,8 @@ def add_cut(
     least = f"confusion below which none merge (default: {usual_separation})"
     add_options(
         parser,
-        ("--resolution", "R", resolution, more),
-        ("--separation", "P", share, least),
+        ("--resolution", "R", at_least_0, more),
+        ("--separation", "P", checked(_schema.SHARE), least),
         ("--clusters", "N", whole(1), "so many clusters, instead of both"),
     )
 
@@ -97,62 +77,29 @@ def add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
     )
 
 
-def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """Return the type for an option that is a whole number from `least` to `most`."""
+def checked(rule: Rule, kind: type = float) -> Callable[[str], Any]:
+    """Return the type of an option: a number that keeps a rule."""
 
-    def parse(text: str) -> int:
+    def parse(text: str) -> Any:
+        value: Any = text
         try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            bounds = f"{least}" if most == 2**63 - 1 else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {bounds}, but is {text!r}"
-            )
+            with suppress(ValueError):
+                value = kind(text)
+            rule("", value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("its content ")) from None
         return value
 
     return parse
 
 
-def number(text: str) -> float:
-    """Return the number in the text of an option; NaN if it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number from `least` to `most`."""
+    return checked(_schema.whole(least, most), int)
 
 
-def rate(text: str) -> float:
-    """Return a learning rate: above 0, finite."""
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text!r}")
-    return value
-
-
-def at_least_0(text: str) -> float:
-    """Return a number of at least 0."""
-    value = number(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, but is {text!r}")
-    return value
-
-
-def resolution(text: str) -> float:
-    """Return a resolution: at least 0, finite."""
-    value = at_least_0(text)
-    if math.isinf(value):  # refused before training, not after it
-        raise argparse.ArgumentTypeError(f"must be a finite number, but is {text!r}")
-    return value
-
-
-def share(text: str) -> float:
-    """Return a share between 0 and 1."""
-    value = number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, but is {text!r}")
-    return value
+rate = checked(_schema.RATE)
+at_least_0 = checked(_schema.AT_LEAST_0)
 
 
 def require(*modules: str, extra: str = "cli") -> None:

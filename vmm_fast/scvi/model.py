@@ -6,7 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,18 @@ from scvi import REGISTRY_KEYS
 from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
 from scvi.model._utils import _get_batch_code_from_category
 from scvi.model.base import ArchesMixin, BaseModelClass
-from scvi.nn import FCLayers
 from torch import Tensor
 from torch.distributions import Normal
 
 from vmm_fast._checks import check_integer
+from vmm_fast._text import joined
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
-from vmm_fast.scvi.saved import check_model
+from vmm_fast.scvi.query import numbers_of_categories, order_category_weights
+from vmm_fast.scvi.saved import check_saved
 from vmm_fast.scvi.training import (
     EmpiricalBayesAdversarialTrainingPlan,
     EmpiricalBayesSemiSupervisedTrainingPlan,
@@ -190,14 +190,14 @@ class LatentPriorModel(BaseModelClass):
         """
         if not trust:
             given = inspect.signature(super().load).bind(dir_path, *args, **kwargs).arguments
-            _check_saved(dir_path, given.get("prefix"), given.get("backup_url"))
+            check_saved(dir_path, given.get("prefix"), given.get("backup_url"))
         return super().load(dir_path, *args, **kwargs)
 
     @staticmethod
     def load_registry(dir_path: str, prefix: str | None = None, *, trust: bool = False) -> dict:
         """Return the registry of a saved model; see :meth:`load` for ``trust``."""
         if not trust:
-            _check_saved(dir_path, prefix)
+            check_saved(dir_path, prefix)
         return BaseModelClass.load_registry(dir_path, prefix)
 
     @staticmethod
@@ -209,7 +209,7 @@ class LatentPriorModel(BaseModelClass):
         See :meth:`scvi.model.base.ArchesMixin.prepare_query_anndata`.
         """
         if isinstance(reference_model, str) and not trust:
-            _check_saved(reference_model)
+            check_saved(reference_model)
         return ArchesMixin.prepare_query_anndata(adata, reference_model, *args, **kwargs)
 
     @classmethod
@@ -224,15 +224,15 @@ class LatentPriorModel(BaseModelClass):
         ``reference_model`` is a folder.
         """
         if isinstance(reference_model, str) and not trust:
-            _check_saved(reference_model)
+            check_saved(reference_model)
         model = super().load_query_data(adata, reference_model, **kwargs)
         reference = (
             cls.load_registry(reference_model, trust=True)
             if isinstance(reference_model, str)
             else reference_model.registry
         )
-        _order_category_weights(
-            model.module, _numbers_of_categories(reference), _numbers_of_categories(model.registry)
+        order_category_weights(
+            model.module, numbers_of_categories(reference), numbers_of_categories(model.registry)
         )
         return model
 
@@ -293,13 +293,7 @@ class LatentPriorModel(BaseModelClass):
         return tree
 
     def find_clusters(
-        self,
-        adata: AnnData | None = None,
-        *,
-        resolution: float | None = None,
-        separation: float | None = None,
-        n_clusters: int | None = None,
-        batch_size: int | None = None,
+        self, adata: AnnData | None = None, *, batch_size: int | None = None, **cut: Any
     ) -> None:
         """Group components into clusters by the cells that they share, and keep the clusters.
 
@@ -310,11 +304,11 @@ class LatentPriorModel(BaseModelClass):
         ----------
         adata : AnnData, optional
             The cells that the model was trained on; by default those that it was made with.
-        resolution, separation, n_clusters : optional
-            Where the tree of components is cut; see :mod:`vmm_fast.clusters`.
         batch_size : int, optional
+        **cut
+            ``resolution``, ``separation`` or ``n_clusters``: where the tree of components is cut;
+            see :mod:`vmm_fast.clusters`.
         """
-        cut = {"resolution": resolution, "separation": separation, "n_clusters": n_clusters}
         self.keep_clusters_of(self._latents(adata, None, batch_size), **cut)
 
     def keep_clusters_of(self, means: Tensor, **cut: Any) -> Clusters:
@@ -330,11 +324,8 @@ class LatentPriorModel(BaseModelClass):
         self.get_cluster_tree()  # raises if there are none
         return Clusters(self._components(), self.module.cluster_of_component.cpu().clone())
 
-    def _clusters(
-        self, resolution: float | None, separation: float | None, n_clusters: int | None
-    ) -> Clusters:
-        cut = {"resolution": resolution, "separation": separation, "n_clusters": n_clusters}
-        if set(cut.values()) == {None}:
+    def _clusters(self, **cut: Any) -> Clusters:
+        if set(cut.values()) <= {None}:
             return self.kept_clusters()
         self.get_cluster_tree()  # raises if there is none
         return self.module.other_clusters(**cut)
@@ -344,10 +335,7 @@ class LatentPriorModel(BaseModelClass):
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        *,
-        resolution: float | None = None,
-        separation: float | None = None,
-        n_clusters: int | None = None,
+        **cut: Any,
     ) -> np.ndarray:
         """Return the probability of every cluster for each cell's posterior mean.
 
@@ -359,20 +347,18 @@ class LatentPriorModel(BaseModelClass):
         indices : sequence of int, optional
             Which cells; all by default.
         batch_size : int, optional
-        resolution, separation, n_clusters : optional
-            Where the tree of components is cut; see :mod:`vmm_fast.clusters`. By default clusters
-            are those of :meth:`find_clusters`. The model keeps up to 16,384 of the cells that these
-            were found in. Every cluster of another cut must hold some of them, and is numbered by
-            how many it holds.
+        **cut
+            ``resolution``, ``separation`` or ``n_clusters``: where the tree of components is cut;
+            see :mod:`vmm_fast.clusters`. By default clusters are those of :meth:`find_clusters`.
+            The model keeps up to 16,384 of the cells that these were found in. Every cluster of
+            another cut must hold some of them, and is numbered by how many it holds.
 
         Returns
         -------
         ndarray [cells, G]
             Rows sum to 1. Clusters are numbered by how many of the model's cells they hold.
         """
-        clusters = self._clusters(
-            resolution=resolution, separation=separation, n_clusters=n_clusters
-        )
+        clusters = self._clusters(**cut)
         return clusters.probabilities(self._latents(adata, indices, batch_size)).numpy()
 
     def get_clusters(
@@ -380,31 +366,28 @@ class LatentPriorModel(BaseModelClass):
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        *,
-        resolution: float | None = None,
-        separation: float | None = None,
-        n_clusters: int | None = None,
+        **cut: Any,
     ) -> np.ndarray:
         """Return each cell's most probable cluster [cells].
 
         See :meth:`get_cluster_probabilities`.
         """
-        clusters = self._clusters(resolution, separation, n_clusters)
-        return clusters.assign(self._latents(adata, indices, batch_size)).labels.numpy()
+        means = self._latents(adata, indices, batch_size)
+        return self._clusters(**cut).assign(means).labels.numpy()
 
     def get_cluster_entropy(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        *,
-        resolution: float | None = None,
-        separation: float | None = None,
-        n_clusters: int | None = None,
+        **cut: Any,
     ) -> np.ndarray:
-        """Return the entropy of each cell's cluster probabilities, [cells] in nats."""
-        clusters = self._clusters(resolution, separation, n_clusters)
-        return clusters.assign(self._latents(adata, indices, batch_size)).entropy.numpy()
+        """Return the entropy of each cell's cluster probabilities, [cells] in nats.
+
+        See :meth:`get_cluster_probabilities`.
+        """
+        means = self._latents(adata, indices, batch_size)
+        return self._clusters(**cut).assign(means).entropy.numpy()
 
     def get_component_probabilities(
         self,
@@ -435,62 +418,15 @@ def _check_genes(have: pd.Index, genes: pd.Index) -> None:
         return
     missing = genes.difference(have, sort=False)
     if len(missing):
-        names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"adata must have the model's {len(genes):,} genes, but lacks {len(missing):,}: {names}"
+            f"adata must have the model's {len(genes):,} genes, but lacks {len(missing):,}: "
+            f"{joined(missing, 5)}"
         )
     raise ValueError(
         "adata must have the model's genes in its order, but has "
         f"{'others besides' if len(have) > len(genes) else 'another order'}; give "
         "adata[:, model.get_var_names()].copy()"
     )
-
-
-def _numbers_of_categories(registry: dict[str, Any]) -> list[int]:
-    """Return the number of batches, and of the categories of every categorical covariate.
-
-    A single batch or category has no weights, and counts as 0.
-    """
-    fields = registry["field_registries"]
-    numbers = [fields[REGISTRY_KEYS.BATCH_KEY]["summary_stats"]["n_batch"]]
-    covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
-    numbers += covariates.get("n_cats_per_key", [])
-    return [number if number > 1 else 0 for number in numbers]
-
-
-def _check_saved(folder: str, prefix: str | None = None, backup_url: str | None = None) -> None:
-    """Raise ValueError if a saved model is damaged or could run code.
-
-    If there is no file, scvi-tools says so.
-    """
-    path = Path(folder) / f"{prefix or ''}model.pt"
-    if path.is_file():
-        check_model(path)
-    elif backup_url is not None:
-        raise ValueError("backup_url must be None unless trust=True: download the file first")
-
-
-@torch.no_grad()
-def _order_category_weights(module: torch.nn.Module, before: list[int], now: list[int]) -> None:
-    """Move the weights of new categories next to those of their covariate, in every layer.
-
-    ``before`` and ``now`` are the numbers of categories in the reference model and in this one.
-    """
-    for layers in (m for m in module.modules() if isinstance(m, FCLayers)):
-        # With batch embeddings, batches have no columns here.
-        skipped = next((k for k in (0, 1) if layers.n_cat_list == now[k:]), None)
-        if skipped is None:
-            continue
-        known, added = sum(before[skipped:]), 0
-        order, at = [], 0
-        for old, new in zip(before[skipped:], now[skipped:], strict=True):
-            order += [*range(at, at + old)]
-            order += [*range(known + added, known + added + new - old)]
-            at, added = at + old, added + new - old
-        for i, layer in enumerate(layers.fc_layers):
-            if order and layers.inject_into_layer(i):
-                weight = layer[0].weight
-                weight[:, -len(order) :] = weight[:, -len(order) :][:, order]
 
 
 class ComponentExpression(LatentPriorModel):

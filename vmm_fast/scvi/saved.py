@@ -6,12 +6,13 @@ Every name in the file must be one of those that tensors, arrays and tables need
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from vmm_fast._files import check_archive
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "check_saved"]
 
 # The classes and functions in scvi-tools' registries, under the names of all versions.
 _NUMPY = ("numpy._core", "numpy.core")
@@ -70,3 +71,15 @@ def check_model(path: str | os.PathLike[str], cure: str = "trust=True") -> None:
             f"{', '.join(foreign)}, which may run anything; if you made it yourself, load it with "
             f"{cure}"
         )
+
+
+def check_saved(folder: str, prefix: str | None = None, backup_url: str | None = None) -> None:
+    """Raise ValueError if a saved model is damaged or could run code.
+
+    If there is no file, scvi-tools says so.
+    """
+    path = Path(folder) / f"{prefix or ''}model.pt"
+    if path.is_file():
+        check_model(path)
+    elif backup_url is not None:
+        raise ValueError("backup_url must be None unless trust=True: download the file first")

@@ -1,79 +1,37 @@
-"""Clusters: groups of components whose points the mixture cannot tell apart.
-
-A component is a Gaussian; a class is not, and takes several. With the responsibilities r_i(c) of
-points i (the softmax of the expected log-joint, summed over a component's pseudo-inputs), all that
-follows is read off one matrix of sums over points,
-
-    S[a, b] = sum_i r_i(a) r_i(b),    N_a = sum_b S[a, b] = sum_i r_i(a)
-
-Sums over points add up over batches, files and processes; a group of components has the sums of
-its components. So the whole tree of merges needs no second look at the data.
-
-    confusion(a, b) = S[a, b] / min(N_a, N_b)
-
-is the probability that a point of the smaller group is taken for one of the larger group. (The
-point is drawn by its responsibilities, and so is what it is taken for.) The tree merges the most
-confused pair until one group is left. Heights of its branches are the least confusion so far, which
-never rises; a pair that has merged may be more confused with a third group than the two were.
-
-(Directly estimated misclassification probabilities: Hennig 2010, "Methods for merging Gaussian
-mixture components", Advances in Data Analysis and Classification 4. An entropy version: Baudry,
-Raftery, Celeux, Lo & Gottardo 2010, "Combining mixture components for clustering", Journal of
-Computational and Graphical Statistics 19. Modularity: Newman & Girvan 2004; its resolution:
-Reichardt & Bornholdt 2006.)
-
-The tree is cut by
-
-    resolution    the level with the largest modularity of S without its diagonal,
-                  sum_g [ S_gg / T - resolution (S_g. / T)^2 ]; T the sum of all. It does not depend
-                  on how crisp the mixture is, and is what users of Leiden know: more gives more
-                  clusters.
-    separation    no pair that is less confused than this is merged
-    n_clusters    merge until so many are left
-
-Resolution and separation hold both, each with a default: modularity alone takes two classes for one
-that have more to do with each other than with any third, however rarely they are confused. Groups
-that are confused by more than 0.22 are one cluster whatever the resolution: so much are two equal
-Gaussians two standard deviations apart, and closer ones have a single peak together. A resolution
-of 0 leaves the cut to the separation alone.
-
-Limits: a cluster is a union of components, so it is never finer than these. Confusion is measured
-on the points given, with the mixture that was trained on them, and training decides how crisp that
-is. Modularity compares pairs with all confusion that there is: where nearly all is within one
-class, the resolution divides that class.
-"""
+"""The tree by which components merge into clusters, from sums over points; see the package."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vmm_fast.inference.processes import sum_over_processes
-from vmm_fast.mixture import Assignment, Components
+from vmm_fast.mixture import Components
+
+if TYPE_CHECKING:
+    from vmm_fast.clusters import Clusters
 
 __all__ = [
-    "RESOLUTION",
-    "SEPARATION",
     "ClusterTree",
-    "Clusters",
     "Confusion",
     "Interval",
-    "find_clusters",
+    "between",
+    "confusion_of",
+    "parts_of",
+    "ranks_by_size",
 ]
 
 RESOLUTION, SEPARATION = 2.0, 0.02
 # Confusion of N(-1, 1) and N(1, 1), the farthest apart that have one peak together.
 ONE_PEAK = 0.2248
 CHUNK = 16_384  # points whose responsibilities are in memory at once
-LEAST_SHARED = 20  # with fewer points shared between components, the shares are mostly noise
 
 
 class Interval(NamedTuple):
@@ -115,7 +73,7 @@ class Confusion(NamedTuple):
         count, device = components.num_components, components.centers.device
         sums = torch.zeros(count, count, dtype=torch.float64, device=device)
         counts = torch.zeros(count, dtype=torch.int64, device=device)
-        for part in _parts(points, components):
+        for part in parts_of(points, components):
             shared = components.responsibilities(part).double()
             sums += shared.mT @ shared
             counts += shared.argmax(1).bincount(minlength=count)
@@ -304,6 +262,7 @@ class ClusterTree:
 
         clusters = of_component.numpy()[self.leaves]
         total = int(clusters.max()) + 1
+        similarity = confusion_of(between(of_component, self.confusion.sums.cpu()))
         names = list(map(str, range(total)))
         joined, size = list(range(total)), [1] * total  # by cluster or group: the group it is in
         rows: list[tuple[float, ...]] = []
@@ -323,17 +282,8 @@ class ClusterTree:
             "categories_idx_ordered": order,
             "dendrogram_info": info,
             "linkage_method": "confusion",
-            "correlation_matrix": self._similarity(of_component, total),
+            "correlation_matrix": similarity.fill_diagonal_(1).numpy(),
         }
-
-    def _similarity(self, of_component: Tensor, total: int) -> np.ndarray:
-        """Confusion between each pair of clusters [G, G]."""
-        member = np.eye(total)[of_component.numpy()]
-        sums = member.T @ self.confusion.sums.cpu().numpy() @ member
-        mass = sums.sum(1)
-        found = np.minimum(sums / np.minimum(mass[:, None], mass), 1)
-        np.fill_diagonal(found, 1)
-        return found
 
     # --- cuts ---
 
@@ -368,9 +318,7 @@ class ClusterTree:
         counts = self.confusion.counts.cpu().numpy()[self.leaves]
         groups, inverse = np.unique(group, return_inverse=True)
         held = np.bincount(inverse, counts, len(groups))
-        number = np.empty(len(groups), dtype=int)
-        number[np.argsort(-held, kind="stable")] = np.arange(len(groups))
-        return torch.from_numpy(number[inverse][self._leaf_of])
+        return torch.from_numpy(ranks_by_size(held)[inverse][self._leaf_of])
 
     def _number_of_merges(
         self, resolution: float | None, separation: float | None, n_clusters: int | None
@@ -403,201 +351,21 @@ class ClusterTree:
         return min(by_separation, one_peak + finest)
 
 
-@dataclass(frozen=True, eq=False)
-class Clusters:
-    """A mixture whose components are grouped into clusters, to which it can assign points.
-
-    Parameters
-    ----------
-    components : Components
-    of_component : Tensor [C], int64
-        Cluster of each component, numbered from 0 without a gap.
-    """
-
-    components: Components
-    of_component: Tensor
-
-    def __repr__(self) -> str:
-        count = self.components.num_components
-        return f"{type(self).__name__}({self.num_clusters} of {count} components)"
-
-    def __post_init__(self) -> None:
-        count, of = self.components.num_components, self.of_component
-        if not isinstance(of, Tensor) or of.dtype != torch.int64:
-            kind = of.dtype if isinstance(of, Tensor) else type(of).__name__
-            raise TypeError(f"of_component must be an int64 tensor, but is {kind}")
-        if of.shape != (count,) or len(of.unique()) != int(of.max()) + 1 or of.min() < 0:
-            raise ValueError(
-                f"of_component must number the clusters of {count} components from 0 on, "
-                f"but is {of.tolist()}"
-            )
-
-    @property
-    def num_clusters(self) -> int:
-        """G, the number of clusters."""
-        return int(self.of_component.max()) + 1
-
-    @torch.no_grad()
-    def probabilities(self, z: Tensor) -> Tensor:
-        """Return the probability of each cluster [B, G]: the sum over its components."""
-        return self.sums(self.components.responsibilities(z))
-
-    def sums(self, shared: Tensor) -> Tensor:
-        """Sum responsibilities [B, C] over each cluster's components [B, G]."""
-        out = shared.new_zeros(len(shared), self.num_clusters)
-        out.index_add_(1, self.of_component.to(shared.device), shared)
-        return out.clamp_(max=1)  # rounding may bring a sum above 1
-
-    @torch.no_grad()
-    def assign(self, z: Tensor) -> Assignment:
-        """Return each point's most probable cluster, its probability, and the entropy over all."""
-        rows, device = len(z), self.components.centers.device
-        labels = torch.empty(rows, dtype=torch.int64, device=device)
-        # Written in place: small results allocated between large blocks would keep the freed memory
-        # from being returned.
-        top, entropy = (self.components.centers.new_empty(rows) for _ in range(2))
-        for start in range(0, rows, CHUNK):
-            here = slice(start, start + CHUNK)
-            probabilities = self.probabilities(z[here])
-            top[here], labels[here] = probabilities.max(1)
-            entropy[here] = torch.special.entr(probabilities).sum(1)
-        return Assignment(labels, top, entropy)
-
-    @torch.no_grad()
-    def sample(self, n: int, cluster: int) -> Tensor:
-        """Draw points [n, D] from one cluster, choosing its components by their weights."""
-        whole = isinstance(cluster, (int, np.integer)) and not isinstance(cluster, bool)
-        if not whole or not 0 <= cluster < self.num_clusters:
-            raise ValueError(f"cluster must be in 0 .. {self.num_clusters - 1}, but is {cluster}")
-        logits = self.components.log_weights.detach()  # weights may underflow
-        inside = self.of_component.to(logits.device) == cluster
-        own = logits.where(inside, -math.inf).softmax(0)
-        return self.components.sample(n, own.multinomial(max(n, 1), replacement=True)[:n])
+def between(of_component: Tensor, sums: Tensor) -> Tensor:
+    """Return what clusters share with each other [G, G], given what components share [C, C]."""
+    member = torch.nn.functional.one_hot(of_component).double()
+    return member.mT @ sums.double() @ member
 
 
-def find_clusters(
-    components: Components,
-    points: Tensor | Iterable[Tensor],
-    *,
-    tree: ClusterTree | None = None,
-    resolution: float | None = None,
-    separation: float | None = None,
-    n_clusters: int | None = None,
-) -> Clusters:
-    """Group a mixture's components into clusters by the points that they share.
-
-    Every cluster holds points: one that is no point's most probable cluster is merged into another.
-    If no cut has ``n_clusters`` clusters that hold points, there are fewer and a warning says so.
-
-    Parameters
-    ----------
-    components : Components
-    points : Tensor [N, D] or iterable of Tensor [B, D]
-        For instance posterior means. An iterable is read several times, so it must be repeatable.
-    tree : ClusterTree, optional
-        Tree of these components and of all points. If absent, it is built from the points of all
-        processes of ``torch.distributed``, and each of them must call this function.
-    resolution, separation, n_clusters
-        Where to cut; see :meth:`ClusterTree.cut`.
-    """
-    if not isinstance(points, Tensor) and iter(points) is points:
-        raise ValueError("points must be repeatable, such as a list of tensors, but is an iterator")
-    everywhere = tree is None
-    if tree is None:
-        confusion = Confusion.of(components, points).over_processes()
-        if not confusion.counts.any():
-            raise ValueError("points must hold at least one point, but are empty")
-        tree = ClusterTree(confusion)
-    elif len(tree.confusion.counts) != components.num_components:
-        raise ValueError(
-            f"tree must be of these {components.num_components} components, "
-            f"but is of {len(tree.confusion.counts)}"
-        )
-    if n_clusters is None:
-        of_component = tree.cut(resolution, separation)
-        return _that_hold_points(components, of_component, points, tree, everywhere)
-    tree.cut(resolution, separation, n_clusters)  # raises an error for a wrong argument
-    found: Clusters | None = None
-    # Some clusters of a cut may hold no points; then a finer cut has the number asked for.
-    for level in range(n_clusters, len(tree.leaves) + 1):
-        of_component = tree.cut(n_clusters=level)
-        finer = _that_hold_points(components, of_component, points, tree, everywhere)
-        if found is None or finer.num_clusters <= n_clusters:
-            found = finer
-        if finer.num_clusters >= n_clusters:
-            break
-    while finer.num_clusters > n_clusters:  # one level added several that hold points
-        for of_component in _merged(finer.of_component, tree.confusion.sums.cpu()):
-            coarser = _that_hold_points(components, of_component, points, tree, everywhere)
-            if coarser.num_clusters == finer.num_clusters - 1:
-                break
-        else:
-            break
-        finer = coarser
-        if finer.num_clusters == n_clusters:
-            found = finer
-    assert found is not None
-    if found.num_clusters != n_clusters:
-        warnings.warn(
-            f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would "
-            "hold no points",
-            stacklevel=2,
-        )
-    return found
+def confusion_of(sums: Tensor) -> Tensor:
+    """Return the confusion of each pair of groups, given what they share [G, G]."""
+    mass = sums.sum(1)
+    return (sums / torch.minimum(mass[:, None], mass)).clamp(max=1)
 
 
-def _that_hold_points(
-    components: Components,
-    of_component: Tensor,
-    points: Tensor | Iterable[Tensor],
-    tree: ClusterTree,
-    everywhere: bool,
-) -> Clusters:
-    """Merge clusters that are no point's most probable one; number the rest, the largest first."""
-    while True:
-        found = Clusters(components, of_component)
-        device = components.centers.device  # processes sum tensors on this device
-        held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
-        own = torch.zeros_like(tree.confusion.counts, device=device)
-        sums: Tensor | None = None  # of the first points, enough to compare with the tree's
-        for part in _parts(points, components):
-            shared = components.responsibilities(part)
-            if sums is None and not everywhere:
-                sums = (shared.double().mT @ shared.double()).detach().cpu()
-            held += found.sums(shared).argmax(1).bincount(minlength=len(held))
-            own += shared.argmax(1).bincount(minlength=len(own))
-        if everywhere:
-            sum_over_processes([held])
-        else:
-            _check_points(own.cpu(), sums, tree.confusion)
-        held = held.cpu()
-        if not held.any():
-            raise ValueError("points must hold at least one point, but are empty")
-        if held.all() or len(held) == 1:
-            break
-        of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
-    number = torch.empty_like(held)
-    number[held.argsort(descending=True, stable=True)] = torch.arange(len(held))
-    return Clusters(components, number[of_component])
-
-
-def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> None:
-    """Raise ValueError if the components hold or share points very differently from the tree's."""
-    counts = confusion.counts.cpu()
-    elsewhere = {
-        "in other components": float((own / own.sum() - counts / counts.sum()).abs().sum() / 2)
-    }
-    if sums is not None:
-        between = [(x - x.diagonal().diag()) for x in (sums, confusion.sums.cpu().double())]
-        if min(float(x.sum()) for x in between) > LEAST_SHARED:
-            one, other = (x / x.sum() for x in between)
-            elsewhere["between other components"] = float((one - other).abs().sum() / 2)
-    for where, share in elsewhere.items():
-        if share > 0.5:  # False for NaN, the share if there are no points
-            raise ValueError(
-                "tree must be of these components and points, but is of others: it has "
-                f"{share:.0%} of the points {where}"
-            )
+def ranks_by_size(sizes: Any) -> np.ndarray:
+    """Return the rank of each group [G]: 0 for the largest; equal ones keep their order."""
+    return np.argsort(np.argsort(-np.asarray(sizes), kind="stable"))
 
 
 def _as_float(value: Any) -> float:
@@ -606,29 +374,7 @@ def _as_float(value: Any) -> float:
     return float(value) if number else math.nan
 
 
-def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
-    """Return the clusters with one of them merged into the cluster that it shares most with."""
-    member = torch.nn.functional.one_hot(of_component).double()
-    shared = (member.mT @ sums @ member)[empty]
-    shared[empty] = -1
-    joined = of_component.where(of_component != empty, shared.argmax())
-    return joined - (joined > empty).long()
-
-
-def _merged(of_component: Tensor, sums: Tensor) -> Iterator[Tensor]:
-    """Yield the clusters with one pair merged, for each pair in turn, the most confused first."""
-    member = torch.nn.functional.one_hot(of_component).double()
-    shared = member.mT @ sums @ member
-    mass = shared.sum(1)
-    rate = shared / torch.minimum(mass[:, None], mass)
-    pairs = torch.triu_indices(len(rate), len(rate), 1).T
-    order = rate[pairs[:, 0], pairs[:, 1]].argsort(descending=True, stable=True)
-    for a, b in pairs[order].tolist():
-        joined = of_component.where(of_component != b, a)
-        yield joined - (joined > b).long()
-
-
-def _parts(points: Tensor | Iterable[Tensor], components: Components) -> Iterable[Tensor]:
+def parts_of(points: Tensor | Iterable[Tensor], components: Components) -> Iterable[Tensor]:
     """Yield points in parts of at most :data:`CHUNK`, without empty ones."""
     width = components.latent_dim
     for batch in (points,) if isinstance(points, Tensor) else points:

@@ -1,0 +1,196 @@
+"""The cells to train on, and what a user should know about them before training.
+
+Labels are checked here, but play no part in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+from vmm_fast._errors import InputError
+from vmm_fast._text import counted, joined
+from vmm_fast.cells.names import notes_on_genes
+from vmm_fast.cells.quiet import quiet
+from vmm_fast.cells.reading import batches_of, column, counts_of, without_batch
+from vmm_fast.cells.settings import Settings
+from vmm_fast.cells.store import CellStore, notes_on_omissions
+from vmm_fast.cells.writing import COLUMNS, ROWS
+from vmm_fast.scvi.loading import window_of
+
+MANY_GENES = 10_000  # where selecting some is worth a note
+SAMPLE = 20_000  # cells drawn from disk for pseudo-cells, the choice of genes and the report
+EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
+
+
+class OnDisk(NamedTuple):
+    """All cells on disk, and which of them the model is made with.
+
+    Attributes
+    ----------
+    store : CellStore
+    batches : ndarray of int [cells]
+        Index of each cell's batch.
+    genes : ndarray of int or None
+        Columns of the store to train on; None for all.
+    rows : ndarray of int
+        The cells that the model is made with, as rows of the store.
+    """
+
+    store: CellStore
+    batches: np.ndarray
+    genes: np.ndarray | None
+    rows: np.ndarray
+
+
+def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[str]]:
+    """Return the cells to train on, with the chosen genes and their batches, and notes on them.
+
+    Raises InputError if the values are not counts, or a key is missing or cannot be used.
+    """
+    _check_keys(settings)
+    counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
+    notes = [EARLIER] if "vmm_cluster" in adata.obs else []
+    notes += notes_on_genes(adata.var_names)
+    obs = pd.DataFrame(index=adata.obs_names)
+    if settings.labels_key is not None:
+        column(adata, "--labels-key", settings.labels_key)
+    if settings.batch_key is not None:
+        obs[settings.batch_key] = batches = batches_of(adata, settings.batch_key)
+        notes += _notes_on_batches(settings.batch_key, batches.value_counts())
+    depth, detected = counts.sum(1).A1, counts.sum(0).A1
+    notes += _notes_on_counts(int((depth == 0).sum()), detected) + notes_on_cell_names(adata)
+    whole = make_adata(counts, obs, adata.var_names, settings.layer)
+    chosen = _variable_genes(whole, settings)
+    if settings.genes is None and adata.n_vars > MANY_GENES:
+        notes.append(f"trained on all {adata.n_vars:,} genes; --genes 2000 is faster")
+    cells = whole[:, chosen].copy()
+    if number := int((counts_in(cells, settings.layer).sum(1).A1 == 0).sum() - (depth == 0).sum()):
+        notes.append(f"{number:,} more have none in the genes that are trained on")
+    return cells, notes
+
+
+def training_cells_on_disk(
+    store: CellStore, settings: Settings
+) -> tuple[AnnData, OnDisk, list[str]]:
+    """Return some cells of a store to make the model with, where all of them are, and notes.
+
+    Every cell is read once, so that errors and notes come before training. See
+    :func:`training_cells`.
+    """
+    _check_keys(settings)
+    notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
+    notes += notes_on_genes(store.var_names)
+    if settings.labels_key is not None:
+        store.column(settings.labels_key, "--labels-key")
+    if settings.batch_key is None:
+        batches = pd.Categorical.from_codes(np.zeros(store.n_obs, np.int8), ["0"])
+    else:
+        batches = store.column(settings.batch_key, "--batch-key")
+        if missing := int((batches.codes < 0).sum()):
+            raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
+        notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
+    empty, detected = 0, np.zeros(store.n_vars)
+    step = window_of(store)
+    for start in range(0, store.n_obs, step):
+        stop = min(start + step, store.n_obs)
+        counts = store.read(start, stop)
+        empty += int((counts.sum(1) == 0).sum())  # zeros may be stored
+        detected += counts.sum(0).A1
+    notes += _notes_on_counts(empty, detected) + notes_on_cell_names(store)
+    notes += notes_on_omissions("obs and var", ["counts", *store.others])
+    keys = [] if settings.batch_key is None else [settings.batch_key]
+    number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
+    sample = store.sample(number, keys=keys, seed=settings.seed)
+    obs, genes_of = sample.obs[keys], store.var_names
+    chosen = _variable_genes(make_adata(sample.X, obs, genes_of, settings.layer), settings)
+    # A view of the sample would lose the categories of batches that none of its cells has.
+    some = make_adata(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
+    genes = None if chosen.all() else np.flatnonzero(chosen)
+    on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
+    return some, on_disk, notes
+
+
+def _check_keys(settings: Settings) -> None:
+    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
+        if key in COLUMNS:
+            raise InputError(
+                f"{option} {key}: must be another column, results are written to this one; rename "
+                "it"
+            )
+
+
+def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
+    """Return notes on small batches, given their sizes; refuse a batch for each cell."""
+    sizes = sizes[sizes > 0]
+    if len(sizes) == sizes.sum():
+        raise InputError(
+            f"--batch-key {key}: must name batches, but has another value for every cell"
+        )
+    notes = []
+    if len(sizes) == 1:
+        notes.append("one batch alone: there is nothing to integrate, cells are clustered")
+    if single := list(sizes.index[sizes == 1]):
+        batches = "a batch" if len(single) == 1 else f"{len(single)} batches"
+        notes.append(f"{batches} of one cell: {joined(single, 5)}")
+    return notes
+
+
+def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:
+    """Return notes on cells and genes without counts; refuse counts that are all 0."""
+    if not detected.any():
+        raise InputError("must hold counts above 0, all are 0")
+    notes = []
+    if empty:
+        notes.append(f"{counted(empty, 'cell has', 'cells have')} no counts at all")
+    if number := int((detected == 0).sum()):
+        notes.append(f"{counted(number, 'gene has', 'genes have')} no counts at all")
+    return notes
+
+
+def notes_on_cell_names(cells: AnnData | CellStore) -> list[str]:
+    """Return a note on cells that share their name with another cell, if there are any."""
+    if isinstance(cells, CellStore):
+        names = np.empty(cells.n_obs, dtype=np.uint64)
+        for start in range(0, cells.n_obs, ROWS):
+            part = cells.obs_names(start, min(start + ROWS, cells.n_obs))
+            names[start : start + len(part)] = pd.util.hash_array(part, categorize=False)
+        same = cells.n_obs - len(np.unique(names))
+    else:
+        same = int(cells.obs_names.duplicated().sum())
+    have = counted(same, "cell has", "cells have")
+    return [f"{have} a name that another has, too; results are in order"] if same else []
+
+
+def make_adata(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
+    """Return an AnnData with the counts in the given layer, or in X, as the input has them."""
+    var = pd.DataFrame(index=genes)
+    if layer is None:
+        return AnnData(counts, obs, var)
+    return AnnData(obs=obs, var=var, layers={layer: counts})
+
+
+def counts_in(adata: AnnData, layer: str | None) -> Any:
+    """Return X, or the layer."""
+    return adata.X if layer is None else adata.layers[layer]
+
+
+def _variable_genes(adata: AnnData, settings: Settings) -> np.ndarray:
+    if settings.genes is None or settings.genes >= adata.n_vars:
+        return np.ones(adata.n_vars, dtype=bool)
+    from scanpy.experimental.pp import highly_variable_genes
+
+    with quiet():
+        found = highly_variable_genes(
+            adata,
+            flavor="pearson_residuals",
+            n_top_genes=settings.genes,
+            batch_key=settings.batch_key,
+            layer=settings.layer,
+            inplace=False,
+        )
+    return found["highly_variable"].to_numpy()
