@@ -108,7 +108,9 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
         notes += more
     elif not adata.var_names.is_unique:
         number = int(adata.var_names.duplicated().sum())
-        adata.var_names_make_unique()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that end in a number
+            adata.var_names_make_unique()
         names = "1 gene name that occurs" if number == 1 else f"{number:,} gene names that occur"
         notes.append(f"{names} again got a number: -1, -2, ...")
     try:
@@ -345,6 +347,8 @@ def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
     """
     if values.dtype.kind == "u" and values.dtype.itemsize < 4:
         return None
+    if values.dtype == np.float16:  # in which the bounds below would be infinite
+        values = values.astype(np.float32)
     with np.errstate(invalid="ignore"):
         right = (values >= 0) & (values <= MOST)  # False for NaN
         if values.dtype.kind == "f":
