@@ -355,3 +355,15 @@ def test_every_version_of_numpys_format(tmp_path, version):
     with open(tmp_path / "x.npy", "wb") as file:
         np.lib.format.write_array(file, X, version=version)
     assert np.array_equal(read(tmp_path / "x.npy").values, X)
+
+
+def test_numbers_that_only_long_double_holds_are_no_numbers(tmp_path):
+    values = np.arange(60.0).reshape(20, 3).astype(np.longdouble)
+    np.save(tmp_path / "a.npy", values)
+    assert read(tmp_path / "a.npy").values.tolist() == values.tolist()
+    values[4, 2] = np.longdouble("1e400")
+    if not np.isfinite(values[4, 2]):
+        pytest.skip("long double is float64 here")
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(InputError, match="must be finite, but has inf in row 4, column 2"):
+        read(tmp_path / "a.npy")

@@ -177,6 +177,25 @@ def test_half_precision_is_read_as_single(tmp_path, suffix, kind):
     assert found.dtype == np.float32 and found.toarray().tolist() == COUNTS.tolist()
 
 
+def test_infinite_values_of_half_precision_are_no_counts(tmp_path):
+    adata = make_cells()
+    adata.X = adata.X.toarray().astype(np.float16)
+    assert counts_of(adata, None, np.float32).tolist() == COUNTS.tolist()
+    adata.X[2, 3] = np.inf
+    with pytest.raises(InputError, match="X must hold counts, whole numbers from 0, has inf in"):
+        counts_of(adata, None, np.float32)
+
+
+def test_uns_that_is_no_group_is_left_out(file):
+    with h5py.File(file, "r+") as opened:
+        del opened["uns"]
+        put(opened, "uns", np.arange(3))
+    cells = read_cells(str(file))
+    assert cells.adata.uns == {} and cells.adata.X.toarray().tolist() == COUNTS.tolist()
+    why = "it must be a group, but is stored as ndarray"
+    assert cells.notes == [f"uns cannot be read and is left out: {why}"]
+
+
 def test_what_is_nested_too_deep_is_left_out(file):
     with h5py.File(file, "r+") as opened:
         group = opened["uns"]

@@ -151,6 +151,28 @@ def test_folders_of_10x_that_cannot_be_read(tmp_path):
         read_cells(str(folder))
 
 
+def test_the_content_says_whether_a_file_is_compressed(tmp_path):
+    folder = write_mtx(tmp_path / "a", gz="b")
+    for name in ("matrix.mtx", "features.tsv"):  # as browsers unpack downloads
+        (folder / name).rename(folder / f"{name}.gz")
+    (folder / "barcodes.tsv.gz").rename(folder / "barcodes.tsv")
+    assert read(folder) == (COUNTS.tolist(), BARCODES, NAMES, [])
+    (folder / "matrix.mtx.gz").write_bytes(gzip.compress((folder / "matrix.mtx.gz").read_bytes()))
+    (folder / "matrix.mtx.gz").rename(folder / "matrix.mtx")
+    assert read(folder) == (COUNTS.tolist(), BARCODES, NAMES, [])
+    (folder / "barcodes.tsv").write_bytes("é".encode("latin-1"))
+    message = "barcodes.tsv must be text in UTF-8, but is something else"
+    with pytest.raises(InputError, match=message):
+        read_cells(str(folder))
+
+
+def test_features_of_10x_without_types_are_genes(tmp_path):
+    path = write_10x(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        del file["matrix/features/feature_type"]
+    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
+
+
 def write_10x(path, types=TYPES, names=NAMES, genomes=None, counts=COUNTS, dtype="i4"):
     """Write a .h5 file as Cell Ranger 3 does, or as 2 does where there are `genomes`."""
     with h5py.File(path, "w") as file:
@@ -350,3 +372,29 @@ def test_names_in_loom_that_occur_again_or_are_not_there(tmp_path):
     assert read(tmp_path / "a.loom")[2] == [str(i) for i in range(100, 109)]
     found = read(write_loom(tmp_path / "a.loom", None, None))
     assert found == (COUNTS.tolist(), numbers, numbers[:9], [])
+
+
+def test_parts_of_loom_that_cannot_be_read_are_left_out(tmp_path):
+    path = write_loom(tmp_path / "a.loom", layers=["good"])
+    with h5py.File(path, "r+") as file:
+        file["layers/short"], file["layers/text"] = np.ones((9, 3)), np.full((9, 12), b"x")
+        file["col_attrs/one"], file["row_attrs/none"] = 3, h5py.Empty("f4")
+        file.create_group("row_attrs/group")
+        file["row_attrs/length"] = np.arange(9)
+    cells = read_cells(str(path))
+    names = ["col_attrs/one", "row_attrs/group", "row_attrs/none"]
+    assert [note.split(" cannot")[0] for note in cells.notes[:3]] == names
+    assert cells.notes[3] == "2 more cannot be read either: layers/short, layers/text"
+    assert read(path)[:3] == (COUNTS.tolist(), BARCODES, NAMES)
+    assert list(cells.adata.layers) == ["good"]
+    assert list(cells.adata.var["length"]) == list(range(9))
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">f8", "f2", "u2"])
+def test_loom_of_dtypes_that_scipy_lacks(tmp_path, dtype):
+    path = write_loom(tmp_path / "a.loom", layers=["twice"])
+    with h5py.File(path, "r+") as file:
+        del file["matrix"], file["layers/twice"]
+        file["matrix"], file["layers/twice"] = COUNTS.T.astype(dtype), 2 * COUNTS.T.astype(dtype)
+    assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
+    assert read_cells(str(path)).adata.layers["twice"].toarray().tolist() == (2 * COUNTS).tolist()

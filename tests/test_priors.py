@@ -657,6 +657,8 @@ def test_states_that_do_not_fit_change_nothing(name):
     ("change", "message"),
     [
         (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "must have shape"),
+        (lambda state: state["state"][0].update(exp_avg=torch.eye(2).to_sparse()), "dense"),
+        (lambda state: state["state"][0].update(exp_avg=torch.empty(2, device="meta")), "dense"),
         (lambda state: state["state"][0]["exp_avg"].fill_(torch.nan), "must be finite"),
         (lambda state: state["state"][0]["exp_avg_sq"].sub_(1e3), "nowhere negative"),
         (lambda state: state["state"][0].pop("exp_avg_sq"), "must have steps and moments"),

@@ -451,6 +451,28 @@ def test_columns_that_not_all_files_have_are_told(shards, tmp_path):
         assert found.notes[1].count(" has none)") == 20 and found.notes[1].endswith(" more")
 
 
+def test_damaged_columns_are_left_out_before_anything_is_written(shards, tmp_path):
+    folder, parts = shards
+    with h5py.File(folder / "1.h5ad", "r+") as opened:
+        opened["obs/stage/codes"][3] = 100
+        opened["obs/maybe flag"].move("mask", "elsewhere")
+        opened["obs/batch/categories"][1] = opened["obs/batch/categories"][0]
+    with CellStore(folder) as found:
+        assert [note.split(": ")[0] for note in found.notes] == [
+            *(
+                f"column {key!r} of obs cannot be read and is left out"
+                for key in ("batch", "stage", "maybe flag")
+            ),
+            "columns of obs that not all files have are left out",
+        ]
+        kept = [key for key in parts[0].obs if key not in ("batch", "stage", "maybe flag")]
+        assert list(found.dtypes) == kept
+    prepare(folder, tmp_path / "out.h5ad")
+    found = read_h5ad(tmp_path / "out.h5ad").obs
+    assert list(found) == kept
+    assert list(found["whole"]) == [value for part in parts for value in part.obs["whole"]]
+
+
 def test_a_shard_that_cannot_be_read_in_parts_is_to_be_replaced(shards, tmp_path):
     folder, parts = shards
     parts[1].X = csc_matrix(parts[1].X)

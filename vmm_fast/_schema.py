@@ -168,7 +168,7 @@ def tensor(
     what += "" if shape is None else f" {list(shape)}"
 
     def rule(name: str, value: Any) -> None:
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             _refuse(name, what, value)
         if value.dtype != (dtype or value.dtype) or (
             shape is not None and value.shape != torch.Size(shape)

@@ -238,6 +238,9 @@ def make_data(
     if 0 in values.shape:
         raise InputError(f"{name} must not be empty, but has shape {list(values.shape)}")
     whole = values.dtype.kind in "iu"
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # what float64 does not hold becomes infinite: refused
+            values = values.astype(np.float64)
     for start in range(0, len(values), CHUNK):
         block = values[start : start + CHUNK]
         wrong = (block > EXACT) | (block < -EXACT) if whole else ~np.isfinite(block)

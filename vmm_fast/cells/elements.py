@@ -55,10 +55,10 @@ def read_elements(group: Any, layer: str | None) -> tuple[AnnData, list[str]]:
     Exception
         Of any kind, if the counts, or obs or var as a whole, cannot be read.
     """
-    try_to = _Attempts()
+    try_to = Attempts()
     names = set(group)  # includes broken links
     obs, var = (_frame(_child(group, name), name, try_to) for name in ("obs", "var"))
-    uns = try_to("uns", _Nested(try_to), group, "uns", "uns") if "uns" in names else {}
+    uns = try_to("uns", _uns, group, try_to) if "uns" in names else {}
     cells = AnnData(obs=obs, var=var, uns={} if uns is FAULT else uns)
     places = {name: _within(group, name, try_to) for name in ALIGNED if name in names}
     layers = places.get("layers", [])
@@ -78,20 +78,21 @@ def read_elements(group: Any, layer: str | None) -> tuple[AnnData, list[str]]:
 
 def read_var(group: Any) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Return var of a file, and the names of columns that are left out, with the reasons."""
-    try_to = _Attempts()
+    try_to = Attempts()
     return _frame(_child(group, "var"), "var", try_to), try_to.faults
 
 
 FAULT = object()  # stands for an element that cannot be read; None would be a valid element
 
 
-class _Attempts:
+class Attempts:
     """Calls functions that read elements, and records the elements that fail."""
 
     def __init__(self) -> None:
         self.faults: list[tuple[str, str]] = []
 
     def __call__(self, where: str, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what ``read`` returns, or FAULT if it fails."""
         try:
             return read(*arguments)
         except MemoryError:
@@ -107,7 +108,7 @@ def _child(group: Any, name: str) -> Any:
     return group[name]
 
 
-def _within(group: Any, name: str, try_to: _Attempts) -> list[str]:
+def _within(group: Any, name: str, try_to: Attempts) -> list[str]:
     """Return the names of the elements in a group, such as "obsm/X_pca"."""
     found = try_to(name, lambda: list(_child(group, name).keys()))
     return [] if found is FAULT else [f"{name}/{key}" for key in found]
@@ -136,6 +137,13 @@ def _as_held(read: Any, name: str, element: Any, *, iospec: Any) -> Any:
     return make((data, *places), shape=shape)
 
 
+def _uns(group: Any, try_to: Attempts) -> dict[str, Any] | None:
+    found = _Nested(try_to)(group, "uns", "uns")
+    if not isinstance(found, dict | None):
+        raise ValueError(f"it must be a group, but is stored as {type(found).__name__}")
+    return found
+
+
 def _set_x(cells: AnnData, group: Any, where: str) -> None:
     matrix = _read(_child(group, where))
     if matrix is not None:
@@ -148,7 +156,7 @@ def _set(cells: AnnData, group: Any, where: str) -> None:
     getattr(cells, name)[key] = _read(_child(group, where))
 
 
-def _set_raw(cells: AnnData, group: Any, try_to: _Attempts) -> None:
+def _set_raw(cells: AnnData, group: Any, try_to: Attempts) -> None:
     if _child(group, "raw").attrs.get("encoding-type") == "null":
         return
     var = _frame(_child(group, "raw/var"), "raw/var", try_to)
@@ -166,7 +174,7 @@ def _check_shape(values: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"it must have {expected} values, but has {found}")
 
 
-def _frame(group: Any, where: str, try_to: _Attempts) -> pd.DataFrame:
+def _frame(group: Any, where: str, try_to: Attempts) -> pd.DataFrame:
     """Return obs or var, read column by column."""
     if group.attrs.get("encoding-version") != "0.2.0":
         return _read(group)  # old versions of anndata refer from one column to another
@@ -198,7 +206,7 @@ def _as_text(values: Any) -> Any:
 class _Nested:
     """Reads nested groups: to a limited depth, and each once, even if several links lead to it."""
 
-    def __init__(self, try_to: _Attempts) -> None:
+    def __init__(self, try_to: Attempts) -> None:
         self._try_to, self._seen = try_to, set[Any]()
 
     def __call__(self, group: Any, name: str, where: str, depth: int = 0) -> Any:

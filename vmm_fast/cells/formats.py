@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted, joined
+from vmm_fast.cells.elements import FAULT, Attempts, left_out
 from vmm_fast.cells.names import CELLS, GENES, find_names
 
 GENE = "Gene Expression"  # the type of a feature that is a gene
@@ -57,6 +59,7 @@ def kind_of_hdf5(file: Path) -> str | None:
 
 def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
     """Return the cells of a feature-barcode matrix with their genes, and notes."""
+    notes: list[str]
     with h5py.File(file, "r") as opened:
         groups = [key for key, group in opened.items() if isinstance(group, h5py.Group)]
         genomes = [key for key in groups if {"barcodes", "gene_names"} <= set(opened[key])]
@@ -65,7 +68,7 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
                 _matrix_of(opened[key], opened[key]["genes"], opened[key]["gene_names"])
                 for key in genomes
             ]
-            notes: list[str] = []
+            notes = []
         elif "matrix" in opened:
             features = opened["matrix/features"]
             adata = _matrix_of(opened["matrix"], features["id"], features["name"])
@@ -74,8 +77,10 @@ def read_10x_h5(file: Path) -> tuple[AnnData, list[str]]:
                 if key not in ("id", "name") and getattr(values, "shape", ()) == (adata.n_vars,):
                     key = "feature_types" if key == "feature_type" else key
                     adata.var[key] = _values_of(values)
-            keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
-            adata = adata if keep.all() else adata[:, keep].copy()
+            notes = []
+            if "feature_types" in adata.var:
+                keep, notes = _genes_of(adata.var["feature_types"].to_numpy(dtype=object))
+                adata = adata if keep.all() else adata[:, keep].copy()
             genomes = list(adata.var.get("genome", pd.Series(dtype=object)).unique())
             parts = [adata]
         else:
@@ -174,7 +179,7 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
         )
     prefix = "" if "" in prefixes else next(iter(prefixes))
     matrix = prefixes[prefix]
-    rows, columns = mminfo(str(matrix))[:2]
+    rows, columns = mminfo(_unpacked(matrix))[:2]
     features_file = _beside(matrix, prefix, "features.tsv", "genes.tsv")
     features = _table(features_file)
     barcodes_file = _beside(matrix, prefix, "barcodes.tsv")
@@ -184,7 +189,7 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
             f"{matrix.name} must be {shape[0]} x {shape[1]}, as {features_file.name} and "
             f"{barcodes_file.name} have lines, but is {rows} x {columns}"
         )
-    counts = mmread(str(matrix))
+    counts = mmread(_unpacked(matrix))
     counts = csr_matrix(counts.T if (rows, columns) == shape else counts)
     width = max(map(len, features), default=1)
     features = [row + [""] * (width - len(row)) for row in features]
@@ -216,11 +221,28 @@ def _beside(matrix: Path, prefix: str, *names: str) -> Path:
     raise InputError(f"must hold {wanted} beside {matrix.name}, compressed or not, but lacks it")
 
 
+def _is_packed(file: Path) -> bool:
+    """Return whether a file is compressed: browsers unpack downloads and keep the name."""
+    with open(file, "rb") as opened:
+        return opened.read(2) == b"\x1f\x8b"
+
+
+def _unpacked(file: Path) -> Any:
+    """Return a file for scipy, which goes by the suffix when it is given a path."""
+    packed = _is_packed(file)
+    if packed == (file.suffix == ".gz"):
+        return str(file)
+    return io.BytesIO(gzip.decompress(file.read_bytes()) if packed else file.read_bytes())
+
+
 def _table(file: Path) -> list[list[str]]:
     """Return the fields of each line, without the quotes that R puts around them."""
-    opened: Any = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig") as lines:
-        rows = [line.rstrip("\n").split("\t") for line in lines]
+    opened: Any = gzip.open if _is_packed(file) else open
+    try:
+        with opened(file, "rt", encoding="utf-8-sig") as lines:
+            rows = [line.rstrip("\n").split("\t") for line in lines]
+    except UnicodeDecodeError:
+        raise InputError(f"{file.name} must be text in UTF-8, but is something else") from None
     while rows and rows[-1] == [""]:
         rows.pop()
     quoted = all(len(x) > 1 and x[0] == x[-1] == '"' for row in rows[:9] for x in row[:1])
@@ -240,13 +262,15 @@ def read_loom(file: Path) -> tuple[AnnData, list[str]]:
     """Return the main matrix, layers and attributes of a loom file, and notes.
 
     loompy's attributes with names are CellID and Gene; velocyto and others have different ones.
+    A layer or attribute that cannot be read is left out.
     """
     notes = []
+    try_to = Attempts()
     with h5py.File(file, "r") as opened:
         matrix = opened["matrix"]
         genes, cells = matrix.shape
-        obs, obsm = _attributes(opened.get("col_attrs", {}), cells)
-        var, varm = _attributes(opened.get("row_attrs", {}), genes)
+        obs, obsm = _attributes(opened, "col_attrs", cells, try_to)
+        var, varm = _attributes(opened, "row_attrs", genes, try_to)
         for table, usual, what, expected in (
             (obs, CELLS, "cells", ("CellID", "obs_names")),
             (var, GENES, "genes", ("Gene", "var_names")),
@@ -256,21 +280,25 @@ def read_loom(file: Path) -> tuple[AnnData, list[str]]:
                 notes.append(f"names of {what} are those of {key}, there is no {expected[0]}")
             if key is not None:
                 table.index = pd.Index(table.pop(key).astype(str).to_numpy(object))
-        layers = {key: _transposed(layer) for key, layer in opened.get("layers", {}).items()}
+        layers = {
+            key: try_to(f"layers/{key}", _layer, opened["layers"], key, matrix.shape)
+            for key in opened.get("layers", ())
+        }
+        layers = {key: layer for key, layer in layers.items() if layer is not FAULT}
         counts = _as_float32(_transposed(matrix))
-        return AnnData(counts, obs, var, layers=layers, obsm=obsm, varm=varm), notes
+        adata = AnnData(counts, obs, var, layers=layers, obsm=obsm, varm=varm)
+        return adata, left_out(try_to.faults) + notes
 
 
-def _attributes(group: Any, number: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def _attributes(
+    opened: Any, where: str, number: int, try_to: Attempts
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Return attributes as columns of a table, and separately those that are matrices."""
     columns, arrays = {}, {}
-    for key, element in group.items():
-        text = h5py.check_string_dtype(element.dtype) is not None
-        values = element.asstr(errors="replace")[()] if text else element[()]
-        if text:  # loompy escapes what is not ASCII
-            values = np.array([html.unescape(x) for x in values.flat], object).reshape(values.shape)
-        if values.shape[:1] != (number,):
-            raise InputError(f"{key} must have {number} values, but has the shape {values.shape}")
+    for key in opened.get(where, ()):
+        values = try_to(f"{where}/{key}", _attribute, opened[where], key, number)
+        if values is FAULT:
+            continue
         if values.ndim > 1 and values.shape[1] != 1:
             arrays[key] = values
         else:
@@ -278,9 +306,35 @@ def _attributes(group: Any, number: int) -> tuple[pd.DataFrame, dict[str, np.nda
     return pd.DataFrame(columns, index=pd.RangeIndex(number).astype(str)), arrays
 
 
+def _attribute(group: Any, key: str, number: int) -> np.ndarray:
+    element = _dataset(group, key)
+    if (element.shape or ())[:1] != (number,):
+        raise ValueError(f"it must have {number} values, but has the shape {element.shape}")
+    if h5py.check_string_dtype(element.dtype) is None:
+        return element[()]
+    values = element.asstr(errors="replace")[()]  # loompy escapes what is not ASCII
+    return np.array([html.unescape(x) for x in values.flat], object).reshape(values.shape)
+
+
+def _layer(group: Any, key: str, shape: tuple[int, ...]) -> csr_matrix:
+    layer = _dataset(group, key)
+    if layer.shape != shape:
+        raise ValueError(f"it must have the shape {shape}, but has {layer.shape}")
+    return _transposed(layer)
+
+
+def _dataset(group: Any, key: str) -> Any:
+    if not isinstance(group.get(key), h5py.Dataset):
+        raise ValueError("it must be an array, but is a group or a link to nothing")
+    return group[key]
+
+
 def _transposed(matrix: Any) -> csr_matrix:
     """Return a dense matrix on disk, genes in rows, as a sparse one with cells in rows."""
     step = max(1, VALUES // max(1, matrix.shape[1]))
     starts = range(0, matrix.shape[0], step)
-    parts = [csr_matrix(matrix[start : start + step]) for start in starts]
+    # scipy supports neither another byte order nor float16.
+    dtype = matrix.dtype.newbyteorder("=")
+    dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
+    parts = [csr_matrix(matrix[start : start + step].astype(dtype)) for start in starts]
     return csr_matrix(vstack(parts).T) if parts else csr_matrix(matrix.shape[::-1])

@@ -17,6 +17,7 @@ from anndata.io import read_elem
 
 from vmm_fast.cells.elements import summarize_error
 
+ROWS = 1 << 16  # values of a column that are read together
 STRINGS = np.dtype(object)  # strings without missing values; pd.StringDtype() allows missing ones
 
 
@@ -31,6 +32,8 @@ def encoding_of(element: Any) -> str:
 def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return pandas' dtype of each readable column, and the other columns with the reasons.
 
+    Every value is read once, so that a damaged column is found now, not when results are written.
+
     Raises
     ------
     ValueError
@@ -41,12 +44,18 @@ def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         raise ValueError("it was written by an anndata older than 0.8")
     found, faults, rows = {}, [], rows_of(frame)
     for key in map(str, frame.attrs["column-order"]):
+        if key in frame:
+            encoding_of(frame[key])
         try:
             dtype = _dtype(frame, key)
             if (number := _rows(frame[key])) != rows:
                 raise LookupError(f"it must have {rows} values, but has {number}")
+            for start in range(0, rows, ROWS):
+                read_slice(frame, key, dtype, start, start + ROWS)
             found[key] = dtype
-        except (TypeError, LookupError, UnicodeDecodeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # every kind of column raises its own
             faults.append((f"column {key!r} of obs", summarize_error(error)))
     return found, faults
 

@@ -481,7 +481,8 @@ class Integration:
         self.write_model(folder)
         genes = self.model.adata.var_names
         write_results(store, folder, self.z, self.clusters, genes, self.uns(record))
-        shown = self.model.adata.copy()
+        with quiet():  # of cells that share a name
+            shown = self.model.adata.copy()
         shown.obsm["X_vmm"] = self.z[cells.rows]
         shown.uns["vmm"] = record
         return record, shown, (obs, cells.rows)

@@ -86,7 +86,9 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
         notes += more
     elif not adata.var_names.is_unique:
         number = int(adata.var_names.duplicated().sum())
-        adata.var_names_make_unique()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that end in a number
+            adata.var_names_make_unique()
         names = counted(number, "gene name that occurs", "gene names that occur")
         notes.append(f"{names} again got a number: -1, -2, ...")
     try:
@@ -323,6 +325,8 @@ def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
     """
     if values.dtype.kind == "u" and values.dtype.itemsize < 4:
         return None
+    if values.dtype == np.float16:  # in which the bounds below would be infinite
+        values = values.astype(np.float32)
     with np.errstate(invalid="ignore"):
         right = (values >= 0) & (values <= MOST)  # False for NaN
         if values.dtype.kind == "f":

@@ -41,7 +41,6 @@ from vmm_fast.cells.reading import (
 
 MOST_OPEN = 64  # most files open at once; each has a cache of two chunks
 CACHE = 1 << 20  # bytes of each array that HDF5 caches
-ROWS = 1 << 16  # cells of a column that are read together
 
 
 class CannotStream(InputError):
@@ -425,7 +424,7 @@ class CellStore:
             if element == self._element or element not in group:
                 continue
             matrix = group[element]
-            values = matrix["data"][:ROWS] if "shape" in matrix.attrs else matrix[:64]
+            values = matrix["data"][: frames.ROWS] if "shape" in matrix.attrs else matrix[:64]
             if values.dtype.kind in "iuf" and not_counts(values.reshape(-1)) is None:
                 return f"; {element.replace('layers/', 'layer ')} holds counts: {option}"
         return ""
@@ -484,8 +483,8 @@ class CellStore:
         if key not in self.dtypes:
             raise no_column(option, key, self.dtypes)
         parts = []
-        for start in range(0, self.n_obs, ROWS):
-            for part in self._slices(key, start, min(start + ROWS, self.n_obs)):
+        for start in range(0, self.n_obs, frames.ROWS):
+            for part in self._slices(key, start, min(start + frames.ROWS, self.n_obs)):
                 parts.append(pd.Categorical(part))
         dtype = frames.common_dtype([part.dtype for part in parts])
         if not isinstance(self.dtypes[key], pd.CategoricalDtype):

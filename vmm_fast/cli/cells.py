@@ -252,7 +252,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         read = reading.example() if file is None else reading.read_cells(file, given["layer"])
         cells, notes = read.adata, notes + read.notes
     on_disk = None
-    with _naming(file or EXAMPLE):
+    with _naming(file or EXAMPLE), quiet():
         settings = kind.for_cells(cells, **given)
         if settings.on_disk:
             training, on_disk, more = selection.training_cells_on_disk(cells, settings)

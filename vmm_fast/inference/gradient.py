@@ -88,8 +88,9 @@ def _check_moments(number: int, entry: Any, parameter: Tensor, amsgrad: bool) ->
         raise ValueError(f"steps of parameter {number} must be a number of at least 0")
     for name in names:
         moment = entry[name]
-        if not isinstance(moment, Tensor) or not moment.is_floating_point():
-            raise ValueError(f"{name} of parameter {number} must be a floating tensor")
+        dense = isinstance(moment, Tensor) and moment.layout == torch.strided
+        if not dense or moment.is_meta or not moment.is_floating_point():
+            raise ValueError(f"{name} of parameter {number} must be a dense floating tensor")
         if moment.shape != parameter.shape:
             raise ValueError(
                 f"{name} of parameter {number} must have shape {list(parameter.shape)}, but has "
