@@ -50,6 +50,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -500,6 +501,9 @@ def find_clusters(
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
     """
+    if not isinstance(points, Iterable):
+        kind = type(points).__name__
+        raise TypeError(f"points must be a tensor or an iterable of tensors, but is {kind}")
     if not isinstance(points, Tensor) and iter(points) is points:
         raise ValueError("points must be repeatable, such as a list of tensors, but is an iterator")
     everywhere = tree is None
@@ -554,31 +558,41 @@ def _that_hold_points(
     everywhere: bool,
 ) -> Clusters:
     """Merge clusters that are no point's most probable one; number the rest, the largest first."""
+    rounds = 0
     while True:
         found = Clusters(components, of_component)
         device = components.centers.device  # processes sum tensors on this device
-        held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
+        # Of each cluster, the points; behind them, the number of draws for a point.
+        held = torch.zeros(found.num_clusters + 1, dtype=torch.int64, device=device)
         own = torch.zeros_like(tree.confusion.counts, device=device)
         sums: Tensor | None = None  # of the first points, enough to compare with the tree's
         for part in _parts(points, components):
             shared = components.responsibilities(part)
             if sums is None and not everywhere:
                 sums = (shared.double().mT @ shared.double()).detach().cpu()
-            held += found.sums(shared).argmax(1).bincount(minlength=len(held))
+            probabilities = found.sums(shared)
+            top, label = probabilities.max(1)
+            held += label.bincount(minlength=len(held))
+            held[-1] += (probabilities == top[:, None]).sum() - len(part)
             own += shared.argmax(1).bincount(minlength=len(own))
         if everywhere:
             sum_over_processes([held])
         else:
             _check_points(own.cpu(), sums, tree.confusion)
-        held = held.cpu()
+        held, drawn = held[:-1].cpu(), bool(held[-1])
         if not held.any():
             raise ValueError("points must hold at least one point, but are empty")
-        if held.all() or len(held) == 1:
-            break
-        of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
-    number = torch.empty_like(held)
-    number[held.argsort(descending=True, stable=True)] = torch.arange(len(held))
-    return Clusters(components, number[of_component])
+        if not held.all():
+            of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
+            continue
+        order = held.argsort(descending=True, stable=True)
+        if (order.diff() > 0).all() or rounds == len(held):
+            return found
+        number = order.argsort()
+        if not drawn:
+            return Clusters(components, number[of_component])
+        # A point between two clusters belongs to the lower number: they hold others now.
+        of_component, rounds = number[of_component], rounds + 1
 
 
 def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> None:
@@ -602,8 +616,12 @@ def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> Non
 
 def _as_float(value: Any) -> float:
     """Return a number as a float, and NaN for anything else."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return float(value) if number else math.nan
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _without(empty: int, of_component: Tensor, sums: Tensor) -> Tensor:
