@@ -260,7 +260,7 @@ def test_processes_are_waited_for_only_where_the_tree_is_made(monkeypatch):
     alone = find_clusters(components, z, tree=tree)
     assert summed == []
     together = find_clusters(components, z)
-    assert summed == [(12, 12), (12,), (together.num_clusters,)]
+    assert summed == [(12, 12), (12,), (together.num_clusters + 1,)]
     assert torch.equal(together.of_component, alone.of_component)
 
 
@@ -347,6 +347,20 @@ def test_a_cluster_without_points_joins_the_one_that_it_shares_most_with():
         assert find_clusters(shares, shares.points, tree=tree, n_clusters=4).num_clusters == 3
 
 
+def test_points_between_two_clusters_leave_neither_without_points():
+    # Five lie between both: they belong to the lower number, which is that of the larger cluster.
+    rows = [[0.5, 0.25, 0.25]] * 5 + [[0.4, 0.3, 0.3]] * 10
+    rows += [[0.0, 0.6, 0.4]] * 5 + [[0.0, 0.4, 0.6]] * 5
+    shares = Shares([*rows, [1.0, 0.0, 0.0]])
+    found = find_clusters(shares, shares.points, n_clusters=2)
+    assert found.of_component.tolist() == [1, 0, 0]
+    assert found.assign(shares.points).labels.bincount().tolist() == [25, 1]
+    shares = Shares(rows)  # the smaller one would have none but those
+    found = find_clusters(shares, shares.points, n_clusters=2)
+    assert found.of_component[0] == 0 and found.num_clusters == 2
+    assert found.assign(shares.points).labels.bincount().tolist() == [20, 5]
+
+
 def test_a_level_that_adds_two_clusters_with_points_is_merged_back():
     # Cut in three, the second and third are nowhere the most probable; cut in four, all are.
     rows = [[0.5, 0.2, 0.16, 0.14]] * 10 + [[0.4, 0.45, 0.1, 0.05]] + [[0.4, 0.05, 0.45, 0.1]]
@@ -409,6 +423,8 @@ def test_components_that_share_nothing_stay_apart():
         ({"resolution": -0.1}, "resolution must be at least 0 and finite, but is -0.1"),
         ({"resolution": float("nan")}, "resolution must be at least 0"),
         ({"resolution": "2"}, "resolution must be at least 0 and finite, but is '2'"),
+        ({"resolution": 10**400}, "resolution must be at least 0 and finite, but is 1000"),
+        ({"resolution": np.complex64(1)}, "resolution must be at least 0 and finite"),
         ({"separation": [0.1]}, r"separation must be in \(0, 1\), but is \[0.1\]"),
         ({"separation": 0.0}, r"separation must be in \(0, 1\), but is 0.0"),
         ({"separation": 1}, r"separation must be in \(0, 1\), but is 1"),
@@ -438,6 +454,8 @@ def test_bad_input():
             find_clusters(components, points)
     with pytest.raises(ValueError, match="points must be repeatable"):
         find_clusters(components, iter([z]))
+    with pytest.raises(TypeError, match=r"points must be a tensor or .* but is NoneType"):
+        find_clusters(components, None)
     tree = ClusterTree(Confusion.of(components, z))
     with pytest.raises(ValueError, match="points must hold at least one point"):
         find_clusters(components, [], tree=tree)
@@ -448,7 +466,7 @@ def test_bad_input():
     other = ClusterTree(Confusion.of(mixture(CENTERS[:3]), z))
     with pytest.raises(ValueError, match="tree must be of these 5 components, but is of 3"):
         find_clusters(components, z, tree=other)
-    other = ClusterTree(Confusion.of(components, components.sample(50, torch.zeros(50).long())))
+    other = ClusterTree(Confusion.of(components, components.sample(50, torch.full((50,), 4))))
     with pytest.raises(ValueError, match="tree must be of these components and points, but"):
         find_clusters(components, z, tree=other)
     # As many points in each component, but shared among others.

@@ -49,6 +49,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -82,6 +83,8 @@ __all__ = [
     "order_by_size",
 ]
 
+MOST_KEPT = 1 << 24  # responsibilities that are kept: 64 MiB in float32
+PAIRS = 256  # pairs of clusters, the most confused first, that are tried for one merge
 LEAST_SHARED = 20  # with fewer points shared between components, the shares are mostly noise
 
 
@@ -182,9 +185,12 @@ def find_clusters(
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
     """
+    if not isinstance(points, Iterable):
+        kind = type(points).__name__
+        raise TypeError(f"points must be a tensor or an iterable of tensors, but is {kind}")
     if not isinstance(points, Tensor) and iter(points) is points:
         raise ValueError("points must be repeatable, such as a list of tensors, but is an iterator")
-    everywhere = tree is None
+    shares = _Shares(components, points, tree)
     if tree is None:
         confusion = Confusion.of(components, points).over_processes()
         if not confusion.counts.any():
@@ -195,30 +201,10 @@ def find_clusters(
             f"tree must be of these {components.num_components} components, "
             f"but is of {len(tree.confusion.counts)}"
         )
+    cut = tree.cut(resolution, separation, n_clusters)
     if n_clusters is None:
-        of_component = tree.cut(resolution, separation)
-        return _that_hold_points(components, of_component, points, tree, everywhere)
-    tree.cut(resolution, separation, n_clusters)  # raises an error for a wrong argument
-    found: Clusters | None = None
-    # Some clusters of a cut may hold no points; then a finer cut has the number asked for.
-    for level in range(n_clusters, len(tree.leaves) + 1):
-        of_component = tree.cut(n_clusters=level)
-        finer = _that_hold_points(components, of_component, points, tree, everywhere)
-        if found is None or finer.num_clusters <= n_clusters:
-            found = finer
-        if finer.num_clusters >= n_clusters:
-            break
-    while finer.num_clusters > n_clusters:  # one level added several that hold points
-        for of_component in _merged(finer.of_component, tree.confusion.sums.cpu()):
-            coarser = _that_hold_points(components, of_component, points, tree, everywhere)
-            if coarser.num_clusters == finer.num_clusters - 1:
-                break
-        else:
-            break
-        finer = coarser
-        if finer.num_clusters == n_clusters:
-            found = finer
-    assert found is not None
+        return _that_hold_points(cut, shares, tree)
+    found = _of_number(n_clusters, shares, tree)
     if found.num_clusters != n_clusters:
         warnings.warn(
             f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would "
@@ -228,37 +214,103 @@ def find_clusters(
     return found
 
 
-def _that_hold_points(
-    components: Components,
-    of_component: Tensor,
-    points: Tensor | Iterable[Tensor],
-    tree: ClusterTree,
-    everywhere: bool,
-) -> Clusters:
-    """Merge clusters that are no point's most probable one; number the rest, the largest first."""
-    while True:
-        found = Clusters(components, of_component)
-        device = components.centers.device  # processes sum tensors on this device
-        held = torch.zeros(found.num_clusters, dtype=torch.int64, device=device)
-        own = torch.zeros_like(tree.confusion.counts, device=device)
+class _Shares:
+    """Responsibilities of points in parts, kept if they are few: a cut may need them many times.
+
+    Of a tree that was not made from these points, the first pass checks that it may be.
+    """
+
+    def __init__(
+        self, components: Components, points: Tensor | Iterable[Tensor], tree: ClusterTree | None
+    ):
+        self.components, self.points = components, points
+        self.over_processes = tree is None  # the other processes make the same passes
+        self._tree = tree
+        self._kept: list[Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Tensor] = []
+        total = 0
+        own = torch.zeros(self.components.num_components, dtype=torch.int64)
         sums: Tensor | None = None  # of the first points, enough to compare with the tree's
-        for part in parts_of(points, components):
-            shared = components.responsibilities(part)
-            if sums is None and not everywhere:
-                sums = (shared.double().mT @ shared.double()).detach().cpu()
-            held += found.sums(shared).argmax(1).bincount(minlength=len(held))
-            own += shared.argmax(1).bincount(minlength=len(own))
-        if everywhere:
+        for part in parts_of(self.points, self.components):
+            shared = self.components.responsibilities(part)
+            if self._tree is not None:
+                own += shared.argmax(1).bincount(minlength=len(own)).cpu()
+                sums = (shared.double().mT @ shared.double()).cpu() if sums is None else sums
+            total += shared.numel()
+            kept = [*kept, shared] if total <= MOST_KEPT else []
+            yield shared
+        if total <= MOST_KEPT:
+            self._kept = kept
+        if self._tree is not None:
+            _check_points(own, sums, self._tree.confusion)
+            self._tree = None
+
+    def held(self, clusters: Clusters) -> tuple[Tensor, bool]:
+        """Return how many points each cluster holds, and whether a point lies between two."""
+        device = self.components.centers.device  # processes sum tensors on this device
+        held = torch.zeros(clusters.num_clusters + 1, dtype=torch.int64, device=device)
+        for shared in self:
+            probabilities = clusters.sums(shared)
+            top, label = probabilities.max(1)
+            held += label.bincount(minlength=len(held))
+            held[-1] += (probabilities == top[:, None]).sum() - len(label)
+        if self.over_processes:
             sum_over_processes([held])
-        else:
-            _check_points(own.cpu(), sums, tree.confusion)
         held = held.cpu()
-        if not held.any():
+        if not held[:-1].any():
             raise ValueError("points must hold at least one point, but are empty")
-        if held.all() or len(held) == 1:
+        return held[:-1], bool(held[-1])
+
+
+def _of_number(n_clusters: int, shares: _Shares, tree: ClusterTree) -> Clusters:
+    """Return so many clusters that hold points, or fewer if no such cut is found."""
+    best: Clusters | None = None
+    # Some clusters of a cut may hold no points; then a finer cut has the number asked for.
+    for level in range(n_clusters, len(tree.leaves) + 1):
+        of_component = tree.cut(n_clusters=level)
+        held, _ = shares.held(Clusters(shares.components, of_component))
+        # Merging those without points seldom makes more clusters than hold points now.
+        if best is not None and held.count_nonzero() <= min(best.num_clusters, n_clusters - 1):
+            continue
+        finer = _that_hold_points(of_component, shares, tree)
+        if best is None or best.num_clusters < finer.num_clusters <= n_clusters:
+            best = finer
+        if finer.num_clusters >= n_clusters:
             break
-        of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
-    return Clusters(components, torch.from_numpy(ranks_by_size(held))[of_component])
+    assert best is not None
+    while finer.num_clusters > n_clusters:  # one level added several that hold points
+        for of_component in islice(_merged(finer.of_component, tree.confusion.sums.cpu()), PAIRS):
+            if shares.held(Clusters(shares.components, of_component))[0].all():
+                break
+        else:
+            return best
+        finer = _that_hold_points(of_component, shares, tree)
+        if finer.num_clusters == n_clusters:
+            best = finer
+    return best
+
+
+def _that_hold_points(of_component: Tensor, shares: _Shares, tree: ClusterTree) -> Clusters:
+    """Merge clusters that are no point's most probable one; number the rest, the largest first."""
+    rounds = 0
+    while True:
+        found = Clusters(shares.components, of_component)
+        held, between_two = shares.held(found)
+        if not held.all():
+            of_component = _without(int(held.argmin()), of_component, tree.confusion.sums.cpu())
+            continue
+        ranks = torch.from_numpy(ranks_by_size(held))
+        if (ranks.diff() > 0).all() or rounds == len(held):
+            return found
+        of_component, rounds = ranks[of_component], rounds + 1
+        if not between_two:
+            return Clusters(shares.components, of_component)
+        # A point between two clusters belongs to the lower number: they hold others now.
 
 
 def _check_points(own: Tensor, sums: Tensor | None, confusion: Confusion) -> None:

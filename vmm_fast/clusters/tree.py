@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -370,8 +371,12 @@ def ranks_by_size(sizes: Any) -> np.ndarray:
 
 def _as_float(value: Any) -> float:
     """Return a number as a float, and NaN for anything else."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return float(value) if number else math.nan
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def parts_of(points: Tensor | Iterable[Tensor], components: Components) -> Iterable[Tensor]:
