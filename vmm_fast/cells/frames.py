@@ -31,10 +31,7 @@ def encoding_of(element: Any) -> str:
 def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return pandas' dtype of each readable column, and the other columns with the reasons.
 
-    Raises
-    ------
-    ValueError
-        If no column can be read in slices.
+    Raises ValueError if no column can be read in slices.
     """
     encoding = encoding_of(frame)
     if encoding != "dataframe" or "__categories" in frame:
