@@ -256,7 +256,8 @@ def test_processes_are_waited_for_only_where_the_tree_is_made(monkeypatch):
             tensor.mul_(2)
             summed.append(tensor.shape)
 
-    monkeypatch.setattr("vmm_fast.clusters.sum_over_processes", of_two)
+    for module in ("vmm_fast.clusters", "vmm_fast.clusters.tree"):
+        monkeypatch.setattr(f"{module}.sum_over_processes", of_two)
     alone = find_clusters(components, z, tree=tree)
     assert summed == []
     together = find_clusters(components, z)

@@ -394,7 +394,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("kind", ["h5ad", "zarr", "shards", "layer"])
 def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
     monkeypatch.setattr(CellStore, "run", 5)
-    monkeypatch.setattr(integration, "SAMPLE", 30)
+    monkeypatch.setattr(selection, "SAMPLE", 30)
     adata = make_cells(batches=3)
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--memory", 0]
     options += ["--components", 6]
@@ -436,7 +436,7 @@ def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
 
 
 def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(integration, "SAMPLE", 20)
+    monkeypatch.setattr(selection, "SAMPLE", 20)
     adata = make_cells(256)
     names = np.array(["b", "unused", "a", "rare"])
     codes = np.where(np.arange(256) < 120, 0, 2)
@@ -533,7 +533,7 @@ def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
     h5ad, tmp_path, capsys, monkeypatch, with_report
 ):
     monkeypatch.setattr(CellStore, "run", 5)
-    monkeypatch.setattr(integration, "SAMPLE", 10)
+    monkeypatch.setattr(selection, "SAMPLE", 10)
     # Three runs of five cells are drawn: none of two clusters or more.
     clusters = np.repeat([0, 1, 2, 4, 5], [5, 5, 10, 15, 25])
     probability = np.linspace(0.2, 1, 60, dtype=np.float32)

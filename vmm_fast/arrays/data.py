@@ -109,10 +109,7 @@ class Scaling:
     def of(cls, data: Data) -> Scaling:
         """Return the scaling for these rows.
 
-        Raises
-        ------
-        InputError
-            If all rows are the same, or values lie too far apart for float32.
+        Raises InputError if all rows are the same, or values lie too far apart for float32.
         """
         low, high = data.values.amin(0).double(), data.values.amax(0).double()
         if bool((low == high).all()):
@@ -153,25 +150,14 @@ def _mean(x: Tensor, center: Tensor | None = None) -> Tensor:
 def read(path: str | os.PathLike[str]) -> Data:
     """Read a .npz, .npy or .csv file.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        In a .npz the array is called ``images``, ``x`` or ``X``, or is the only one but for the
-        labels, ``label``, ``labels``, ``y``, ``target`` or ``class``, or what else labels are
-        usually called. A .csv has numeric columns, an optional header, and with a header an
-        optional column of one of these names (but x and y are a point). Columns that name or
-        number the rows are left out. A first line of numbers is a row unless it is quoted and the
-        next is not, counts the columns from 0 or 1, or has an empty first cell. The notes say what
-        was left out or guessed.
+    In a .npz the array is called ``images``, ``x`` or ``X``, or is the only one but for the labels,
+    ``label``, ``labels``, ``y``, ``target`` or ``class``, or what else labels are usually called. A
+    .csv has numeric columns, an optional header, and with a header an optional column of one of
+    these names (but x and y are a point). Columns that name or number the rows are left out. A
+    first line of numbers is a row unless it is quoted and the next is not, counts the columns from
+    0 or 1, or has an empty first cell. The notes say what was left out or guessed.
 
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    InputError
-        If the file is missing, unreadable, damaged or empty, or holds something else.
+    Raises InputError if the file is missing, unreadable, damaged or empty, or holds something else.
     """
     path = Path(path)
     readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}
@@ -215,10 +201,8 @@ def make_data(
     images : bool
         Whether rows [N, V] are flattened images. Arrays of uint8 or of more dimensions always are
         images, and so are squares of at least 8 x 8 whole numbers from 0 to 255.
-    name : str
-        Name of the values in messages.
-    columns : sequence of str, optional
-        Names of the columns in messages.
+    name, columns : str, sequence of str
+        Names of the values and their columns in messages.
     notes : list of str, optional
         Notes to put first.
 

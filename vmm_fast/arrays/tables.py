@@ -32,17 +32,7 @@ _NO_COMMAS = "; write numbers as 1234.5, without commas"
 
 
 class Table(NamedTuple):
-    """A table as read: numbers, labels, names of columns, and notes.
-
-    Attributes
-    ----------
-    values : array [N, V] of float64
-    labels : array [N] of str, or None
-    columns : list of str, or None
-        Their names, if there is a header.
-    notes : list of str
-        On what is guessed or left out.
-    """
+    """A table as read: numbers [N, V], labels [N] or None, names of columns if any, and notes."""
 
     values: np.ndarray
     labels: np.ndarray | None
@@ -53,10 +43,7 @@ class Table(NamedTuple):
 def read_table(file: BinaryIO) -> Table:
     """Read a table, as :func:`vmm_fast.arrays.data.read` says.
 
-    Raises
-    ------
-    InputError
-        If the file is not text or not a table, or a cell is not a number.
+    Raises InputError if the file is not text or not a table, or a cell is not a number.
     """
     try:
         # A byte-order mark, as spreadsheets write it, would otherwise be part of the first name.

@@ -41,19 +41,10 @@ def left_out(faults: list[tuple[str, str]]) -> list[str]:
 
 
 def read_elements(group: Any, layer: str | None) -> tuple[AnnData, list[str]]:
-    """Return the cells in a file, and notes on what is left out.
+    """Return the cells in an opened file or zarr group, and notes on what is left out.
 
-    Parameters
-    ----------
-    group : h5py.File or zarr.Group
-        The opened file; obs and var in it must be groups.
-    layer : str, optional
-        Layer with the counts; if there is none of this name, X.
-
-    Raises
-    ------
-    Exception
-        Of any kind, if the counts, or obs or var as a whole, cannot be read.
+    obs and var in it must be groups. Counts are those of `layer` or, if there is none, of X. Raises
+    an exception of any kind if the counts, or obs or var as a whole, cannot be read.
     """
     try_to = Attempts()
     names = set(group)  # includes broken links
@@ -232,15 +223,9 @@ class _Nested:
 def lacks_chunks(matrix: Any, width: int) -> bool:
     """Return whether a sparse matrix of zarr has lost chunks, which zarr would read as zeros.
 
-    zarr does not store chunks of zeros, either. Indices can have such chunks if no row or column
-    has two values in a chunk; ends of rows if the matrix has no values; values only if they are
-    stored zeros.
-
-    Parameters
-    ----------
-    matrix : zarr.Group
-    width : int
-        Length of the dimension that the indices are along.
+    `width` is the length of the dimension that the indices are along. zarr does not store chunks of
+    zeros, either. Indices can have such chunks if no row or column has two values in a chunk; ends
+    of rows if the matrix has no values; values only if they are stored zeros.
     """
     data, indices, indptr = (matrix[name] for name in ("data", "indices", "indptr"))
     if not all(isinstance(part, zarr.Array) for part in (data, indices, indptr)):

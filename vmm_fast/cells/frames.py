@@ -33,11 +33,7 @@ def dtypes_of(frame: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return pandas' dtype of each readable column, and the other columns with the reasons.
 
     Every value is read once, so that a damaged column is found now, not when results are written.
-
-    Raises
-    ------
-    ValueError
-        If no column can be read in slices.
+    Raises ValueError if no column can be read in slices.
     """
     encoding = encoding_of(frame)
     if encoding != "dataframe" or "__categories" in frame:

@@ -19,13 +19,7 @@ CELLS = ("cellid", "obsname", "cellname", "cellbarcode", "barcode", "cell", "ind
 def find_names(table: pd.DataFrame, usual: Sequence[str], *, unique: bool = False) -> str | None:
     """Return the column of a table that holds names, or None.
 
-    Parameters
-    ----------
-    table : DataFrame
-    usual : sequence of str
-        :data:`GENES` or :data:`CELLS`.
-    unique : bool
-        Whether names must be distinct.
+    `usual` is :data:`GENES` or :data:`CELLS`. With `unique` names must be distinct.
     """
     columns = {_spelt(key): key for key in reversed(table.columns)}
     for name in usual:

@@ -102,12 +102,8 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
 def kind_of(file: Path) -> str:
     """Return the kind of a file of cells: its suffix, ".mtx" or "shards".
 
-    ".mtx" is a folder of 10x Genomics, "shards" a folder of .h5ad files.
-
-    Raises
-    ------
-    InputError
-        If the file is absent, empty or of an unknown kind.
+    ".mtx" is a folder of 10x Genomics, "shards" a folder of .h5ad files. Raises InputError if the
+    file is absent, empty or of an unknown kind.
     """
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
@@ -249,11 +245,8 @@ def example() -> Cells:
 def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
     """Return X, or the layer, after checking that it holds counts that `dtype` holds exactly.
 
-    Raises
-    ------
-    InputError
-        If the matrix is absent or damaged, or has values that are not counts; the message says
-        where counts are.
+    Raises InputError if the matrix is absent or damaged, or has values that are not counts; the
+    message says where counts are.
     """
     if layer is not None and layer not in adata.layers:
         raise InputError(

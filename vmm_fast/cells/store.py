@@ -560,12 +560,8 @@ class _Open:
 def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]:
     """Return the names of the elements that cells have besides these counts, obs and var.
 
-    Parameters
-    ----------
-    element : callable
-        Returns the element of a name, such as "obsm", or None if there is none.
-    counts : str
-        "X" or "layers/NAME".
+    `element` returns the element of a name, such as "obsm", or None; `counts` is "X" or
+    "layers/NAME".
     """
     found = [name for name in ("X", "raw") if element(name) is not None]
     for name in ("layers", "obsm", "obsp", "varm", "varp"):

@@ -159,11 +159,7 @@ def write_adata(path: Path, adata: AnnData) -> list[str]:
     The file is that of ``AnnData.write_h5ad`` with gzip, and here, too, strings in `adata` become
     categories. anndata's own method crashes if the disk is full, and writes nothing if one element
     cannot be written. Here such an element is renamed or left out; see :func:`notes_on_writing`.
-
-    Raises
-    ------
-    InputError
-        If the disk fills up, or the file cannot be written.
+    Raises InputError if the disk fills up, or the file cannot be written.
     """
     notes: list[str] = []
 
@@ -184,12 +180,8 @@ def notes_on_writing(cells: Any) -> list[str]:
 
     anndata reads more than it can write: a column called ``_index`` (SeuratDisk makes such), and
     HDF5's null datasets, references and opaque data. To know this before training, everything is
-    written to memory, except that one row of each matrix is enough.
-
-    Parameters
-    ----------
-    cells : AnnData or CellStore
-        Of a store, only obs and var are checked.
+    written to memory, except that one row of each matrix is enough. Of a store, only obs and var
+    are checked.
     """
     notes: list[str] = []
     if not isinstance(cells, AnnData):
