@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -360,6 +361,17 @@ def test_points_between_two_clusters_leave_neither_without_points():
     found = find_clusters(shares, shares.points, n_clusters=2)
     assert found.of_component[0] == 0 and found.num_clusters == 2
     assert found.assign(shares.points).labels.bincount().tolist() == [20, 5]
+
+
+def test_responsibilities_of_few_points_are_computed_once():
+    components, z = overlapping()
+    tree = ClusterTree(Confusion.of(components, z))
+    compute = Components.responsibilities
+    with mock.patch.object(
+        Components, "responsibilities", autospec=True, side_effect=compute
+    ) as made:
+        find_clusters(components, z, tree=tree, n_clusters=5)
+    made.assert_called_once()
 
 
 def test_a_level_that_adds_two_clusters_with_points_is_merged_back():

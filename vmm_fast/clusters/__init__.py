@@ -286,10 +286,12 @@ def _of_number(n_clusters: int, shares: _Shares, tree: ClusterTree) -> Clusters:
     while finer.num_clusters > n_clusters:  # one level added several that hold points
         for of_component in islice(_merged(finer.of_component, tree.confusion.sums.cpu()), PAIRS):
             if shares.held(Clusters(shares.components, of_component))[0].all():
-                break
+                coarser = _that_hold_points(of_component, shares, tree)
+                if coarser.num_clusters == finer.num_clusters - 1:
+                    break
         else:
             return best
-        finer = _that_hold_points(of_component, shares, tree)
+        finer = coarser
         if finer.num_clusters == n_clusters:
             best = finer
     return best
