@@ -66,6 +66,7 @@ def measured(bench, folder, part, targets):
     return rows
 
 
+@pytest.mark.slow("compiles plain torch, and measures every provider in every mode")
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch.compile
 def test_throughput_has_a_peer_in_every_mode_and_says_who_is_absent(bench, tmp_path):
     rows = measured(bench, tmp_path, "throughput", targets=11)
@@ -91,6 +92,7 @@ def test_roofline_scaling_and_training_steps(bench, tmp_path, monkeypatch):
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
 
 
+@pytest.mark.slow("trains seven models of scVI, step by step and phase by phase")
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
 def test_likelihoods_steps_and_epochs_of_scvi(bench, tmp_path, monkeypatch):
     scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
