@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import (
     __main__,
@@ -121,8 +122,10 @@ def test_two_processes_beside_one(bench, tmp_path):
 
 
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")
-def test_published_pages_are_those_of_the_published_rows(bench, tmp_path):
+def test_published_pages_are_those_of_the_published_rows(bench, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
+    # Of the pictures, whose pixels differ between versions, the names alone are compared.
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
     for path in RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert bench("report", "--out", tmp_path)[0] == 0
