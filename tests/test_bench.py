@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import (
     __main__,
@@ -66,6 +67,7 @@ def measured(bench, folder, part, targets):
     return rows
 
 
+@pytest.mark.slow("compiles plain torch, and measures every provider in every mode")
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch.compile
 def test_throughput_has_a_peer_in_every_mode_and_says_who_is_absent(bench, tmp_path):
     rows = measured(bench, tmp_path, "throughput", targets=11)
@@ -91,6 +93,7 @@ def test_roofline_scaling_and_training_steps(bench, tmp_path, monkeypatch):
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
 
 
+@pytest.mark.slow("trains seven models of scVI, step by step and phase by phase")
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
 def test_likelihoods_steps_and_epochs_of_scvi(bench, tmp_path, monkeypatch):
     scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
@@ -119,8 +122,10 @@ def test_two_processes_beside_one(bench, tmp_path):
 
 
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")
-def test_published_pages_are_those_of_the_published_rows(bench, tmp_path):
+def test_published_pages_are_those_of_the_published_rows(bench, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
+    # Of the pictures, whose pixels differ between versions, the names alone are compared.
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
     for path in RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert bench("report", "--out", tmp_path)[0] == 0

@@ -112,7 +112,7 @@ def test_sums_are_of_all_points_whatever_their_batches():
 # --- the tree ---
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_tree_merges_the_most_confused_pair(seed):
     components, z = overlapping(seed=seed)
     confusion = Confusion.of(components, z)
@@ -395,8 +395,8 @@ def test_a_finer_cut_gives_the_number_that_was_asked_for():
     tree = ClusterTree(Confusion.of(components, z))
     found = [tree.cut(n_clusters=n) for n in range(1, len(tree.leaves) + 1)]
     held = [len(Clusters(components, of).assign(z).labels.unique()) for of in found]
-    assert any(a < n for n, a in enumerate(held, 1))
-    for n in range(1, len(tree.leaves) + 1):
+    short = [n for n, a in enumerate(held, 1) if a < n]
+    for n in (1, short[0], short[-1], len(tree.leaves)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             clusters = find_clusters(components, z, tree=tree, n_clusters=n)

@@ -22,7 +22,6 @@ from vmm_fast import backends, ops, reference
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 # With both a precision and a scale there are two mixtures: the marginal and the expected one.
 KINDS = [(form, False) for form in FORMS] + [(form, True) for form in FORMS[1:3]]
-EVERY = ["core", "plain", "triton"]
 kinds = pytest.mark.parametrize(("form", "expected"), KINDS)
 shapes = st.tuples(st.integers(1, 19), st.integers(1, 3), st.integers(1, 12))
 
@@ -73,18 +72,9 @@ def test_float64_equals_reference(shape, kind, seed):
 
 
 @kinds
-@on_backends(*EVERY)
-def test_every_form(backend, form, expected):
-    for components, centers, dim in [(2, 4, 10), (2, 2, 1)]:
-        inputs = on(backend, random_gaussians(components, centers, dim, form))
-        assert_equals_reference(inputs, centers, expected)
-
-
-@kinds
-@pytest.mark.parametrize("dim", [17, 33, 64])
-@on_backends("core", "triton")
-def test_more_dimensions(backend, dim, form, expected):
-    """Values equal the reference in the larger tile and beyond it, without a warning."""
+@pytest.mark.parametrize("dim", [1, 17])
+@on_backends("triton")
+def test_one_dimension_and_the_larger_tile(backend, dim, form, expected):
     inputs = on(backend, wide_gaussians(1, 2, dim, form))
     assert_equals_reference(inputs, 2, expected)
 
@@ -116,7 +106,7 @@ def assert_within_budget(inputs, centers, expected):
     assert_no_worse(found, eager, true)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
 @kinds
 def test_float32_error_budget(isa, form, expected, size):
     log_weights, precision_cholesky, scale = random_gaussians(20, 20, 10, form, torch.float32)
@@ -126,15 +116,23 @@ def test_float32_error_budget(isa, form, expected, size):
 
 
 @kinds
-@on_backends("plain", "triton")
-def test_float32_error_budget_elsewhere(backend, form, expected):
+@on_backends("triton")
+def test_float32_error_budget_of_kernels(backend, form, expected):
     for dim in (10, 32) if backend.type == "cuda" else (5,):
         inputs = on(backend, wide_gaussians(4, 8, dim, form), torch.float32)
         assert_within_budget(inputs, 8, expected)
 
 
-@pytest.mark.parametrize(("form", "dim"), [(FORMS[1], 6), (FORMS[1], 32), (FORMS[2], 6)])
-@on_backends("core", "triton")
+@pytest.mark.parametrize(
+    ("backend", "form", "dim"),
+    [
+        ("core", FORMS[1], 32),
+        ("core", FORMS[2], 6),
+        ("triton", FORMS[1], 6),
+        ("triton", FORMS[2], 6),
+    ],
+    indirect=["backend"],
+)
 def test_float32_with_unlike_scales(backend, form, dim):
     log_weights, precision_cholesky, scale = wide_gaussians(3, 3, dim, form)
     deviation = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).view(3, *[1] * (scale.ndim - 1))
@@ -177,7 +175,7 @@ def test_badly_conditioned_float32_becomes_float64(backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@on_backends(*EVERY)
+@on_backends("core", "plain", "triton")
 def test_a_pruned_component_has_no_gradient(backend, form):
     log_weights, precision_cholesky, scale = on(backend, random_gaussians(3, 6, 4, form))
     log_weights[1] = -torch.inf
@@ -211,12 +209,10 @@ def test_many_components_and_dimensions(shape, form):
     ("form", "components", "centers", "dim"),
     [
         ("precision", 5, 5, 1),
-        ("precision", 2, 2, 31),
-        ("precision+full", 3, 6, 10),
-        ("precision+full", 1, 2, 32),
+        ("precision+full", 3, 6, 4),
+        ("precision+full", 1, 2, 17),
         ("precision+full", 2, 2, 33),
-        ("precision+diagonal", 2, 2, 32),
-        ("precision+diagonal", 1, 1, 64),
+        ("precision+diagonal", 1, 2, 32),
     ],
 )
 @on_backends("core", "plain", "triton")
@@ -256,9 +252,6 @@ def test_same_bits_at_any_thread_count(form, expected):
         assert all(torch.equal(other[name], x) for name, x in runs[0].items())
 
 
-# --- torch's own checks ---
-
-
 # --- errors ---
 
 
@@ -289,11 +282,8 @@ def test_no_positive_definite_covariance(monkeypatch, isa, form, position, value
     ("dim", "expected", "value"),
     [
         (1, False, 0.0),
-        (3, True, 0.0),
-        (3, False, -1.0),
-        (3, False, torch.nan),
-        (17, True, -1.0),
-        (17, False, 0.0),
+        (3, True, -1.0),
+        (17, True, 0.0),
         (17, False, torch.nan),
     ],
 )

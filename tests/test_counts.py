@@ -160,16 +160,13 @@ def test_every_instruction_set(isa, model):
         assert_equals_reference(model, *single, tolerance=1e-4)
 
 
-@models
-@pytest.mark.parametrize("per_cell", [False, True], ids=["of genes", "of cells"])
+@pytest.mark.parametrize(("model", "per_cell"), [("poisson", False), ("nb", True), ("zinb", False)])
 @in_kernels
 def test_every_model_in_kernels(small_programs, backend, per_cell, model):
     """Compare shapes that fit into one block of genes and cells, and larger ones."""
     for shape in [(3, 70), (1, 1), (0, 5), (3, 0)]:
         arguments = on(backend, random_counts(*shape, per_cell=per_cell, depth=5.0))
         assert_equals_reference(model, *arguments)
-    single = on(backend, random_counts(3, 30, per_cell=per_cell), torch.float32)
-    assert_equals_reference(model, *single, tolerance=1e-4)
 
 
 @models
@@ -205,7 +202,7 @@ def test_threads_and_runs_give_the_same():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("logit", [2.0, 6.0, 10.0, 14.0, 17.0])
+@pytest.mark.parametrize("logit", [2.0, 10.0, 17.0])
 def test_zeros_that_dropout_makes_nearly_sure(isa, logit):
     """Log-probabilities near 0 keep their digits."""
     random = np.random.default_rng(0)

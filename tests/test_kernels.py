@@ -68,8 +68,9 @@ def test_splits_share_all_the_work(tiles):
     assert launch.splits(1, 1000)[0] > launch.MOST_SPLITS / 2  # a small problem is shared
 
 
-@in_kernels
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "transpose"), [("triton", False), ("triton-split", True)], indirect=["backend"]
+)
 def test_the_larger_tile_of_some_gpus(monkeypatch, backend, transpose):
     assert launch.tile(torch.float32, 30, 9) != launch.tile(torch.float32, 30, 0)
     mixture = on(backend, random_mixture(70, 2, 30, dtype=torch.float32, spread=0.5))
@@ -122,10 +123,8 @@ many = pytest.mark.slow("large tiles, or many, in Triton's interpreter")
     ("shape", "scale", "offset", "transpose"),
     [
         ((20, 6, 10), 1e-3, 1e4, True),
-        ((20, 6, 10), 1e3, 1e4, False),
-        ((20, 4, 30), 1.0, 0.0, True),
         ((5, 3, 33), 1.0, 0.0, False),
-        pytest.param((50, 20, 10), 1e-3, 1e4, True, marks=many),
+        pytest.param((20, 4, 30), 1.0, 0.0, True, marks=many),
         pytest.param((50, 20, 10), 1.0, 0.0, False, marks=many),
         pytest.param((40, 60, 2), 1.0, 0.0, False, marks=many),
         pytest.param((40, 33, 30), 1.0, 0.0, False, marks=many),
@@ -146,8 +145,11 @@ def test_float32_error_budget(backend, tensor_cores, shape, scale, offset, trans
 # --- values that the kernels do not check ---
 
 
-@in_kernels
-@pytest.mark.parametrize("argument", range(4))
+@pytest.mark.parametrize(
+    ("backend", "argument"),
+    [("triton", 0), ("triton-split", 1), ("triton", 2), ("triton-split", 3)],
+    indirect=["backend"],
+)
 def test_nan_gives_nan(backend, argument):
     mixture = on(backend, random_mixture(20, 5, 3))
     mixture[argument].view(-1)[0] = torch.nan
@@ -216,14 +218,14 @@ def test_launches_of_a_variational_step(monkeypatch, backend, full):
 # --- compiled ahead of time ---
 
 
-def run_compiler(tmp_path, *arguments, codes=(0,)):
+def run_compiler(tmp_path, *arguments, code=0):
     """Run Python without the interpreter and with an empty cache of kernels; return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True
     )
-    assert run.returncode in codes, run.stdout + run.stderr
+    assert run.returncode == code, run.stdout + run.stderr
     return run.stdout
 
 
@@ -280,7 +282,8 @@ def test_the_interpreter_compiles_nothing_ahead_of_time(capsys):
 
 
 # Bytes that components_backward_kernel spills for sm_100 with Triton 3.7.1, by FORM, DIAGONAL,
-# WANT_WEIGHTS, WANT_PRECISION and WANT_SCALE: no other bound may break, and these by no more.
+# WANT_WEIGHTS, WANT_PRECISION and WANT_SCALE: no other bound may break, and these no longer once
+# they hold.
 SPILLED = {
     "marginal False True True True": 400,
     "marginal False False False True": 168,
@@ -300,15 +303,18 @@ def test_kernels_compile_within_their_bounds(tmp_path, target, dim):
     known = SPILLED if target == "sm_100" and triton.__version__ == "3.7.1" else {}
     options = ("--dtype", "float32", "--dim", str(dim), "--target", target)
     arguments = ("-m", "vmm_fast.kernels.aot", *options)
-    printed = run_compiler(tmp_path, *arguments, codes=(0, 1) if known else (0,))
+    printed = run_compiler(tmp_path, *arguments, code=1 if known else 0)
     rows = [re.split("  +", row) for row in printed.splitlines() if f" {target} " in row]
     broken = {}
     for kernel, configuration, *_, bounds in rows:
         if bounds != "hold":
             constants = " ".join(re.findall(r"=(\w+)", configuration)[1:6])
             broken[kernel, constants] = bounds
-    for (kernel, _), bounds in broken.items():
-        assert known and kernel == "components_backward_kernel", (kernel, bounds)
-        assert int(bounds.partition(" bytes spilled")[0]) <= max(known.values()), bounds
-    compilations = re.search(r"(\d+) compilations", printed)
-    assert int(compilations[1]) > (60 if dim <= LARGEST_COMPONENT_DIM else 15)
+    assert broken == {
+        ("components_backward_kernel", constants): f"{spilled} bytes spilled, at most 0"
+        for constants, spilled in known.items()
+    }
+    # Beyond these dimensions plain torch builds components.
+    kernels = 116 if dim <= LARGEST_COMPONENT_DIM else 46
+    of_cuda = target != "gfx942" and "the CUDA kernels of csrc/ are left out" not in printed
+    assert re.search(r"(\d+) compilations", printed)[1] == str(kernels + of_cuda)

@@ -64,15 +64,24 @@ def loss_of(model):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "dispersion"),
-    [
-        *((name, each) for name in ("zinb", "nb") for each in ("gene", "gene-batch", "gene-cell")),
-        ("poisson", "gene"),
-        ("normal", "gene"),
+    ("likelihood", "dispersion", "library", "for_loss"),
+    [  # all pairs
+        ("zinb", "gene", "observed", True),
+        ("zinb", "gene-batch", "latent", False),
+        ("zinb", "gene-cell", "size factor", True),
+        ("nb", "gene", "size factor", False),
+        ("nb", "gene-batch", "observed", True),
+        ("nb", "gene-cell", "latent", True),
+        ("zinb", "gene-batch", "size factor", True),
+        ("nb", "gene-cell", "observed", False),
+        ("poisson", "gene", "observed", False),
+        ("poisson", "gene", "latent", True),
+        ("poisson", "gene", "size factor", True),
+        ("normal", "gene", "observed", True),
+        ("normal", "gene", "latent", False),
+        ("normal", "gene", "size factor", True),
     ],
 )
-@pytest.mark.parametrize("library", ["observed", "latent", "size factor"])
-@pytest.mark.parametrize("for_loss", [False, True])
 def test_the_fused_likelihood_is_scvi_s(likelihood, dispersion, library, for_loss, monkeypatch):
     calls = []
 
@@ -137,8 +146,7 @@ def test_what_is_decoded_outside_of_a_step_is_scvi_s():
     train(found)
 
 
-@pytest.mark.parametrize("prior", ["vmm", "normal"])
-@pytest.mark.parametrize("use_observed_lib_size", [False, True])
+@pytest.mark.parametrize(("prior", "use_observed_lib_size"), [("vmm", False), ("normal", True)])
 def test_the_marginal_likelihood_is_a_mean_of_importance_weights(prior, use_observed_lib_size):
     found = model(prior=prior, use_observed_lib_size=use_observed_lib_size).module.eval()
     tensors, draws = batch_of(learnt()), 3
@@ -496,7 +504,7 @@ def test_in_the_warmup_the_loss_is_that_of_the_standard_normal():
     assert torch.equal(loss_of(found), loss_of(plain))
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(4, 0.5), (5, 0.1), (2, 0.0), (1, 0.9)])
+@pytest.mark.parametrize(("epochs", "share"), [(5, 0.1), (1, 0.9)])
 def test_the_prior_warms_up_as_the_standard_normal(epochs, share):
     found = model()
     found._start_pseudo_cells()
