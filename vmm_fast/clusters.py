@@ -200,7 +200,7 @@ class ClusterTree:
         """Index of the leaf that each component belongs to [C]."""
         sums, leaves = self.confusion.sums.cpu().numpy(), self.leaves
         shared = sums[:, leaves]
-        nearest = shared.argmax(1)
+        nearest: np.ndarray = shared.argmax(1)
         counts = self.confusion.counts.cpu().numpy()[leaves]
         nearest[shared.max(1) <= 0] = counts.argmax()
         nearest[leaves] = np.arange(len(leaves))
@@ -331,7 +331,7 @@ class ClusterTree:
         member = np.eye(total)[of_component.numpy()]
         sums = member.T @ self.confusion.sums.cpu().numpy() @ member
         mass = sums.sum(1)
-        found = np.minimum(sums / np.minimum(mass[:, None], mass), 1)
+        found: np.ndarray = np.minimum(sums / np.minimum(mass[:, None], mass), 1)
         np.fill_diagonal(found, 1)
         return found
 

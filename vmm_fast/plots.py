@@ -591,7 +591,8 @@ def _densest(members: np.ndarray, low: np.ndarray, span: np.ndarray) -> np.ndarr
     around = sum(np.roll(counts, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
     best = np.unravel_index(np.argmax(around), counts.shape)
     middle = np.median(members[(np.abs(cells - best) <= 1).all(1)], 0)
-    return members[np.square(members - middle).sum(1).argmin()]
+    point: np.ndarray = members[np.square(members - middle).sum(1).argmin()]
+    return point
 
 
 def _spread(places: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -658,7 +659,7 @@ def _colors(count: int) -> list[tuple[float, float, float]]:
     return colors
 
 
-def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list) -> list:
+def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list[Any]) -> list[Any]:
     """Return a colour for each class: that of the group that holds most of it, each used once."""
     shared = np.zeros((class_of.max() + 1, len(colors)))
     np.add.at(shared, (class_of, group_of), 1)
@@ -689,7 +690,8 @@ def _oklab(colors: np.ndarray) -> np.ndarray:
             [0.0259040371, 0.7827717662, -0.8086757660],
         ]
     )
-    return np.cbrt(linear @ cones.T) @ opponents.T
+    places: np.ndarray = np.cbrt(linear @ cones.T) @ opponents.T
+    return places
 
 
 def _figure(width: float, height: float, layout: Any = "constrained") -> Any:

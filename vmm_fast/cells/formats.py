@@ -107,9 +107,12 @@ def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
 
 def _values_of(element: Any) -> np.ndarray:
     """Return the values of an array; bytes of text that are not UTF-8 are replaced."""
+    values: np.ndarray
     if h5py.check_string_dtype(element.dtype) is None:
-        return element[()]
-    return element.asstr("utf-8", errors="replace")[()].astype(object)
+        values = element[()]
+    else:
+        values = element.asstr("utf-8", errors="replace")[()].astype(object)
+    return values
 
 
 def _named(names: Iterable[str], ids: Iterable[str]) -> list[str]:

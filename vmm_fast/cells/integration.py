@@ -32,7 +32,7 @@ import scvi
 import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
@@ -331,7 +331,8 @@ def _variable_genes(adata: AnnData, settings: Settings) -> np.ndarray:
             layer=settings.layer,
             inplace=False,
         )
-    return found["highly_variable"].to_numpy()
+    chosen: np.ndarray = found["highly_variable"].to_numpy()
+    return chosen
 
 
 # --- training ---
