@@ -15,11 +15,11 @@ using vmm::pointer;
 
 template <class T>
 vmm::Components<T> components(Address log_weights, Address precision_cholesky, Address scale,
-                              bool full, bool expected, int64_t C, int64_t J, int64_t D) {
+                              bool full_scale, bool expected, int64_t C, int64_t J, int64_t D) {
   return {pointer<const T>(log_weights),
           pointer<const T>(precision_cholesky),
           pointer<const T>(scale),
-          !full,
+          full_scale,
           expected,
           C,
           J,
@@ -31,19 +31,21 @@ template <class T>
 void bind(py::module_& m, const std::string& suffix) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def(("whitened_components" + suffix).c_str(),
-        [](Address w, Address L, Address s, bool full, int64_t C, int64_t D, int64_t J,
+        [](Address w, Address L, Address s, bool full_scale, int64_t C, int64_t D, int64_t J,
            bool expected, int threads, Address whitening, Address offsets) {
-          return vmm::whitened_components<T>(components<T>(w, L, s, full, expected, C, J, D),
+          return vmm::whitened_components<T>(components<T>(w, L, s, full_scale, expected, C, J, D),
                                              threads, pointer<T>(whitening), pointer<T>(offsets));
         },
         nogil);
   m.def(("whitened_components_backward" + suffix).c_str(),
-        [](Address grad_whitening, Address grad_offsets, Address w, Address L, Address s, bool full,
-           Address whitening, int64_t C, int64_t D, int64_t J, bool expected, int threads,
-           Address grad_log_weights, Address grad_precision_cholesky, Address grad_scale) {
+        [](Address grad_whitening, Address grad_offsets, Address w, Address L, Address s,
+           bool full_scale, Address whitening, int64_t C, int64_t D, int64_t J, bool expected,
+           int threads, Address grad_log_weights, Address grad_precision_cholesky,
+           Address grad_scale) {
           vmm::whitened_components_backward<T>(
-              components<T>(w, L, s, full, expected, C, J, D), threads, pointer<const T>(whitening),
-              pointer<const T>(grad_whitening), pointer<const T>(grad_offsets),
+              components<T>(w, L, s, full_scale, expected, C, J, D), threads,
+              pointer<const T>(whitening), pointer<const T>(grad_whitening),
+              pointer<const T>(grad_offsets),
               {pointer<T>(grad_log_weights), pointer<T>(grad_precision_cholesky),
                pointer<T>(grad_scale)});
         },

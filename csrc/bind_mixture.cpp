@@ -52,21 +52,23 @@ void bind(py::module_& m, const std::string& suffix) {
         },
         nogil);
   m.def(("mixture_kl" + suffix).c_str(),
-        [](Address z, Address c, Address w, Address o, Address scale, bool full, int64_t B,
+        [](Address z, Address c, Address w, Address o, Address scale, bool full_scale, int64_t B,
            int64_t D, int64_t J, bool t, int threads, Address kl, Address softmax) {
           vmm::kl<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
-                     {pointer<const T>(scale), full}, threads, pointer<T>(kl), pointer<T>(softmax));
+                     {pointer<const T>(scale), full_scale}, threads, pointer<T>(kl),
+                     pointer<T>(softmax));
         },
         nogil);
   m.def(("mixture_kl_backward" + suffix).c_str(),
-        [](Address grad_kl, Address z, Address c, Address w, Address o, Address scale, bool full,
-           Address softmax, int64_t B, int64_t D, int64_t J, bool t, int threads, Address grad_z,
-           Address grad_centers, Address grad_whitening, Address grad_offsets, Address grad_scale) {
+        [](Address grad_kl, Address z, Address c, Address w, Address o, Address scale,
+           bool full_scale, Address softmax, int64_t B, int64_t D, int64_t J, bool t, int threads,
+           Address grad_z, Address grad_centers, Address grad_whitening, Address grad_offsets,
+           Address grad_scale) {
           vmm::kl_backward<T>(mixture<T>(c, w, o, J, D, t), samples<T>(z, B),
-                              {pointer<const T>(scale), full}, threads, pointer<const T>(softmax),
-                              pointer<const T>(grad_kl), pointer<T>(grad_z), pointer<T>(grad_scale),
-                              pointer<T>(grad_centers), pointer<T>(grad_whitening),
-                              pointer<T>(grad_offsets));
+                              {pointer<const T>(scale), full_scale}, threads,
+                              pointer<const T>(softmax), pointer<const T>(grad_kl),
+                              pointer<T>(grad_z), pointer<T>(grad_scale), pointer<T>(grad_centers),
+                              pointer<T>(grad_whitening), pointer<T>(grad_offsets));
         },
         nogil);
   m.def(("mixture_statistics" + suffix).c_str(),

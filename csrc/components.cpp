@@ -102,7 +102,7 @@ void whitened_components_backward(const Components<T>& components, int threads, 
   // Gradients of L by centers, and their running sum over a component's.
   const int64_t matrix = D * D,
                 extra_size = gradients.precision_cholesky ? (kernel.lanes + 1) * matrix : 0;
-  const int64_t scale_size = components.diagonal ? D : matrix;
+  const int64_t scale_size = components.full_scale ? matrix : D;
   for_each_run<T>(
       components, kernel, threads, extra_size, [&](int, int64_t first, int count, double* scratch) {
         double* by_center =

@@ -27,7 +27,7 @@ struct Components {
   const T* log_weights;         // log pi [C]
   const T* precision_cholesky;  // L [C, D, D], of which the lower triangle is read, or null
   const T* scale;               // s [J, D, D], of which the lower triangle is read, or null
-  bool diagonal;                // scale is [J, D], the diagonals of s
+  bool full_scale;              // or scale is [J, D], the diagonals of s
   bool expected;
   std::int64_t num_components;  // C
   std::int64_t num_centers;     // J = C K

@@ -315,9 +315,9 @@ struct Centers {
   }
 
   Scale load_q(Scratch& scratch) const {
-    const int64_t dim = components.dim, size = components.diagonal ? dim : dim * dim;
+    const int64_t dim = components.dim, size = components.full_scale ? dim * dim : dim;
     const Lanes<T> s(components.scale + first * size, size, count);
-    if (!components.diagonal) return {load_turned(s, scratch), nullptr};
+    if (components.full_scale) return {load_turned(s, scratch), nullptr};
     V* diagonal = scratch.vector();
     for (int64_t r = 0; r < dim; r++) diagonal[dim - 1 - r] = s[r];
     return {{}, diagonal};
@@ -534,7 +534,7 @@ template <class T>
 void backward_without_precision(const Centers<T>& centers, const T* whitening,
                                 const T* grad_whitening, V g, T* grad_scale, Scratch& scratch) {
   const Matrix w = centers.load(whitening, scratch), b = centers.load(grad_whitening, scratch);
-  if (centers.components.diagonal) {
+  if (!centers.components.full_scale) {
     V* grad_q = scratch.vector();
     for (int64_t r = 0; r < w.dim; r++) grad_q[r] = -(b(r, r) * w(r, r) + g) * w(r, r);
     centers.store_diagonal(grad_q, grad_scale);

@@ -565,7 +565,7 @@ double log_determinant(const T* diagonal, int64_t dim, int64_t stride) {
 
 template <class T>
 const T* diagonal_of(Posteriors<T> posteriors, int64_t dim, int64_t i) {
-  return posteriors.scale + i * (posteriors.full ? dim * dim : dim);
+  return posteriors.scale + i * (posteriors.full_scale ? dim * dim : dim);
 }
 
 }  // namespace
@@ -574,7 +574,7 @@ template <class T>
 void kl(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> posteriors, int threads, T* kl,
         T* softmax) {
   constexpr double kHalfLog2PiE = 1.41893853320467274178;
-  const int64_t D = mixture.dim, stride = posteriors.full ? D + 1 : 1;
+  const int64_t D = mixture.dim, stride = posteriors.full_scale ? D + 1 : 1;
   const auto expected = make_buffer<T>(samples.count);
   log_prob<T>(mixture, samples, threads, kl, expected.get(), softmax);
   for (int64_t i = 0; i < samples.count; i++) {
@@ -592,7 +592,8 @@ void kl_backward(const Mixture<T>& mixture, Samples<T> samples, Posteriors<T> po
                  int threads, const T* softmax, const T* grad_kl, T* grad_z, T* grad_scale,
                  T* grad_centers, T* grad_whitening, T* grad_offsets) {
   const int64_t D = mixture.dim, B = samples.count;
-  const int64_t size = posteriors.full ? D * D : D, stride = posteriors.full ? D + 1 : 1;
+  const int64_t size = posteriors.full_scale ? D * D : D,
+                stride = posteriors.full_scale ? D + 1 : 1;
   const auto upstream = make_buffer<T>(B);
   std::fill(grad_scale, grad_scale + B * size, T(0));
   for (int64_t i = 0; i < B; i++) {

@@ -53,7 +53,7 @@ void log_prob_backward(const Mixture<T>&, Samples<T>, int threads, const T* soft
 template <class T>
 struct Posteriors {
   const T* scale;
-  bool full;
+  bool full_scale;
 };
 
 // The estimate kl_i = -H(q_i) - lse_i of KL(q_i || p), H = sum_r log s_irr + D/2 log 2 pi e, and

@@ -40,6 +40,7 @@ from vmm_fast.kernels.components import (
     identity,
     load_diagonal,
     load_lower,
+    scale_form,
     solve_lower,
     store_diagonal,
     store_lower,
@@ -49,7 +50,6 @@ from vmm_fast.kernels.components import (
 from vmm_fast.kernels.empirical_bayes import (
     WARPS,
     load_sum,
-    scale_form,
     store_expected,
     sums_over_points,
 )

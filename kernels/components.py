@@ -101,12 +101,17 @@ def dot(X, Y, COLUMNWISE: tl.constexpr = False):
     return total
 
 
+def scale_form(scale: Tensor | None) -> str:
+    """Return the layout of s as kernels name it: "none", "diagonal" or "full"."""
+    return "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
+
+
 @triton.jit
 def scaled_precision(
-    scale, j, L, D: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNWISE: tl.constexpr = False
+    scale, j, L, D: tl.constexpr, SCALE: tl.constexpr, COLUMNWISE: tl.constexpr = False
 ):
     """Return P = s^T L."""
-    if DIAGONAL:
+    if SCALE == "diagonal":
         return load_diagonal(scale, j, D)[:, None] * L
     else:
         s = load_lower(scale, j, D)
@@ -196,7 +201,7 @@ def components_kernel(
     per_component,  # K
     D: tl.constexpr,
     FORM: tl.constexpr,  # "marginal", "expected", "precision" (no scale), "scale" (no precision)
-    DIAGONAL: tl.constexpr,
+    SCALE: tl.constexpr,  # "none", "diagonal" or "full"
     STORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -210,7 +215,7 @@ def components_kernel(
             tl.store(log_weights_out + c, log_weight)
     penalty = tl.zeros([1], tl.float64)
     if FORM == "scale":
-        if DIAGONAL:
+        if SCALE == "diagonal":
             P: tl.constexpr = padded(D)
             inside = (tl.arange(0, P) < D)[:, None]
             s = load_diagonal(scale, j, D)[:, None]
@@ -224,7 +229,7 @@ def components_kernel(
             if j % per_component == 0:
                 store_lower(precision_cholesky_out, c, A, D)
         if FORM != "precision":
-            scaled = scaled_precision(scale, j, A, D, DIAGONAL)
+            scaled = scaled_precision(scale, j, A, D, SCALE)
             if FORM == "marginal":
                 A = times_inverse_factor(scaled, A, D)
             else:
@@ -250,7 +255,7 @@ def components_backward_kernel(
     per_component,  # K
     D: tl.constexpr,
     FORM: tl.constexpr,
-    DIAGONAL: tl.constexpr,
+    SCALE: tl.constexpr,
     WANT_WEIGHTS: tl.constexpr,
     WANT_PRECISION: tl.constexpr,
     WANT_SCALE: tl.constexpr,
@@ -277,10 +282,10 @@ def components_backward_kernel(
                 M = tl.where(column < row, M, 0.0) + tl.trans(M) + g * identity(D)
                 if WANT_SCALE:
                     H = dot(A, M, COLUMNWISE)
-                    store_scale_product(grad_scale, scale, j, H, A, -1.0, D, DIAGONAL, COLUMNWISE)
+                    store_scale_product(grad_scale, scale, j, H, A, -1.0, D, SCALE, COLUMNWISE)
                 if WANT_PRECISION:
                     L = load_lower(precision_cholesky, c, D)
-                    scaled = scaled_precision(scale, j, L, D, DIAGONAL, COLUMNWISE)
+                    scaled = scaled_precision(scale, j, L, D, SCALE, COLUMNWISE)
                     inverse = times_inverse_factor(scaled, identity(D), D, COLUMNWISE)
                     N = dot(inverse, M, COLUMNWISE)
                     N = dot(N, tl.trans(inverse), COLUMNWISE)
@@ -290,7 +295,7 @@ def components_backward_kernel(
                 H = dot(tl.trans(A), G)
                 H = dot(H, tl.trans(A))
                 H = -H - g * tl.where(row == column, A, 0.0)
-                if DIAGONAL:
+                if SCALE == "diagonal":
                     store_diagonal(grad_scale, j, tl.sum(tl.where(row == column, H, 0.0), 1), D)
                 else:
                     store_lower(grad_scale, j, H, D)
@@ -301,15 +306,15 @@ def components_backward_kernel(
                     by_precision += G + tl.where(inside, g / tl.where(inside, L, 1.0), 0.0)
                 if FORM == "expected":
                     if WANT_PRECISION:
-                        scaled = scaled_precision(scale, j, L, D, DIAGONAL, COLUMNWISE)
-                        if DIAGONAL:
+                        scaled = scaled_precision(scale, j, L, D, SCALE, COLUMNWISE)
+                        if SCALE == "diagonal":
                             product = load_diagonal(scale, j, D)[:, None] * scaled
                         else:
                             s = load_lower(scale, j, D)
                             product = dot(s, scaled, COLUMNWISE)
                         by_precision -= g * product
                     if WANT_SCALE:
-                        store_scale_product(grad_scale, scale, j, L, L, -g, D, DIAGONAL, COLUMNWISE)
+                        store_scale_product(grad_scale, scale, j, L, L, -g, D, SCALE, COLUMNWISE)
     if WANT_WEIGHTS:
         tl.store(log_weights + c + tl.arange(0, 1), by_weight)
     if WANT_PRECISION:
@@ -333,11 +338,11 @@ def store_scale_product(
     Y,
     factor,
     D: tl.constexpr,
-    DIAGONAL: tl.constexpr,
+    SCALE: tl.constexpr,
     COLUMNWISE: tl.constexpr,
 ):
     """Write the scale's gradient factor tril(X Y^T s)."""
-    if DIAGONAL:
+    if SCALE == "diagonal":
         slope = factor * tl.sum(X * Y, 1) * load_diagonal(scale, j, D)
         store_diagonal(grad_scale, j, slope, D)
     else:
@@ -403,7 +408,7 @@ def _build(
     constants = {
         "D": dim,
         "FORM": form,
-        "DIAGONAL": scale is not None and scale.ndim == 2,
+        "SCALE": scale_form(scale),
         "STORED": made is not None,
         "BLOCK": BLOCK,
         **launch.options(WARPS[padded(dim)]),
@@ -448,7 +453,7 @@ def whitened_components_backward(
     constants = {
         "D": dim,
         "FORM": form(precision_cholesky, scale, expected),
-        "DIAGONAL": scale is not None and scale.ndim == 2,
+        "SCALE": scale_form(scale),
         "WANT_WEIGHTS": grads[0] is not None,
         "WANT_PRECISION": grads[1] is not None,
         "WANT_SCALE": grads[2] is not None,

@@ -33,6 +33,7 @@ from vmm_fast.kernels.components import (
     dot,
     load_diagonal,
     load_lower,
+    scale_form,
     scaled_precision,
     store_diagonal,
     store_lower,
@@ -81,7 +82,7 @@ def store_expected(
         m = load_center(parameters.centers, j, 0, D, padded(D), tl.float64)
         squares += tl.sum(m * m, 0)
         if SCALE != "none":
-            scaled = scaled_precision(scale, j, L, D, SCALE == "diagonal")
+            scaled = scaled_precision(scale, j, L, D, SCALE)
             penalty += 0.5 * tl.sum(tl.sum(scaled * scaled, 1), 0)
             if SCALE == "diagonal":
                 s = load_diagonal(scale, j, D)
@@ -320,11 +321,6 @@ def sums_over_points(
         **options,
     )
     return sums, data
-
-
-def scale_form(scale: Tensor | None) -> str:
-    """Return the layout of s as kernels name it: "none", "diagonal" or "full"."""
-    return "none" if scale is None else "diagonal" if scale.ndim == 2 else "full"
 
 
 def map_gradients(

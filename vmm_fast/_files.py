@@ -142,7 +142,7 @@ def load_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             right = state.pop(DIGEST) == _digest(state)
         except Exception as error:  # torch raises errors of many kinds
             raise ValueError(
@@ -176,7 +176,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with open(path, encoding="utf-8") as file:
         try:
-            content = json.load(file)
+            content: dict[str, Any] = json.load(file)
             right = content.pop(DIGEST) == _digest(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(

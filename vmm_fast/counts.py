@@ -149,7 +149,8 @@ def _log_prob(
     stored = _stored(counts, torch.float64 if double else torch.float32)
     given = (*stored, *parameters)
     inputs = check(COUNT_LOG_PROB, given, names, B=cells, G=genes)
-    return run(COUNT_LOG_PROB, inputs)[0]
+    log_prob: Tensor = run(COUNT_LOG_PROB, inputs)[0]
+    return log_prob
 
 
 def _stored(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:

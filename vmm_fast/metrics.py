@@ -260,7 +260,7 @@ def _representatives(representative: Any, clusters: np.ndarray, n: int) -> np.nd
             f"labels must be integers in [0, C) with C = {len(points)} given by representative, "
             f"but are {clusters.dtype} from {clusters[0]} to {clusters[-1]}"
         )
-    chosen = points[clusters]
+    chosen: np.ndarray = points[clusters]
     if np.any(chosen < 0):
         raise ValueError(
             "representative must name a point for each component that holds points, but is -1 "
@@ -435,7 +435,8 @@ def _stack_posteriors(q_batches: Iterable[Distribution]) -> tuple[Tensor, Tensor
 def _solve(scale: Tensor, difference: Tensor) -> Tensor:
     if scale.ndim == 2:
         return difference / scale
-    return torch.linalg.solve_triangular(scale, difference.unsqueeze(-1), upper=False).squeeze(-1)
+    columns: Tensor = torch.linalg.solve_triangular(scale, difference[..., None], upper=False)
+    return columns.squeeze(-1)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -443,7 +444,8 @@ def _inverse(scale: Tensor) -> Tensor:
     if scale.ndim == 2:
         return torch.diag_embed(scale.reciprocal())
     identity = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
-    return torch.linalg.solve_triangular(scale, identity.expand_as(scale), upper=False)
+    whitening: Tensor = torch.linalg.solve_triangular(scale, identity.expand_as(scale), upper=False)
+    return whitening
 
 
 def _log_normalizer(scale: Tensor) -> Tensor:
@@ -561,12 +563,14 @@ def importance_weighted_log_prob(
         components = model.prior.components(model.encode)
 
         def log_prior(z: Tensor) -> Tensor:
-            return components.log_prob(z.flatten(0, 1)).reshape(z.shape[:-1])
+            found: Tensor = components.log_prob(z.flatten(0, 1))
+            return found.reshape(z.shape[:-1])
 
         def log_likelihood_of(batch: Tensor) -> Callable[[Tensor], Tensor]:
             def log_likelihood(z: Tensor) -> Tensor:
                 repeated = batch.expand(len(z), *batch.shape).flatten(0, 1)
-                return model.log_likelihood(repeated, z.flatten(0, 1)).reshape(z.shape[:-1])
+                found: Tensor = model.log_likelihood(repeated, z.flatten(0, 1))
+                return found.reshape(z.shape[:-1])
 
             return log_likelihood
 

@@ -162,12 +162,14 @@ class Components:
     log_weights: Tensor
     precision_cholesky: Tensor | None = None
     scale: Tensor | None = None
-    _built: dict = field(default_factory=dict, init=False, repr=False)
+    _built: dict[tuple[bool, bool, bool], WhitenedMixture] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def _values(self) -> tuple[Tensor | None, ...]:
         return self.centers, self.log_weights, self.precision_cholesky, self.scale
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_built": {}}
 
     def __post_init__(self) -> None:
@@ -214,7 +216,13 @@ class Components:
         """The weights pi [C]."""
         return self.log_weights.exp()
 
-    def evaluate(self, operation: Callable, z: Tensor, mixture: WhitenedMixture, *rest) -> tuple:
+    def evaluate(
+        self,
+        operation: Callable[..., Tensor | tuple[Tensor, ...]],
+        z: Tensor,
+        mixture: WhitenedMixture,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
         """Return an operation's results, computed in the wider dtype of z and the mixture.
 
         Results have the wider dtype of z and the centers m.
@@ -238,16 +246,16 @@ class Components:
         """Return the same mixture without gradients."""
         return self._map(Tensor.detach)
 
-    def to(self, *args, **kwargs) -> Components:
+    def to(self, *args: Any, **kwargs: Any) -> Components:
         """Return the mixture moved or cast as by ``Tensor.to``."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def _map(self, function) -> Components:
-        centers, log_weights, *rest = self._values()
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Components:
+        optional = (self.precision_cholesky, self.scale)
         return Components(
-            function(centers),
-            function(log_weights),
-            *(None if v is None else function(v) for v in rest),
+            function(self.centers),
+            function(self.log_weights),
+            *(None if v is None else function(v) for v in optional),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -355,7 +363,8 @@ class Components:
 
     def log_joint_expectation(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-sum-exp and softmax-weighted mean of all l_ck(z), both [B] in nats."""
-        return self.evaluate(ops.mixture_log_prob, z, self.expected)
+        lse, expected = self.evaluate(ops.mixture_log_prob, z, self.expected)
+        return lse, expected
 
     def responsibilities(self, z: Tensor) -> Tensor:
         """Return the probability of each component, softmax_c l_c(z) [B, C]."""

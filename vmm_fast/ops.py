@@ -234,7 +234,8 @@ def mixture_kl(
     """
     operation = operations.MIXTURE_KL
     inputs = check(operation, (z, centers, whitening, offsets, scale, transpose))
-    return run(operation, inputs)[0]
+    kl: Tensor = run(operation, inputs)[0]
+    return kl
 
 
 def mixture_statistics(
@@ -298,9 +299,9 @@ def mixture_log_joint(
         As the module says.
     """
     mixture = (z, centers, whitening, offsets)
-    return _grouped(operations.MIXTURE_LOG_JOINT, mixture, transpose, pseudo_inputs_per_component)[
-        0
-    ]
+    operation = operations.MIXTURE_LOG_JOINT
+    log_joint: Tensor = _grouped(operation, mixture, transpose, pseudo_inputs_per_component)[0]
+    return log_joint
 
 
 def mixture_responsibilities(
@@ -324,9 +325,9 @@ def mixture_responsibilities(
         As the module says.
     """
     mixture = (z, centers, whitening, offsets)
-    return _grouped(
-        operations.MIXTURE_RESPONSIBILITIES, mixture, transpose, pseudo_inputs_per_component
-    )[0]
+    operation = operations.MIXTURE_RESPONSIBILITIES
+    found: Tensor = _grouped(operation, mixture, transpose, pseudo_inputs_per_component)[0]
+    return found
 
 
 def _grouped(

@@ -96,7 +96,7 @@ def mixture_log_joint(
     Each run of ``pseudo_inputs_per_component`` neighbouring centers is a component c.
     """
     log_joint = _log_joint(z, centers, whitening, offsets, transpose)
-    grouped = log_joint.unflatten(-1, (-1, pseudo_inputs_per_component))
+    grouped: Tensor = log_joint.unflatten(-1, (-1, pseudo_inputs_per_component))
     # The gradient of a log-sum-exp over nothing but -inf would be NaN; that of a constant is 0.
     pruned = (grouped == -torch.inf).all(-1)
     return grouped.masked_fill(pruned[..., None], 0).logsumexp(-1).masked_fill(pruned, -torch.inf)
@@ -112,7 +112,8 @@ def mixture_responsibilities(
 ) -> Tensor:
     """Return the responsibilities, the softmax of l_ic over c [B, C]."""
     q = _log_joint(z, centers, whitening, offsets, transpose).softmax(-1)
-    return q.unflatten(-1, (-1, pseudo_inputs_per_component)).sum(-1)
+    grouped: Tensor = q.unflatten(-1, (-1, pseudo_inputs_per_component))
+    return grouped.sum(-1)
 
 
 def mixture_assign(
@@ -217,6 +218,7 @@ def count_log_prob(
     if library_size is not None:
         mean = library_size[:, None] * mean.softmax(-1)
     mean = mean.clamp_min(LEAST)
+    found: Tensor
     if inverse_dispersion is None:
         found = torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1)
     else:

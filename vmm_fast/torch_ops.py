@@ -139,7 +139,8 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
         found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
         return (*found[:shown], None) if isinstance(found, tuple) else (found, None)
     if not in_plain_torch and needs_gradient and operation.differentiable:
-        return _FUNCTIONS[operation.name].apply(*inputs)
+        applied: tuple[Any, ...] = _FUNCTIONS[operation.name].apply(*inputs)
+        return applied
     compute = backends.plain.call if in_plain_torch else backends.call
     results, number = compute(operation, inputs)
     return (*results[:shown], number)
@@ -161,7 +162,7 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
 
     class Compiled(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
             results, number = backends.call(operation, inputs)
             ctx.save_for_backward(*inputs[:number_of_tensors], *[results[i] for i in kept])
             ctx.constants = inputs[number_of_tensors:]
@@ -169,11 +170,12 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
             if constant:
                 ctx.mark_non_differentiable(*[results[i] for i in constant])
             if len(with_gradient) > 1:
-                ctx.shapes = [results[i].shape for i in with_gradient]
+                found = (results[i] for i in with_gradient)
+                ctx.shapes = [x.shape for x in found if x is not None]  # no result of a forward is
             return (*results[:shown], number)
 
         @staticmethod
-        def backward(ctx, *gradients):
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
             if torch.is_grad_enabled():  # only under create_graph=True
                 _refuse_second_derivative(operation.name)
             saved, constants = ctx.saved_tensors, ctx.constants
@@ -231,12 +233,12 @@ def _define(operation: Operation) -> None:
             return [x for x, want in wanted if want and x is not None]
         return tuple(found) if len(found) > 1 else found[0]
 
-    def implementation(*inputs):
+    def implementation(*inputs: Any) -> Any:
         found, _ = backends.call(operation, inputs)
         # The fake promises contiguous results.
         return in_schema([x if x is None else x.contiguous() for x in found], inputs)
 
-    def fake(*inputs):
+    def fake(*inputs: Any) -> Any:
         lead = inputs[operation.lead]
         shapes = operation.shapes(inputs, operation.sizes(inputs))
         found = [
@@ -254,13 +256,13 @@ def _differentiate(operation: Operation) -> None:
     """Register the backward of an operation with torch."""
     number_of_tensors = len(operation.tensors)
 
-    def save(ctx, inputs, output):
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         output = output if isinstance(output, tuple) else (output,)
         kept = [output[i] for i in operation.kept_positions]
         ctx.save_for_backward(*inputs[:number_of_tensors], *kept)
         ctx.constants = inputs[number_of_tensors:]
 
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         upstream = [gradients[i] for i in operation.gradient_positions]
         positions = [i for i in operation.differentiable_positions if ctx.needs_input_grad[i]]
         wanted = [ctx.needs_input_grad[i] for i in operation.differentiable_positions]
@@ -268,7 +270,7 @@ def _differentiate(operation: Operation) -> None:
         found = op(*upstream, *ctx.saved_tensors, *ctx.constants, wanted)
         return _at(positions, found, number_of_tensors + len(ctx.constants))
 
-    def refuse(ctx, *gradients):
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
         _refuse_second_derivative(operation.name)
 
     register = functools.partial(torch.library.register_autograd, lib=_library)

@@ -96,8 +96,11 @@ def call(
     x = inputs[operation.lead]
     dense = [in_memory(a) if isinstance(a, Tensor) else a for a in inputs]
     if core_serves(x):
-        compute = core if core.computes(operation) else plain
-        return compute.call(operation, dense)
+        return (
+            core.call(operation, dense)
+            if core.computes(operation)
+            else plain.call(operation, dense)
+        )
     found = in_kernels(operation.name, x, operation.size("D", inputs), dense)
     return plain.call(operation, inputs) if found is None else (found, None)
 

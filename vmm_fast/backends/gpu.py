@@ -8,9 +8,12 @@ as does a component whose covariance is not positive definite.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from vmm_fast.backends import plain
 from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, sums
@@ -24,41 +27,73 @@ COMPILER_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.Subproc
 # Whether the kernels were imported in interpreter mode, and so run on a CPU.
 INTERPRETED = triton.knobs.runtime.interpret
 
+Results = Sequence[Tensor]
+Gradients = Sequence[Tensor | None]  # None for those that are not wanted
 
-def mixture_log_prob(*mixture_and_transpose):
-    return log_prob_kernels.log_prob(*mixture_and_transpose)
+
+def mixture_log_prob(*mixture_and_transpose: Any) -> Results:
+    found: Results = log_prob_kernels.log_prob(*mixture_and_transpose)
+    return found
 
 
 def mixture_log_prob_backward(
-    grad_lse, grad_expected, z, centers, whitening, offsets, softmax, transpose, wanted
-):
+    grad_lse: Tensor | None,
+    grad_expected: Tensor | None,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+    wanted: Sequence[bool],
+) -> Gradients:
     if grad_lse is None:
         grad_lse = torch.zeros_like(z[:, 0])
     mixture = (z, centers, whitening, offsets)
-    return sums.backward(*mixture, softmax, grad_lse, grad_expected, transpose)[:4]
+    found: Gradients = sums.backward(*mixture, softmax, grad_lse, grad_expected, transpose)
+    return found[:4]
 
 
-def mixture_kl(z, centers, whitening, offsets, scale, transpose):
+def mixture_kl(
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    transpose: bool,
+) -> Results:
     value, _, softmax = log_prob_kernels.log_prob(z, centers, whitening, offsets, transpose, scale)
     return value, softmax
 
 
-def mixture_kl_backward(grad_kl, z, centers, whitening, offsets, scale, softmax, transpose, wanted):
+def mixture_kl_backward(
+    grad_kl: Tensor,
+    z: Tensor,
+    centers: Tensor,
+    whitening: Tensor,
+    offsets: Tensor,
+    scale: Tensor,
+    softmax: Tensor,
+    transpose: bool,
+    wanted: Sequence[bool],
+) -> Gradients:
     mixture = (z, centers, whitening, offsets)
-    return sums.backward(*mixture, softmax, grad_kl, None, transpose, scale)
+    found: Gradients = sums.backward(*mixture, softmax, grad_kl, None, transpose, scale)
+    return found
 
 
-def mixture_statistics(*mixture_and_transpose):
+def mixture_statistics(*mixture_and_transpose: Any) -> Results:
     *mixture, transpose = mixture_and_transpose
     *_, softmax = log_prob_kernels.log_prob(*mixture, transpose)
-    return sums.statistics(*mixture, softmax, transpose)
+    found: Results = sums.statistics(*mixture, softmax, transpose)
+    return found
 
 
-def mixture_log_joint(*mixture_and_constants):
+def mixture_log_joint(*mixture_and_constants: Any) -> Results:
     return (groups.matrix(*mixture_and_constants, None),)
 
 
-def mixture_responsibilities(*mixture_and_constants):
+def mixture_responsibilities(*mixture_and_constants: Any) -> Results:
     *_, softmax = log_prob_kernels.log_prob(*mixture_and_constants[:-1])
     return (groups.matrix(*mixture_and_constants, softmax),)
 
@@ -68,32 +103,40 @@ whitened_components = components.whitened_components
 stored_components = components.stored_components
 
 
-def whitened_components_backward(*arguments):
+def whitened_components_backward(*arguments: Any) -> Gradients:
     *tensors, _, expected, wanted = arguments
-    return components.whitened_components_backward(*tensors, expected, wanted)
+    found: Gradients = components.whitened_components_backward(*tensors, expected, wanted)
+    return found
 
 
 def stored_components_backward(
-    grad_whitening,
-    grad_offsets,
-    logits,
-    raw_precision,
-    scale,
-    whitening,
-    log_weights,
-    precision_cholesky,
-    num_centers,
-    wanted,
-):
+    grad_whitening: Tensor,
+    grad_offsets: Tensor,
+    logits: Tensor,
+    raw_precision: Tensor,
+    scale: Tensor | None,
+    whitening: Tensor,
+    log_weights: Tensor,
+    precision_cholesky: Tensor,
+    num_centers: int,
+    wanted: Sequence[bool],
+) -> Gradients:
     built = (log_weights, precision_cholesky, scale, whitening)
-    return components.whitened_components_backward(
+    found: Gradients = components.whitened_components_backward(
         grad_whitening, grad_offsets, *built, False, (False, False, *wanted)
-    )[2:]
+    )
+    return found[2:]
 
 
 def count_log_prob(
-    counts, row_starts, gene_indices, mean, inverse_dispersion, dropout_logits, library_size
-):
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+    library_size: Tensor | None,
+) -> Results:
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
     if library_size is not None:
         mean = library_size[:, None] * mean.softmax(-1)
@@ -101,16 +144,16 @@ def count_log_prob(
 
 
 def count_log_prob_backward(
-    grad,
-    counts,
-    row_starts,
-    gene_indices,
-    mean,
-    inverse_dispersion,
-    dropout_logits,
-    library_size,
-    wanted,
-):
+    grad: Tensor,
+    counts: Tensor,
+    row_starts: Tensor | None,
+    gene_indices: Tensor | None,
+    mean: Tensor,
+    inverse_dispersion: Tensor | None,
+    dropout_logits: Tensor | None,
+    library_size: Tensor | None,
+    wanted: Sequence[bool],
+) -> Gradients:
     dense = plain.dense_counts(counts, row_starts, gene_indices, mean, checked=False)
     more = (inverse_dispersion, dropout_logits)
     if library_size is None:

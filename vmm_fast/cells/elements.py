@@ -232,7 +232,7 @@ def lacks_chunks(matrix: Any, width: int) -> bool:
         return False
 
     def lacks(part: Any) -> bool:
-        return part.nchunks_initialized < part.nchunks
+        return bool(part.nchunks_initialized < part.nchunks)
 
     if lacks(data) or (lacks(indptr) and data.shape[0] > 0):
         return True

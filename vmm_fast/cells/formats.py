@@ -110,9 +110,12 @@ def _matrix_of(group: Any, ids: Any, names: Any) -> AnnData:
 
 def _values_of(element: Any) -> np.ndarray:
     """Return the values of an array; bytes of text that are not UTF-8 are replaced."""
+    values: np.ndarray
     if h5py.check_string_dtype(element.dtype) is None:
-        return element[()]
-    return element.asstr("utf-8", errors="replace")[()].astype(object)
+        values = element[()]
+    else:
+        values = element.asstr("utf-8", errors="replace")[()].astype(object)
+    return values
 
 
 def _named(names: Iterable[str], ids: Iterable[str]) -> list[str]:
@@ -310,8 +313,9 @@ def _attribute(group: Any, key: str, number: int) -> np.ndarray:
     element = _dataset(group, key)
     if (element.shape or ())[:1] != (number,):
         raise ValueError(f"it must have {number} values, but has the shape {element.shape}")
+    values: np.ndarray = element[()]
     if h5py.check_string_dtype(element.dtype) is None:
-        return element[()]
+        return values
     values = element.asstr(errors="replace")[()]  # loompy escapes what is not ASCII
     return np.array([html.unescape(x) for x in values.flat], object).reshape(values.shape)
 

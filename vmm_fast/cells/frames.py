@@ -23,7 +23,7 @@ STRINGS = np.dtype(object)  # strings without missing values; pd.StringDtype() a
 
 def encoding_of(element: Any) -> str:
     """Return anndata's name for the encoding of an element."""
-    found = element.attrs.get("encoding-type")
+    found: str | None = element.attrs.get("encoding-type")
     if found is None:
         raise ValueError("it was written by an anndata older than 0.8")
     return found
@@ -95,8 +95,9 @@ def read_index(frame: Any, start: int, stop: int) -> np.ndarray:
     """Return the names of rows start to stop as str [stop - start], whatever the index holds."""
     index = frame[frame.attrs["_index"]]
     if "codes" in getattr(index, "keys", tuple)():
-        names = pd.Index(read_elem(index["categories"]))
-        return np.asarray(names.astype(str), object)[index["codes"][start:stop]]
+        categories = np.asarray(pd.Index(read_elem(index["categories"])).astype(str), object)
+        names: np.ndarray = categories[index["codes"][start:stop]]
+        return names
     values = index if hasattr(index, "shape") else index["values"]
     if values.dtype.kind in "biuf":
         return np.asarray(pd.Index(values[start:stop]).astype(str), object)
@@ -175,8 +176,9 @@ def of_text(dtype: Any) -> bool:
 
 def _plain(values: Any) -> np.ndarray:
     """Return values as text, whole numbers without a fraction: "2" for 2.0 and "2.0", too."""
-    text = pd.Series(values).astype("string")
-    return text.str.replace(r"^(-?\d+)\.0$", r"\1", regex=True).to_numpy(object)
+    text = pd.Series(values).astype("string").str.replace(r"^(-?\d+)\.0$", r"\1", regex=True)
+    plain: np.ndarray = text.to_numpy(object)
+    return plain
 
 
 def find(values: pd.Index, known: pd.Index) -> np.ndarray:
@@ -186,7 +188,8 @@ def find(values: pd.Index, known: pd.Index) -> np.ndarray:
     "2.0". If all are text, "2" and "2.0" differ.
     """
     if values.inferred_type == known.inferred_type == "string":
-        return known.get_indexer(values)
+        found: np.ndarray = known.get_indexer(values)
+        return found
     places: dict[str, int] = {}
     for names in (map(str, known), _plain(known)):
         for place, name in enumerate(names):

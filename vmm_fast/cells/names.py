@@ -21,7 +21,7 @@ def find_names(table: pd.DataFrame, usual: Sequence[str], *, unique: bool = Fals
 
     `usual` is :data:`GENES` or :data:`CELLS`. With `unique` names must be distinct.
     """
-    columns = {_spelt(key): key for key in reversed(table.columns)}
+    columns: dict[str, str] = {_spelt(key): key for key in reversed(table.columns)}
     for name in usual:
         values = table[columns[name]] if name in columns else None
         if values is not None and _of_text(values) and (values.is_unique or not unique):

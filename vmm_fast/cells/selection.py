@@ -193,4 +193,5 @@ def _variable_genes(adata: AnnData, settings: Settings) -> np.ndarray:
             layer=settings.layer,
             inplace=False,
         )
-    return found["highly_variable"].to_numpy()
+    chosen: np.ndarray = found["highly_variable"].to_numpy()
+    return chosen

@@ -319,7 +319,8 @@ class CellStore:
         ]
         if faults:
             raise InputError(f"must have the genes of {self.files[0].name}, {'; '.join(faults)}")
-        return self.var_names.get_indexer(genes).astype(np.int32)
+        columns: np.ndarray = self.var_names.get_indexer(genes).astype(np.int32)
+        return columns
 
     # --- counts ---
 

@@ -119,7 +119,8 @@ def _read_kept(
         check(what, {"runs": taken}, table({"runs": list_of(table(measured))}))
     except ValueError as error:
         raise InputError(f"{error}; start the sweep again with --overwrite") from None
-    return content["runs"]
+    runs: list[dict[str, Any]] = content["runs"]
+    return runs
 
 
 def _measured(

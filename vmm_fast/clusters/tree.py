@@ -159,7 +159,7 @@ class ClusterTree:
         """Index of the leaf that each component belongs to [C]."""
         sums, leaves = self.confusion.sums.cpu().numpy(), self.leaves
         shared = sums[:, leaves]
-        nearest = shared.argmax(1)
+        nearest: np.ndarray = shared.argmax(1)
         counts = self.confusion.counts.cpu().numpy()[leaves]
         nearest[shared.max(1) <= 0] = counts.argmax()
         nearest[leaves] = np.arange(len(leaves))

@@ -200,7 +200,7 @@ class PrivateAdam:
         """Take the compiled step; return False, with no change, if a gradient is not finite."""
         (group,) = self._adam.param_groups
         moved = [(p, in_memory(g)) for p, g in moved]
-        taken = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
+        taken: bool = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
             group["lr"],
             *group["betas"],
             group["eps"],

@@ -65,7 +65,7 @@ def expected_log_normal(centers: Tensor, scale: Tensor | None) -> Tensor:
 
 def wishart_scale(num_components: int, latent_dim: int) -> float:
     """Return the factor v of the Wishart's scale matrix v I."""
-    return num_components ** (2 / latent_dim) / (latent_dim + 2)
+    return float(num_components ** (2 / latent_dim) / (latent_dim + 2))
 
 
 def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
@@ -73,7 +73,7 @@ def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
     df = latent_dim + 2
     log_gamma = torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), latent_dim)
     scale = wishart_scale(num_components, latent_dim)
-    return 0.5 * df * latent_dim * math.log(2 * scale) + log_gamma.item()
+    return 0.5 * df * latent_dim * math.log(2 * scale) + float(log_gamma)
 
 
 def log_wishart(precision_cholesky: Tensor) -> Tensor:

@@ -220,7 +220,8 @@ def posterior_without_checks(
         concentration=n.new_empty(()),
     )
     addresses = [x.data_ptr() for x in found]
-    arguments = (n.data_ptr(), size, gamma.data_ptr(), discount, *concentration_prior, *addresses)
+    given = (n.data_ptr(), size, gamma.data_ptr(), discount, *concentration_prior)
+    arguments: tuple[Any, ...] = (*given, *addresses)
     if cuda is None:
         _core.stick_breaking_posterior(*arguments)
     else:

@@ -30,9 +30,12 @@ class Picture(nn.Module):
         """Return values [B, V] as pictures, or pictures as values."""
         if self.back:
             return (x.movedim(1, -1) if self.colours_last else x).flatten(1)
+        pictures: Tensor
         if self.colours_last:
-            return x.unflatten(1, self.shape).movedim(-1, 1)
-        return x.unflatten(1, (self.colours, self.height, self.width))
+            pictures = x.unflatten(1, self.shape).movedim(-1, 1)
+        else:
+            pictures = x.unflatten(1, (self.colours, self.height, self.width))
+        return pictures
 
 
 class RandomShifts:
@@ -67,4 +70,5 @@ class RandomShifts:
             places.append((torch.arange(size, device=x.device) + by).clamp(0, size - 1))
         rows, columns = places[0][:, :, None], places[1][:, None, :]
         every = torch.arange(len(x), device=x.device)[:, None, None]
-        return self.back(pictures[every, :, rows, columns].movedim(-1, 1)).view_as(x)
+        shifted: Tensor = self.back(pictures[every, :, rows, columns].movedim(-1, 1))
+        return shifted.view_as(x)

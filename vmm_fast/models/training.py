@@ -494,7 +494,7 @@ class _Run:
         table({"epoch": whole(1), **values}, None)(name, record)
 
 
-def _name(function: Callable) -> str:
+def _name(function: Callable[..., Any]) -> str:
     """Return the name of a function or of an object's class, the same in another process."""
     return getattr(function, "__qualname__", type(function).__qualname__)
 

@@ -285,7 +285,8 @@ class VAE(nn.Module):
         return MultivariateNormal(loc, scale_tril=flat.view(-1, d, d), validate_args=False)
 
     def _decoder_output(self, z: Tensor) -> Tensor:
-        return self.decoder(z).to(z.dtype).unflatten(-1, self.input_shape)
+        output: Tensor = self.decoder(z).to(z.dtype).unflatten(-1, self.input_shape)
+        return output
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean of p(x | z): the decoder's output, or probabilities if Bernoulli.

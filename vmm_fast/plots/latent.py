@@ -173,7 +173,8 @@ def _densest(members: np.ndarray, low: np.ndarray, span: np.ndarray) -> np.ndarr
     around = sum(np.roll(counts, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
     best = np.unravel_index(np.argmax(around), counts.shape)
     middle = np.median(members[(np.abs(cells - best) <= 1).all(1)], 0)
-    return members[np.square(members - middle).sum(1).argmin()]
+    found: np.ndarray = members[np.square(members - middle).sum(1).argmin()]
+    return found
 
 
 def _spread(places: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -217,7 +218,7 @@ def _legend(ax: Any, names: list[str], colors: Any) -> None:
         text.set_parse_math(False)
 
 
-def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list) -> list:
+def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list[Any]) -> list[Any]:
     """Return a colour for each class: that of the group that holds most of it, each used once."""
     shared = np.zeros((class_of.max() + 1, len(colors)))
     np.add.at(shared, (class_of, group_of), 1)

@@ -258,7 +258,7 @@ class BayesianMixturePrior(LearntPrior):
             self.register_buffer(f"running_{name}", torch.zeros(total, *shape, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros((), dtype=torch.int64))
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> BayesianMixturePrior:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianMixturePrior:
         """Move and cast as a module does, but keep running sums in float64 for compiled code."""
         before = [(k, v) for k, v in self.named_buffers(recurse=False) if v.is_floating_point()]
         super()._apply(fn, recurse)

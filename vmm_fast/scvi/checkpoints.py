@@ -247,12 +247,12 @@ class Checkpoints(Callback):
     def _is_end(self, trainer: Any) -> bool:
         """Return whether training stops here, before its last epoch."""
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
-        return stops or trainer.global_step == trainer.max_steps
+        return bool(stops or trainer.global_step == trainer.max_steps)
 
     def _is_time(self, trainer: Any) -> bool:
         """Return whether it is time to write by any process's clock; all processes agree."""
         is_time = time.monotonic() - self._written >= self.seconds
-        return trainer.strategy.reduce_boolean_decision(is_time, all=False)
+        return bool(trainer.strategy.reduce_boolean_decision(is_time, all=False))
 
     def _write(self, trainer: Any) -> None:
         trainer.save_checkpoint(self.path)

@@ -290,7 +290,8 @@ class CellDataModule(LightningDataModule):
         self.n_train = self._number(self._trained)
 
     def _stops(self, runs: np.ndarray) -> np.ndarray:
-        return np.minimum((runs + 1) * self._run, self.n_obs)
+        stops: np.ndarray = np.minimum((runs + 1) * self._run, self.n_obs)
+        return stops
 
     def _number(self, runs: np.ndarray) -> int:
         return int((self._stops(runs) - runs * self._run).sum())

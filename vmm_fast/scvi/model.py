@@ -88,7 +88,7 @@ class LatentPriorModel(BaseModelClass):
     def __init__(
         self,
         adata: AnnData | None = None,
-        registry: dict | None = None,
+        registry: dict[str, Any] | None = None,
         prior: str = "vmm",
         n_components: int = 100,
         prior_kwargs: dict[str, Any] | None = None,
@@ -194,11 +194,14 @@ class LatentPriorModel(BaseModelClass):
         return super().load(dir_path, *args, **kwargs)
 
     @staticmethod
-    def load_registry(dir_path: str, prefix: str | None = None, *, trust: bool = False) -> dict:
+    def load_registry(
+        dir_path: str, prefix: str | None = None, *, trust: bool = False
+    ) -> dict[str, Any]:
         """Return the registry of a saved model; see :meth:`load` for ``trust``."""
         if not trust:
             check_saved(dir_path, prefix)
-        return BaseModelClass.load_registry(dir_path, prefix)
+        registry: dict[str, Any] = BaseModelClass.load_registry(dir_path, prefix)
+        return registry
 
     @staticmethod
     def prepare_query_anndata(
@@ -272,7 +275,8 @@ class LatentPriorModel(BaseModelClass):
         return torch.from_numpy(means)
 
     def _components(self) -> Components:
-        return self.module.components().to("cpu")
+        components: Components = self.module.components()
+        return components.to("cpu")
 
     def get_cluster_tree(self) -> ClusterTree:
         """Return the tree of components; cutting it gives the clusters.
@@ -284,7 +288,7 @@ class LatentPriorModel(BaseModelClass):
             before models had trees.
         """
         self.module.components()  # raises if there are none
-        tree = self.module.tree
+        tree: ClusterTree | None = self.module.tree
         if tree is None:
             raise ValueError(
                 "clusters must have been found first: call find_clusters() with the cells that the "
@@ -328,7 +332,8 @@ class LatentPriorModel(BaseModelClass):
         if set(cut.values()) <= {None}:
             return self.kept_clusters()
         self.get_cluster_tree()  # raises if there is none
-        return self.module.other_clusters(**cut)
+        clusters: Clusters = self.module.other_clusters(**cut)
+        return clusters
 
     def get_cluster_probabilities(
         self,
@@ -440,10 +445,14 @@ class ComponentExpression(LatentPriorModel):
         :meth:`scvi.model.base.RNASeqMixin.get_importance_weights` returns those under N(0, I).
         """
         if self.module.prior is None:
-            return super().get_importance_weights(*args, zs=zs, truncation=truncation, **kwargs)
+            stock: np.ndarray = super().get_importance_weights(
+                *args, zs=zs, truncation=truncation, **kwargs
+            )
+            return stock
         weights = super().get_importance_weights(*args, zs=zs, truncation=False, **kwargs)
         z = zs.reshape(-1, zs.shape[-1]).cpu()
-        log_ratio = self._components().log_prob(z) - Normal(0, 1).log_prob(z).sum(-1)
+        log_normal: Tensor = Normal(0, 1).log_prob(z)
+        log_ratio = self._components().log_prob(z) - log_normal.sum(-1)
         log_weights = torch.from_numpy(weights).log() + log_ratio
         if truncation:
             log_weights = log_weights.clamp(
@@ -564,7 +573,8 @@ class VMMSCANVI(ComponentExpression, SCANVI):
         """
         if "encode_covariates" not in scvi_model._module_kwargs:
             kwargs["encode_covariates"] = False
-        return super().from_scvi_model(scvi_model, *args, **kwargs)
+        model: VMMSCANVI = super().from_scvi_model(scvi_model, *args, **kwargs)
+        return model
 
 
 class VMMPEAKVI(LatentPriorModel, PEAKVI):

@@ -76,11 +76,13 @@ def _kl(q: PosteriorUnderPrior, _: Normal) -> Tensor:
 
 # The state of the prior's own optimizer belongs in checkpoints of training. Saved models must not
 # have it, because scvi-tools expects tensors alone there.
-def _leave_out_private_state(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
+def _leave_out_private_state(
+    module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
     state.pop(f"{prefix}prior._extra_state", None)
 
 
-def _expect_no_private_state(module: Any, state: dict, prefix: str, *rest: Any) -> None:
+def _expect_no_private_state(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     state.setdefault(f"{prefix}prior._extra_state", {})
     # For models that were saved before models had clusters:
     for name, value in module.no_clusters().items():
@@ -204,7 +206,8 @@ class LatentPrior(BaseModuleClass):
         if self.encode_covariates and self.batch_representation == "embedding":
             batch = categories.pop(0)
             inputs.append(batch @ self.get_embedding(REGISTRY_KEYS.BATCH_KEY).weight)
-        return self.z_encoder(torch.cat(inputs, -1), *categories)[0]
+        q: Normal = self.z_encoder(torch.cat(inputs, -1), *categories)[0]
+        return q
 
     def encode_pseudo_cells(self, cells: Cells) -> Normal:
         """Return q(z | cells) without dropout and with running statistics, as after training.
@@ -238,7 +241,7 @@ class LatentPrior(BaseModuleClass):
 
     def inference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the module's outputs, with a q whose KL divergence is that from the prior."""
-        outputs = super().inference(*args, **kwargs)
+        outputs: dict[str, Any] = super().inference(*args, **kwargs)
         if self.prior is not None and not self.warming_up:
             q = outputs["qz"]
             q = PosteriorUnderPrior(q.loc, q.scale, self.sample_of(outputs), self)
@@ -372,6 +375,8 @@ class VMMVAE(LatentPrior, VAE):
         adds to means and dispersions.
     """
 
+    n_input: int
+
     def __init__(self, *args: Any, fused_likelihood: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fused_likelihood = fused_likelihood
@@ -447,7 +452,10 @@ class VMMVAE(LatentPrior, VAE):
             With latent_distribution="ln" and a learnt prior: the decoder does not see q's sample.
         """
         if self.prior is None:
-            return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
+            stock: Tensor | float = super().marginal_ll(
+                tensors, n_mc_samples, return_mean, n_mc_samples_per_pass
+            )
+            return stock
         if self.latent_distribution != "normal":
             raise NotImplementedError(
                 "the marginal likelihood is there for latent_distribution='normal' alone, but it "
@@ -523,15 +531,21 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         use_posterior_mean: bool = True,
     ) -> Tensor:
         """Return the logits of the labels [B, n_labels]."""
-        if not (self.encode_covariates and self.batch_representation == "embedding"):
-            return super().classify(x, batch_index, cont_covs, cat_covs, use_posterior_mean)
-        # SCANVAE's own method does not look up the embeddings of batches that its encoder sees.
-        outputs = self._regular_inference(x, batch_index, cont_covs, cat_covs)
-        return self.classify_helper(outputs["qz"].loc if use_posterior_mean else outputs["z"])
+        logits: Tensor
+        if self.encode_covariates and self.batch_representation == "embedding":
+            # SCANVAE's own method does not look up the embeddings of batches that its encoder sees.
+            outputs = self._regular_inference(x, batch_index, cont_covs, cat_covs)
+            z = outputs["qz"].loc if use_posterior_mean else outputs["z"]
+            logits = self.classify_helper(z)
+        else:
+            logits = super().classify(x, batch_index, cont_covs, cat_covs, use_posterior_mean)
+        return logits
 
 
 class VMMPEAKVAE(LatentPrior, PEAKVAE):
     """:class:`scvi.module.PEAKVAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMPEAKVI`."""
+
+    n_input_regions: int
 
     @property
     def n_features(self) -> int:
@@ -561,6 +575,10 @@ class VMMPEAKVAE(LatentPrior, PEAKVAE):
 
 class VMMTOTALVAE(LatentPrior, TOTALVAE):
     """:class:`scvi.module.TOTALVAE` with a learnt prior; see :class:`vmm_fast.scvi.VMMTOTALVI`."""
+
+    n_input_genes: int
+    n_input_proteins: int
+    encoder: nn.Module
 
     @property
     def n_features(self) -> int:
@@ -596,4 +614,5 @@ class VMMTOTALVAE(LatentPrior, TOTALVAE):
         """
         if self.prior is not None:
             raise NotImplementedError("the marginal likelihood is there for prior='normal' alone")
-        return super().marginal_ll(*args, **kwargs)
+        stock: float = super().marginal_ll(*args, **kwargs)
+        return stock

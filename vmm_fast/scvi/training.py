@@ -163,7 +163,7 @@ class EmpiricalBayes(LightningModule):
         create = super().get_optimizer_creator()  # type: ignore[misc]  # the plan has it
 
         def created(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
-            optimizer = create(parameters)
+            optimizer: Optimizer = create(parameters)
             if isinstance(optimizer, Adam):
                 optimizer.register_load_state_dict_pre_hook(check_adam_state)
                 for group in optimizer.param_groups:
