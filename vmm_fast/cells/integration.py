@@ -28,8 +28,8 @@ import pandas as pd
 import scvi
 import torch
 from anndata import AnnData
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scvi import REGISTRY_KEYS
 from torch import Tensor
