@@ -261,7 +261,7 @@ class BayesianMixturePrior(LearntPrior):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianMixturePrior:
         """Move and cast as a module does, but keep running sums in float64 for compiled code."""
         before = [(k, v) for k, v in self.named_buffers(recurse=False) if v.is_floating_point()]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before:
             new = getattr(self, name)
             if new.dtype != old.dtype:
