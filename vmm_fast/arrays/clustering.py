@@ -194,22 +194,15 @@ class Clusterer:
         ValueError
             If it is damaged, or of another version.
         """
-        return cls._restored(repr(os.fspath(path)), load_checked(path))
+        return cls.from_state_dict(load_checked(path), repr(os.fspath(path)))
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Clusterer:
-        """Return the Clusterer of a `state_dict`; further entries are ignored.
+    def from_state_dict(cls, state: dict[str, Any], what: str = "state") -> Clusterer:
+        """Return the Clusterer of a `state_dict`, which messages call `what`.
 
-        Raises
-        ------
-        ValueError
-            If the state is of another version, which may have no tree of components, or its entries
-            are not as `state_dict` returns them.
+        Raises ValueError if the state is of another version, which may have no tree of components,
+        or its entries are not as `state_dict` returns them. Further entries are ignored.
         """
-        return cls._restored("state", state)
-
-    @classmethod
-    def _restored(cls, what: str, state: dict[str, Any]) -> Clusterer:
         if state.get("vmm_fast") != FORMAT:
             raise ValueError(f"{what} must be of {FORMAT!r}, but is of {state.get('vmm_fast')!r}")
         check(what, state, _check_state)
