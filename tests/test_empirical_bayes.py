@@ -138,11 +138,9 @@ def test_map_gradients(device, scale, k, responsibility_gradient, data_size, map
 @in_each_backend(
     ("d", "scale", "k", "objective"),
     [
-        (17, "diagonal", 2, objective_of(data_size=500)),
-        (32, "full", 2, objective_of(weights=PITMAN_YOR)),
-        (31, None, 1, objective_of("none", responsibility_gradient=False)),
+        (17, "full", 2, objective_of(data_size=500)),
+        (32, "diagonal", 1, objective_of(weights=PITMAN_YOR)),
         (33, "full", 1, objective_of("fixed")),
-        (64, "diagonal", 2, objective_of(weights=STICKS)),
     ],
 )
 def test_map_gradients_in_more_dimensions(device, d, scale, k, objective):
@@ -224,12 +222,10 @@ def assert_sums_come_along(parameters, z, responsibility_gradient, rtol):
 @in_each_backend(
     ("logits", "weights"),
     [
-        ([0.0, -math.inf, 1.0, 2.0, -1.0], DIRICHLET),  # a pruned component
-        ([0.0, -30.0, 1.0, -25.0, -1.0], PITMAN_YOR),  # below the floor
-        ([0.0, 0.0, 0.0, 0.0, 0.0], STICKS),  # all alike
-        ([0.0, 50.0, 0.0, -60.0, 0.0], DIRICHLET),
+        ([0.0, -math.inf, 1.0, -60.0, 50.0], DIRICHLET),  # pruned, and below the floor
         ([0.0, -math.inf, 1.0, -40.0, -1.0], STICKS),
-        ([0.0, 0.0, 0.0, 0.0, 0.0], PITMAN_YOR),
+        ([0.0, -30.0, 1.0, -25.0, -1.0], PITMAN_YOR),
+        ([0.0, 0.0, 0.0, 0.0, 0.0], STICKS),  # all alike
     ],
 )
 def test_map_gradients_of_extreme_weights(device, logits, weights):
@@ -241,7 +237,7 @@ def test_map_gradients_of_extreme_weights(device, logits, weights):
     )
 
 
-@pytest.mark.parametrize(("c", "d"), [(1, 1), (1, 4), (9, 1), (17, 7)])
+@pytest.mark.parametrize(("c", "d"), [(1, 1), (9, 1), (17, 7)])
 def test_shapes_and_instruction_sets(isa, c, d):
     parameters, z = random_parameters(c=c, d=d), points(d)
     objective = objective_of(weights=("stick-breaking", 0.2))
@@ -249,7 +245,7 @@ def test_shapes_and_instruction_sets(isa, c, d):
     assert_maximises(parameters, z, objective, False)
 
 
-@in_each_backend(["raw"], [(-12.0,), (-3.0,), (0.0,), (19.9,), (20.5,), (40.0,)])
+@in_each_backend(["raw"], [(-12.0,), (19.9,), (20.5,), (40.0,)])
 def test_softplus_everywhere(device, raw):
     """Both parametrisations at small and large values, on both sides of torch's threshold."""
     parameters = random_parameters(scale=None, device=device)
@@ -316,21 +312,6 @@ def test_gradients_reach_what_the_encoder_read(device):
     assert found[1] is None and true[1] is None and none is None
     torch.testing.assert_close(found[0], true[0], **TIGHT)
     torch.testing.assert_close(found[2], true[2], **TIGHT)
-
-
-@on_backends("core", "plain", "triton")
-def test_components_of_stored_parameters(device):
-    parameters = random_parameters(k=2, scale="diagonal", device=device)
-    with torch.no_grad():
-        parameters.logits[1] = -math.inf
-    true = (
-        parameters.logits.log_softmax(0),
-        reference.precision_cholesky(parameters.raw_precision),
-    )
-    for fixed in (False, True):
-        built = parameters.components(fixed)
-        assert built.log_weights.requires_grad != fixed
-        torch.testing.assert_close((built.log_weights, built.precision_cholesky), true, **TIGHT)
 
 
 @pytest.mark.parametrize("wrong", [-math.inf, math.nan])
@@ -456,7 +437,7 @@ def test_online_steps(device, form, objective):
     assert_online_steps(parameters, objective, batches)
 
 
-@in_each_backend(["d"], [(17,), (33,), (64,)])
+@in_each_backend(["d"], [(17,), (33,)])
 def test_online_steps_in_more_dimensions(device, d):
     parameters = random_parameters(c=2, d=d, scale=None, device=device)
     batches = [points(d, seed=i, b=20, device=device) for i in (1, 2)]
@@ -580,14 +561,13 @@ def test_maximise_concentration(counts):
 # --- memory, sizes and threads ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [shifted, strided, expanded, negated])
 @in_core_and_kernels
-def test_inputs_lie_anywhere_in_memory(device, layout, dtype):
+def test_inputs_lie_anywhere_in_memory(device, layout):
     """Compare results where the encoder's tensors have gaps, strides of zero, or the other sign."""
-    parameters = random_parameters(c=3, d=4, dtype=dtype)
+    parameters = random_parameters(c=3, d=4, dtype=torch.float32)
     centers, scale, z = given = [
-        layout(x.detach()) for x in (*parameters[:2], points(4, dtype, b=20))
+        layout(x.detach()) for x in (*parameters[:2], points(4, torch.float32, b=20))
     ]
     outputs = []
     for centers, scale, z in (given, [x.contiguous().clone().resolve_neg() for x in given]):

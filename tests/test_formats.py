@@ -52,9 +52,15 @@ def write_mtx(folder, names=NAMES, columns=2, file="features.tsv", prefix="", gz
     return folder
 
 
-@pytest.mark.parametrize("prefix", ["", "GSM1_a_"])
-@pytest.mark.parametrize("gz", ["", "mfgb", "m", "fb"])
-@pytest.mark.parametrize("file", ["features.tsv", "genes.tsv"])
+@pytest.mark.parametrize(
+    ("prefix", "gz", "file"),
+    [
+        ("", "", "genes.tsv"),
+        ("GSM1_a_", "mfgb", "features.tsv"),
+        ("", "m", "features.tsv"),
+        ("GSM1_a_", "fb", "genes.tsv"),
+    ],
+)
 def test_folders_of_cell_ranger_starsolo_and_geo(tmp_path, prefix, gz, file):
     folder = write_mtx(tmp_path / "a", file=file, prefix=prefix, gz=gz)
     (folder / f"._{prefix}matrix.mtx").write_bytes(b"of macOS")

@@ -216,7 +216,7 @@ every_step = pytest.mark.slow("it trains 32 times")
 @pytest.mark.parametrize(
     ("on_disk", "stops"),
     [
-        (False, [1, 14]),
+        (False, [14]),
         (True, [5, 22]),
         pytest.param(False, range(2, 25, 3), marks=every_step),
         pytest.param(True, range(3, 25, 3), marks=every_step),
@@ -360,11 +360,17 @@ EARLY = {
     "early_stopping_patience": 1,
     "early_stopping_min_delta": 1e9,
 }
-ENDS = [({}, 27), (EARLY, 18), ({"max_steps": 13}, 13), ({"max_steps": 18}, 18)]
 
 
-@pytest.mark.parametrize(("how", "steps"), ENDS)
-@pytest.mark.parametrize("seconds", [0, math.inf])
+@pytest.mark.parametrize(
+    ("how", "steps", "seconds"),
+    [
+        ({}, 27, math.inf),
+        (EARLY, 18, 0),
+        ({"max_steps": 13}, 13, 0),
+        ({"max_steps": 18}, 18, math.inf),
+    ],
+)
 def test_the_end_is_written_however_training_ends(tmp_path, how, steps, seconds):
     keep = Kept(tmp_path / "kept.ckpt", seconds=seconds)
     ended = train(keep, **how)
@@ -405,7 +411,7 @@ def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options)
     ended = train(keep, 2, **accumulate)
     every = options.get("steps", 1)
     assert keep.wrote == [step for step in range(1, 11) if step % every == 0 or step == 10]
-    for step in (2, 4, 8):
+    for step in (2, 8):
         path = keep.path.with_suffix(f".{step}")
         other = Kept(tmp_path / "other.ckpt", **options)
         same_model(train(other, 2, ckpt_path=path, **accumulate), ended)
@@ -450,7 +456,7 @@ def test_checkpoints_of_other_content_are_refused(tmp_path, monkeypatch):
     check = checkpoints._check_all
 
     def check_often(trainer, plan, path, checkpoint):
-        for _ in range(200):
+        for _ in range(100):
             changed, where = mutated(checkpoint, rng)
             try:
                 check(trainer, plan, path, changed)
@@ -462,7 +468,7 @@ def test_checkpoints_of_other_content_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "_check_all", check_often)
     train(Checkpoints(path), 2, ckpt_path=path)
-    assert 0 < len(taken) < 50
+    assert 0 < len(taken) < 25
     for where in taken:  # what is not restored, or as good
         unused = where[0] in ("lr_schedulers", "callbacks") or where[:2] in (
             ["loops", "validate_loop"],

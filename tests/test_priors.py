@@ -19,7 +19,6 @@ from torch.nn.functional import softplus
 
 from vmm_fast import Components, GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
 from vmm_fast.inference import closed_form
-from vmm_fast.inference.gradient import PrivateAdam
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 INPUTS, D = 6, 3
@@ -244,13 +243,6 @@ def test_kl_gives_the_prior_a_gradient_where_training_is_joint_alone(make):
         assert names == (learnt & dict(prior.named_parameters()).keys() if joint else set())
 
 
-def test_components_of_little_weight_are_not_active():
-    prior = gmm()
-    prior.logits = torch.tensor([0.99, 0.006, 0.0025, 0.0015]).double().log()
-    assert prior.active_components().tolist() == [0, 1, 2]
-    assert prior.active_components(threshold=0.004).tolist() == [0, 1]
-
-
 def test_vamp_is_a_mixture_of_posteriors():
     encoder, prior = Encoder(), vamp()
     z = torch.randn(9, D, dtype=torch.float64)
@@ -367,21 +359,6 @@ def test_update_refuses_an_encoder_that_diverged():
     with pytest.raises(ValueError, match="no positive-definite"):
         prior.update(torch.randn(9, D, dtype=torch.float64), encoder)
     assert same_state(before, state_of(prior))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])  # compiled, and torch's Adam
-def test_private_adam_leaves_grad_alone_and_takes_finite_steps_only(dtype):
-    parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
-    parameter.grad = kept = torch.ones_like(parameter)
-    adam = PrivateAdam([parameter], 0.5)
-    adam.descend(1.0, [-torch.ones_like(parameter)])
-    moved = parameter.detach().clone()
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.5), rtol=1e-2, atol=0)
-    for loss, gradient in ((math.inf, kept), (1.0, kept * math.nan)):
-        with pytest.raises(FloatingPointError, match="the prior is unchanged"):
-            adam.descend(loss, [gradient])
-        assert torch.equal(parameter, moved)
-    assert parameter.grad is kept and (kept == 1).all()
 
 
 @pytest.mark.parametrize("map_prior", ["none", "fixed"])
@@ -568,19 +545,6 @@ def test_pruning_by_hand(inference, weights):
     prior.fit(z, encoder)
     assert prior.logits[3] == -torch.inf and prior.logits[:3].isfinite().all()
     assert prior.kl(encoder(inputs()), encoder).isfinite().all()
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_gradients_beside_a_pruned_component(k):
-    encoder, prior = Encoder(), vmm(pseudo_inputs_per_component=k, joint=True)
-    with torch.no_grad():
-        prior.logits[1] = -torch.inf
-    z = encoder(inputs()).sample().requires_grad_()
-    live = [c for c in range(prior.num_components) if c != 1]
-    for method in (prior.log_joint, prior.responsibilities):
-        total = method(z, encoder)[:, live].sum() + prior.kl(encoder(inputs()), encoder).sum()
-        for gradient in torch.autograd.grad(total, [z, prior.pseudo_inputs, *encoder.parameters()]):
-            assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("inference", ["gradient", "closed-form"])

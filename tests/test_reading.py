@@ -261,9 +261,17 @@ def test_columns_of_zarr_that_differ_by_case_alone(tmp_path):
             assert list(obs["Batch"])[:2] == ["Batch 0", "Batch 1"]
 
 
-@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
-@pytest.mark.parametrize("kind", [csr_matrix, csc_matrix, np.asarray])
-@pytest.mark.parametrize("dtype", [">f4", ">i4", ">f8"])
+@pytest.mark.parametrize(
+    ("suffix", "kind", "dtype"),
+    [  # all pairs of a kind with the others
+        ("h5ad", csr_matrix, ">f4"),
+        ("zarr", csr_matrix, ">i4"),
+        ("h5ad", csc_matrix, ">f8"),
+        ("zarr", csc_matrix, ">f4"),
+        ("h5ad", np.asarray, ">i4"),
+        ("zarr", np.asarray, ">f8"),
+    ],
+)
 def test_counts_of_another_byte_order(tmp_path, suffix, kind, dtype):
     adata = make_cells()
     adata.X = adata.layers["twice"] = kind(COUNTS.astype(np.float32))

@@ -158,7 +158,7 @@ def test_the_loss_is_a_bound_under_the_prior(name):
     torch.testing.assert_close(loss.loss, total, rtol=1e-5, atol=1e-4)
 
 
-PRIORS = [(name, prior) for name in MODELS for prior in ("vmm", "gmm")] + [("SCVI", "vamp")]
+PRIORS = [*((name, "vmm") for name in MODELS), ("SCANVI", "gmm"), ("SCVI", "vamp")]
 
 
 @pytest.mark.parametrize(("name", "prior"), PRIORS)
@@ -251,7 +251,7 @@ def test_every_flipped_bit_of_a_saved_model_is_found(tmp_path):
     model, rng, path = learnt("SCVI"), random.Random(0), tmp_path / "model.pt"
     model.save(tmp_path, save_anndata=True, overwrite=True)
     whole, harmless = path.read_bytes(), 0
-    for _ in range(40):
+    for _ in range(20):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -263,7 +263,7 @@ def test_every_flipped_bit_of_a_saved_model_is_found(tmp_path):
             harmless += 1
             loaded = VMMSCVI.load(tmp_path, accelerator="cpu").module.state_dict()
             assert str(loaded) == str(model.module.state_dict())
-    assert harmless < 20
+    assert harmless < 10
 
 
 def test_a_model_that_was_saved_before_there_were_clusters(tmp_path):

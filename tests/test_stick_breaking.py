@@ -257,9 +257,17 @@ def test_concentration_is_continuous_in_the_discount(shape):
     assert near_zero == pytest.approx(at_zero, rel=1e-10)
 
 
-@pytest.mark.parametrize("shape", [1.1, 3.0])
-@pytest.mark.parametrize("discount", [0.01, 0.3, 0.9, 1 - 1e-9])
-@pytest.mark.parametrize("counts", [[100.0] * 50, [1000.0] + [0.0] * 49, [3.0, 2.0, 1.0]])
+@pytest.mark.parametrize(
+    ("counts", "discount", "shape"),
+    [
+        ([100.0] * 50, 0.01, 1.1),
+        ([100.0] * 50, 0.9, 3.0),
+        ([1000.0] + [0.0] * 49, 0.3, 1.1),
+        ([1000.0] + [0.0] * 49, 1 - 1e-9, 3.0),
+        ([3.0, 2.0, 1.0], 0.01, 3.0),
+        ([3.0, 2.0, 1.0], 1 - 1e-9, 1.1),
+    ],
+)
 def test_concentration_to_twelve_digits(counts, discount, shape):
     """The root of the derivative with 40 digits, by mpmath."""
     rate = 0.01

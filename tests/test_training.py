@@ -514,7 +514,7 @@ def test_a_checkpoint_is_of_its_augment(checkpoint):
 def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):
     path, rng = checkpoint(2), random.Random(0)
     whole, sound = path.read_bytes(), load_checked(path)
-    for _ in range(100):
+    for _ in range(50):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -530,7 +530,7 @@ def test_every_changed_entry_of_a_checkpoint_is_found(checkpoint):
     path, rng = checkpoint(2), random.Random(0)
     sound = torch.load(path, weights_only=True)
     changed = 0
-    for _ in range(500):
+    for _ in range(100):
         state, where = mutated(sound, rng)
         torch.save(state, path)
         try:
@@ -540,7 +540,7 @@ def test_every_changed_entry_of_a_checkpoint_is_found(checkpoint):
             changed += 1
         else:
             assert str(found | {"sha256": sound["sha256"]}) == str(sound), where
-    assert changed > 480
+    assert changed > 96
     model = make_model()
     before = str(model.state_dict())
     with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(damaged, or not written by"):
@@ -555,7 +555,7 @@ def test_checkpoints_of_other_content_are_refused(checkpoint):
     model = make_model()
     before = str(model.state_dict())
     refused = 0
-    for _ in range(200):
+    for _ in range(60):
         state, where = mutated(sound, rng)
         try:
             save_atomically(path, state)
@@ -567,7 +567,7 @@ def test_checkpoints_of_other_content_are_refused(checkpoint):
         else:
             assert where[0] in ("versions", "history") or "param_groups" in where, where
             model = make_model()
-    assert refused > 150
+    assert refused > 45
 
 
 def test_damaged_checkpoint(checkpoint):
@@ -643,15 +643,13 @@ def test_progress_without_tqdm(monkeypatch):
         run(make_model(), progress=True)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture"])
-def test_training_on_digits_learns(prior):
+def test_training_on_digits_learns():
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     digits = torch.as_tensor(datasets.load_digits().data, dtype=torch.float32) / 8 - 1
     torch.manual_seed(0)
     digits = digits[torch.randperm(len(digits))]
     x, x_val = digits[:1500], digits[1500:]
-    mixture = VMMPrior(x[:10], latent_dim=4) if prior == "mixture" else None
-    model = VAE(64, 4, prior=mixture, hidden=(64, 32))
+    model = VAE(64, 4, prior=VMMPrior(x[:10], latent_dim=4), hidden=(64, 32))
     history = fit(model, x, x_val, epochs=15, batch_size=64, learning_rate=3e-3)
     # The best that a model without latent variables can do: one mean per pixel, one sigma.
     variance = (x - x.mean(0)).square().mean()

@@ -378,3 +378,10 @@ OPERATIONS = (
     STORED_COMPONENTS,
     COUNT_LOG_PROB,
 )
+
+# All is computed here and not at the first call, which torch.compile may trace: before Python 3.12
+# a cached property takes a lock, which cannot be traced.
+for _operation in OPERATIONS:
+    for _name, _value in vars(Operation).items():
+        if isinstance(_value, functools.cached_property):
+            getattr(_operation, _name)
