@@ -20,7 +20,6 @@ from support import complaint, files_of_at_most, make_cells, written
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import anndata  # noqa: E402
-import h5py  # noqa: E402
 import scanpy  # noqa: E402
 from anndata import AnnData  # noqa: E402
 from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
@@ -231,26 +230,25 @@ def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        "SLURM_JOB_ID=1 SLURM_JOB_NAME=job SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 "
-        "SLURM_NODEID=0 SLURM_NODELIST=n",
-        "SLURM_JOB_ID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=2 SLURM_NODELIST=n",
-        "LOCAL_RANK=1 RANK=1 GROUP_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 "
-        "MASTER_ADDR=localhost MASTER_PORT=1",
-    ],
+SURROUNDINGS = (
+    "SLURM_JOB_ID=1 SLURM_JOB_NAME=job SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=1 "
+    "SLURM_NODEID=0 SLURM_NODELIST=n",
+    "SLURM_JOB_ID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=2 SLURM_NODELIST=n",
+    "LOCAL_RANK=1 RANK=1 GROUP_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 "
+    "MASTER_ADDR=localhost MASTER_PORT=1",
 )
-def test_it_trains_in_one_process_whatever_the_surroundings_say(
-    h5ad, tmp_path, monkeypatch, variables
-):
+
+
+def test_it_trains_in_one_process_whatever_the_surroundings_say(h5ad, tmp_path, monkeypatch):
     assert run(h5ad, tmp_path / "out") == 0
-    for variable in variables.split():
-        monkeypatch.setenv(*variable.split("=", 1))
-    before = os.environ.get("SLURM_JOB_NAME")
-    assert run(h5ad, tmp_path / "in job") == 0
-    assert os.environ.get("SLURM_JOB_NAME") == before
-    same_results(tmp_path / "out", tmp_path / "in job")
+    for number, variables in enumerate(SURROUNDINGS):
+        with monkeypatch.context() as patch:
+            for variable in variables.split():
+                patch.setenv(*variable.split("=", 1))
+            before = os.environ.get("SLURM_JOB_NAME")
+            assert run(h5ad, tmp_path / str(number)) == 0
+            assert os.environ.get("SLURM_JOB_NAME") == before
+        same_results(tmp_path / "out", tmp_path / str(number))
 
 
 def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
@@ -371,7 +369,7 @@ def test_odd_cells_are_noted_and_do_not_break_a_run(tmp_path, capsys):
     assert "note: one batch alone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number, batch_size", [(10, 128), (10, 2), (11, 3)])
+@pytest.mark.parametrize("number, batch_size", [(10, 128), (11, 3)])
 def test_few_cells(tmp_path, number, batch_size):
     path = written(tmp_path, make_cells(number))
     assert run(path, tmp_path / "out", "--batch-size", batch_size, "--components", number) == 0
@@ -391,22 +389,19 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("kind", ["h5ad", "zarr", "shards", "layer"])
+@pytest.mark.parametrize("kind", ["shards", "layer"])
 def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
     monkeypatch.setattr(CellStore, "run", 5)
     monkeypatch.setattr(selection, "SAMPLE", 30)
     adata = make_cells(batches=3)
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--memory", 0]
     options += ["--components", 6]
-    path = {"zarr": tmp_path / "cells.zarr", "shards": shards}.get(kind, tmp_path / "cells.h5ad")
-    if kind == "zarr":
-        adata.write_zarr(path)
-    elif kind == "layer":
+    path = shards
+    if kind == "layer":
         adata.layers["counts"] = adata.X.copy()
         adata.X = np.log1p(adata.X.toarray())
         options += ["--layer", "counts"]
-    if path.suffix == ".h5ad":
-        adata.write_h5ad(path)
+        path = written(tmp_path, adata)
     out, again = tmp_path / "out", tmp_path / "again.h5ad"
     assert run(path, out, *options) == 0
     shown = capsys.readouterr().out
@@ -565,8 +560,8 @@ def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize("on", STOPS)
-def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch, on):
+def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch):
+    on = signal.SIGTERM
     monkeypatch.setattr(integration, "CHECKPOINT_SECONDS", 0)
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
@@ -657,22 +652,15 @@ def test_a_folder_that_may_not_be_used_stays_as_it_is(finished, tmp_path, capsys
     out, source = finished
     before = contents(out)
 
-    def refused(message, *options, path=source, into=out):
-        assert message in complaint(capsys, run(path, into, *options, "--epochs", 20))
+    def refused(message, *options, path=source):
+        assert message in complaint(capsys, run(path, out, *options, "--epochs", 20))
         assert contents(out) == before
 
-    other, foreign = written(tmp_path, make_cells(seed=1), "other.h5ad"), tmp_path / "foreign"
-    (foreign / "model").mkdir(parents=True)
-    zarr = tmp_path / "cells.zarr"
-    make_cells().write_zarr(zarr)
+    other = written(tmp_path, make_cells(seed=1), "other.h5ad")
     refused("integrate --resume, or replace it by integrate --overwrite")
     refused("--seed must be 0 as in the run", "--resume", "--seed", 9)
-    refused("--genes must be 18 as in the run", "--resume", "--genes", 17)
     refused("another input", "--resume", path=other)
     refused("cells.h5ad in it is the input", "--overwrite", path=out / "cells.h5ad")
-    refused("holds model, which is of no run", "--overwrite", into=foreign)
-    refused("folder that can be written to", into=other)
-    refused("lies in the input", path=zarr, into=zarr / "out")
     checkpoint = out / "checkpoint.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert "checkpoint.ckpt: is damaged" in complaint(capsys, resume(source, out))
@@ -732,8 +720,6 @@ def bad_files(folder):
 
     place = r"in cell 'cell 7', gene 'gene 2'"
     case("normalised", changed(0.5), f"X must hold counts, .* has 0.5 {place}")
-    case("negative", changed(-1), f"has -1 {place}")
-    case("nan", changed(np.nan), f"has nan {place}")
     case("infinite", changed(np.inf, sparse=False), f"has inf {place}")
     layers = changed(0.5)
     layers.layers["counts"], layers.layers["log"] = make_cells().X, layers.X
@@ -851,41 +837,11 @@ def test_results_of_an_earlier_run(trained, tmp_path, capsys):
     assert "clusters of an earlier run" in capsys.readouterr().out
 
 
-FULL = """
-import resource, sys; from vmm_fast import cli; from vmm_fast.cells import assignment, integration
-write = integration.write_adata
-def full(*arguments):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))
-    write(*arguments)
-assignment.write_adata = integration.write_adata = full
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow("processes of their own import scvi-tools: HDF5 would crash them")
-@pytest.mark.parametrize("command", ["assign", "integrate"])
-def test_a_full_disk_with_cells_in_memory(trained, tmp_path, command):
-    cells, out = written(tmp_path, make_query(2_000)), tmp_path / "out"
-    out.mkdir()
-    path = out / "cells.h5ad"
-    options = {
-        "assign": [trained, cells, "--out", path],
-        "integrate": [cells, "--out", out, "--epochs", "1", "--accelerator", "cpu"],
-    }[command]
-    script = [sys.executable, "-W", "ignore", "-c", FULL, command, *map(str, options)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done
-    assert done.stderr == f"vmm-fast: {path}: cannot be written: File too large\n"
-    assert not [file for file in out.iterdir() if "cells.h5ad" in file.name]
-
-
-@pytest.mark.parametrize("most", [1_000, 20_000])
-def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeypatch, most):
+def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeypatch):
     write_model = integration.Integration.write_model
 
     def full(self, folder):
-        with files_of_at_most(most):
+        with files_of_at_most(20_000):
             write_model(self, folder)
 
     monkeypatch.setattr(integration.Integration, "write_model", full)
@@ -894,25 +850,6 @@ def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeyp
     error = complaint(capsys, run(h5ad, out))
     assert error.startswith(f"vmm-fast: {out / 'model' / 'model.pt'}: cannot be written: ")
     assert not list((out / "model").iterdir())
-
-
-@pytest.mark.parametrize("damage", ["chunk of rows", "chunk of columns", 999, -3])
-def test_damaged_counts_are_refused_in_memory(trained, tmp_path, capsys, damage):
-    adata, path, out = make_query(300), tmp_path / "cells.zarr", tmp_path / "out.h5ad"
-    if isinstance(damage, int):
-        path, message = written(tmp_path, adata), "X is damaged, has a gene beyond its 20"
-        with h5py.File(path, "r+") as file:
-            file["X/indices"][100] = damage
-    else:
-        message = "X lacks chunks"
-        if damage == "chunk of columns":
-            adata.X = csc_matrix(adata.X)
-        adata.write_zarr(path)
-        chunks = [file for file in (path / "X" / "data").rglob("*") if file.is_file()]
-        max((file for file in chunks if file.suffix != ".json"), key=str).unlink()
-    for command in (lambda: assigned(trained, path, out), lambda: run(path, tmp_path / "out")):
-        assert f"{path}: {message}" in complaint(capsys, command())
-    assert not out.exists() and not (tmp_path / "out").exists()
 
 
 def test_a_file_to_write_that_is_a_folder_or_in_none(trained, h5ad, tmp_path, capsys, monkeypatch):
@@ -1040,7 +977,7 @@ def same_as_in_memory(model, cells, whole, folder, capsys, *options):
     return one, notes
 
 
-@pytest.mark.parametrize("kind", ["h5ad", "zarr", "dense", "layer", "shards"])
+@pytest.mark.parametrize("kind", ["zarr", "layer", "shards"])
 def test_cells_on_disk_are_assigned_as_in_memory(
     trained, tmp_path, kind, capsys, monkeypatch, in_small_parts
 ):
@@ -1053,9 +990,7 @@ def test_cells_on_disk_are_assigned_as_in_memory(
     adata.obs["depth"] = adata.obs["depth"].astype(np.float32)
     adata.obs.index.name = "barcode"
     adata.var["symbol"] = [f"S{i}" for i in range(19)]
-    if kind == "dense":
-        adata.X = adata.X.toarray()
-    elif kind == "layer":  # the model's
+    if kind == "layer":  # the model's
         adata.layers["counts"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray())
     cells = whole = written(tmp_path, adata)
     if kind == "zarr":
