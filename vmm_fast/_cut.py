@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from vmm_fast._errors import InputError
 from vmm_fast._schema import AT_LEAST_0, SHARE, optional, whole
 
-LEAST = 10  # rows or cells: one is held out and nine are trained on
+LEAST_ROWS = 10  # rows or cells: one is held out and nine are trained on
 T = TypeVar("T", bound="Cut")
 
 
@@ -43,8 +43,10 @@ class Cut:
         `number` is that of the things to cluster, which `what` names; components may start from
         `starts` of them. Raises InputError if there are too few of them, or too many components.
         """
-        if number < LEAST:
-            raise InputError(f"must have at least {LEAST} {what} to be clustered, but has {number}")
+        if number < LEAST_ROWS:
+            raise InputError(
+                f"must have at least {LEAST_ROWS} {what} to be clustered, but has {number}"
+            )
         usual["components"] = min(100, max(10, starts // 20), starts)
         found = cls(**usual | {name: x for name, x in given.items() if x is not None})
         if found.components > starts:

@@ -160,6 +160,7 @@ class Clusters:
         return self.components.sample(n, own.multinomial(max(n, 1), replacement=True)[:n])
 
 
+@torch.no_grad()
 def find_clusters(
     components: Components,
     points: Tensor | Iterable[Tensor],
