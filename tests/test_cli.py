@@ -230,7 +230,9 @@ def test_two_clusters_are_found_and_cut_elsewhere_without_training(tmp_path, cap
     assert cli.main([*resume, "--clusters", "10"]) == 0
     found = len({row["cluster"] for row in table(out)})
     assert 1 < found == metrics(out)["clusters"]
-    assert f"note: {found} clusters, not 10: others would be nowhere" in capsys.readouterr().out
+    assert (
+        f"note: {found} clusters, not 10: more would leave some without" in capsys.readouterr().out
+    )
     assert metrics(out)["history"] == before["history"]
     assert metrics(out)["scores"]["accuracy_majority"] > 0.95
     check_results(out, path)

@@ -526,3 +526,14 @@ def test_a_cluster_whose_weights_underflow_has_samples():
     z = clusters.sample(200, 1)
     torch.testing.assert_close(z.mean(0), components.centers[1], atol=1.5, rtol=0)
     assert repr(clusters) == "Clusters(3 of 5 components)"
+
+
+def test_nothing_warns_of_gradients_where_the_encoder_has_parameters():
+    components, z = mixture(), mixture().sample(500).requires_grad_()
+    tree = ClusterTree(Confusion.of(components, z))
+    torch.set_warn_always(True)  # torch gives the warning once a process
+    try:
+        clusters = find_clusters(components, z, tree=tree)
+    finally:
+        torch.set_warn_always(False)
+    assert clusters.num_clusters == find_clusters(components, z.detach(), tree=tree).num_clusters

@@ -488,4 +488,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
                 text = f"{np.size(value):,} values: {text}, …"
         else:
             text = "" if value is None else str(value)
+            text = f"{value:.6g}" if isinstance(value, float) else text
         yield f"{prefix}{name}", text or "-"

@@ -19,7 +19,7 @@ from vmm_fast.cli.options import (
     add_cut,
     add_existing,
     add_options,
-    note_fewer,
+    note_few,
     print_table,
     rate,
     require,
@@ -94,7 +94,7 @@ def add_commands(commands: Any) -> None:
             "--epochs",
             "N",
             whole(1),
-            "most passes over the rows (default: 40, pictures 60, or more)",
+            "passes over the rows at most (default: 40, pictures 60; more for few rows)",
         ),
         ("--latent-dim", "D", whole(1), "latent dimensions (default: 10, at most the columns)"),
         ("--components", "C", whole(1), "Gaussians at most (default: rows / 20, 10 to 100)"),
@@ -193,7 +193,7 @@ def _run(
         clustering.write_pictures(folder.path)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"; go on with: {again}" if again else "") from None
-    note_fewer(settings.clusters, metrics["clusters"], "rows")
+    note_few(settings.clusters, metrics["clusters"], "rows")
     _print_results(metrics, folder.path)
 
 

@@ -31,7 +31,7 @@ from vmm_fast.cli.options import (
     at_least_0,
     cut_of,
     must_exist,
-    note_fewer,
+    note_few,
     print_files,
     print_table,
     rate,
@@ -64,6 +64,7 @@ FILE is one of
   .h5     of 10x Genomics, or the folder with their matrix.mtx, as STARsolo and GEO
           have it, too; genes alone are read, not antibodies, guides and peaks
   .loom   its main matrix
+  folder  of .h5ad files with the same genes (for integrate, assign and prepare)
 
 Values must be counts: normalised or logarithmic ones are refused. The file is only read.
 The results have all its cells and genes, also those that --genes leaves out of training.
@@ -102,16 +103,26 @@ def add_commands(commands: Any) -> None:
         "sweep",
         help="try batch sizes and prior learning rates on single cells",
         description="Run integrate for every batch size and prior learning ratio, the prior's "
-        "learning rate over the network's: the two knobs between many fine clusters and few, well "
+        "learning rate\nover the network's: the two knobs between many fine clusters and few, well "
         "mixed ones.",
         epilog=SWEEP + CELLS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_cells_options(sweep, "-sweep", "more --epochs, --batch-sizes and --ratios")
     sweep.add_argument(
-        "--batch-sizes", nargs="+", metavar="B", type=whole(2), help="default: 64 128 256"
+        "--batch-sizes",
+        nargs="+",
+        metavar="B",
+        type=whole(2),
+        help="cells per step (default: 64 128 256)",
     )
-    sweep.add_argument("--ratios", nargs="+", metavar="R", type=rate, help="default: 1 2 5 10")
+    sweep.add_argument(
+        "--ratios",
+        nargs="+",
+        metavar="R",
+        type=rate,
+        help="the prior's learning rate over the network's (default: 1 2 5 10)",
+    )
     add_cut(sweep)
     sweep.set_defaults(run=_sweep)
 
@@ -405,7 +416,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()
     ]
-    note_fewer(settings.clusters, record["clusters_used"], "cells")
+    note_few(settings.clusters, record["clusters_used"], "cells")
     seconds = round(record["training_seconds"])
     rows += [
         ("clusters", str(record["clusters_used"])),

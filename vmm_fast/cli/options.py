@@ -37,13 +37,18 @@ def add_cut(
     parser: argparse.ArgumentParser, usual_resolution: str = "2", usual_separation: str = "0.02"
 ) -> None:
     """Add the options that say where to cut the tree, with their defaults."""
-    more = f"more gives more clusters (default: {usual_resolution})"
-    least = f"confusion below which none merge (default: {usual_separation})"
+    more = f"a higher one gives more clusters (default: {usual_resolution})"
+    least = f"clusters confused less than this stay apart (default: {usual_separation})"
     add_options(
         parser,
         ("--resolution", "R", at_least_0, more),
         ("--separation", "P", checked(_schema.SHARE), least),
-        ("--clusters", "N", whole(1), "so many clusters, instead of both"),
+        (
+            "--clusters",
+            "N",
+            whole(1),
+            "number of clusters, instead of --resolution and --separation",
+        ),
     )
 
 
@@ -118,11 +123,13 @@ def must_exist(file: str) -> None:
         raise InputError(f"{file}: no such file or folder")
 
 
-def note_fewer(asked: int | None, found: int, what: str) -> None:
-    """Print a note if there are fewer clusters than were asked for."""
+def note_few(asked: int | None, found: int, what: str) -> None:
+    """Print a note if there are fewer clusters than were asked for, or one alone."""
     if asked is not None and found < asked:
         some = counted(found, "cluster")
-        print(f"note: {some}, not {asked}: others would be nowhere the most probable for {what}")
+        print(f"note: {some}, not {asked}: more would leave some without {what}")
+    elif found == 1 and asked is None:
+        print(f"note: 1 cluster: after more --epochs the model may tell {what} apart")
 
 
 def print_table(rows: list[tuple[str, str]], folder: Path, results: dict[str, str]) -> None:

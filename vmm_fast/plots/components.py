@@ -68,7 +68,7 @@ def plot_cluster_samples(
 
 
 def _heat_strips(values: np.ndarray, texts: list[str]) -> Any:
-    """Return a figure of values [C, S, V]: a block of S lines per component, with gaps between."""
+    """Return a figure of values [C, S, V]: a block of S lines per cluster, with gaps between."""
     count, samples, features = values.shape
     gap = max(1, round(samples / 5))
     canvas = np.full((count * (samples + gap) - gap, features), np.nan)
@@ -82,7 +82,7 @@ def _heat_strips(values: np.ndarray, texts: list[str]) -> Any:
     bar.ax.tick_params(labelsize=8, color="#999999")
     centers = np.arange(count) * (samples + gap) + (samples - 1) / 2
     ax.set_yticks(centers, texts, fontsize=7)
-    ax.set_ylabel("component (weight)")
+    ax.set_ylabel("cluster (weight)")
     ax.set_xlabel("feature")
     ax.tick_params(axis="y", length=0)
     ax.tick_params(axis="x", labelsize=8, color="#999999")
@@ -92,7 +92,7 @@ def _heat_strips(values: np.ndarray, texts: list[str]) -> Any:
 
 
 def _image_rows(values: np.ndarray, texts: list[str]) -> Any:
-    """Return a figure of images [C, S, H, W(, 3)] in [0, 1]: a row per component, in columns."""
+    """Return a figure of images [C, S, H, W(, 3)] in [0, 1]: a row per cluster, in columns."""
     count, samples, height, width = values.shape[:4]
     blocks = math.ceil(count / ROWS_PER_BLOCK)
     rows = math.ceil(count / blocks)

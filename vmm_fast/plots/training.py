@@ -76,6 +76,8 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Any:
         ax.set_title(f"{title} (first epochs lie outside)" if hidden else title)
         ax.set_ylabel(unit)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
+        if title == "active components":
+            ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         drawing.tidy(ax)
         if len(curves) > 1:
             ax.legend(frameon=False, fontsize=8, loc="best")
