@@ -238,7 +238,7 @@ class _Shares:
         own = torch.zeros(self.components.num_components, dtype=torch.int64)
         sums: Tensor | None = None  # of the first points, enough to compare with the tree's
         for part in parts_of(self.points, self.components):
-            shared = self.components.responsibilities(part).detach()
+            shared = self.components.responsibilities(part)
             if self._tree is not None:
                 own += shared.argmax(1).bincount(minlength=len(own)).cpu()
                 sums = (shared.double().mT @ shared.double()).cpu() if sums is None else sums
