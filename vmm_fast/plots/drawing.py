@@ -1,4 +1,4 @@
-"""What all pictures share: size, style and colours, files, checks of arguments."""
+"""Sizes, style, colours, files and checks of arguments, which all pictures share."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ class LearntPrior(Prior):
 
     @property
     def joint(self) -> bool:
-        """Whether :meth:`kl` trains the prior's own parameters too."""
+        """Return whether :meth:`kl` trains the prior's own parameters too."""
         raise NotImplementedError
 
     def _centers(

@@ -116,7 +116,7 @@ class BayesianMixturePrior(LearntPrior):
 
     @property
     def joint(self) -> bool:
-        """Whether :meth:`kl` trains the prior's own parameters too."""
+        """Return whether :meth:`kl` trains the prior's own parameters too."""
         return self.options.joint
 
     def _objective(self, points: int) -> Objective:

@@ -1,4 +1,4 @@
-"""How a Bayesian mixture is learnt: the options of VMMPrior and GaussianMixturePrior."""
+"""Options of VMMPrior and GaussianMixturePrior: how a Bayesian mixture is learnt."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class VampPrior(LearntPrior):
 
     @property
     def joint(self) -> bool:
-        """Whether :meth:`kl` trains the pseudo-inputs too."""
+        """Return whether :meth:`kl` trains the pseudo-inputs too."""
         return self._joint
 
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
