@@ -338,10 +338,11 @@ struct Positions {
     for (; g + 16 <= genes; g += 16, lane = _mm512_add_epi32(lane, sixteen)) {
       const __m512 x = _mm512_loadu_ps(counts + g);
       const __mmask16 above = _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_UQ);  // a NaN as well
-      const __m512 whole = _mm512_cvtepi32_ps(_mm512_cvttps_epi32(x));
-      const __mmask16 is_small = above & _mm512_cmp_ps_mask(x, zero, _CMP_GT_OQ) &
-                                 _mm512_cmp_ps_mask(x, most, _CMP_LE_OQ) &
-                                 _mm512_cmp_ps_mask(x, whole, _CMP_EQ_OQ);
+      const __mmask16 in_range =
+          _mm512_cmp_ps_mask(x, zero, _CMP_GT_OQ) & _mm512_cmp_ps_mask(x, most, _CMP_LE_OQ);
+      const __m512i whole = _mm512_maskz_cvttps_epi32(in_range, x);
+      const __mmask16 is_small = _mm512_mask_cmp_ps_mask(
+          in_range, x, _mm512_maskz_cvtepi32_ps(in_range, whole), _CMP_EQ_OQ);
       // Whole vectors are written: there is room for them, as g lanes at most are behind.
       _mm512_storeu_si512(small + num_small, _mm512_maskz_compress_epi32(is_small, lane));
       num_small += __builtin_popcount(is_small);
@@ -442,7 +443,8 @@ void backward(const CountRow<T>& row, T grad, const CountGradients<T>& out, int3
     const auto is_zero = g.x == 0;
     const Vec<T> none{};
     d.mu = (g.mu > T(kLeast)) | (g.mu != g.mu) ? grad * d.mu : none;
-    d.theta = is_zero & ((g.theta > T(kLeast)) | (g.theta != g.theta)) ? grad * d.theta : none;
+    const auto theta_counts = (g.theta > T(kLeast)) | (g.theta != g.theta);
+    d.theta = (is_zero & theta_counts) ? grad * d.theta : none;
     d.l *= grad;
     const auto write = [=](Vec<T> from, T* to) {
       if (count == lanes)

@@ -67,15 +67,16 @@ Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// GCC makes a comparison and a blend of the above for the widest vectors.
+// GCC makes a comparison and a blend of the above for the widest vectors. Without a mask, its
+// header passes a vector that is not initialized, and it warns of that wherever this is inlined.
 #if VMM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 template <>
 inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
-  return _mm512_max_ps(a, b);
+  return _mm512_maskz_max_ps(__mmask16(-1), a, b);
 }
 template <>
 inline Vec<double> max<double>(Vec<double> a, Vec<double> b) {
-  return _mm512_max_pd(a, b);
+  return _mm512_maskz_max_pd(__mmask8(-1), a, b);
 }
 #endif
 
@@ -89,6 +90,19 @@ Vec<T> min(Vec<T> a, Vec<T> b) {
 inline Vec<double> sqrt(Vec<double> x) {
   for (int lane = 0; lane < Simd<double>::lanes; lane++) x[lane] = __builtin_sqrt(x[lane]);
   return x;
+}
+
+// Lane i is lane index[i] of a and b, side by side.
+template <class T>
+Vec<T> shuffle(Vec<T> a, Vec<T> b, typename Simd<T>::IntVec index) {
+#ifdef __clang__  // has no such function for indices in a variable; it sees through the loop
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> found;
+  for (int i = 0; i < lanes; i++) found[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
+  return found;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
 }
 
 // The sums of as many vectors, side by side in memory, as a vector has lanes; pairwise, so that the
@@ -109,8 +123,8 @@ Vec<T> sums(const T* vectors) {
     const IntVec second = (lane & width) != 0 ? IntVec{} + lanes : IntVec{};
 #pragma GCC unroll 8
     for (int i = 0; i < width; i++)
-      x[i] = __builtin_shuffle(x[i], x[i + width], lane | second) +
-             __builtin_shuffle(x[i], x[i + width], (lane ^ width) | second);
+      x[i] = shuffle<T>(x[i], x[i + width], lane | second) +
+             shuffle<T>(x[i], x[i + width], (lane ^ width) | second);
   }
   return x[0];
 }

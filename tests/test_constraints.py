@@ -1,11 +1,14 @@
-"""The pinned versions: the hooks have them, and they resolve with torch from the package index."""
+"""Versions: pinned ones are those of the hooks and resolve together; old ones are refused."""
 
 import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from vmm_fast._checks import check_version
 
 uv = pytest.importorskip("uv", reason="uv is not installed")
 
@@ -51,3 +54,16 @@ def test_constraints_resolve_with_torch_from_the_index(index, python, tmp_path):
     assert run.returncode == 0, run.stderr
     found = {line for line in resolved.read_text().splitlines() if line[0] != "#"}
     assert found and not found - pinned_versions()
+
+
+@pytest.mark.parametrize(
+    ("found", "accepted"),
+    [("2.6.0", True), ("2.13.0+cpu", True), ("2.6.0a0+git12", True), ("2.5.1+cu124", False)],
+)
+def test_a_package_that_is_too_old_is_named(found, accepted):
+    module = SimpleNamespace(__name__="torch", __version__=found)
+    if accepted:
+        check_version(module, "2.6")
+    else:
+        with pytest.raises(ImportError, match=re.escape(f"needs torch >= 2.6, but {found} is")):
+            check_version(module, "2.6")

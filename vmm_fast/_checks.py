@@ -1,12 +1,23 @@
-"""Checks of arguments that many modules share."""
+"""Checks of arguments, and of packages' versions, that many modules share."""
 
 from __future__ import annotations
 
 import math
 import operator
+import re
+from types import ModuleType
 from typing import Any
 
-__all__ = ["check_choice", "check_integer", "check_positive", "number_of"]
+__all__ = ["check_choice", "check_integer", "check_positive", "check_version", "number_of"]
+
+
+def check_version(module: ModuleType, least: str) -> None:
+    """Raise ImportError unless a package has at least this version, such as "2.6"."""
+    found, needed = (re.findall(r"\d+", v)[:3] for v in (module.__version__, least))
+    if [*map(int, found)] < [*map(int, needed)]:
+        raise ImportError(
+            f"vmm_fast needs {module.__name__} >= {least}, but {module.__version__} is installed"
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

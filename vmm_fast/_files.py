@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -27,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 DIGEST = "sha256"
 # A temporary file younger than this may belong to a process that has not locked it yet.
@@ -304,6 +308,8 @@ class Lock:
 
 def _is_locked(file: Any) -> bool:
     """Return whether another process has locked the open file; False on disks without locks."""
+    if fcntl is None:
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -313,6 +319,8 @@ def _is_locked(file: Any) -> bool:
 
 def _lock(file: Any) -> bool:
     """Lock the open file; return False if another process holds it or the disk has no locks."""
+    if fcntl is None:
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -23,8 +23,9 @@ class HungUp(KeyboardInterrupt):
 STOPS: dict[signal.Signals, type[KeyboardInterrupt]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Terminated,
-    signal.SIGHUP: HungUp,
 }
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    STOPS[signal.SIGHUP] = HungUp
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
     """
     if layer is not None and layer not in adata.layers:
         raise InputError(
-            f"--layer {layer}: must be one of the layers, {describe_choices(adata.layers)}"
+            f"--layer {layer}: must be one of the layers, {describe_choices(layers_of(adata))}"
         )
     matrix = adata.X if layer is None else adata.layers[layer]
     where = "X" if layer is None else f"layers[{layer!r}]"
@@ -259,7 +259,7 @@ def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
     fault = "is absent" if matrix is None else _no_counts(matrix, adata, dtype)
     if fault is None:
         return matrix
-    others = [name for name in adata.layers if check_counts(adata.layers[name], adata) is None]
+    others = [name for name, x in layers_of(adata).items() if check_counts(x, adata) is None]
     cure = ""
     if others:
         cure = f"; these hold counts: {', '.join(f'--layer {name}' for name in others)}"
@@ -268,6 +268,11 @@ def counts_of(adata: AnnData, layer: str | None, dtype: Any = None) -> Any:
     elif adata.raw is not None and check_counts(adata.raw.X, adata) is None:
         cure = "; raw holds counts: write adata.raw.to_adata() to a file and give that"
     raise InputError(f"{where} must hold counts, whole numbers from 0, {fault}{cure}")
+
+
+def layers_of(adata: AnnData) -> dict[str, Any]:
+    """Return the layers by name, without X, which anndata has among them from 0.13 on."""
+    return {name: layer for name, layer in adata.layers.items() if name is not None}
 
 
 def check_counts(matrix: Any, adata: AnnData) -> str | None:

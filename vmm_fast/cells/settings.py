@@ -10,7 +10,7 @@ from anndata import AnnData
 from vmm_fast._cut import Cut
 from vmm_fast._schema import RATE, flag, optional, text, whole
 from vmm_fast.cells.store import CellStore
-from vmm_fast.scvi.module import PRIOR_LEARNING_RATE
+from vmm_fast.scvi.latent_prior import PRIOR_LEARNING_RATE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -566,7 +566,8 @@ def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]
     """
     found = [name for name in ("X", "raw") if element(name) is not None]
     for name in ("layers", "obsm", "obsp", "varm", "varp"):
-        found += [f"{name}/{key}" for key in element(name) or ()]
+        # From anndata 0.13 on, X is a layer, too, and has no name there.
+        found += [f"{name}/{key}" for key in element(name) or () if key is not None]
     if len(element("uns") or ()):
         found.append("uns")
     return [name for name in found if name != counts]

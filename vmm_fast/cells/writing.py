@@ -28,7 +28,7 @@ from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, write_atomically
 from vmm_fast._stopping import STOPS
 from vmm_fast.cells.frames import STRINGS
-from vmm_fast.cells.reading import damage_of
+from vmm_fast.cells.reading import damage_of, layers_of
 from vmm_fast.cells.store import CellStore
 
 # Columns of obs in the results.
@@ -225,7 +225,8 @@ class _Elements:
                 self._element(raw, name, dict(value) if name == "varm" else value)
         for name in ("obs", "var"):
             self._element(file, name, getattr(adata, name))
-        for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+        self._element(file, "layers", layers_of(adata))
+        for name in ("obsm", "varm", "obsp", "varp", "uns"):
             self._element(file, name, dict(getattr(adata, name)))
 
     def _element(self, group: Any, name: str, value: Any) -> None:

@@ -40,7 +40,7 @@ from vmm_fast.cli.options import (
     with_cut,
 )
 
-SCVI_NEEDS = ("scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
+SCVI_NEEDS = ("scvi", "vmm_fast.scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
 EPOCHS_HELP = "passes over the cells (default: 100, from 80,000 cells on fewer)"
 ASSIGN = """\

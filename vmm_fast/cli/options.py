@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import platform
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -108,13 +110,18 @@ at_least_0 = checked(_schema.AT_LEAST_0)
 
 
 def require(*modules: str, extra: str = "cli") -> None:
-    """Raise InputError if a package is missing, naming the extra that installs it."""
+    """Raise InputError if a package is missing or too old, naming the extra that installs it."""
+    if "scvi" in extra and sys.version_info < (3, 11):
+        raise InputError(f"cells need Python >= 3.11, but this is {platform.python_version()}")
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError:
+        except ModuleNotFoundError:
             message = f"needs {name}, which is not installed: pip install 'vmm-fast[{extra}]'"
             raise InputError(message) from None
+        except ImportError as error:
+            cure = f"pip install --upgrade 'vmm-fast[{extra}]'"
+            raise InputError(f"{error}: {cure}") from None
 
 
 def must_exist(file: str) -> None:

@@ -12,7 +12,6 @@ unbroken one (same machine, versions and thread count).
 """
 
 import copy
-import json
 import math
 import os
 import time
@@ -41,6 +40,7 @@ from vmm_fast._schema import (
     whole,
 )
 from vmm_fast.inference.gradient import check_adam_state
+from vmm_fast.models.noise import noise_state, own_random_state, seed_noise, set_noise_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
@@ -75,10 +75,6 @@ class History(list[dict[str, Any]]):
     """
 
     best_epoch: int | None = None
-
-    def to_json(self) -> str:
-        """Return the epochs as a JSON list."""
-        return json.dumps(list(self), indent=1)
 
 
 def fit(
@@ -178,7 +174,7 @@ def fit(
     path = _checkpoint_path(checkpoint, resume)
     was_training = model.training
     try:
-        with _own_random_state(model):
+        with own_random_state(model):
             run = _Run(
                 model,
                 x_train,
@@ -202,7 +198,7 @@ def fit(
                         save_atomically(path, run.state())
                     show(record)
                     if on_epoch_end is not None:
-                        with _own_random_state(model):
+                        with own_random_state(model):
                             on_epoch_end(dict(record))
             if run.best_weights is not None:
                 model.load_state_dict(run.best_weights)
@@ -250,7 +246,7 @@ class _Run:
             model.parameters(), lr=learning_rate, eps=ADAM_EPS, fused=True
         )
         self.shuffle = torch.Generator().manual_seed(seed)
-        _seed_noise(seed, self.device)
+        seed_noise(seed, self.device)
         self.epoch = 0
         self.history = History()
         self.best_elbo = -math.inf
@@ -378,8 +374,8 @@ class _Run:
         model.eval()
         prior = self.stand_in((self.epoch + 1) * self.steps - 1)
         totals, means = [0.0] * 3, []
-        with _own_random_state(model), self.diverging("validation"):
-            _seed_noise(self.seed, self.device)
+        with own_random_state(model), self.diverging("validation"):
+            seed_noise(self.seed, self.device)
             for start in range(0, len(x_val), self.batch_size):
                 terms = model.elbo(self.batch(x_val[start : start + self.batch_size]), prior)
                 sums = torch.stack([term.sum() for term in terms[:3]]).tolist()
@@ -414,7 +410,7 @@ class _Run:
             "versions": {"torch": str(torch.__version__)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "noise": _noise_state(self.device),
+            "noise": noise_state(self.device),
             "shuffle": self.shuffle.get_state(),
             "epoch": self.epoch,
             "history": list(self.history),
@@ -443,7 +439,7 @@ class _Run:
         check(what, state, self.check)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        _set_noise_state(state["noise"], self.device)
+        set_noise_state(state["noise"], self.device)
         self.shuffle.set_state(state["shuffle"])
         self.history = History(state["history"])
         self.epoch = len(self.history)
@@ -548,39 +544,6 @@ def _checkpoint_path(checkpoint: str | os.PathLike[str] | None, resume: bool) ->
             f"resume=True, but checkpoint {str(path)!r} does not exist; leave resume out to start"
         )
     return path
-
-
-@contextmanager
-def _own_random_state(model: VAE) -> Iterator[None]:
-    """Restore, after a ``with`` block, the global random generators that the model draws from."""
-    device = next(model.parameters()).device
-    state = _noise_state(device)
-    try:
-        yield
-    finally:
-        _set_noise_state(state, device)
-
-
-# The generators behind `rsample` on a device: the CPU's, and a GPU's own. Not `torch.manual_seed`,
-# which would disturb every other GPU of the process.
-def _seed_noise(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _noise_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_noise_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @contextmanager
