@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import operator
 import re
-from types import ModuleType
+from importlib.metadata import version
 from typing import Any
 
 __all__ = ["check_choice", "check_integer", "check_positive", "check_version", "number_of"]
 
 
-def check_version(module: ModuleType, least: str) -> None:
-    """Raise ImportError unless a package has at least this version, such as "2.6"."""
-    found, needed = (re.findall(r"\d+", v)[:3] for v in (module.__version__, least))
-    if [*map(int, found)] < [*map(int, needed)]:
-        raise ImportError(
-            f"vmm_fast needs {module.__name__} >= {least}, but {module.__version__} is installed"
-        )
+def check_version(package: str, least: str) -> None:
+    """Raise ImportError unless an installed package has at least this version, such as "2.6"."""
+    found = version(package)
+    numbers, needed = (re.findall(r"\d+", text)[:3] for text in (found, least))
+    if [*map(int, numbers)] < [*map(int, needed)]:
+        raise ImportError(f"vmm_fast needs {package} >= {least}, but {found} is installed")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

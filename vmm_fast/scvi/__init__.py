@@ -1,23 +1,15 @@
 """Models of scvi-tools with a mixture prior; needs ``pip install "vmm-fast[scvi]"``."""
 
-import anndata
-import scvi
-
 from vmm_fast._checks import check_version
 
-check_version(scvi, "1.4.2")
-check_version(anndata, "0.11")
+check_version("scvi-tools", "1.4.2")
+check_version("anndata", "0.11")
 
 from vmm_fast.scvi.checkpoints import Checkpoints  # noqa: E402  needs these versions
 from vmm_fast.scvi.latent_prior import LatentPrior  # noqa: E402
+from vmm_fast.scvi.latent_prior_model import LatentPriorModel  # noqa: E402
 from vmm_fast.scvi.loading import CellDataModule, MemoryCells  # noqa: E402
-from vmm_fast.scvi.model import (  # noqa: E402
-    VMMPEAKVI,
-    VMMSCANVI,
-    VMMSCVI,
-    VMMTOTALVI,
-    LatentPriorModel,
-)
+from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE  # noqa: E402
 from vmm_fast.scvi.training import (  # noqa: E402
     EmpiricalBayes,

@@ -30,6 +30,18 @@ _OF_PANDAS = (
     "internals.managers.BlockManager",
     "series.Series",
 )
+# From pandas 3 on, classes have the names that users know.
+_PANDAS_3 = (
+    "Categorical",
+    "CategoricalDtype",
+    "DataFrame",
+    "Index",
+    "RangeIndex",
+    "Series",
+    "StringDtype",
+    "arrays.NumpyExtensionArray",
+    "arrays.StringArray",
+)
 ALLOWED = {
     "builtins.bytes",
     "builtins.dict",
@@ -43,6 +55,7 @@ ALLOWED = {
     "pandas._libs.internals._unpickle_block",
     *(f"{core}.{name}" for core in _NUMPY for name in _OF_NUMPY),
     *(f"pandas.core.{name}" for name in _OF_PANDAS),
+    *(f"pandas.{name}" for name in _PANDAS_3),
 }
 
 
