@@ -97,16 +97,26 @@ def h5ad(tmp_path):
 def without_report():
     from vmm_fast.cells import report
 
+    write_report = report.write_report
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda path, *rest: path.touch())
-        yield
+        yield write_report
 
 
 @pytest.fixture(scope="module")
 def no_report():
     """Skip the report of `integrate`, which takes most of a small run's time."""
-    with without_report():
-        yield
+    with without_report() as write_report:
+        yield write_report
+
+
+@pytest.fixture
+def with_report(monkeypatch, no_report):
+    """Write the report, but without UMAP, whose first call compiles for ten seconds."""
+    from vmm_fast.cells import report
+
+    monkeypatch.setattr(report, "write_report", no_report)
+    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from support import (
 )
 from torch.nn.functional import softplus
 
-from vmm_fast import _core, backends, reference
+from vmm_fast import backends, reference
 from vmm_fast.inference import closed_form, empirical_bayes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 
@@ -427,8 +427,7 @@ def batches_of(device, *sizes, dtype=torch.float64):
 )
 def test_online_steps(device, form, objective):
     parameters = random_parameters(c=3, **form, device=device)
-    batches = batches_of(device, 20, 20, 20)
-    assert_online_steps(parameters, objective, batches)
+    assert_online_steps(parameters, objective, batches_of(device, 20, 20))
 
 
 @in_each_backend(["d"], [(17,), (33,)])
@@ -468,7 +467,7 @@ def test_pruned_components_stay_so_in_online_steps(device, objective):
 def test_online_steps_with_a_component_without_points(device, map_prior):
     """The center stays without a prior; so does the precision, where the scatter is singular."""
     parameters = free_parameters(device, 3, centers=(1, 1e3))
-    assert_online_steps(parameters, objective_of(map_prior), batches_of(device, 20, 20))
+    assert_online_steps(parameters, objective_of(map_prior), batches_of(device, 20))
 
 
 @pytest.mark.parametrize("spread", [(1, 0, 1), (1e-3, 1, 1e6)], ids=["none", "rounding noise"])
@@ -538,18 +537,6 @@ def test_a_point_that_is_not_finite_moves_nothing(device, scale, weights, steps)
         z[3, 1] = torch.nan
         empirical_bayes.online_step(parameters, z, running, objective, **settings)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-
-
-COUNTS = ([70, 20, 9, 1, 0], [20, 20, 20, 20, 21], [1000, 0, 0, 0, 0], [5], [1e-12] * 30)
-
-
-@pytest.mark.parametrize("counts", [*COUNTS, [3e5, 2.5, 1e-3, 40, 1e4]])
-def test_maximise_concentration(counts):
-    counts = torch.tensor(counts, dtype=torch.float64)
-    true = closed_form.maximise_concentration(counts)
-    for start in (1e-9, 1.0, 1e9):
-        found = _core.maximise_concentration(counts.data_ptr(), len(counts), start)
-        assert found == pytest.approx(true, rel=1e-8)
 
 
 # --- memory, sizes and threads ---

@@ -14,7 +14,14 @@ from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 from torch.nn.functional import softplus
 
-from vmm_fast import Components, GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
+from vmm_fast import (
+    Components,
+    GaussianMixturePrior,
+    StandardNormalPrior,
+    VampPrior,
+    VMMPrior,
+    _core,
+)
 from vmm_fast.inference import closed_form
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -381,11 +388,19 @@ def test_fit_never_loses_and_ends_at_a_stationary_point(k, map_prior):
 
 
 @pytest.mark.parametrize(
-    "counts", [[70.0, 20, 9, 1, 0], [20.0, 20, 20, 20, 21], [1000.0, 0, 0, 0, 0]]
+    "counts",
+    [
+        [70, 20, 9, 1, 0],
+        [20, 20, 20, 20, 21],
+        [1000, 0, 0, 0, 0],
+        [5],
+        [1e-12] * 30,
+        [3e5, 2.5, 1e-3, 40, 1e4],
+    ],
 )
 def test_closed_form_concentration(counts):
     """Against scipy's bounded minimiser on the Dirichlet-multinomial likelihood."""
-    counts = np.array(counts)
+    counts = np.array(counts, dtype=float)
 
     def loss(t):
         gamma = np.exp(t)
@@ -398,6 +413,9 @@ def test_closed_form_concentration(counts):
     )
     actual = closed_form.maximise_concentration(torch.tensor(counts))
     assert loss(np.log(actual)) <= best.fun + 1e-9 * abs(best.fun)
+    for start in (1e-9, 1.0, 1e9):
+        found = _core.maximise_concentration(counts.ctypes.data, len(counts), start)
+        assert found == pytest.approx(actual, rel=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

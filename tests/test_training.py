@@ -279,13 +279,6 @@ def test_schedules():
     assert learning_rate_share("cosine", 0, 1) < 1
 
 
-def test_finished_run_resumes_to_more_epochs_only(trained, checkpoint):
-    path, again = checkpoint(4), make_model(seed=1)
-    assert len(run(again, checkpoint=path, resume=True)) == 4
-    assert_same_state(again.state_dict(), trained[0].state_dict())
-    assert len(run(again, epochs=5, checkpoint=path, resume=True)) == 5
-
-
 def fix_validation(monkeypatch, values):
     """Let the validation ELBO take given values; return the weights after each epoch."""
     weights = []
