@@ -1,5 +1,6 @@
 """Shared by all tests: what runs when, each backend and each instruction set in turn."""
 
+import contextlib
 import os
 import signal
 import warnings
@@ -82,6 +83,66 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", wrap_once)
         yield
+
+
+@pytest.fixture
+def h5ad(tmp_path):
+    """A file of cells of two types, in two batches."""
+    from support import written
+
+    return written(tmp_path)
+
+
+@contextlib.contextmanager
+def without_report():
+    from vmm_fast.cells import report
+
+    write_report = report.write_report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda path, *rest: path.touch())
+        yield write_report
+
+
+@pytest.fixture(scope="module")
+def no_report():
+    """Skip the report of `integrate`, which takes most of a small run's time."""
+    with without_report() as write_report:
+        yield write_report
+
+
+@pytest.fixture
+def with_report(monkeypatch, no_report):
+    """Write the report, but without UMAP, whose first call compiles for ten seconds."""
+    from vmm_fast.cells import report
+
+    monkeypatch.setattr(report, "write_report", no_report)
+    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Return the results of `integrate` on three batches, whose counts are in a layer."""
+    from support import integrated, make_cells, written
+
+    folder = tmp_path_factory.mktemp("trained")
+    adata = make_cells(batches=3)
+    adata.layers["counts"] = adata.X.copy()
+    options = ["--batch-key", "batch", "--layer", "counts", "--genes", 18, "--components", 8]
+    options += ["--epochs", 15, "--learning-rate", 0.03, "--clusters", 3]
+    with without_report():
+        assert integrated(written(folder, adata), folder / "out", *options) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """Return the results of `integrate` on the cells of the fixture h5ad, without options."""
+    from support import integrated, written
+
+    folder = tmp_path_factory.mktemp("plain")
+    with without_report():
+        assert integrated(written(folder), folder / "out") == 0
+    return folder / "out"
 
 
 # A GPU's tensors, where test_gpu.py starts the tests without the interpreter.

@@ -384,3 +384,34 @@ def mutated(state, rng):
     else:
         holder[key] = others[place]
     return state, path
+
+
+def integrated(cells, out, *options):
+    """Return the exit code of ``vmm-fast integrate``, of two epochs if no others are given."""
+    from vmm_fast import cli
+
+    command = ["integrate", cells, "--out", out, "--epochs", 2, "--accelerator", "cpu", *options]
+    return cli.main([str(word) for word in command])
+
+
+def assigned(model, cells, out, *options):
+    """Return the exit code of ``vmm-fast assign``."""
+    from vmm_fast import cli
+
+    return cli.main([str(word) for word in ("assign", model, cells, "--out", out, *options)])
+
+
+def cells_of(out):
+    """Return the cells that ``vmm-fast integrate`` wrote to this folder."""
+    from anndata import read_h5ad
+
+    return read_h5ad(out / "cells.h5ad")
+
+
+def model_of(out):
+    """Return the model of a run of ``vmm-fast integrate``, with its cells."""
+    from vmm_fast.scvi import VMMSCVI
+
+    cells = cells_of(out)
+    cells = cells[:, cells.var["vmm_gene"]].copy()
+    return VMMSCVI.load(out / "model", cells, accelerator="cpu")

@@ -156,15 +156,12 @@ def test_the_demo_s_images_are_5000_of_mnist():
     assert np.bincount(labels).tolist() == [500] * 10
 
 
-@pytest.mark.parametrize("kind", ["npy", "npz", "csv", "images"])
+@pytest.mark.parametrize("kind", ["npy", "csv", "images"])
 def test_cluster(tmp_path, capsys, kind, request):
     x, labels = vectors()
     if kind == "npy":
         path = tmp_path / "x.npy"
-        np.save(path, x.astype(np.float32))
-    elif kind == "npz":
-        path = tmp_path / "x.npz"
-        np.savez(path, some_name=x.astype(">f8"), y=labels)
+        np.save(path, x.astype(">f4"))
     elif kind == "images":
         path = tmp_path / "x.npz"
         pixels = np.random.default_rng(0).integers(0, 256, (ROWS, 6, 4, 3), dtype=np.uint8)
@@ -258,10 +255,8 @@ def test_two_clusters_are_found_and_cut_elsewhere_without_training(tmp_path, cap
     assert metrics(out)["clusters"] == 2 < found
 
 
-@pytest.mark.parametrize(
-    ("on", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGHUP, "hung up", 129)]
-)
-def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, word, code):
+def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch):
+    on = signal.SIGHUP
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--epochs", "4", "--seed", "1", "--components", "6"]
     assert cluster(npy, whole, *options) == 0
@@ -280,8 +275,8 @@ def test_resume_equals_an_unbroken_run(npy, tmp_path, capsys, monkeypatch, on, w
     monkeypatch.setattr(vmm_fast.arrays.clustering, "fit", stopped)
     capsys.readouterr()
     handler = signal.getsignal(on)
-    error = complaint(capsys, cluster(npy, broken, *options), code)
-    assert f"{word}; go on with: vmm-fast cluster {npy} --out '{broken}' --resume" in error
+    error = complaint(capsys, cluster(npy, broken, *options), 129)
+    assert f"hung up; go on with: vmm-fast cluster {npy} --out '{broken}' --resume" in error
     assert signal.getsignal(on) is handler
     assert {p.name for p in broken.iterdir()} == {"run.json", "checkpoint.pt"}
     torch.load(broken / "checkpoint.pt", weights_only=True)
@@ -419,58 +414,6 @@ def test_constant_columns_and_large_offsets(tmp_path, capsys, pictures):
     np.testing.assert_allclose(scaled.std(0, correction=0), [1, 0, 1, 1, 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("value, images", [(255, True), (256, False), (0.5, False), (-1, False)])
-def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
-    x = np.arange(20 * 64).reshape(20, 64) % 17.0
-    x[3, 5] = value
-    np.save(tmp_path / "x.npy", x)
-    data = read(tmp_path / "x.npy")
-    assert data.images == images and bool(data.notes) == images
-    pictures = data.pictures(data.values)
-    assert (None if pictures is None else pictures.shape) == ((20, 8, 8) if images else None)
-    np.save(tmp_path / "x.npy", x[:, :63])
-    assert not read(tmp_path / "x.npy").images
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, shape, labels, noted",
-    [
-        ("1,2\n3,4\n5,6\n", (3, 2), None, True),
-        ("a;b\n1;2\n3;4\n", (2, 2), None, False),
-        ("1\t2\r\n3\t4\r\n", (2, 2), None, True),
-        ("label,a,b\nu,1,2\nv,3,4\n", (2, 2), ["u", "v"], False),
-        ('"a","y"\n"1.5","7"\n"2","8"\n', (2, 1), ["7", "8"], False),
-        ("x,y\n1,2\n3,4\n", (2, 2), None, True),  # a point in the plane
-        (",a,b\n0,1,2\n1,3,4\n", (2, 2), None, True),  # as pandas writes a table
-        ("0,1\n5,6\n7,8\n", (2, 2), None, True),  # pandas again: columns without names
-        ('"","a"\n"row 1",1\n"row 2",2\n', (2, 1), None, True),  # as R writes a table
-    ],
-)  # fmt: skip
-def test_tables(tmp_path, text, shape, labels, noted):
-    (tmp_path / "x.csv").write_text(text)
-    data = read(tmp_path / "x.csv")
-    assert data.values.shape == shape
-    assert (None if data.labels is None else data.labels.tolist()) == labels
-    assert bool(data.notes) == noted
-
-
-def test_no_label_is_trained_on(tmp_path):
-    """Columns of labels are left out whatever their name, and the user is told."""
-    rows = "\n".join(f"{i % 3},{i % 3},{i / 7},{-i}" for i in range(12))
-    (tmp_path / "x.csv").write_text(f"labels,y,a,b\n{rows}\n")
-    data = read(tmp_path / "x.csv")
-    assert data.values.shape == (12, 2) and len(data.labels) == 12
-    assert any("'y' is named like a label too" in note for note in data.notes)
-    np.savez(
-        tmp_path / "x.npz", x=np.arange(24.0).reshape(12, 2), label=np.arange(12), z=np.ones(3)
-    )
-    data = read(tmp_path / "x.npz")
-    assert data.labels.tolist() == list(range(12)) and data.notes == ["arrays left out: z"]
-
-
 def test_a_closed_stderr_is_no_obstacle(npy, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert cluster(npy, tmp_path / "out") == 0
@@ -533,7 +476,6 @@ def bad_files(folder):
         ("one dimension", x[:, 0], r"has \[60\]"),
         ("five dimensions", np.zeros((2, 2, 2, 2, 2)), r"has \[2, 2, 2, 2, 2\]"),
         ("no rows", x[:0], "must not be empty"),
-        ("no columns", x[:, :0], "must not be empty"),
         ("nine rows", x[:9], "at least 10 rows to be clustered, but has 9"),
         ("all the same", np.ones((50, 3)), "all rows are the same"),
         ("too far apart", changed(1e300), "too far apart"),
@@ -582,13 +524,8 @@ def test_bad_input(tmp_path, capsys):
     "options, message",
     [
         (["--components", "55"], "--components must be at most 54"),
-        (["--components", "0"], "--components: must be a whole number of at least 1, but is 0"),
         (["--epochs", "many"], "--epochs: must be a whole number of at least 1, but is 'many'"),
-        (["--latent-dim", "-1"], "--latent-dim: must be a whole number"),
-        (["--batch-size", "2.5"], "--batch-size: must be a whole number"),
         (["--learning-rate", "0"], "--learning-rate: must be a finite number above 0"),
-        (["--learning-rate", "nan"], "--learning-rate: must be a finite number above 0"),
-        (["--seed", "-1"], "--seed: must be a whole number of at least 0"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )

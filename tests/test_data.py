@@ -367,3 +367,52 @@ def test_numbers_that_only_long_double_holds_are_no_numbers(tmp_path):
     np.save(tmp_path / "a.npy", values)
     with pytest.raises(InputError, match="must be finite, but has inf in row 4, column 2"):
         read(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("value, images", [(255, True), (256, False), (0.5, False), (-1, False)])
+def test_flattened_images_are_known_by_their_values(tmp_path, value, images):
+    x = np.arange(20 * 64).reshape(20, 64) % 17.0
+    x[3, 5] = value
+    np.save(tmp_path / "x.npy", x)
+    data = read(tmp_path / "x.npy")
+    assert data.images == images and bool(data.notes) == images
+    pictures = data.pictures(data.values)
+    assert (None if pictures is None else pictures.shape) == ((20, 8, 8) if images else None)
+    np.save(tmp_path / "x.npy", x[:, :63])
+    assert not read(tmp_path / "x.npy").images
+
+
+@pytest.mark.parametrize(
+    "text, shape, labels, noted",
+    [
+        ("1,2\n3,4\n5,6\n", (3, 2), None, True),
+        ("a;b\n1;2\n3;4\n", (2, 2), None, False),
+        ("1\t2\r\n3\t4\r\n", (2, 2), None, True),
+        ("label,a,b\nu,1,2\nv,3,4\n", (2, 2), ["u", "v"], False),
+        ('"a","y"\n"1.5","7"\n"2","8"\n', (2, 1), ["7", "8"], False),
+        ("x,y\n1,2\n3,4\n", (2, 2), None, True),  # a point in the plane
+        (",a,b\n0,1,2\n1,3,4\n", (2, 2), None, True),  # as pandas writes a table
+        ("0,1\n5,6\n7,8\n", (2, 2), None, True),  # pandas again: columns without names
+        ('"","a"\n"row 1",1\n"row 2",2\n', (2, 1), None, True),  # as R writes a table
+    ],
+)  # fmt: skip
+def test_tables(tmp_path, text, shape, labels, noted):
+    (tmp_path / "x.csv").write_text(text)
+    data = read(tmp_path / "x.csv")
+    assert data.values.shape == shape
+    assert (None if data.labels is None else data.labels.tolist()) == labels
+    assert bool(data.notes) == noted
+
+
+def test_no_label_is_trained_on(tmp_path):
+    """Columns of labels are left out whatever their name, and the user is told."""
+    rows = "\n".join(f"{i % 3},{i % 3},{i / 7},{-i}" for i in range(12))
+    (tmp_path / "x.csv").write_text(f"labels,y,a,b\n{rows}\n")
+    data = read(tmp_path / "x.csv")
+    assert data.values.shape == (12, 2) and len(data.labels) == 12
+    assert any("'y' is named like a label too" in note for note in data.notes)
+    np.savez(
+        tmp_path / "x.npz", x=np.arange(24.0).reshape(12, 2), label=np.arange(12), z=np.ones(3)
+    )
+    data = read(tmp_path / "x.npz")
+    assert data.labels.tolist() == list(range(12)) and data.notes == ["arrays left out: z"]

@@ -6,10 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import ON_GPU
 from support import (
-    Computations,
-    counted_launches,
     expanded,
     negated,
     on,
@@ -19,14 +16,11 @@ from support import (
     strided,
     threads,
 )
-from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.nn.functional import softplus
-from torch.profiler import ProfilerActivity, profile
 
-from vmm_fast import GaussianMixturePrior, VMMPrior, _core, backends, reference
+from vmm_fast import backends, reference
 from vmm_fast.inference import closed_form, empirical_bayes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
-from vmm_fast.inference.gradient import PrivateAdam
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 DIRICHLET, STICKS, PITMAN_YOR = ("dirichlet", 0.0), ("stick-breaking", 0.0), ("stick-breaking", 0.3)
@@ -433,8 +427,7 @@ def batches_of(device, *sizes, dtype=torch.float64):
 )
 def test_online_steps(device, form, objective):
     parameters = random_parameters(c=3, **form, device=device)
-    batches = batches_of(device, 20, 20, 20)
-    assert_online_steps(parameters, objective, batches)
+    assert_online_steps(parameters, objective, batches_of(device, 20, 20))
 
 
 @in_each_backend(["d"], [(17,), (33,)])
@@ -474,7 +467,7 @@ def test_pruned_components_stay_so_in_online_steps(device, objective):
 def test_online_steps_with_a_component_without_points(device, map_prior):
     """The center stays without a prior; so does the precision, where the scatter is singular."""
     parameters = free_parameters(device, 3, centers=(1, 1e3))
-    assert_online_steps(parameters, objective_of(map_prior), batches_of(device, 20, 20))
+    assert_online_steps(parameters, objective_of(map_prior), batches_of(device, 20))
 
 
 @pytest.mark.parametrize("spread", [(1, 0, 1), (1e-3, 1, 1e6)], ids=["none", "rounding noise"])
@@ -546,18 +539,6 @@ def test_a_point_that_is_not_finite_moves_nothing(device, scale, weights, steps)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-COUNTS = ([70, 20, 9, 1, 0], [20, 20, 20, 20, 21], [1000, 0, 0, 0, 0], [5], [1e-12] * 30)
-
-
-@pytest.mark.parametrize("counts", [*COUNTS, [3e5, 2.5, 1e-3, 40, 1e4]])
-def test_maximise_concentration(counts):
-    counts = torch.tensor(counts, dtype=torch.float64)
-    true = closed_form.maximise_concentration(counts)
-    for start in (1e-9, 1.0, 1e9):
-        found = _core.maximise_concentration(counts.data_ptr(), len(counts), start)
-        assert found == pytest.approx(true, rel=1e-8)
-
-
 # --- memory, sizes and threads ---
 
 
@@ -611,198 +592,3 @@ def test_threads_change_rounding_alone(inference):
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
         results.append(first)
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
-
-# --- the private Adam ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_adam_is_torchs(dtype):
-    """The private Adam takes torch's steps, in the core and for dtypes beyond it."""
-    torch.manual_seed(0)
-    ours = [torch.randn(7, 5, dtype=dtype, requires_grad=True), torch.zeros((), dtype=dtype)]
-    ours[1].requires_grad_()
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
-    mine, other = PrivateAdam(ours, 1e-2), torch.optim.Adam(theirs, lr=1e-2, eps=1e-7)
-    for step in range(5):
-        gradients = [torch.randn_like(x) for x in ours]
-        if step == 2:
-            gradients[1] = None  # that parameter stands still
-        for x, g in zip(theirs, gradients, strict=True):
-            x.grad = g
-        versions = [x._version for x in ours]
-        mine.descend(0.0, gradients)
-        other.step()
-        assert (ours[1]._version > versions[1]) == (step != 2)
-    for x, y in zip(ours, theirs, strict=True):
-        assert x.grad is None
-        torch.testing.assert_close(x, y, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
-    saved = mine.state_dict()
-    torch.testing.assert_close(saved["state"], other.state_dict()["state"], rtol=1e-5, atol=1e-7)
-    other.load_state_dict(saved)
-    mine.load_state_dict(other.state_dict())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adam_takes_no_step_from_a_gradient_that_is_not_finite(dtype):
-    x = torch.zeros(100, dtype=dtype, requires_grad=True)
-    adam = PrivateAdam([x], 1e-2)
-    gradient = torch.zeros(100, dtype=dtype)
-    gradient[77] = math.nan
-    with pytest.raises(FloatingPointError, match="the prior is unchanged"):
-        adam.descend(0.0, [gradient])
-    with pytest.raises(FloatingPointError, match="loss is inf"):
-        adam.descend(math.inf, [torch.zeros(100, dtype=dtype)])
-    assert (x == 0).all() and not adam.state_dict()["state"]
-
-
-# --- the priors' step ---
-
-
-def stored_encoder(total, d, full, dtype=torch.float32):
-    mean = torch.randn(total, d, dtype=dtype)
-    scale = torch.rand(total, d, dtype=dtype) + 0.1
-    if full:
-        q = MultivariateNormal(mean, scale_tril=torch.diag_embed(scale))
-    else:
-        q = Independent(Normal(mean, scale), 1)
-    return lambda inputs: q
-
-
-def prior_of(kind, d=3, **options):
-    """Return a prior of this kind, and its encoder if it has one."""
-    torch.manual_seed(0)
-    if kind == "free":
-        return GaussianMixturePrior(4, d, **options), None
-    return VMMPrior(torch.randn(4, 4), d, **options), stored_encoder(4, d, kind == "full")
-
-
-interpreted = pytest.mark.skipif(ON_GPU, reason="counts the interpreter's launches")
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("backend", "inference", "kind", "d", "weights"),
-    [
-        ("triton", "gradient", "diagonal", 3, "dirichlet"),
-        ("triton-split", "gradient", "full", 17, "stick-breaking"),
-        ("triton", "closed-form", "free", 3, "stick-breaking"),
-        ("triton-split", "closed-form", "full", 3, "dirichlet"),
-    ],
-    indirect=["backend"],
-)
-def test_an_update_is_four_launches(backend, inference, kind, d, weights):
-    prior, encoder = prior_of(kind, d, inference=inference, weights=weights)
-    with counted_launches() as launched:
-        prior.update(torch.randn(20, d), encoder)
-    first, last = ("expected", "map_gradients")
-    if inference == "closed-form":
-        first, last = ("online_expected", "maximise")
-        assert prior.running_steps == 1
-    names = [f"{first}_kernel", "log_prob_kernel", "expected_sums_kernel", f"{last}_kernel"]
-    assert launched == names
-
-
-@interpreted
-@pytest.mark.parametrize("scale", [None, "full"])
-@in_kernels
-def test_an_online_step_is_nothing_but_its_launches(backend, scale):
-    parameters, z = random_parameters(c=3, scale=scale), points()
-    versions, running = [x._version for x in parameters[2:]], no_sums(parameters)
-    settings = {"rate": 0.1, "free_centers": scale is None}
-    with torch.no_grad(), counted_launches() as launched, Computations() as computed:
-        empirical_bayes.online_step(parameters, z, running, objective_of(), **settings)
-    assert len(launched) == 4 and computed.names == []
-    assert all(x._version > v for x, v in zip(parameters[2:], versions, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("inference", "weights", "full", "given"),
-    [
-        ("gradient", "dirichlet", True, "z"),
-        ("gradient", "stick-breaking", False, "q"),
-        ("closed-form", "dirichlet", False, "z"),
-        ("closed-form", "stick-breaking", True, "q"),
-        ("gradient", "dirichlet", True, "q"),
-    ],
-)
-def test_few_torch_operators(inference, weights, full, given):
-    prior, encoder = prior_of("full" if full else "diagonal", inference=inference, weights=weights)
-    q = stored_encoder(20, 3, full)(None)
-    batch = q if given == "q" else q.mean
-    for _ in range(2):
-        prior.update(batch, encoder)
-        prior.kl(q, encoder)
-    for call, x in ((prior.update, batch), (prior.kl, q)):
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            call(x, encoder)
-        names = [e.name for e in profiled.events() if e.name.startswith("aten::")]
-        assert 0 < len(names) <= 15, names
-
-
-@pytest.mark.parametrize("full", [True, False])
-def test_drawn_latents_follow_the_posterior(full):
-    torch.manual_seed(0)
-    mean = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
-    factor = torch.tensor([[[0.5, 0.0], [0.7, 0.2]], [[2.0, 0.0], [0.0, 1.0]]]).double()
-    if full:
-        q = MultivariateNormal(mean, scale_tril=factor)
-    else:
-        factor = torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1))
-        q = Normal(mean, factor.diagonal(dim1=-2, dim2=-1))
-    prior = GaussianMixturePrior(2, 2)
-    z = torch.stack([prior._latents(q) for _ in range(4000)])
-    torch.testing.assert_close(z.mean(0), mean, rtol=0, atol=0.15)
-    d = z - mean
-    covariance = torch.einsum("nbr,nbt->brt", d, d) / len(d)
-    torch.testing.assert_close(covariance, factor @ factor.mT, rtol=0.1, atol=0.05)
-
-
-@inferences
-@pytest.mark.parametrize("kind", ["free", "full"])
-def test_errors_leave_everything_as_it_was(inference, kind):
-    prior, encoder = prior_of(kind, inference=inference)
-    before = [x.detach().clone() for x in (*prior.parameters(), *prior.buffers())]
-    z = torch.randn(50, 3)
-    for x, where, message in (
-        (z, (7, 1), "z must be finite, but row 7"),
-        (prior.logits, 1, "logits must have at least one finite value"),
-        (
-            prior.raw_precision,
-            (3, 1, 1),
-            "component 3 has (no positive-definite|a value that is not)",
-        ),
-    ):
-        kept = x.detach().clone()
-        with torch.no_grad():
-            x[where] = math.nan
-        with pytest.raises(ValueError, match=message):
-            prior.update(z, encoder)
-        with torch.no_grad():
-            x.copy_(kept)
-        after = (*prior.parameters(), *prior.buffers())
-        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-
-
-@on_backends("core", "plain")
-def test_an_encoder_may_give_views_of_the_pseudo_inputs(backend):
-    """The closed form's sums are around the centers that they were evaluated at."""
-
-    def encoder(copy):
-        def encode(u):
-            mean, scale = u[..., 0], u[..., 1].exp()
-            return Independent(Normal(mean.clone() if copy else mean, scale), 1)
-
-        return encode
-
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(6, 3, 2, generator=generator, dtype=torch.float64)
-    states = []
-    for copy in (True, False):
-        prior = VMMPrior(u, 3, inference="closed-form", learning_rate=0.1, data_size=100)
-        for _ in range(3):
-            prior.update(points(), encoder(copy))
-        states.append({name: x for name, x in prior.state_dict().items() if torch.is_tensor(x)})
-    assert "running_centers" in states[0]
-    for name, x in states[0].items():
-        assert torch.equal(x, states[1][name]), name

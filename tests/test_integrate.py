@@ -1,7 +1,6 @@
 """The commands vmm-fast integrate and assign: results complete and consistent, bad input told."""
 
 import csv
-import errno
 import json
 import os
 import re
@@ -12,87 +11,44 @@ import sys
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from support import complaint, files_of_at_most, make_cells, written
-
-scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
-
-import anndata  # noqa: E402
-import scanpy  # noqa: E402
-from anndata import AnnData  # noqa: E402
-from scipy.sparse import csc_matrix, csr_matrix  # noqa: E402
-
-from vmm_fast import cli  # noqa: E402
-from vmm_fast.cells import (  # noqa: E402
-    CellStore,
-    assignment,
-    integration,
-    reading,
-    report,
-    selection,
-    writing,
+from support import (
+    cells_of,
+    complaint,
+    files_of_at_most,
+    integrated,
+    make_cells,
+    model_of,
+    written,
 )
-from vmm_fast.cells.settings import Settings  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, loading  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+import anndata
+import scanpy
+from anndata import AnnData
+from scipy.sparse import csc_matrix, csr_matrix
+
+from vmm_fast import cli
+from vmm_fast.cells import integration, reading, report, selection, writing
+from vmm_fast.cells.settings import Settings
+from vmm_fast.scvi import VMMSCVI
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_report")]
 
 FILES = {"run.json", "checkpoint.ckpt", *integration.RESULTS}
-PLANE, WRITE_REPORT = report._plane, report.write_report
+PLANE = report._plane
 STOPS = {
     signal.SIGINT: (130, "interrupted"),
     signal.SIGTERM: (143, "terminated"),
     signal.SIGHUP: (129, "hung up"),
 }
-COLUMNS = ["vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_report():
-    """Skip the report, which takes most of a small run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda path, *rest: path.touch())
-        yield
-
-
-@pytest.fixture
-def with_report(monkeypatch):
-    """Write the report, but without UMAP, whose first call compiles for ten seconds."""
-    monkeypatch.setattr(report, "write_report", WRITE_REPORT)
-    monkeypatch.setattr(report, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
-
-
-@pytest.fixture
-def h5ad(tmp_path):
-    return written(tmp_path)
-
-
-def run(path, out, *options):
-    command = ["integrate", str(path), "--out", str(out), "--epochs", "2", "--accelerator", "cpu"]
-    return cli.main([*command, *map(str, options)])
 
 
 def resume(path, out, *options):
     command = ["integrate", str(path), "--out", str(out), "--resume", "--accelerator", "cpu"]
     return cli.main([*command, *map(str, options)])
-
-
-def assigned(model, cells, out, *options):
-    return cli.main(["assign", str(model), str(cells), "--out", str(out), *map(str, options)])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, no_report):
-    """Return the results of a run on three batches, whose counts are in a layer."""
-    folder = tmp_path_factory.mktemp("trained")
-    adata = make_cells(batches=3)
-    adata.layers["counts"] = adata.X.copy()
-    path = written(folder, adata)
-    options = ["--batch-key", "batch", "--layer", "counts", "--genes", "18", "--epochs", "20"]
-    assert run(path, folder / "out", *options) == 0
-    return folder / "out"
 
 
 @pytest.fixture
@@ -101,17 +57,8 @@ def finished(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "finished"), trained.parent / "cells.h5ad"
 
 
-def cells_of(out):
-    return anndata.read_h5ad(out / "cells.h5ad")
-
-
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def state_of(out):
-    model = torch.load(out / "model" / "model.pt", weights_only=False)
-    return model["model_state_dict"]
 
 
 def same_results(one, other):
@@ -119,7 +66,11 @@ def same_results(one, other):
     np.testing.assert_array_equal(a.obsm["X_vmm"], b.obsm["X_vmm"])
     assert a.obs.equals(b.obs)
     assert (one / "clusters.csv").read_bytes() == (other / "clusters.csv").read_bytes()
-    torch.testing.assert_close(state_of(other), state_of(one), rtol=0, atol=0)
+    states = [
+        torch.load(out / "model" / "model.pt", weights_only=False)["model_state_dict"]
+        for out in (one, other)
+    ]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def table(out):
@@ -139,7 +90,7 @@ def stop(*arguments, **options):
 def test_integrate(h5ad, tmp_path, capsys, with_report):
     before, out = h5ad.read_bytes(), tmp_path / "out"
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--components", 8]
-    assert run(h5ad, out, *options) == 0
+    assert integrated(h5ad, out, *options) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "60 cells x 20 genes, 2 batches, trained on the 15 genes" in shown.out
@@ -151,7 +102,7 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     source, adata = anndata.read_h5ad(h5ad), cells_of(out)
     assert adata.obs_names.equals(source.obs_names) and adata.var_names.equals(source.var_names)
     assert (adata.X != source.X).nnz == 0
-    assert list(adata.obs) == [*source.obs, *COLUMNS]
+    assert list(adata.obs) == [*source.obs, *writing.COLUMNS]
     settings = adata.uns["vmm"]
     assert settings["batch_key"] == "batch" and settings["components"] == 8
     assert settings["clusters_used"] == len(adata.obs["vmm_cluster"].cat.categories)
@@ -178,56 +129,27 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     assert page.count("<img ") == 6  # cluster, batch, label, entropy, tree, curves
 
 
-def test_a_run_is_cut_elsewhere_without_training(h5ad, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(h5ad, out, "--epochs", 40, "--components", 8, "--clusters", 1) == 0
-    before, source = cells_of(out), anndata.read_h5ad(h5ad)
-    model = VMMSCVI.load(out / "model", source, accelerator="cpu")
+def test_a_run_is_cut_elsewhere_without_training(finished, tmp_path, capsys):
+    out, source = finished
+    before = cells_of(out)
     finest = before.uns["vmm"]["components_used"]
+    assert resume(source, out, "--clusters", 1) == 0
+    one = cells_of(out)
+    assert one.uns["vmm"]["clusters_used"] == 1 and "dendrogram_vmm_cluster" not in one.uns
     capsys.readouterr()
-    assert run(h5ad, out, "--resume", "--epochs", 40, "--clusters", finest) == 0
-    found, expected = cells_of(out), model.get_clusters(n_clusters=finest)
+    assert resume(source, out, "--clusters", finest) == 0
+    found = cells_of(out)
+    expected = model_of(out).get_clusters()
     count = expected.max() + 1
-    note = f"note: {count} clusters, not {finest}: others would be" in capsys.readouterr().out
-    assert note == (count < finest)
-    assert before.uns["vmm"]["clusters_used"] == 1 < count
-    assert "dendrogram_vmm_cluster" not in before.uns
+    note = f"note: {count} clusters, not {finest}: more would leave" in capsys.readouterr().out
+    assert note == (count < finest) and count > 1
     np.testing.assert_array_equal(found.obs["vmm_cluster"].astype(int), expected)
     np.testing.assert_array_equal(found.obsm["X_vmm"], before.obsm["X_vmm"])
     assert list(found.obs["vmm_component"]) == list(before.obs["vmm_component"])
-    again = VMMSCVI.load(out / "model", source, accelerator="cpu")
-    np.testing.assert_array_equal(again.get_clusters(), expected)
     tree = found.uns["dendrogram_vmm_cluster"]
     assert tree["linkage"].shape == (count - 1, 4)
     assert list(tree["categories_ordered"]) == [str(i) for i in tree["categories_idx_ordered"]]
     scanpy.pl.dendrogram(found, "vmm_cluster", show=False)
-    # No tree of an earlier run stays with other clusters.
-    assert assigned(out, out / "cells.h5ad", tmp_path / "same.h5ad") == 0
-    same = anndata.read_h5ad(tmp_path / "same.h5ad")
-    np.testing.assert_array_equal(same.uns["dendrogram_vmm_cluster"]["linkage"], tree["linkage"])
-    # Others get the model's clusters of another cut, and its tree.
-    one = tmp_path / "one.h5ad"
-    assert assigned(out, h5ad, one, "--clusters", 1) == 0
-    assert set(anndata.read_h5ad(one).obs["vmm_cluster"]) == {"0"}
-    assert "n_clusters must be from 1 to" in complaint(
-        capsys, assigned(out, h5ad, one, "--overwrite", "--clusters", 99)
-    )
-    assert "--clusters must be given without" in complaint(
-        capsys, assigned(out, h5ad, one, "--overwrite", "--clusters", 2, "--resolution", 2)
-    )
-    assert assigned(out, h5ad, one, "--overwrite", "--separation", 1e-6, "--resolution", 100) == 0
-    finer = anndata.read_h5ad(one)
-    expected = model.get_clusters(resolution=100, separation=1e-6)
-    np.testing.assert_array_equal(finer.obs["vmm_cluster"].astype(int), expected)
-    cells = anndata.read_h5ad(out / "cells.h5ad")
-    settings = {"epochs": 1, "components": 8, "clusters": 1}
-    cells.write_h5ad(tmp_path / "again.h5ad")
-    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
-    assert run(tmp_path / "again.h5ad", tmp_path / "one", *options) == 0
-    assert "dendrogram_vmm_cluster" not in cells_of(tmp_path / "one").uns
-    assert "at most 8, the number of components, but is 9" in complaint(
-        capsys, run(h5ad, tmp_path / "bad", "--components", 8, "--clusters", 9)
-    )
 
 
 SURROUNDINGS = (
@@ -239,16 +161,15 @@ SURROUNDINGS = (
 )
 
 
-def test_it_trains_in_one_process_whatever_the_surroundings_say(h5ad, tmp_path, monkeypatch):
-    assert run(h5ad, tmp_path / "out") == 0
+def test_neither_labels_nor_the_surroundings_change_a_run(h5ad, plain, tmp_path, monkeypatch):
     for number, variables in enumerate(SURROUNDINGS):
         with monkeypatch.context() as patch:
             for variable in variables.split():
                 patch.setenv(*variable.split("=", 1))
             before = os.environ.get("SLURM_JOB_NAME")
-            assert run(h5ad, tmp_path / str(number)) == 0
+            assert integrated(h5ad, tmp_path / str(number), "--labels-key", "type") == 0
             assert os.environ.get("SLURM_JOB_NAME") == before
-        same_results(tmp_path / "out", tmp_path / str(number))
+        same_results(plain, tmp_path / str(number))
 
 
 def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
@@ -259,12 +180,6 @@ def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR")
     cli.cells._require_scvi()
     assert os.listdir(os.environ["NUMBA_CACHE_DIR"]) == []
-
-
-def test_labels_are_not_trained_on(h5ad, tmp_path):
-    assert run(h5ad, tmp_path / "a") == 0
-    assert run(h5ad, tmp_path / "b", "--labels-key", "type") == 0
-    assert torch.equal(*(torch.as_tensor(state_of(tmp_path / n)["prior.logits"]) for n in "ab"))
 
 
 def test_the_example_needs_no_file(tmp_path, capsys, monkeypatch):
@@ -354,7 +269,7 @@ def test_odd_cells_are_noted_and_do_not_break_a_run(tmp_path, capsys):
     path = written(tmp_path, adata)
     keys = ["--batch-key", "batch", "--labels-key", "type"]
     for options in (keys, [*keys, "--genes", 10, "--overwrite"]):
-        assert run(path, tmp_path / "out", *options) == 0
+        assert integrated(path, tmp_path / "out", *options) == 0
         shown = capsys.readouterr().out
         assert "note: a batch of one cell: alone" in shown
         assert "note: 2 cells have no counts at all" in shown
@@ -365,197 +280,16 @@ def test_odd_cells_are_noted_and_do_not_break_a_run(tmp_path, capsys):
         assert table(tmp_path / "out")[0] == list(found.obs_names) == list(adata.obs_names)
     adata.X = csr_matrix(np.where(np.arange(20) == 6, 4, counts))  # a gene that is constant
     adata.obs["batch"] = "all"
-    assert run(written(tmp_path, adata), tmp_path / "one", "--batch-key", "batch") == 0
+    assert integrated(written(tmp_path, adata), tmp_path / "one", "--batch-key", "batch") == 0
     assert "note: one batch alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number, batch_size", [(10, 128), (11, 3)])
 def test_few_cells(tmp_path, number, batch_size):
     path = written(tmp_path, make_cells(number))
-    assert run(path, tmp_path / "out", "--batch-size", batch_size, "--components", number) == 0
-
-
-# --- cells on disk ---
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """Return a folder of three files with the same cells; one has its genes in another order."""
-    whole = make_cells(batches=3)
-    (tmp_path / "shards").mkdir()
-    for i, rows in enumerate(np.array_split(np.arange(60), 3)):
-        part = whole[rows][:, np.arange(20)[::-1]] if i == 1 else whole[rows]
-        part.copy().write_h5ad(tmp_path / "shards" / f"part{i}.h5ad")
-    return tmp_path / "shards"
-
-
-@pytest.mark.parametrize("kind", ["shards", "layer"])
-def test_cells_on_disk(tmp_path, shards, kind, capsys, monkeypatch):
-    monkeypatch.setattr(CellStore, "run", 5)
-    monkeypatch.setattr(selection, "SAMPLE", 30)
-    adata = make_cells(batches=3)
-    options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--memory", 0]
-    options += ["--components", 6]
-    path = shards
-    if kind == "layer":
-        adata.layers["counts"] = adata.X.copy()
-        adata.X = np.log1p(adata.X.toarray())
-        options += ["--layer", "counts"]
-        path = written(tmp_path, adata)
-    out, again = tmp_path / "out", tmp_path / "again.h5ad"
-    assert run(path, out, *options) == 0
-    shown = capsys.readouterr().out
-    assert "60 cells x 20 genes, 3 batches, trained on the 15 genes" in shown
-    assert "note: counts stay on disk" in shown
-    assert {path.name for path in out.iterdir()} == FILES
-
-    found = cells_of(out)
-    assert found.X is None and list(found.obs_names) == list(adata.obs_names)
-    for key in ("batch", "type"):
-        assert list(found.obs[key]) == list(adata.obs[key])
-    record = found.uns["vmm"]
-    assert record["cells"] == 60 and record["on_disk"] and set(record["scores"]) == {"ari", "nmi"}
-
-    # The model is the one that the columns are of, and assign finds the same again.
-    cells = adata[:, found.var_names[found.var["vmm_gene"]]].copy()
-    model = VMMSCVI.load(out / "model", cells, accelerator="cpu")
-    z = model.get_latent_representation()
-    np.testing.assert_allclose(found.obsm["X_vmm"], z, atol=1e-5)
-    clusters = found.obs["vmm_cluster"].astype(int).to_numpy()
-    np.testing.assert_array_equal(clusters, model.get_clusters())
-    assert (np.diff(np.bincount(clusters, minlength=6)) <= 0).all()
-    assert record["clusters_used"] == len(np.unique(clusters))
-    assert table(out) == (list(adata.obs_names), list(found.obs["vmm_cluster"]))
-    assert assigned(out, written(tmp_path, adata, "all.h5ad"), again) == 0
-    assert list(anndata.read_h5ad(again).obs["vmm_cluster"]) == list(found.obs["vmm_cluster"])
-
-
-def test_batches_that_the_sample_or_no_cell_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "SAMPLE", 20)
-    adata = make_cells(256)
-    names = np.array(["b", "unused", "a", "rare"])
-    codes = np.where(np.arange(256) < 120, 0, 2)
-    codes[150:153] = 3
-    adata.obs["batch"] = pd.Categorical.from_codes(codes, names)
-    path = written(tmp_path, adata)
-    settings = Settings.for_cells(adata, batch_key="batch", genes=15, on_disk=True)
-    with CellStore(path) as store:
-        some, on_disk, _ = selection.training_cells_on_disk(store, settings)
-    assert some.n_obs == 64 and some.n_vars == 15
-    assert len(set(some.obs["batch"])) < 3  # one was not drawn
-    VMMSCVI.setup_anndata(some, batch_key="batch")
-    field = VMMSCVI(some).registry["field_registries"]["batch"]["state_registry"]
-    np.testing.assert_array_equal(field["categorical_mapping"][on_disk.batches], names[codes])
-    assert run(path, tmp_path / "out", "--memory", 0, "--batch-key", "batch") == 0
-
-
-def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = ["--batch-size", 16, "--memory", 0]
-    assert run(h5ad, whole, *options) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
-        error = complaint(capsys, run(h5ad, broken, *options, "--checkpoint-steps", 3), 130)
-    assert f"go on with: vmm-fast integrate {h5ad} --out {broken} --resume" in error
-    assert (broken / "checkpoint.ckpt").exists()
-    assert resume(h5ad, broken) == 0
-    same_results(whole, broken)
-
-
-def test_what_is_kept_on_disk(h5ad, tmp_path, capsys):
-    assert run(h5ad, tmp_path / "a") == 0  # small
-    printed = capsys.readouterr().out
-    assert ", counts in memory\n" in printed and "on disk" not in printed
-    assert run(h5ad, tmp_path / "b", "--memory", 1e-9) == 0
-    assert "note: counts stay on disk" in capsys.readouterr().out
-    adata = make_cells()
-    adata.var["chromosome"] = "1"
-    adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
-    names = adata.obs_names
-    adata.obs_names = ["same"] * 3 + list(names[3:])
-    assert run(written(tmp_path, adata), tmp_path / "c", "--memory", 0) == 0
-    printed = capsys.readouterr().out
-    assert "note: obs and var alone are kept, not counts, obsm/X_pca" in printed
-    assert "note: 2 cells have a name that another has, too" in printed
-    found = cells_of(tmp_path / "c")
-    assert list(found.var) == [*adata.var, "vmm_gene"] and set(found.obsm) == {"X_vmm"}
-    adata.obs_names = names
-    adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
-    path = written(tmp_path, adata)
-    assert run(path, tmp_path / "d", "--memory", 0) == 0
-    assert cells_of(tmp_path / "d").X is not None
-    note = f"note: all counts are read into memory: {path}: X is stored by genes (CSC)"
-    assert note in capsys.readouterr().out
-
-
-def test_cells_on_disk_that_cannot_be_used(shards, tmp_path, capsys, monkeypatch):
-    def refused(message, *options):
-        error = complaint(capsys, run(shards, tmp_path / "out", *options))
-        assert re.search(message, error), error
-        assert not (tmp_path / "out").exists()
-
-    refused("--batch-key plate: must be a column of obs", "--batch-key", "plate")
-    refused("--labels-key plate: must be a column of obs", "--labels-key", "plate")
-    refused("--components must be at most 60", "--components", 61)
-    part = anndata.read_h5ad(shards / "part1.h5ad")
-    broken = part.copy()
-    broken.X = broken.X * np.float32(0.5)
-    broken.write_h5ad(shards / "part1.h5ad")
-    refused("^vmm-fast: [^ ]*part1.h5ad: X must hold counts")
-    other = part.copy()
-    other.var_names = [f"other {i}" for i in range(20)]
-    other.write_h5ad(shards / "part1.h5ad")
-    refused("part1.h5ad: .*genes")
-    part.obs["batch"] = part.obs["batch"].where(part.obs_names == "cell 0")
-    part.write_h5ad(shards / "part1.h5ad")
-    refused("every cell must have a batch, 20 of 60 have none", "--batch-key", "batch")
-
-
-def test_a_file_that_vanishes_while_training(h5ad, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "WINDOW", 16)
-    real = integration._Progress.on_train_batch_end
-
-    def vanish(self, *args):
-        real(self, *args)
-        h5ad.unlink(missing_ok=True)
-
-    monkeypatch.setattr(integration._Progress, "on_train_batch_end", vanish)
-    error = complaint(capsys, run(h5ad, tmp_path / "out", "--memory", 0, "--batch-size", 8))
-    assert f"{h5ad}: " in error and not (tmp_path / "out" / "cells.h5ad").exists()
-
-
-def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
-    h5ad, tmp_path, capsys, monkeypatch, with_report
-):
-    monkeypatch.setattr(CellStore, "run", 5)
-    monkeypatch.setattr(selection, "SAMPLE", 10)
-    # Three runs of five cells are drawn: none of two clusters or more.
-    clusters = np.repeat([0, 1, 2, 4, 5], [5, 5, 10, 15, 25])
-    probability = np.linspace(0.2, 1, 60, dtype=np.float32)
-    found = writing.cluster_columns(clusters, probability, 1 - probability, clusters)
-    monkeypatch.setattr(integration, "_find_clusters", lambda model, z, settings: found)
-    options = ["--batch-key", "batch", "--labels-key", "type", "--components", 6, "--memory", 0]
-    assert run(h5ad, tmp_path / "out", *options) == 0
-    shown = capsys.readouterr().out
-    page = (tmp_path / "out" / "report.html").read_text().replace("</td>\n", "</td>")
-    page = page.replace("</th>\n", "</th>")
-    assert "60 cells, 20 genes, 2 batches, 5 clusters of 5 components" in page
-    assert "15 cells drawn from 60" in page
-
-    table = pd.read_csv(tmp_path / "out" / "clusters.csv")
-    groups = table.groupby("cluster")["probability"]
-    rows = re.findall(r"</i>(\d+)</th><td>(\d+)</td><td>([\d.]+) %</td><td>([\d.]+)</td>", page)
-    assert [int(row[0]) for row in rows] == [5, 4, 2, 0, 1]  # the largest first
-    for cluster, number, share, mean in rows:
-        of_one = groups.get_group(int(cluster))
-        assert int(number) == len(of_one)
-        assert (share, mean) == (f"{100 * len(of_one) / 60:.1f}", f"{of_one.mean():.2f}")
-    assert f"<td>60</td><td>100 %</td><td>{table['probability'].mean():.2f}</td>" in page
-    assert "of 60 labelled cells" in page
-    scores = cells_of(tmp_path / "out").uns["vmm"]["scores"]
-    for name, value in scores.items():
-        assert f'<th scope="row">{name.upper()}</th><td>{value:.3f}</td>' in page
-        assert re.search(f"{name.upper()}, by type +{value:.3f}", shown)
+    assert (
+        integrated(path, tmp_path / "out", "--batch-size", batch_size, "--components", number) == 0
+    )
 
 
 # --- stopping and going on ---
@@ -566,7 +300,7 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(integration, "CHECKPOINT_SECONDS", 0)
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
-    assert run(h5ad, whole, *options) == 0
+    assert integrated(h5ad, whole, *options) == 0
     real = integration._Progress.on_train_epoch_end
 
     def stopped(self, *args):
@@ -579,7 +313,7 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch):
     code, word = STOPS[on]
     with monkeypatch.context() as patch:
         patch.setattr(integration._Progress, "on_train_epoch_end", stopped)
-        error = complaint(capsys, run(h5ad, broken, *options), code)
+        error = complaint(capsys, integrated(h5ad, broken, *options), code)
     again = f"vmm-fast integrate {h5ad} --out '{broken}' --resume --accelerator cpu"
     assert f"{word}; go on with: {again}" in error
     # Lightning would ignore the next Ctrl-C.
@@ -596,11 +330,11 @@ def test_a_finished_run_goes_on_with_labels_and_made_longer(finished):
     before = contents(out)
     assert resume(source, out, "--labels-key", "type") == 0
     found = cells_of(out)
-    assert "scores" in found.uns["vmm"] and found.uns["vmm"]["epochs"] == 20
+    assert "scores" in found.uns["vmm"] and found.uns["vmm"]["epochs"] == 15
     after = contents(out)
     assert all(after[name] == before[name] for name in before if name.name == "clusters.csv")
-    assert resume(source, out, "--epochs", "21") == 0
-    assert cells_of(out).uns["vmm"]["epochs"] == 21
+    assert resume(source, out, "--epochs", 16) == 0
+    assert cells_of(out).uns["vmm"]["epochs"] == 16
 
 
 STOPPED = """
@@ -645,7 +379,7 @@ def test_a_stopped_process_goes_on(h5ad, tmp_path, on):
         assert error.startswith(f"vmm-fast: {word}; go on with: ") and error.count("\n") == 1
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     assert resume(h5ad, stopped) == 0
-    assert run(h5ad, whole, "--epochs", 8) == 0
+    assert integrated(h5ad, whole, "--epochs", 8) == 0
     same_results(whole, stopped)
 
 
@@ -654,7 +388,7 @@ def test_a_folder_that_may_not_be_used_stays_as_it_is(finished, tmp_path, capsys
     before = contents(out)
 
     def refused(message, *options, path=source):
-        assert message in complaint(capsys, run(path, out, *options, "--epochs", 20))
+        assert message in complaint(capsys, integrated(path, out, *options, "--epochs", 15))
         assert contents(out) == before
 
     other = written(tmp_path, make_cells(seed=1), "other.h5ad")
@@ -672,11 +406,11 @@ def test_existing_results_stay_until_others_take_their_place(finished, capsys, m
     before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(integration._Progress, "on_train_epoch_end", stop)
-        complaint(capsys, run(source, out, "--overwrite", "--seed", 3), 130)
+        complaint(capsys, integrated(source, out, "--overwrite", "--seed", 3), 130)
     after = contents(out)
     changed = {str(name) for name in before if after.get(name) != before[name]}
     assert changed == {"run.json", "checkpoint.ckpt"}
-    assert run(source, out, "--overwrite", "--seed", 3) == 0
+    assert integrated(source, out, "--overwrite", "--seed", 3) == 0
     assert cells_of(out).uns["vmm"]["seed"] == 3
 
 
@@ -746,7 +480,7 @@ def test_bad_input(tmp_path, capsys):
     out = tmp_path / "out"
     for name, (path, message) in bad_files(tmp_path).items():
         before = path.read_bytes() if path.is_file() else None
-        error = complaint(capsys, run(path, out))
+        error = complaint(capsys, integrated(path, out))
         assert str(path) in error, name
         assert re.search(message, error), f"{name}: {error}"
         assert not out.exists(), name
@@ -775,7 +509,7 @@ def test_bad_options(tmp_path, capsys, options, message):
     adata = make_cells()
     adata.obs["some"] = [None, None, *adata.obs["batch"][2:]]
     adata.obs["barcode"] = adata.obs_names
-    error = complaint(capsys, run(written(tmp_path, adata), tmp_path / "out", *options))
+    error = complaint(capsys, integrated(written(tmp_path, adata), tmp_path / "out", *options))
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
     if options == ["--example"]:
@@ -797,45 +531,30 @@ def test_divergence_is_told_in_a_line(h5ad, tmp_path, capsys, monkeypatch, refus
             raise ValueError(refusal)
 
         monkeypatch.setattr(VMMSCVI, "train", refuse)
-    error = complaint(capsys, run(h5ad, tmp_path / "out", "--learning-rate", 1e30), 1)
+    error = complaint(capsys, integrated(h5ad, tmp_path / "out", "--learning-rate", 1e30), 1)
     assert re.search("training diverged: .* (nan|-?inf|finite)", error)
 
 
 def test_a_missing_extra_names_the_cure(h5ad, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scanpy", None)
-    error = complaint(capsys, run(h5ad, tmp_path / "out"))
+    error = complaint(capsys, integrated(h5ad, tmp_path / "out"))
     assert "needs scanpy" in error and "pip install 'vmm-fast[cli,scvi]'" in error
 
 
 # --- assign ---
 
 
-def test_the_training_cells_get_their_clusters_again(trained, tmp_path, capsys):
-    adata = cells_of(trained)
-    expected = adata.obs[COLUMNS].copy(), adata.obsm.pop("X_vmm")
-    adata.obs = adata.obs.drop(columns=COLUMNS)
-    random = np.random.default_rng(0)
-    cells = random.permutation(adata.n_obs)[:40]
-    path = written(tmp_path, adata[cells, random.permutation(adata.n_vars)].copy())
-    before = path.read_bytes()
-    for model, out in ((trained, "a.h5ad"), (trained / "model", "b.h5ad")):
-        assert assigned(model, path, tmp_path / out) == 0
-        assert capsys.readouterr().err == ""
-        found = anndata.read_h5ad(tmp_path / out)
-        np.testing.assert_allclose(found.obsm["X_vmm"], expected[1][cells], atol=1e-5)
-        assert list(found.obs["vmm_cluster"]) == list(expected[0]["vmm_cluster"].iloc[cells])
-        assert found.n_vars == 20
-    assert path.read_bytes() == before
-
-
 def test_results_of_an_earlier_run(trained, tmp_path, capsys):
     again = trained / "cells.h5ad"
+    assert "dendrogram_vmm_cluster" in cells_of(trained).uns
     for option in ("--labels-key", "--batch-key"):
-        error = complaint(capsys, run(again, tmp_path / "out", option, "vmm_cluster"))
+        error = complaint(capsys, integrated(again, tmp_path / "out", option, "vmm_cluster"))
         assert f"{option} vmm_cluster: must be another column" in error
     capsys.readouterr()
-    assert run(again, tmp_path / "out", "--layer", "counts", "--epochs", "1") == 0
+    options = ("--layer", "counts", "--epochs", 1, "--clusters", 1)
+    assert integrated(again, tmp_path / "out", *options) == 0
     assert "clusters of an earlier run" in capsys.readouterr().out
+    assert "dendrogram_vmm_cluster" not in cells_of(tmp_path / "out").uns
 
 
 def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeypatch):
@@ -848,341 +567,9 @@ def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeyp
     monkeypatch.setattr(integration.Integration, "write_model", full)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     out = tmp_path / "out"
-    error = complaint(capsys, run(h5ad, out))
+    error = complaint(capsys, integrated(h5ad, out))
     assert error.startswith(f"vmm-fast: {out / 'model' / 'model.pt'}: cannot be written: ")
     assert not list((out / "model").iterdir())
 
 
-def test_a_file_to_write_that_is_a_folder_or_in_none(trained, h5ad, tmp_path, capsys, monkeypatch):
-    def no_work(*arguments):
-        raise AssertionError
-
-    monkeypatch.setattr(assignment, "find_model", no_work)
-    (tmp_path / "dir.h5ad").mkdir()
-    for options in ([], ["--overwrite"]):
-        error = complaint(capsys, assigned(trained, h5ad, tmp_path / "dir.h5ad", *options))
-        assert f"--out {tmp_path / 'dir.h5ad'}: must be a file, but is a folder" in error
-
-    def refused(*arguments, **keywords):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(cli.cells.tempfile, "TemporaryFile", refused)
-    error = complaint(capsys, assigned(trained, h5ad, tmp_path / "o.h5ad"))
-    assert f"--out {tmp_path / 'o.h5ad'}: must lie in a folder that can be written to" in error
-    assert "Read-only file system" in error
-
-
-def test_new_batches_are_encoded_as_of_all_known_ones(trained, tmp_path, capsys):
-    adata = make_cells(30, batches=3, seed=2)
-
-    def latents(batch):
-        if batch is None:
-            del adata.obs["batch"]
-        else:
-            adata.obs["batch"] = batch
-        assert assigned(trained, written(tmp_path, adata), tmp_path / "o.h5ad", "--overwrite") == 0
-        return anndata.read_h5ad(tmp_path / "o.h5ad").obsm["X_vmm"]
-
-    z = [latents(batch) for batch in ("b0", "b1", "b2")]
-    assert "note" not in capsys.readouterr().out
-    found = latents(["b0", *["new"] * 29])
-    assert "a batch that the model does not know: new" in capsys.readouterr().out
-    np.testing.assert_allclose(found[0], z[0][0], atol=1e-5)
-    model = VMMSCVI.load(trained / "model", accelerator="cpu", adata=None)
-    counts = torch.from_numpy(adata[:, model.get_var_names()].X.toarray())
-    with torch.no_grad():
-        q, _ = model.module.z_encoder(counts.log1p(), torch.full((30, 3), 1 / 3))
-    np.testing.assert_allclose(found[1:], q.loc[1:], atol=1e-5)
-    # About half-way between the batches.
-    spread = np.abs(np.ptp(z, axis=0)).mean()
-    assert np.abs(found[1:] - np.mean(z, 0)[1:]).mean() < 0.2 * spread
-    np.testing.assert_allclose(latents(None)[1:], found[1:], atol=1e-5)
-    assert "obs has no 'batch'" in capsys.readouterr().out
-
-
-def trained_gene(trained):
-    var = cells_of(trained).var
-    return var.index[var["vmm_gene"]][3]
-
-
-def test_bad_input_to_assign(trained, tmp_path, capsys):
-    cells, out, bad = written(tmp_path), tmp_path / "out.h5ad", tmp_path / "bad"
-    bad.mkdir()
-    (bad / "model.pt").write_bytes(b"garbage")
-    out.write_text("mine")
-
-    def refused(message, model=trained, out=out, *options):
-        assert message in complaint(capsys, assigned(model, cells, out, *options))
-
-    refused(
-        "must be a folder that integrate wrote, holds no model.pt", tmp_path, tmp_path / "a.h5ad"
-    )
-    refused("must be a whole file of torch.save, but is damaged", bad, tmp_path / "a.h5ad")
-    refused("must end in .h5ad", out=tmp_path / "out.csv")
-    refused("folder that can be written to", out=tmp_path / "nowhere" / "out.h5ad")
-    refused("is the input", trained, cells, "--overwrite")
-    refused("exists")
-    assert out.read_text() == "mine"
-    assert assigned(trained, cells, out, "--overwrite") == 0
-
-
 # --- assign, of cells on disk ---
-
-
-def make_query(number=300):
-    """Cells of two batches that the model knows and two that it does not, genes in disorder."""
-    adata = make_cells(number, batches=3, seed=2)
-    adata.obs["batch"] = np.repeat(["b0", "b2", "new", "other"], number // 4)
-    return adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
-
-
-@pytest.fixture
-def in_small_parts(monkeypatch):
-    """Read windows of one mini-batch; collect how many cells are read at a time."""
-    read, sizes = CellStore.read, []
-
-    def spied(self, starts, stops, *rest):
-        sizes.append(int(np.sum(np.asarray(stops) - starts)))
-        return read(self, starts, stops, *rest)
-
-    monkeypatch.setattr(loading, "WINDOW", 128)
-    monkeypatch.setattr(integration, "WINDOW", 50)
-    monkeypatch.setattr(writing, "ROWS", 70)
-    monkeypatch.setattr(CellStore, "read", spied)
-    return sizes
-
-
-def notes_of(capsys):
-    """Return the notes, without those about what is kept where."""
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    notes = [line for line in shown.out.splitlines() if line.startswith("note: ")]
-    of_disk = [note for note in notes if "stay on disk" in note or "alone are kept" in note]
-    return [note for note in notes if note not in of_disk], of_disk
-
-
-def same_as_in_memory(model, cells, whole, folder, capsys, *options):
-    """Cells on disk, some of them in `cells`, are assigned as all of `whole` in memory."""
-    on_disk, in_memory = folder / "on_disk.h5ad", folder / "in_memory.h5ad"
-    assert assigned(model, cells, on_disk, "--overwrite", "--memory", 0, *options) == 0
-    notes, of_disk = notes_of(capsys)
-    assert "counts stay on disk" in of_disk[0]
-    assert "obs and var alone are kept, not counts" in of_disk[1]
-    assert assigned(model, whole, in_memory, "--overwrite", *options) == 0
-    assert notes_of(capsys) == (notes, [])
-    one, other = anndata.read_h5ad(on_disk), anndata.read_h5ad(in_memory)
-    np.testing.assert_array_equal(one.obsm["X_vmm"], other.obsm["X_vmm"])
-    pd.testing.assert_frame_equal(one.obs, other.obs)
-    pd.testing.assert_frame_equal(one.var, other.var)
-    assert one.uns == other.uns and one.X is None and other.X is not None
-    return one, notes
-
-
-@pytest.mark.parametrize("kind", ["zarr", "layer", "shards"])
-def test_cells_on_disk_are_assigned_as_in_memory(
-    trained, tmp_path, kind, capsys, monkeypatch, in_small_parts
-):
-    monkeypatch.setattr(assignment, "MOST_MISSING", 0.1)
-    gene = trained_gene(trained)
-    adata = make_query()
-    adata = adata[:, adata.var_names != gene].copy()
-    adata.obs["vmm_cluster"] = "of an earlier run"
-    adata.obs["depth"] = adata.X.sum(1).A1
-    adata.obs["depth"] = adata.obs["depth"].astype(np.float32)
-    adata.obs.index.name = "barcode"
-    adata.var["symbol"] = [f"S{i}" for i in range(19)]
-    if kind == "layer":  # the model's
-        adata.layers["counts"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray())
-    cells = whole = written(tmp_path, adata)
-    if kind == "zarr":
-        cells = tmp_path / "cells.zarr"
-        adata.write_zarr(cells)
-    elif kind == "shards":
-        cells = tmp_path / "parts"
-        cells.mkdir()
-        for i, rows in enumerate(np.array_split(np.arange(300), 3)):
-            part = adata[rows][:, np.arange(19)[::-1]] if i else adata[rows]
-            written(cells, part.copy(), f"{i}.h5ad")
-    found, notes = same_as_in_memory(trained, cells, whole, tmp_path, capsys)
-    assert f"1 of the model's 18 genes is missing, taken as 0: {gene}" in notes[0]
-    assert "2 batches that the model does not know: new, other, whose" in notes[1]
-    assert notes[2:] == [f"note: {selection.EARLIER}"]
-    assert list(found.obs) == ["batch", "type", COLUMNS[0], "depth", *COLUMNS[1:]]
-    assert found.uns["vmm"] == {"model": str((trained / "model").resolve())}
-    assert sum(in_small_parts) == 300 and max(in_small_parts) <= 128
-
-    # As scvi-tools itself embeds cells of known batches.
-    counts = make_query()[:150]
-    counts.X[:, counts.var_names == gene] = 0
-    counts.layers["counts"] = counts.X
-    model = VMMSCVI.load(trained / "model", accelerator="cpu", adata=None)
-    z = model.get_latent_representation(counts[:, model.get_var_names()].copy())
-    np.testing.assert_allclose(found.obsm["X_vmm"][:150], z, atol=1e-5)
-
-
-def test_cells_on_disk_of_no_batch_or_of_no_new_one(trained, tmp_path, capsys, in_small_parts):
-    adata = make_query(100)
-    del adata.obs["batch"]
-    path = written(tmp_path, adata)
-    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
-    assert len(notes) == 1 and "obs has no 'batch', the model's batches: all cells" in notes[0]
-    path = written(tmp_path, make_cells(100, batches=3))
-    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
-    assert notes == []
-    adata.obs["batch"] = pd.Categorical([1] * 100)
-    path = written(tmp_path, adata)
-    _, notes = same_as_in_memory(trained, path, path, tmp_path, capsys)
-    assert "a batch that the model does not know: 1, whose" in notes[0]
-
-
-def test_a_model_without_batches(h5ad, tmp_path, capsys):
-    assert run(h5ad, tmp_path / "model") == 0
-    capsys.readouterr()
-    expected = cells_of(tmp_path / "model")
-    found, notes = same_as_in_memory(tmp_path / "model", h5ad, h5ad, tmp_path, capsys)
-    assert notes == []
-    np.testing.assert_array_equal(found.obsm["X_vmm"], expected.obsm["X_vmm"])
-    assert found.obs[COLUMNS].equals(expected.obs[COLUMNS])
-
-
-def test_where_cells_to_assign_are_kept(trained, tmp_path, capsys, monkeypatch):
-    adata = make_query(100)
-    assert assigned(trained, written(tmp_path, adata), tmp_path / "a.h5ad") == 0
-    assert notes_of(capsys)[1] == []
-    (tmp_path / "parts").mkdir()
-    adata.obsm["X_pca"] = np.zeros((100, 2))
-    written(tmp_path / "parts", adata)
-    assert assigned(trained, tmp_path / "parts", tmp_path / "b.h5ad") == 0
-    assert notes_of(capsys)[1] == [
-        "note: counts stay on disk, in several files",
-        "note: obs and var alone are kept, not counts, obsm/X_pca",
-    ]
-    adata.X = csc_matrix(adata.X)  # of which no cells can be read: taken into memory
-    by_genes = written(tmp_path, adata)
-    assert assigned(trained, by_genes, tmp_path / "c.h5ad", "--memory", 0) == 0
-    assert notes_of(capsys)[1] == []
-    one, other = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "bc")
-    np.testing.assert_array_equal(one.obsm["X_vmm"], other.obsm["X_vmm"])
-    assert other.X is not None and "X_pca" in other.obsm
-
-    adata.obs_names = ["same"] * 3 + list(adata.obs_names[3:])
-    adata.X = csr_matrix(adata.X)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    cells = written(tmp_path, adata)
-    assert assigned(trained, cells, tmp_path / "d.h5ad", "--memory", 0) == 0
-    shown = capsys.readouterr()
-    assert "note: 2 cells have a name that another has, too" in shown.out
-    assert "cells 100/100 |" in shown.err
-
-
-def test_cells_on_disk_that_cannot_be_assigned(trained, tmp_path, capsys):
-    out = tmp_path / "out.h5ad"
-
-    def refused(adata, message, *options):
-        """In memory and on disk alike."""
-        path = written(tmp_path, adata)
-        errors = [
-            complaint(capsys, assigned(trained, path, out, "--memory", memory, *options))
-            for memory in (0, 1)
-        ]
-        assert errors[0] == errors[1]
-        assert errors[0].startswith(f"vmm-fast: {path}: ") and errors[0].count(str(path)) == 1
-        assert re.search(message, errors[0]), errors[0]
-        assert not out.exists()
-
-    adata = make_query(100)
-    gene = trained_gene(trained)
-    message = f"1 of the model's 18 genes is missing, more than 5%: {gene}"
-    refused(adata[:, adata.var_names != gene].copy(), message)
-    refused(adata, "--layer no: must be one of the layers, but there are none", "--layer", "no")
-    adata.obs["batch"] = adata.obs["batch"].where(adata.obs["batch"] != "new")
-    refused(adata, "'batch' of obs: every cell must have a batch, 25 of 100 have none")
-    adata = make_query(100)
-    adata.X = adata.X * np.float32(0.5)
-    refused(adata, r"X must hold counts, whole numbers from 0, has \d*\.5 in cell 'cell 0', gene")
-
-
-def test_assigning_that_fails_leaves_the_old_file(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(writing, "ROWS", 20)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    cells, out = written(tmp_path / "in", make_query(100)), tmp_path / "out" / "out.h5ad"
-    out.write_text("mine")
-    inference = assignment.latent_means
-
-    def meanwhile(happens):
-        def embed(*arguments, **keywords):
-            happens()
-            return inference(*arguments, **keywords)
-
-        monkeypatch.setattr(assignment, "latent_means", embed)
-
-    def fails(message, code=2, memory=0):
-        options = ("--memory", memory, "--overwrite")
-        error = complaint(capsys, assigned(trained, cells, out, *options), code)
-        assert re.search(message, error), error
-        assert out.read_text() == "mine" and list(out.parent.iterdir()) == [out]
-
-    meanwhile(cells.touch)
-    fails(f"^vmm-fast: {cells}: has changed since it was opened")
-    meanwhile(cells.unlink)
-    fails(f"^vmm-fast: {cells}: was removed since it was opened")
-    written(tmp_path / "in", make_query(100))
-    meanwhile(lambda: None)
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        for memory in (0, 1):
-            message = f"^vmm-fast: {out}: cannot be written: No space left on device"
-            fails(message, memory=memory)
-        error = complaint(capsys, run(cells, tmp_path / "run"))
-        assert "cells.h5ad: cannot be written: No space left on device" in error
-        assert "cells.h5ad" not in os.listdir(tmp_path / "run")
-    append = writing.H5adWriter.append
-
-    def interrupted(self, obs, *rest, **keywords):
-        append(self, obs, *rest, **keywords)
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing.H5adWriter, "append", interrupted)
-        fails("interrupted", 130)
-    meanwhile(lambda: signal.raise_signal(signal.SIGINT))
-    fails("interrupted", 130)
-
-
-def test_cells_without_counts_are_assigned(trained, tmp_path):
-    adata = make_query(100)
-    adata.X = csr_matrix(adata.shape, dtype=np.float32)
-    assert assigned(trained, written(tmp_path, adata), tmp_path / "out.h5ad") == 0
-    assert len(set(anndata.read_h5ad(tmp_path / "out.h5ad").obs["vmm_cluster"])) <= 3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_observed_lib_size": False},  # cannot be loaded without cells
-        {"encode_covariates": False},
-        {"batch_representation": "embedding"},
-        {"log_variational": False},
-        {"prior": "normal"},
-    ],
-)
-def test_models_that_were_not_made_by_integrate(tmp_path, capsys, options):
-    adata = make_cells(batches=3)
-    VMMSCVI.setup_anndata(adata, batch_key="batch")
-    model = VMMSCVI(adata, **{"n_components": 5, **options})
-    model.train(1, accelerator="cpu", enable_progress_bar=False, logger=False)
-    model.save(tmp_path / "model")
-    code = assigned(tmp_path / "model", written(tmp_path, adata), tmp_path / "out.h5ad")
-    if options == {"prior": "normal"}:
-        error = complaint(capsys, code)
-        assert f"{tmp_path / 'model'}: must be a model with clusters, but is of N(0, I)" in error
-        return
-    assert code == 0
-    found = anndata.read_h5ad(tmp_path / "out.h5ad")
-    z, _ = model.get_latent_representation(return_dist=True)
-    np.testing.assert_allclose(found.obsm["X_vmm"], z, atol=1e-5)

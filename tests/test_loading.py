@@ -216,8 +216,8 @@ every_step = pytest.mark.slow("it trains 32 times")
 @pytest.mark.parametrize(
     ("on_disk", "stops"),
     [
-        (False, [14]),
-        (True, [5, 22]),
+        (False, [5]),
+        (True, [22]),
         pytest.param(False, range(2, 25, 3), marks=every_step),
         pytest.param(True, range(3, 25, 3), marks=every_step),
     ],
@@ -405,17 +405,18 @@ def test_what_was_loaded_is_not_kept_for_the_next_run(tmp_path):
     same_model(train(keep), whole())
 
 
-@pytest.mark.parametrize("options", [{"seconds": 0}, {"seconds": math.inf, "steps": 2}])
-def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "step"), [({"seconds": 0}, 2), ({"seconds": math.inf, "steps": 2}, 8)]
+)
+def test_with_accumulated_gradients_it_is_written_after_steps(tmp_path, options, step):
     keep, accumulate = Kept(tmp_path / "kept.ckpt", **options), {"accumulate_grad_batches": 2}
     ended = train(keep, 2, **accumulate)
     every = options.get("steps", 1)
     assert keep.wrote == [step for step in range(1, 11) if step % every == 0 or step == 10]
-    for step in (2, 8):
-        path = keep.path.with_suffix(f".{step}")
-        other = Kept(tmp_path / "other.ckpt", **options)
-        same_model(train(other, 2, ckpt_path=path, **accumulate), ended)
-        assert other.wrote == [each for each in keep.wrote if each > step]
+    path = keep.path.with_suffix(f".{step}")
+    other = Kept(tmp_path / "other.ckpt", **options)
+    same_model(train(other, 2, ckpt_path=path, **accumulate), ended)
+    assert other.wrote == [each for each in keep.wrote if each > step]
 
 
 def test_what_training_cannot_go_on_from(tmp_path):

@@ -221,10 +221,8 @@ def test_names_are_escaped(page_of):
 
 
 LABELS = {  # of 240 cells, and how many there are
-    "integer": (np.arange(240) % 3, 3),
     "float": (np.arange(240) % 3 + 0.5, 3),
     "continuous": (np.arange(240) / 240, 100),
-    "boolean": (np.arange(240) % 2 == 0, 2),
     "missing": (np.where(np.arange(240) % 2, np.nan, np.arange(240) % 3), 3),
     "all missing": (np.full(240, np.nan), 0),
     "mixed": (pd.Series([1, "1", None] * 80, dtype=object).to_numpy(), 2),
@@ -246,7 +244,7 @@ def test_labels_of_any_kind(page_of, kind):
         assert "141 others" in page.text  # 240 - 99
 
 
-@pytest.mark.parametrize("clusters", [1, 2, 100])
+@pytest.mark.parametrize("clusters", [1, 100])
 def test_one_to_a_hundred_clusters(page_of, clusters):
     adata = cells(number=12 * max(clusters, 5), clusters=clusters, n_genes=110, batch_key="donor")
     page = page_of(adata)
@@ -263,17 +261,15 @@ def test_one_to_a_hundred_clusters(page_of, clusters):
 
 @pytest.mark.parametrize(
     "change",
-    ["dense", "csc", "integers", "layer", "empty cells", "no counts", "one gene", "one batch"],
+    ["dense integers", "csc", "layer", "empty cells", "no counts", "one gene", "one batch"],
 )
 def test_counts_and_batches_of_any_kind(page_of, change):
     adata = cells(batch_key="donor")
     batches = 3
-    if change == "dense":
-        adata.X = adata.X.toarray()
+    if change == "dense integers":
+        adata.X = adata.X.toarray().astype(np.int64)
     elif change == "csc":
         adata.X = csc_matrix(adata.X)
-    elif change == "integers":
-        adata.X = adata.X.astype(np.int64)
     elif change == "layer":
         adata.layers["counts"], adata.uns["vmm"]["layer"] = adata.X, "counts"
         adata.X = adata.X * np.nan
@@ -293,7 +289,7 @@ def test_counts_and_batches_of_any_kind(page_of, change):
     assert ("Clusters in batches" in page.text) == (batches > 1)
 
 
-@pytest.mark.parametrize("number", [1, 3, 14])
+@pytest.mark.parametrize("number", [1, 14])
 def test_few_cells(page_of, number, monkeypatch):
     monkeypatch.setattr(report, "_plane", PLANE)
     page = page_of(cells(number=number, clusters=2, batch_key="donor", labels_key="type"))

@@ -6,11 +6,15 @@ Training that lost a process goes on from its last checkpoint as if nothing had 
 import math
 import os
 import signal
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import scvi_model
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -190,3 +194,36 @@ def test_where_one_hangs_the_other_ends(whole):
     error = "process 0 has waited in vain for process 1, which hangs"
     assert (folder / "error0").read_text().startswith(error)
     assert waiting.exitcode == 1
+
+
+# --- started by Lightning ---
+
+TWO_PROCESSES = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from support import TRAIN, scvi_model
+from vmm_fast.scvi import VMMSCVI
+found = scvi_model(VMMSCVI, n_components=12)
+train = {**TRAIN, "batch_size": 32, "strategy": "ddp_find_unused_parameters_true"}
+found.train(2, devices=2, **train)
+rank = os.environ.get("LOCAL_RANK", "0")
+torch.save(found.module.state_dict(), f"{sys.argv[2]}/rank{rank}.pt")
+"""
+
+
+def test_two_processes_have_one_prior(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    run = subprocess.run(
+        [sys.executable, script, Path(__file__).parent, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    start = scvi_model(VMMSCVI, n_components=12).module.state_dict()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert not torch.equal(first["prior.raw_precision"], start["prior.raw_precision"])

@@ -249,14 +249,6 @@ def test_concentration_is_the_conjugate_mode_without_discount(counts, concentrat
     assert got.concentration == pytest.approx(max(mode, MIN_CONCENTRATION), rel=1e-13)
 
 
-@pytest.mark.parametrize("shape", [0.5, 1.0, 2.0])
-def test_concentration_is_continuous_in_the_discount(shape):
-    counts = double([50.0, 20.0, 4.0, 1.0, 0.0])
-    at_zero = stick_breaking_posterior(counts, 0.7, 0.0, (shape, 1.0)).concentration
-    near_zero = stick_breaking_posterior(counts, 0.7, 1e-13, (shape, 1.0)).concentration
-    assert near_zero == pytest.approx(at_zero, rel=1e-10)
-
-
 @pytest.mark.parametrize(
     ("counts", "discount", "shape"),
     [
@@ -265,6 +257,7 @@ def test_concentration_is_continuous_in_the_discount(shape):
         ([1000.0] + [0.0] * 49, 0.3, 1.1),
         ([1000.0] + [0.0] * 49, 1 - 1e-9, 3.0),
         ([3.0, 2.0, 1.0], 0.01, 3.0),
+        ([3.0, 2.0, 1.0], 1e-13, 3.0),
         ([3.0, 2.0, 1.0], 1 - 1e-9, 1.1),
     ],
 )
@@ -302,15 +295,6 @@ def test_concentration_with_a_prior_unbounded_at_zero():
     assert got.concentration == MIN_CONCENTRATION
 
 
-def test_concentration_of_one_component_is_the_prior_mode():
-    counts = double([3.0])
-    for discount in (0.0, 0.4):
-        got = stick_breaking_posterior(counts, 1.0, discount, (3.0, 4.0))
-        assert got.concentration == pytest.approx(0.5, rel=1e-12)
-        got = stick_breaking_posterior(counts, 1.0, discount, (1.0, 4.0))
-        assert got.concentration == MIN_CONCENTRATION
-
-
 def test_results_follow_the_counts():
     counts = torch.tensor([0.5, 8.0, 8.0, 3.0])
     got = stick_breaking_posterior(counts, 1.3, 0.2)
@@ -339,11 +323,6 @@ def assert_same_bits(first, second):
     for one, other in zip(first[:-1], second[:-1], strict=True):
         assert torch.equal(one, other)
     assert first.concentration == second.concentration
-
-
-def test_two_runs_give_the_same_bits():
-    counts = torch.from_numpy(np.random.default_rng(1).gamma(0.3, 50.0, 5000))
-    assert_same_bits(*(stick_breaking_posterior(counts, 2.0, 0.25) for _ in range(2)))
 
 
 # The GPU's algorithm: one member after another does what a thread of the block would do

@@ -155,9 +155,17 @@ def assert_same_file(a, b):
     assert_same_state(*files)
 
 
-def test_resume_is_exact(trained, checkpoint):
+def test_resume_after_a_kill_is_exact(trained, tmp_path):
     model, expected, folder = trained
-    path = checkpoint(2)
+    path = tmp_path / "run.pt"
+
+    def on_epoch_end(record):
+        torch.randn(3)  # a callback's own noise must not reach the training
+        if record["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), checkpoint=path, on_epoch_end=on_epoch_end)
     torch.manual_seed(99)  # whatever the caller does in between
     resumed = make_model(seed=1)
     history = run(resumed, checkpoint=path, resume=True)
@@ -165,32 +173,7 @@ def test_resume_is_exact(trained, checkpoint):
     assert history.best_epoch == expected.best_epoch
     assert_same_state(resumed.state_dict(), model.state_dict())
     assert_same_file(path, folder / "4.pt")
-
-
-@pytest.mark.parametrize("kill", [RuntimeError("killed"), KeyboardInterrupt()])
-def test_resume_after_a_kill_is_exact(trained, tmp_path, kill):
-    path = tmp_path / "run.pt"
-
-    def on_epoch_end(record):
-        torch.randn(3)  # a callback's own noise must not reach the training
-        if record["epoch"] == 3:
-            raise kill
-
-    with pytest.raises(type(kill)):
-        run(make_model(), checkpoint=path, on_epoch_end=on_epoch_end)
-    resumed = make_model(seed=1)
-    run(resumed, checkpoint=path, resume=True)
-    assert_same_state(resumed.state_dict(), trained[0].state_dict())
-    assert_same_file(path, trained[2] / "4.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary file stays
-
-
-def test_resume_is_exact_with_a_learnt_scale(tmp_path):
-    whole, resumed = make_model(scale="learnt"), make_model(seed=1, scale="learnt")
-    run(whole, epochs=2)
-    run(make_model(scale="learnt"), epochs=1, checkpoint=tmp_path / "run.pt")
-    run(resumed, epochs=2, checkpoint=tmp_path / "run.pt", resume=True)
-    assert_same_state(resumed.state_dict(), whole.state_dict())
 
 
 def test_a_falling_learning_rate_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -274,13 +257,15 @@ def test_training_batches_alone_are_augmented_and_resumed(tmp_path):
         seen.append(len(x))
         return (x + 0.05 * torch.randn(len(x), 1)).clamp(0, 1)
 
-    whole, resumed, path = make_model(), make_model(seed=1), tmp_path / "run.pt"
+    whole, stopped, resumed = (make_model(seed, scale="learnt") for seed in (0, 0, 1))
+    path = tmp_path / "run.pt"
     history = run(whole, epochs=2, augment=shifted)
     assert seen == [16] * 8
-    run(make_model(), epochs=1, augment=shifted, checkpoint=path)
+    run(stopped, epochs=1, augment=shifted, checkpoint=path)
     run(resumed, epochs=2, augment=shifted, checkpoint=path, resume=True)
     assert_same_state(resumed.state_dict(), whole.state_dict())
-    assert history[0]["train_elbo"] != run(make_model(), epochs=1)[0]["train_elbo"]
+    plain = run(make_model(scale="learnt"), epochs=1)
+    assert history[0]["train_elbo"] != plain[0]["train_elbo"]
 
 
 def test_schedules():
@@ -291,31 +276,6 @@ def test_schedules():
     assert shares[-1] == pytest.approx(0.02, abs=1e-5)
     assert all(a > b for a, b in itertools.pairwise(shares[40:]))
     assert learning_rate_share("cosine", 0, 1) < 1
-
-
-def test_kill_while_the_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    save, calls = torch.save, []
-
-    def dying_save(state, file):
-        calls.append(state["epoch"])
-        if len(calls) == 3:
-            file.write(b"half a file")
-            raise KeyboardInterrupt
-        save(state, file)
-
-    monkeypatch.setattr(torch, "save", dying_save)
-    with pytest.raises(KeyboardInterrupt):
-        run(make_model(), checkpoint=path)
-    assert torch.load(path, weights_only=True)["epoch"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-
-
-def test_finished_run_resumes_to_more_epochs_only(trained, checkpoint):
-    path, again = checkpoint(4), make_model(seed=1)
-    assert len(run(again, checkpoint=path, resume=True)) == 4
-    assert_same_state(again.state_dict(), trained[0].state_dict())
-    assert len(run(again, epochs=5, checkpoint=path, resume=True)) == 5
 
 
 def fix_validation(monkeypatch, values):
@@ -377,8 +337,7 @@ def test_learning_rate_is_the_networks_alone():
         assert step == pytest.approx(rate, rel=0.01), name
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize(("fail", "mode"), [(False, True), (True, False)])
 def test_caller_state_is_untouched(fail, mode):
     def on_epoch_end(record):
         torch.manual_seed(1)
@@ -422,8 +381,7 @@ def test_non_finite_loss_stops_with_the_best_weights_kept(tmp_path, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("value", [1e20, 1e38])
-@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize(("value", "before"), [(1e20, 0), (1e38, 1)])
 def test_an_error_leaves_the_running_variance_alone(value, before):
     """A square that overflows raises; nothing that has been learnt is lost with it."""
     model = make_model()
@@ -458,6 +416,7 @@ def test_what_does_not_fit_together_is_no_divergence():
         # The same rows in another order are other data.
         ({"x_train": make_data().flip(0)}, "checksum of x_train"),
         ({"x_val": make_data(M, 1).flip(0)}, "checksum of x_val"),
+        ({"augment": RandomShifts((3, 2))}, "augment: none in the .*, RandomShifts now"),
         ({"model": {"posterior": "diagonal"}}, "posterior='full'.*posterior='diagonal'"),
         ({"model": {"hidden": (16, 9)}}, r"encoder\.2\.weight: .*\[8, 16\].*\[9, 16\]"),
         ({"model": {"prior": None}}, r"prior: VMMPrior\(.* in the checkpoint, StandardNormalPrior"),
@@ -492,28 +451,10 @@ def test_errors_of_the_checkpoint_s_place(tmp_path, place, resume, error, messag
         run(make_model(), checkpoint=path, resume=resume)
 
 
-@pytest.mark.parametrize(
-    ("augment", "error", "message"),
-    [
-        (3, TypeError, "augment must be callable, but is 3"),
-        (lambda x: x[:, :2], ValueError, r"augment must give torch.float32 \[16, 6\] .* but gave"),
-        (lambda x: None, ValueError, "but gave None"),
-    ],
-)
-def test_augment_gives_what_it_is_given(augment, error, message):
-    with pytest.raises(error, match=message):
-        run(make_model(), augment=augment)
-
-
-def test_a_checkpoint_is_of_its_augment(checkpoint):
-    with pytest.raises(ValueError, match="augment: none in the checkpoint, RandomShifts now"):
-        run(make_model(), checkpoint=checkpoint(2), resume=True, augment=RandomShifts((3, 2)))
-
-
 def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):
     path, rng = checkpoint(2), random.Random(0)
     whole, sound = path.read_bytes(), load_checked(path)
-    for _ in range(50):
+    for _ in range(30):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -529,7 +470,7 @@ def test_every_changed_entry_of_a_checkpoint_is_found(checkpoint):
     path, rng = checkpoint(2), random.Random(0)
     sound = torch.load(path, weights_only=True)
     changed = 0
-    for _ in range(100):
+    for _ in range(50):
         state, where = mutated(sound, rng)
         torch.save(state, path)
         try:
@@ -539,11 +480,15 @@ def test_every_changed_entry_of_a_checkpoint_is_found(checkpoint):
             changed += 1
         else:
             assert str(found | {"sha256": sound["sha256"]}) == str(sound), where
-    assert changed > 96
+    assert changed > 46
+    half, other = path.read_bytes()[:1000], io.BytesIO()
+    torch.save({"something": 1}, other)
     model = make_model()
     before = str(model.state_dict())
-    with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(damaged, or not written by"):
-        run(model, epochs=2, checkpoint=path, resume=True)
+    for damaged in (path.read_bytes(), half, b"", b"not a checkpoint", other.getvalue()):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(damaged, or not written"):
+            run(model, epochs=2, checkpoint=path, resume=True)
     assert str(model.state_dict()) == before
 
 
@@ -554,7 +499,7 @@ def test_checkpoints_of_other_content_are_refused(checkpoint):
     model = make_model()
     before = str(model.state_dict())
     refused = 0
-    for _ in range(60):
+    for _ in range(40):
         state, where = mutated(sound, rng)
         try:
             save_atomically(path, state)
@@ -566,18 +511,7 @@ def test_checkpoints_of_other_content_are_refused(checkpoint):
         else:
             assert where[0] in ("versions", "history") or "param_groups" in where, where
             model = make_model()
-    assert refused > 45
-
-
-def test_damaged_checkpoint(checkpoint):
-    path = checkpoint(1)
-    whole = path.read_bytes()
-    other = io.BytesIO()
-    torch.save({"something": 1}, other)
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint", other.getvalue()):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"run\.pt' cannot be read \(damaged, or not"):
-            run(make_model(), checkpoint=path, resume=True)
+    assert refused > 28
 
 
 def with_nan(x):
@@ -600,6 +534,13 @@ def with_nan(x):
         ({"prior_warmup": 1.0}, ValueError, r"prior_warmup must be in \[0, 1\), but is 1.0"),
         ({"prior_warmup": -0.1}, ValueError, "prior_warmup must be in"),
         ({"min_delta": -1.0}, ValueError, "min_delta must be"),
+        ({"augment": 3}, TypeError, "augment must be callable, but is 3"),
+        (
+            {"augment": lambda x: x[:, :2]},
+            ValueError,
+            r"augment must give torch.float32 \[16, 6\] .* but gave",
+        ),
+        ({"augment": lambda x: None}, ValueError, "but gave None"),
         ({"x_train": make_data().numpy()}, TypeError, "x_train must be a tensor.*ndarray"),
         ({"x_train": make_data()[:0]}, ValueError, "x_train must have at least one row"),
         ({"x_train": make_data()[:, 1:]}, ValueError, r"x_train.*\[B, 6\], but has \[70, 5\]"),
@@ -607,19 +548,15 @@ def with_nan(x):
         ({"transform": lambda x: x.long()}, TypeError, "x_train.* after `transform`.*int64"),
         ({"x_train": with_nan(make_data(9000))}, ValueError, "x_train, rows from 8192: .*finite"),
         ({"x_val": with_nan(make_data())}, ValueError, "x_val.*finite"),
+        ({"x_train": 2 * make_data()}, ValueError, r"x_train.*in \[0, 1\].*Bernoulli"),
     ],
 )
 def test_argument_errors(arguments, error, message):
-    model = make_model()
+    model = make_model(likelihood="bernoulli" if "Bernoulli" in message else "gaussian")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=message):
         run(model, **arguments)
     assert_same_state(model.state_dict(), before)
-
-
-def test_bernoulli_data_out_of_range():
-    with pytest.raises(ValueError, match=r"x_train.*in \[0, 1\].*Bernoulli"):
-        fit(make_model(likelihood="bernoulli"), 2 * make_data(), epochs=1)
 
 
 def test_progress_fits_a_terminal(capsys, monkeypatch):

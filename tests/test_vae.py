@@ -142,12 +142,6 @@ def test_full_posterior_is_lower_triangular_with_positive_diagonal(latent_dim):
         torch.testing.assert_close(q.scale_tril[:, below[0], below[1]], raw)
 
 
-def test_decoder_mirrors_encoder():
-    model = VAE((4, 5), 3, hidden=(8, 6), posterior="diagonal")
-    widths = [[m.weight.shape for m in net[::2]] for net in (model.encoder, model.decoder)]
-    assert widths == [[(8, 20), (6, 8), (6, 6)], [(6, 3), (8, 6), (20, 8)]]
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_learnt_gaussian_likelihood_against_torch(training):
     model = make((3, 4), scale="learnt").train(training)
