@@ -19,7 +19,7 @@ from scvi.train import SaveCheckpoint  # noqa: E402
 from torch.distributions import Normal  # noqa: E402
 
 from vmm_fast.counts import SoftmaxMean  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, module  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, latent_prior, module  # noqa: E402
 from vmm_fast.scvi.pseudo_cells import PseudoCells  # noqa: E402
 from vmm_fast.scvi.query import order_category_weights  # noqa: E402
 from vmm_fast.scvi.training import EmpiricalBayes, EmpiricalBayesTrainingPlan  # noqa: E402
@@ -408,7 +408,7 @@ def test_adam_takes_its_step_in_one_pass():
 def test_processes_share_the_network_s_running_statistics_before_the_prior_moves(monkeypatch):
     """The prior's own come from sums over the processes."""
     found, calls = model(prior_kwargs={"inference": "closed-form"}), []
-    monkeypatch.setattr(module, "average_over_processes", lambda x: calls.append(list(x)))
+    monkeypatch.setattr(latent_prior, "average_over_processes", lambda x: calls.append(list(x)))
     train(found, batch_size=54, train_size=0.9, **AT_ONCE)
     buffers = dict(found.module.named_buffers())
     running = [x for name, x in buffers.items() if "running_" in name and "prior" not in name]

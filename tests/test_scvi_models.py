@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 from anndata import AnnData  # noqa: E402
+from lightning import LightningDataModule  # noqa: E402
 
 from vmm_fast import Components, cli  # noqa: E402
 from vmm_fast.cells.assignment import find_model  # noqa: E402
@@ -533,3 +534,37 @@ def test_a_mudata_must_have_the_genes_and_proteins_of_the_model_in_its_order():
     for other in (pair(cells[:, ::-1], proteins), pair(cells, proteins[:, ::-1])):
         with pytest.raises(ValueError, match="adata must have the model's genes in its order"):
             model._validate_anndata(other)
+
+
+class CellsElsewhere(LightningDataModule):
+    """Cells as data modules of scvi-tools give them: in batches, without an AnnData."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.n_obs, self.n_batch = made.adata.n_obs, made.summary_stats.n_batch
+        self.train_dataloader = lambda: made._make_data_loader(made.adata, batch_size=64)
+
+    def __iter__(self):
+        return iter(self.train_dataloader())
+
+
+def test_a_model_without_an_adata_trains_from_batches(tmp_path):
+    """Embedding and clusters are those of the same weights with the same cells in memory."""
+    made = scvi_model(VMMSCVI, n_components=12)
+    cells = CellsElsewhere(made)
+    found = VMMSCVI(registry=made.registry, n_components=12, n_latent=4, n_hidden=32)
+    with pytest.raises(ValueError, match=r"datamodule must be iterable.* but is None"):
+        found._start_pseudo_cells()
+    found.train(max_epochs=2, datamodule=cells, **TRAIN)
+    started = found.module.prior.pseudo_inputs
+    assert started.started and started().log_counts.std() > 0.1
+    made.module.load_state_dict(found.module.state_dict())
+    made.is_trained_ = True
+    made.module.eval()
+    found.save(str(tmp_path / "model"), datamodule=cells)
+    loaded = VMMSCVI.load(str(tmp_path / "model"), datamodule=cells)
+    for model in (found, loaded):
+        z = model.get_latent_representation(dataloader=cells)
+        np.testing.assert_array_equal(z, made.get_latent_representation(batch_size=64))
+        labels = model.get_clusters(dataloader=cells)
+        np.testing.assert_array_equal(labels, made.get_clusters(batch_size=64))

@@ -18,6 +18,7 @@ from anndata.io import read_elem
 from vmm_fast.cells.elements import summarize_error
 
 ROWS = 1 << 16  # values of a column that are read together
+PANDAS_3 = int(pd.__version__.split(".")[0]) >= 3
 STRINGS = np.dtype(object)  # strings without missing values; pd.StringDtype() allows missing ones
 
 
@@ -70,7 +71,9 @@ def _dtype(frame: Any, key: str) -> Any:
     if encoding == "string-array":
         return STRINGS
     if encoding == "nullable-string-array":
-        return pd.StringDtype()
+        # pandas 3 has a second dtype of text, in which NaN is what is missing.
+        nan = column.attrs.get("na-value") == "NaN" and PANDAS_3
+        return pd.StringDtype(na_value=np.nan) if nan else pd.StringDtype()
     if encoding in ("nullable-integer", "nullable-boolean"):
         return pd.array(np.empty(0, column["values"].dtype)).dtype
     if encoding == "array" and column.dtype.kind in "biuf":

@@ -137,7 +137,7 @@ def _storable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame
     found = frame.copy(deep=False)
     for key in frame:
         values = frame[key]
-        if isinstance(values.dtype, pd.CategoricalDtype):
+        if isinstance(values.dtype, pd.CategoricalDtype | pd.StringDtype):
             continue
         if values.dtype == STRINGS and pd.api.types.infer_dtype(values, skipna=False) == "string":
             continue

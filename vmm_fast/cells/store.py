@@ -124,15 +124,19 @@ class CellStore:
                 if kind == "shards":
                     kind_of(file)
                 self._shards.append(self._read_shard(file))
+            self._unite()
         except BaseException:
             self.close()
             raise
+
+    def _unite(self) -> None:
+        """Set what all files together have: sizes, and columns of obs."""
         self._starts = np.cumsum([0] + [shard.n_obs for shard in self._shards])
         self.n_obs, self.n_vars = int(self._starts[-1]), len(self.var_names)
         try:
             check_shape(self.n_obs, self.n_vars)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{self.path}: {error}") from None
         self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self._shards))
         names = [set(shard.dtypes) for shard in self._shards]
         self.dtypes = {

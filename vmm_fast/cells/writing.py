@@ -396,6 +396,7 @@ class H5adWriter:
             return self._array(group, "codes", codes)
         if isinstance(dtype, pd.StringDtype):
             _mark(group, "nullable-string-array", "0.1.0")
+            group.attrs["na-value"] = "NA" if dtype.na_value is pd.NA else "NaN"
             values: Any = STRINGS
         else:
             kind = "boolean" if dtype.kind == "b" else "integer"
