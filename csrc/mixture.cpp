@@ -222,7 +222,7 @@ void forward(const Mixture<T>& mixture, Samples<T> samples, const PackedMixture<
 // numbers. Distances are about what the whitening matrices divide by.
 bool holds(const Mixture<float>& mixture, const double* sums, int64_t size) {
   constexpr float kLeast = 1e-15f, kMost = 1e15f;
-  for (int64_t j = 0; j < mixture.num_components; j++) {
+  for (int64_t j = 0; j < mixture.num_centers; j++) {
     if (mixture.offsets[j] == -std::numeric_limits<float>::infinity()) continue;
     const float* A = mixture.whitening + j * mixture.dim * mixture.dim;
     for (int64_t r = 0; r < mixture.dim; r++) {
@@ -236,12 +236,11 @@ bool holds(const Mixture<float>& mixture, const double* sums, int64_t size) {
 // The same problem in float64.
 struct Widened {
   Widened(const Mixture<float>& m, Samples<float> s)
-      : centers(copy(m.centers, m.num_components * m.dim)),
-        whitening(copy(m.whitening, m.num_components * m.dim * m.dim)),
-        offsets(copy(m.offsets, m.num_components)),
+      : centers(copy(m.centers, m.num_centers * m.dim)),
+        whitening(copy(m.whitening, m.num_centers * m.dim * m.dim)),
+        offsets(copy(m.offsets, m.num_centers)),
         z(copy(s.z, s.count * m.dim)),
-        mixture{centers.get(),    whitening.get(), offsets.get(),
-                m.num_components, m.dim,           m.transpose},
+        mixture{centers.get(), whitening.get(), offsets.get(), m.num_centers, m.dim, m.transpose},
         samples{z.get(), s.count} {}
   static Buffer<double> copy(const float* values, int64_t size) {
     auto wide = make_buffer<double>(values ? size : 0);
@@ -288,7 +287,7 @@ void log_prob_backward(const Mixture<T>& mixture, Samples<T> samples, int thread
   const Packed<T> packed(mixture, threads);
   const PackedMixture<T> view = packed.view();
   const auto& kernel = current_kernels<Kernels<T>>();
-  const int64_t D = mixture.dim, J = mixture.num_components;
+  const int64_t D = mixture.dim, J = mixture.num_centers;
   auto sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grad_lse,
                             grad_expected, {}, false, grad_z);
   if constexpr (std::is_same_v<T, float>)
@@ -393,7 +392,7 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
   const Packed<T> packed(mixture, threads);
   const PackedMixture<T> view = packed.view();
   const auto& kernel = current_kernels<Kernels<T>>();
-  const int64_t D = mixture.dim, J = mixture.num_components, B = samples.count;
+  const int64_t D = mixture.dim, J = mixture.num_centers, B = samples.count;
   const int useful = threads_for(threads, 2.0 * B * view.size, D);
   const int64_t stride = (B + kernel.chunk - 1) / kernel.chunk * kernel.chunk;
   const bool slopes = slope_N != nullptr;
@@ -475,7 +474,7 @@ template <class T>
 void log_joint(const Mixture<T>& mixture, Samples<T> samples, int64_t group, int threads, T* out) {
   const Packed<T> packed(mixture, threads);
   const auto& kernel = current_kernels<Kernels<T>>();
-  const int64_t groups = mixture.num_components / group;
+  const int64_t groups = mixture.num_centers / group;
   std::fill(out, out + samples.count * groups, -std::numeric_limits<T>::infinity());
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {
@@ -494,7 +493,7 @@ void responsibilities(const Mixture<T>& mixture, Samples<T> samples, int64_t gro
                       T* out) {
   const Packed<T> packed(mixture, threads);
   const auto& kernel = current_kernels<Kernels<T>>();
-  const int64_t groups = mixture.num_components / group;
+  const int64_t groups = mixture.num_centers / group;
   std::fill(out, out + samples.count * groups, T(0));
   for_each_chunk<T>(mixture, samples, packed.view(), kernel, threads,
                     [&](const Tiles<T>& chunks, int64_t k, const T* z, T* scratch) {

@@ -22,8 +22,8 @@ struct Mixture {
   const T* centers;
   const T* whitening;
   const T* offsets;
-  std::int64_t num_components;  // J
-  std::int64_t dim;             // D
+  std::int64_t num_centers;  // J
+  std::int64_t dim;          // D
   bool transpose;
 };
 

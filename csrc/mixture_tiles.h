@@ -62,7 +62,7 @@ template <class T>
 class Packed {
  public:
   Packed(const Mixture<T>& mixture, int threads) : dim_(mixture.dim) {
-    for (int64_t j = 0; j < mixture.num_components; j++)
+    for (int64_t j = 0; j < mixture.num_centers; j++)
       if (mixture.offsets[j] != -std::numeric_limits<T>::infinity()) component_.push_back(j);
     if (component_.empty())
       throw std::invalid_argument(

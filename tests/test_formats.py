@@ -17,7 +17,7 @@ from test_reading import BARCODES, COUNTS, make_cells, read
 from vmm_fast._errors import InputError
 from vmm_fast.cells import formats, selection
 from vmm_fast.cells.preparing import prepare
-from vmm_fast.cells.reading import read_cells
+from vmm_fast.cells.reading import layers_of, read_cells
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CannotStream, CellStore
 
@@ -331,7 +331,7 @@ def test_loom_is_its_main_matrix(tmp_path, monkeypatch):
     path = write_loom(tmp_path / "a.loom", layers=["spliced", "unspliced"])
     assert read(path) == (COUNTS.tolist(), BARCODES, NAMES, [])
     adata = read_cells(str(path)).adata
-    assert sorted(adata.layers) == ["spliced", "unspliced"]
+    assert sorted(layers_of(adata)) == ["spliced", "unspliced"]
     assert adata.layers["spliced"].toarray().tolist() == (COUNTS // 2).tolist()
     assert list(adata.obs) == ["depth"] and list(adata.obs["depth"]) == COUNTS.sum(1).tolist()
     assert list(adata.var["Chromosome"]) == ["4"] * 9
@@ -392,7 +392,7 @@ def test_parts_of_loom_that_cannot_be_read_are_left_out(tmp_path):
     assert [note.split(" cannot")[0] for note in cells.notes[:3]] == names
     assert cells.notes[3] == "2 more cannot be read either: layers/short, layers/text"
     assert read(path)[:3] == (COUNTS.tolist(), BARCODES, NAMES)
-    assert list(cells.adata.layers) == ["good"]
+    assert list(layers_of(cells.adata)) == ["good"]
     assert list(cells.adata.var["length"]) == list(range(9))
 
 

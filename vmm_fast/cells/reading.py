@@ -41,14 +41,14 @@ SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
 @dataclass(frozen=True)
-class Cells:
+class LoadedCells:
     """Cells as read, and notes on how the file was understood."""
 
     adata: AnnData
     notes: list[str] = field(default_factory=list)
 
 
-def read_cells(path: str, layer: str | None = None) -> Cells:
+def read_cells(path: str, layer: str | None = None) -> LoadedCells:
     """Read a file or folder of cells into memory.
 
     Parameters
@@ -96,7 +96,7 @@ def read_cells(path: str, layer: str | None = None) -> Cells:
         check_unique(adata.var_names)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Cells(adata, notes)
+    return LoadedCells(adata, notes)
 
 
 def kind_of(file: Path) -> str:
@@ -223,7 +223,7 @@ def check_unique(names: pd.Index) -> None:
         )
 
 
-def example() -> Cells:
+def example() -> LoadedCells:
     """Return the 700 blood cells that come with scanpy, as counts; types in obs["bulk_labels"].
 
     scanpy's raw values are log(1 + 1e4 counts / total), which give the counts back exactly.
@@ -236,7 +236,7 @@ def example() -> Cells:
     depth = stored.obs["n_counts"].to_numpy()[:, None]
     counts = np.rint(np.expm1(stored.raw.X.toarray()) * depth / 1e4)
     kept = stored.obs[["bulk_labels", "phase"]].copy()
-    return Cells(AnnData(csr_matrix(counts, dtype=np.float32), kept, stored.raw.var.copy()))
+    return LoadedCells(AnnData(csr_matrix(counts, dtype=np.float32), kept, stored.raw.var.copy()))
 
 
 # --- counts ---
