@@ -142,6 +142,7 @@ def test_states_that_do_not_fit_change_nothing(name):
         (lambda state: state["state"][0].update(step=-1.0), "at least 0"),
         (lambda state: state["state"].update({9: {}}), "that it lists, but is of 9"),
         (lambda state: state["param_groups"][0].update(lr=torch.nan), "lr must be a number"),
+        (lambda state: state["param_groups"][0].update(eps=torch.nan), "eps must be a number"),
         (
             lambda state: state["param_groups"][0].update(betas=(0.9, 1.0)),
             "beta2 must be a number",
