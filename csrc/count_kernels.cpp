@@ -442,9 +442,10 @@ void backward(const CountRow<T>& row, T grad, const CountGradients<T>& out, int3
     Derivatives<T> d = zero_derivatives<T, model>(g);
     const auto is_zero = g.x == 0;
     const Vec<T> none{};
-    d.mu = (g.mu > T(kLeast)) | (g.mu != g.mu) ? grad * d.mu : none;
-    const auto theta_counts = (g.theta > T(kLeast)) | (g.theta != g.theta);
-    d.theta = (is_zero & theta_counts) ? grad * d.theta : none;
+    const auto mu_counts = (g.mu > T(kLeast)) | (g.mu != g.mu);
+    const auto theta_counts = is_zero & ((g.theta > T(kLeast)) | (g.theta != g.theta));
+    d.mu = mu_counts ? grad * d.mu : none;
+    d.theta = theta_counts ? grad * d.theta : none;
     d.l *= grad;
     const auto write = [=](Vec<T> from, T* to) {
       if (count == lanes)

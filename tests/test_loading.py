@@ -263,7 +263,7 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
         some = store.sample(20, keys=["batch"], seed=1)
         assert some.n_obs == 64 and list(some.obs["batch"].cat.categories) == ["a", "b", "c"]
         np.testing.assert_array_equal(some.X.toarray(), adata.X[some.uns["rows"]].toarray())
-        assert list(some.obs["batch"]) == list(adata.obs["batch"][some.uns["rows"]])
+        assert list(some.obs["batch"]) == list(adata.obs["batch"].iloc[some.uns["rows"]])
         assert list(some.obs_names) == list(adata.obs_names[some.uns["rows"]])
         VMMSCVI.setup_anndata(some, batch_key="batch")
         model = VMMSCVI(some, n_components=6)

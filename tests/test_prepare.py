@@ -28,6 +28,7 @@ from test_store import (
 from vmm_fast import cli
 from vmm_fast._errors import InputError
 from vmm_fast.cells import preparing, writing
+from vmm_fast.cells.frames import rows_of
 from vmm_fast.cells.preparing import prepare
 from vmm_fast.cells.store import CellStore
 from vmm_fast.cells.writing import write_adata, write_results
@@ -356,7 +357,7 @@ def unwritable_cells(path):
     frames_in = ("obs", "var", "raw/var", "obsm/frame", "uns/nested/frame")
     with h5py.File(path, "a") as file:
         for name in frames_in:
-            rows = len(file[name][file[name].attrs["_index"]])
+            rows = rows_of(file[name])
             if file[name].attrs["_index"] == "_index":
                 file[name].move("_index", "names")
                 file[name].attrs["_index"] = "names"

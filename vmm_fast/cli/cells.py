@@ -256,43 +256,46 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
     given = with_cut(given, arguments)
-    if file is not None and command == "integrate":
-        cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
-    given["on_disk"] = cells is not None
-    if cells is None:
-        read = reading.example() if file is None else reading.read_cells(file, given["layer"])
-        cells, notes = read.adata, notes + read.notes
-    on_disk = None
-    with _naming(file or EXAMPLE), quiet():
-        settings = kind.for_cells(cells, **given)
-        if settings.on_disk:
-            training, on_disk, more = selection.training_cells_on_disk(cells, settings)
-        else:
-            training, more = selection.training_cells(cells, settings)
-    if command == "integrate":
-        with quiet():
-            more = more + writing.notes_on_writing(cells)
-    _check_accelerator(arguments.accelerator)
-    place.start(
-        {"input": source, "settings": asdict(settings)},
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
-    )
-    parts = [_size(cells)]
-    if settings.batch_key is not None:
-        batches = training.obs[settings.batch_key].nunique()
-        parts.append(counted(batches, "batch", "batches"))
-    if training.n_vars < cells.n_vars:
-        parts.append(f"trained on the {training.n_vars:,} genes that vary most")
-    if command == "integrate" and on_disk is None:
-        parts.append("counts in memory")
-    print(", ".join(parts))
-    for note in notes + more:
-        print(f"note: {note}", flush=True)
-    again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
-    if arguments.accelerator != "auto":
-        again += ["--accelerator", arguments.accelerator]
-    return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+    with ExitStack() as opened:  # a store is closed if anything else is refused
+        if file is not None and command == "integrate":
+            cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
+            opened.enter_context(cells or nullcontext())
+        given["on_disk"] = cells is not None
+        if cells is None:
+            read = reading.example() if file is None else reading.read_cells(file, given["layer"])
+            cells, notes = read.adata, notes + read.notes
+        on_disk = None
+        with _naming(file or EXAMPLE), quiet():
+            settings = kind.for_cells(cells, **given)
+            if settings.on_disk:
+                training, on_disk, more = selection.training_cells_on_disk(cells, settings)
+            else:
+                training, more = selection.training_cells(cells, settings)
+        if command == "integrate":
+            with quiet():
+                more = more + writing.notes_on_writing(cells)
+        _check_accelerator(arguments.accelerator)
+        place.start(
+            {"input": source, "settings": asdict(settings)},
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+        )
+        parts = [_size(cells)]
+        if settings.batch_key is not None:
+            batches = training.obs[settings.batch_key].nunique()
+            parts.append(counted(batches, "batch", "batches"))
+        if training.n_vars < cells.n_vars:
+            parts.append(f"trained on the {training.n_vars:,} genes that vary most")
+        if command == "integrate" and on_disk is None:
+            parts.append("counts in memory")
+        print(", ".join(parts))
+        for note in notes + more:
+            print(f"note: {note}", flush=True)
+        again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
+        if arguments.accelerator != "auto":
+            again += ["--accelerator", arguments.accelerator]
+        opened.pop_all()
+        return _Run(cells, training, on_disk, settings, place, shlex.join(again))
 
 
 def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
