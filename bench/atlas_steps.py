@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import atlas, providers
-from bench.scvi_epoch import SILENT
+from bench.steps import SILENT
 from bench.timing import sampler, take_turns
 
 SCDATASET_BLOCK = 64  # cells

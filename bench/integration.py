@@ -22,7 +22,7 @@ import numpy as np
 
 from bench.measurement import OPTIONS, Measurement, Run
 from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows, select
-from bench.scvi_epoch import SILENT
+from bench.steps import SILENT
 from bench.tables import spread, table, write_text
 from bench.timing import threads
 from vmm_fast._files import write_atomically

@@ -35,14 +35,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench import alone, atlas, atlas_steps, figures, scvi_epoch
+from bench import alone, atlas, atlas_steps, figures, steps
 from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
-from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run
+from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, relative
 from bench.records import Row, select
-from bench.scaling import exponent
-from bench.scvi_epoch import NORMAL, STOCK, VMM
-from bench.scvi_step import LIMITS, REASON
-from bench.tables import duration, table
+from bench.steps import LIMITS, NORMAL, REASON, STOCK, VMM
+from bench.tables import compared, duration, table
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
 
@@ -120,12 +118,9 @@ def make(folder: Path, cells: int) -> Path:
 def _epoch_rows(cells: int, batch_sizes: Sequence[int], repeats: int) -> Iterator[Row]:
     adata = atlas.Atlas().in_memory(cells)
     for size in batch_sizes:
-        models = {name: scvi_epoch.make_model(name, adata) for name in (STOCK, VMM, NORMAL)}
-        steps = -(-cells // size)
-        found = {
-            name: quantiles([steps * taken[scvi_epoch.REST] for (taken,) in epochs])
-            for name, epochs in scvi_epoch.epochs(models, size, repeats, False).items()
-        }
+        models = {name: steps.scvi_model(name, adata) for name in (STOCK, VMM, NORMAL)}
+        epochs = steps.epochs(models, size, repeats).items()
+        found = {name: quantiles(seconds) for name, seconds in epochs}
         for name, timing in found.items():
             case = {"threads": 1, "mode": EPOCH, "provider": name, "cells": cells, "B": size}
             ratio = round(timing["p50"] / found[STOCK]["p50"], 3)
@@ -141,11 +136,9 @@ def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[R
     yield {"mode": PREPARE, **done, **sizes}
     loaded = {"path": str(prepared), "batch_size": size}
     yield {"mode": LOADER, "B": size, **alone.run(atlas_steps.load, threads=threads, **loaded)}
-    theirs = {"mode": LOADER, "provider": SCDATASET, "B": size}
-    if importlib.util.find_spec("scdataset") is None:
-        yield {**theirs, "absent": "not installed"}
-    else:
-        yield {**theirs, **alone.run(atlas_steps.load_scdataset, threads=threads, **loaded)}
+    if importlib.util.find_spec("scdataset") is not None:
+        done = alone.run(atlas_steps.load_scdataset, threads=threads, **loaded)
+        yield {"mode": LOADER, "provider": SCDATASET, "B": size, **done}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         results = f"{out}/results"
         command = ["integrate", *_integrate(prepared, size, 1), "--out", results]
@@ -224,6 +217,12 @@ def _shuffling_rows(
 # --- targets, tables, picture ---
 
 
+def exponent(rows: Sequence[Row], axis: str, of: str) -> float:
+    """Return the slope of log of a field against log of the axis."""
+    x, y = (np.log([row[key] for row in rows]) for key in (axis, of))
+    return float(np.polyfit(x, y, 1)[0])
+
+
 def least_gain(row: Row) -> float:
     """Return how much an iteration of EM has raised the objective at least; below 0 if it fell."""
     return float(np.diff(row["objective"]).min())
@@ -262,152 +261,88 @@ def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Return time and memory against cells, with ten million; the rest, a table each."""
-    steps = _growing(rows)
+    """Return time and memory against cells, loaders, EM, epochs, kills and shuffling."""
     lines = [
         (
             mode,
             f"{row['cells']:,}",
             duration(row["seconds"]),
             f"{row['cells/s']:,.0f}",
-            _gib(row["peak_bytes"]) if "peak_bytes" in row else "",
+            f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "",
         )
-        for mode, line in steps.items()
+        for mode, line in _growing(rows).items()
         for row in line
     ]
-    text = table(("step", "cells", "time", "cells/s", "peak memory"), lines) + "\n"
-    if all(len(line) > 1 for line in steps.values()):
-        text += f"{_ten_million(steps)}\n\n"
-    text += _loaders(rows) + _em(rows)
-    epochs = select(rows, mode=EPOCH)
-    lines = [
-        (str(row["B"]), row["provider"], duration(row["p50"]), f"{row['times stock']:.2f}")
-        for row in epochs
-    ]
-    head = ("B", "model", "CPU time of an epoch, 1 thread", f"over {STOCK}'s")
-    text += f"{epochs[0]['cells']:,} cells in memory:\n\n{table(head, lines)}\n"
-    for row in select(rows, mode=RESUME):
-        text += (
-            f"{row['cells']:,} cells, one thread: the parameters of a run that was killed "
-            f"{row['kills']} times at random moments differ by at most {row['difference']:g} from "
-            "those of one that was left alone.\n\n"
-        )
-    shuffled = select(rows, mode=SHUFFLING)
-    lines = [
-        (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")
-        for row in shuffled
-    ]
-    seeds = [f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))]
-    text += f"Negative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
-    text += f"epochs of {shuffled[0]['cells']:,} cells:\n\n"
-    return text + table(("cells", *seeds, "mean"), lines)
-
-
-def _loaders(rows: Sequence[Row]) -> str:
-    """Return our loader next to scDataset."""
-
-    def rate(row: Row) -> str:
-        if "absent" in row:
-            return row["absent"]
-        return f"{row['cells/s']:,.0f} ({row['cells'] / row['cpu_seconds']:,.0f})"
-
-    ours = {row["cells"]: row for row in select(rows, mode=LOADER, provider=VMM)}
-    theirs = select(rows, mode=LOADER, provider=SCDATASET)
-    lines = [(f"{row['cells']:,}", rate(ours[row["cells"]]), rate(row)) for row in theirs]
-    if not lines:
-        return ""
-    return (
-        f"Loaders of the same file, batches of {theirs[0]['B']}, cells/s; in brackets cells a CPU "
-        "second, since ours reads ahead in a thread of its own:\n\n"
-        f"{table(('cells', 'vmm_fast', SCDATASET), lines)}\n"
-        "scDataset, too, is faster than training. Ours is there since it goes on amid a pass with "
-        "the same cells, checks counts, and takes folders of files with their genes in any order. "
-        "annbatch needs Python 3.12 and was not measured.\n\n"
-    )
-
-
-def _em(rows: Sequence[Row]) -> str:
-    """Return what EM gains, and scikit-learn's time."""
+    text = table(("step", "cells", "time", "cells/s", "peak memory"), lines)
+    loaders = [row for row in select(rows, mode=LOADER) if "seconds" in row]
+    head = ("cells", "provider", "cells/s", "cells a CPU second")
     lines = [
         (
             f"{row['cells']:,}",
-            str(row["J"]),
-            str(len(row["objective"])),
+            "vmm_fast" if row["provider"] == VMM else row["provider"],
+            f"{row['cells/s']:,.0f}",
+            f"{row['cells'] / row['cpu_seconds']:,.0f}",
+        )
+        for row in loaders
+    ]
+    text += "\nLoaders of the same file; ours reads ahead in a thread of its own:\n\n"
+    text += table(head, lines)
+    lines = [
+        (
+            f"{row['cells']:,}",
             f"{row['objective'][0]:.3f}",
             f"{row['objective'][-1]:.3f}",
             f"{least_gain(row):.2g}",
         )
         for row in select(rows, mode=EM, provider=VMM)
     ]
-    if not lines:
-        return ""
-    head = ("points", "components", "iterations", "objective before", "of the last", "least gain")
-    text = "EM of the trained prior, nats a point; a gain below 0 would be a fall:\n\n"
-    text += table(head, lines) + "\n"
+    head = ("points", "objective before EM", "before the last iteration", "least gain")
+    text += f"\nEM of the trained prior, nats a point:\n\n{table(head, lines)}"
     for row in select(rows, mode=EM, provider=SCIKIT_LEARN):
         text += (
-            f"scikit-learn's {row['provider']} takes {duration(row['seconds'])} for an iteration "
-            f"over {row['cells']:,} points, {row['times as fast']:.3g} times as long as ours in "
-            f"the same turns (measured at {row['measured']:,} points in memory, scaled linearly)."
-            "\n\n"
+            f"\nscikit-learn's {row['provider']} takes {row['times as fast']:.3g} times as long "
+            f"for an iteration over {row['cells']:,} points ({row['measured']:,} in memory, scaled "
+            "linearly).\n"
         )
-    return text
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB"
-
-
-def _ten_million(steps: dict[str, list[Row]]) -> str:
-    """Return the exponents, and what they say of ten million cells."""
-    times, fits = [], []
-    for mode, line in steps.items():
-        power, last = exponent(line, "cells", "seconds"), line[-1]
-        fits.append(f"{mode} n^{power:.2f}")
-        times.append(f"{mode} {duration(last['seconds'] * (1e7 / last['cells']) ** max(power, 1))}")
-    before, last = steps[INTEGRATE][-2:]
-    a_cell = (last["peak_bytes"] - before["peak_bytes"]) / (last["cells"] - before["cells"])
-    peak = last["peak_bytes"] + max(a_cell, 0) * (1e7 - last["cells"])
-    return (
-        f"Time grows as {', '.join(fits)}; between the last two sizes, memory of {INTEGRATE} by "
-        f"{a_cell:.0f} bytes a cell. So 10,000,000 cells would take: {', '.join(times)}; and "
-        f"{INTEGRATE} {_gib(peak)} (from the largest size by these exponents; one below 1, which "
-        "comes of what is paid once, as 1)."
-    )
+    epochs = compared(relative(rows, STOCK, mode=EPOCH), ["B"], lambda row: (str(row["B"]),))
+    text += f"\nCPU time of an epoch in memory, over {STOCK}'s in brackets:\n\n{epochs}"
+    for row in select(rows, mode=RESUME):
+        text += (
+            f"\nThe parameters of a run of {row['cells']:,} cells that was killed {row['kills']} "
+            f"times differ by at most {row['difference']:g} from those of one left alone.\n"
+        )
+    shuffled = select(rows, mode=SHUFFLING)
+    lines = [
+        (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")
+        for row in shuffled
+    ]
+    head = ("cells", *(f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))), "mean")
+    text += f"\nNegative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
+    return text + f"epochs of {shuffled[0]['cells']:,} cells:\n\n{table(head, lines)}"
 
 
 def plot(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw time and memory against cells, epochs next to SCVI, and what shuffling costs."""
-    figure.set_size_inches(15, 4.2)
-    times, memory, epochs, shuffling = figure.subplots(1, 4)
-    steps = _growing(rows)
+    """Draw time and memory against cells."""
+    figure.set_size_inches(10, 4.2)
+    times, memory = figure.subplots(1, 2)
+    found = _growing(rows)
     curves = {}
-    for mode, line in steps.items():
+    for mode, line in found.items():
         power = f": n^{exponent(line, 'cells', 'seconds'):.2f}" if len(line) > 1 else ""
         curves[mode + power] = [r["cells"] for r in line], [r["seconds"] for r in line]
     figures.lines(times, curves)
     figures.bare(times, "Time against cells", "cells, n", "seconds")
     curves = {
         mode: ([r["cells"] for r in line], [r["peak_bytes"] / 2**30 for r in line])
-        for mode, line in steps.items()
+        for mode, line in found.items()
         if mode != TRAINING
     }
-    cells = [row["cells"] for row in steps[PREPARE]]
+    cells = [row["cells"] for row in found[PREPARE]]
     counts = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
     curves["the counts, if they were in memory"] = cells, counts
     figures.lines(memory, curves)
     figures.limit(memory, 3, "3 GiB")
     figures.bare(memory, "Memory against cells", "cells, n", "peak resident memory, GiB")
-    found = select(rows, mode=EPOCH)
-    figures.bars(epochs, found, lambda row: row["times stock"], lambda row: f"B = {row['B']}")
-    figures.bare(epochs, f"CPU time of a training epoch, over {STOCK}'s")
-    found = select(rows, mode=SHUFFLING)
-    for place, row in enumerate(found):
-        gaps = [a - b for a, b in zip(row["losses"], found[0]["losses"], strict=True)]
-        shuffling.scatter([place] * len(gaps), gaps, s=20)
-    shuffling.set_xticks(range(len(found)), [row["provider"].replace(", ", ",\n") for row in found])
-    shuffling.axhline(0, color="0.3", lw=0.8)
-    figures.bare(shuffling, "Loss of cells not trained on", y="nats a cell, over in memory")
 
 
 MEASUREMENT = Measurement(

@@ -13,8 +13,8 @@ import anndata
 import torch
 
 from bench import __main__, alone, atlas, atlas_steps, out_of_core
+from bench.out_of_core import exponent
 from bench.records import read_rows, select
-from bench.scaling import exponent
 
 GENES = 800  # more than scanpy's cells have
 
