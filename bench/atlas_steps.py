@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import atlas, providers
+from bench import atlas
 from bench.steps import SILENT
-from bench.timing import sampler, take_turns
 
 SCDATASET_BLOCK = 64  # cells
 IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
@@ -119,28 +117,6 @@ def fit(results: str, cells: str, iterations: int) -> dict[str, Any]:
     seconds = (time.perf_counter() - start) / iterations
     sizes = {"J": module.prior.num_components, "D": points.shape[1]}
     return {"seconds": seconds, **sizes, "objective": objective}
-
-
-def fit_peer(results: str, cells: str, most: int, repeats: int) -> dict[str, Any]:
-    """Return the seconds of scikit-learn's step for all points, of which it takes so many at most.
-
-    And how many times as fast an iteration over all of them is, from disk.
-    """
-    module, points = _trained(results, cells)
-    some = points[:most].clone()
-    encoder = module.encode_pseudo_cells
-    ours = partial(module.prior.fit, points.split(EM_BATCH), encoder, max_iterations=1)
-    theirs = providers.sklearn_em(some, module.components()).call
-    samplers = {"ours": sampler(ours), "theirs": sampler(theirs)}
-    timings = take_turns(samplers, repeats=repeats, seconds=0)
-    seconds = timings["theirs"]["p50"] * len(points) / len(some)
-    return {
-        "seconds": seconds,
-        "J": module.prior.num_components,
-        "D": points.shape[1],
-        "measured": len(some),
-        "times as fast": seconds / timings["ours"]["p50"],
-    }
 
 
 def difference(one: str, other: str) -> dict[str, Any]:

@@ -9,8 +9,7 @@ resident memory is the step's. Seconds are without the import of libraries.
 - integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
   this the training alone.
 - EM iteration: exact EM of the trained prior over the embedding, which lies on disk; pseudo-cells
-  and network stand still. scikit-learn's GaussianMixture takes the same mixture and points, as many
-  as it has time for, in memory, at the largest size; the two take turns.
+  and network stand still.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
 - resume: a run that is killed several times, at random moments, and one that is not: the largest
@@ -33,9 +32,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from bench import alone, atlas, atlas_steps, figures, steps
+from bench import alone, atlas, atlas_steps, steps
 from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
 from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, relative
 from bench.records import Row, select
@@ -47,7 +45,7 @@ from vmm_fast._folder import RUN
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
 EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
 GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
-SCDATASET, SCIKIT_LEARN = "scDataset", "GaussianMixture"
+SCDATASET = "scDataset"
 COMPARED_CELLS = 100_000  # with whose memory that of more is
 ATLASES = Path(__file__).parents[1] / "build" / "atlases"
 
@@ -58,7 +56,6 @@ class Plan(NamedTuple):
     cells: tuple[int, ...]  # in the atlases on disk
     batch_size: int  # of training from disk
     iterations: int  # of EM
-    peer_points: int  # that scikit-learn takes at most
     epoch: tuple[int, tuple[int, ...], int]  # cells, batch sizes, repeats
     resume: tuple[int, int, int]  # cells, epochs, kills
     shuffle: tuple[int, int, int, int]  # cells, epochs, seeds, cells held out
@@ -68,12 +65,11 @@ FULL = Plan(
     (10_000, 100_000, 1_000_000),
     512,
     10,
-    100_000,
     (20_000, (128, 512), 5),
     (20_000, 20, 5),
     (100_000, 5, 3, 10_000),
 )
-QUICK = Plan((400,), 32, 2, 200, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
+QUICK = Plan((400,), 32, 2, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
 
 
 # --- rows ---
@@ -145,13 +141,9 @@ def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[R
         done = alone.run(atlas_steps.command, threads=threads, arguments=command)
         yield {"mode": INTEGRATE, "B": size, **done}
         yield {"mode": TRAINING, "B": size, "seconds": save_embedding(Path(results))}
-        trained = {"results": results, "cells": str(prepared)}
-        options: dict[str, Any] = {"iterations": plan.iterations}
-        yield {"mode": EM, **alone.run(atlas_steps.fit, threads=threads, **trained, **options)}
-        if cells == max(plan.cells):
-            options = {"most": plan.peer_points, "repeats": plan.epoch[2]}
-            done = alone.run(atlas_steps.fit_peer, threads=threads, **trained, **options)
-            yield {"mode": EM, "provider": SCIKIT_LEARN, **done}
+        trained: dict[str, Any] = {"results": results, "cells": str(prepared)}
+        trained |= {"iterations": plan.iterations}
+        yield {"mode": EM, **alone.run(atlas_steps.fit, threads=threads, **trained)}
 
 
 def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
@@ -214,7 +206,7 @@ def _shuffling_rows(
         yield {**case, "epochs": epochs, "losses": losses}
 
 
-# --- targets, tables, picture ---
+# --- targets, tables ---
 
 
 def exponent(rows: Sequence[Row], axis: str, of: str) -> float:
@@ -274,6 +266,12 @@ def tables(rows: Sequence[Row]) -> str:
         for row in line
     ]
     text = table(("step", "cells", "time", "cells/s", "peak memory"), lines)
+    fits = [
+        f"{mode} n^{exponent(line, 'cells', 'seconds'):.2f}"
+        for mode, line in _growing(rows).items()
+        if len(line) > 1
+    ]
+    text += f"\nTime grows as {', '.join(fits)}.\n"
     loaders = [row for row in select(rows, mode=LOADER) if "seconds" in row]
     head = ("cells", "provider", "cells/s", "cells a CPU second")
     lines = [
@@ -298,12 +296,6 @@ def tables(rows: Sequence[Row]) -> str:
     ]
     head = ("points", "objective before EM", "before the last iteration", "least gain")
     text += f"\nEM of the trained prior, nats a point:\n\n{table(head, lines)}"
-    for row in select(rows, mode=EM, provider=SCIKIT_LEARN):
-        text += (
-            f"\nscikit-learn's {row['provider']} takes {row['times as fast']:.3g} times as long "
-            f"for an iteration over {row['cells']:,} points ({row['measured']:,} in memory, scaled "
-            "linearly).\n"
-        )
     epochs = compared(relative(rows, STOCK, mode=EPOCH), ["B"], lambda row: (str(row["B"]),))
     text += f"\nCPU time of an epoch in memory, over {STOCK}'s in brackets:\n\n{epochs}"
     for row in select(rows, mode=RESUME):
@@ -319,30 +311,6 @@ def tables(rows: Sequence[Row]) -> str:
     head = ("cells", *(f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))), "mean")
     text += f"\nNegative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
     return text + f"epochs of {shuffled[0]['cells']:,} cells:\n\n{table(head, lines)}"
-
-
-def plot(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw time and memory against cells."""
-    figure.set_size_inches(10, 4.2)
-    times, memory = figure.subplots(1, 2)
-    found = _growing(rows)
-    curves = {}
-    for mode, line in found.items():
-        power = f": n^{exponent(line, 'cells', 'seconds'):.2f}" if len(line) > 1 else ""
-        curves[mode + power] = [r["cells"] for r in line], [r["seconds"] for r in line]
-    figures.lines(times, curves)
-    figures.bare(times, "Time against cells", "cells, n", "seconds")
-    curves = {
-        mode: ([r["cells"] for r in line], [r["peak_bytes"] / 2**30 for r in line])
-        for mode, line in found.items()
-        if mode != TRAINING
-    }
-    cells = [row["cells"] for row in found[PREPARE]]
-    counts = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
-    curves["the counts, if they were in memory"] = cells, counts
-    figures.lines(memory, curves)
-    figures.limit(memory, 3, "3 GiB")
-    figures.bare(memory, "Memory against cells", "cells, n", "peak resident memory, GiB")
 
 
 MEASUREMENT = Measurement(
@@ -364,5 +332,4 @@ MEASUREMENT = Measurement(
     "`bench/out_of_core.py` says what each step is. Each ran in a process of its own, whose memory "
     "counts with the interpreter and its libraries.",
     tables=tables,
-    plot=plot,
 )

@@ -29,7 +29,8 @@ from bench.measurement import OPTIONS, Measurement, Run
 from bench.records import DATA, PLACES, Row, command, environment
 from bench.tables import spread, table, write_text
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
-from vmm_fast.models import VAE, RandomShifts, fit
+from vmm_fast.models import VAE, fit
+from vmm_fast.priors import Prior
 from vmm_fast.schedules import SCHEDULES
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -39,24 +40,27 @@ NETWORKS: dict[str, dict[str, Any]] = {
 DATASETS = ("mnist", "fashion_mnist")
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 SCALES = ("maximum-likelihood", "learnt")
+COMPONENTS, BATCH_SIZE = 100, 256
 PRIOR_WEIGHT = "divide the parameter priors by the number of images or by the batch size"
 
 
-def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: argparse.Namespace):
+def make_prior(x: Tensor, args: argparse.Namespace) -> Prior:
     """Return the prior of a run; pseudo-inputs start at random training images."""
-    if name == "normal":
-        return vmm_fast.StandardNormalPrior(latent_dim)
-    start = x[torch.randperm(len(x))[: components * args.pseudo_inputs_per_component]]
+    if args.prior == "normal":
+        return vmm_fast.StandardNormalPrior(args.latent_dim)
+    start = x[torch.randperm(len(x))[:COMPONENTS]]
+    if args.prior == "vamp":
+        return vmm_fast.VampPrior(start, args.latent_dim)
     data_size = len(x) if args.prior_weight == "data" else None
-    common: dict[str, Any] = {"data_size": data_size, "learning_rate": args.prior_learning_rate}
-    if name == "vamp":
-        return vmm_fast.VampPrior(start, latent_dim, learning_rate=args.prior_learning_rate)
-    if name == "gmm":
-        return vmm_fast.GaussianMixturePrior(components, latent_dim, **common)
-    common["responsibility_gradient"] = not args.true_em
-    common["pseudo_inputs_per_component"] = args.pseudo_inputs_per_component
-    inference = "closed-form" if name == "vmm-closed-form" else "gradient"
-    return vmm_fast.VMMPrior(start, latent_dim, inference=inference, **common)
+    if args.prior == "gmm":
+        return vmm_fast.GaussianMixturePrior(COMPONENTS, args.latent_dim, data_size=data_size)
+    return vmm_fast.VMMPrior(
+        start,
+        args.latent_dim,
+        data_size=data_size,
+        inference="closed-form" if args.prior == "vmm-closed-form" else "gradient",
+        responsibility_gradient=not args.true_em,
+    )
 
 
 @torch.no_grad()
@@ -101,15 +105,6 @@ def read(folder: Path, dataset: str) -> tuple[Any, Any]:
     return ({k: v[:cut] for k, v in every.items()}, {k: v[cut:] for k, v in every.items()})
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a run as JSON, with a line for each entry and each epoch of its curve."""
-    *entries, curve = [*(item for item in record.items() if item[0] != "curve"), record["curve"]]
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries]
-    epochs = ",\n".join(map(json.dumps, curve))
-    lines.append(f'"curve": [\n{epochs}\n]')
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def train(args: argparse.Namespace, path: Path) -> None:
     """Train one prior; its record is written to ``path`` after every epoch and at the end."""
     train, test = read(Path(args.data), args.dataset)
@@ -119,9 +114,8 @@ def train(args: argparse.Namespace, path: Path) -> None:
         torch.from_numpy(part["images"].reshape(-1, 784)).float() / 127.5 - 1
         for part in (train, test)
     )
-    prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
     network = NETWORKS[args.network]
-    model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale, **network)
+    model = VAE(784, args.latent_dim, make_prior(x, args), scale=args.scale, **network)
     has_clusters = args.prior != "normal"
     settings = {k: v for k, v in vars(args).items() if k not in PLACES}
     curve: list[dict[str, Any]] = json.loads(path.read_text())["curve"] if args.resume else []
@@ -139,7 +133,7 @@ def train(args: argparse.Namespace, path: Path) -> None:
             epoch["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
-        write_record(path, record)
+        write_text(path, json.dumps(record))
         shown = {**epoch, **epoch.get("test", {}).get("clusters", {})}
         names = ("epoch", "seconds_since_start", "validation_elbo", "validation_kl", *COLUMNS)
         print("  ".join(f"{k} {shown[k]:.4g}" for k in names if k in shown), flush=True)
@@ -150,12 +144,11 @@ def train(args: argparse.Namespace, path: Path) -> None:
         x,
         y,
         epochs=args.epochs,
-        batch_size=args.batch_size,
+        batch_size=BATCH_SIZE,
         learning_rate=args.learning_rate,
         schedule=args.schedule,
         prior_warmup=args.prior_warmup,
         seed=args.seed,
-        augment=RandomShifts((784,)) if args.shifts else None,
         on_epoch_end=on_epoch_end,
         checkpoint=args.checkpoint,
         resume=args.resume,
@@ -165,7 +158,8 @@ def train(args: argparse.Namespace, path: Path) -> None:
     final = {name: score(model, *part) for name, part in parts.items()}
     if has_clusters:
         final["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
-    write_record(path, {**record, "final": {"best_epoch": history.best_epoch, **final}})
+    record["final"] = {"best_epoch": history.best_epoch, **final}
+    write_text(path, json.dumps(record))
 
 
 def rows(run: Run) -> Iterator[Row]:
@@ -275,18 +269,12 @@ MEASUREMENT = Measurement(
         "--prefix": {"default": "mnist", "help": "of the result files that belong together"},
         "--images": {"type": int, "help": "train on the first so many; all unless given"},
         "--epochs": {"type": int, "default": 40},
-        "--batch-size": {"type": int, "default": 256},
         "--learning-rate": {"type": float, "default": 1e-3},
         "--schedule": {"choices": SCHEDULES, "default": "cosine"},
         "--prior-warmup": {"type": float, "default": 0.0, "help": "share of steps under N(0, I)"},
-        "--shifts": {"action": "store_true", "help": "train on images shifted at random"},
-        "--pseudo-inputs-per-component": {"type": int, "default": 1},
-        "--prior-learning-rate": {"type": float, "default": 1e-3},
         "--prior-weight": {"choices": ("data", "batch"), "default": "data", "help": PRIOR_WEIGHT},
         "--true-em": {"action": "store_true", "help": "no gradient through responsibilities"},
-        "--components": {"type": int, "default": 100},
         "--latent-dim": {"type": int, "default": 10},
-        "--posterior": {"choices": ("full", "diagonal"), "default": "full"},
         "--scale": {"choices": SCALES, "default": SCALES[0]},
         "--seed": {"type": int, "default": 0},
         "--checkpoint": {"help": "file to keep the run in after every epoch"},

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench import figures
 from bench.eager_prior import EagerVMM
 from bench.measurement import SCVI, Check, Measurement, Run, relative
 from bench.records import Row, select
@@ -202,7 +200,7 @@ def epochs(models: dict[str, Any], batch_size: int, repeats: int) -> dict[str, l
     return found
 
 
-# --- targets, tables, pictures ---
+# --- targets, tables ---
 
 LIMITS = {128: 0.75, 512: 0.45}  # over the time of SCVI
 REASON = """\
@@ -237,16 +235,6 @@ def tables(rows: Sequence[Row], over: str) -> str:
     return compared(relative(rows, over), ["B"], lambda row: (str(row["B"]),))
 
 
-def plot(figure: Figure, rows: Sequence[Row], over: str) -> None:
-    """Draw the time of a step next to another's."""
-    figure.set_size_inches(10, 4.2)
-    ax = figure.subplots()
-    found = [row for row in relative(rows, over) if row["provider"] != over]
-    figures.bars(ax, found, lambda row: row["ratio"], lambda row: f"B = {row['B']}")
-    figures.limit(ax, 1)
-    figures.bare(ax, f"Training step, time / that under {over}")
-
-
 IMAGES = Measurement(
     "step",
     "training steps of the image VAE under each prior",
@@ -255,7 +243,6 @@ IMAGES = Measurement(
     introduction="784 inputs, hidden layers of 500, 500 and 2000, D = 10, 100 components; in "
     "brackets the time over that of N(0, I).",
     tables=partial(tables, over=IMAGE_NORMAL),
-    plot=partial(plot, over=IMAGE_NORMAL),
 )
 CELLS = Measurement(
     "scvi-step",
@@ -267,5 +254,4 @@ CELLS = Measurement(
     introduction="Steps without Lightning on random counts of 2,000 genes; in brackets the time "
     "over that of SCVI.",
     tables=partial(tables, over=STOCK),
-    plot=partial(plot, over=STOCK),
 )

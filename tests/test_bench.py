@@ -1,4 +1,4 @@
-"""The benchmarks run end to end, compute what they claim, and tell a slowdown from noise."""
+"""The benchmarks run end to end and compute what they claim."""
 
 import gc
 import math
@@ -28,7 +28,7 @@ from bench import (
 )
 from bench.measurement import TOLERANCE, Less, Run, relative
 from bench.problems import Size, whitened
-from bench.records import RESULTS, command, read_rows, select, write_rows
+from bench.records import RESULTS, command, read_rows, select
 from bench.registry import ALL, MEASUREMENTS
 from bench.timing import quantiles, take_turns
 
@@ -230,26 +230,6 @@ def test_targets_of_rows_by_hand():
         assert [check.met for check in checks] == [value > 0 for value in expected]
 
 
-def test_compare_flags_a_slowdown_and_lets_noise_pass(bench, tmp_path):
-    paths = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
-    one, other = timed("throughput", BACKWARD, {"vmm_fast": 1e-3, "matmul": 1e-3})
-    write_rows(paths[0], [one, other])
-    for change, found in (
-        ({"p50": 0.8e-3}, "0 slower, 1 faster, 1 same, 0"),
-        ({"p50": 1.045e-3, "p20": 1e-3, "p80": 1e-3}, "0 slower, 0 faster, 2 same, 0"),  # drift
-        ({"p50": 1.2e-3, "p20": 0.9e-3, "p80": 1.1e-3}, "0 slower, 0 faster, 2 same, 0"),  # noise
-        ({"p50": 1.0, "provider_version": {"a": "2"}}, "0 slower, 0 faster, 1 same, 2"),
-        ({"p50": 1.2e-3}, "1 slower, 0 faster, 1 same, 0"),
-    ):
-        write_rows(paths[1], [one | change, other])
-        status, printed = bench("compare", *paths)
-        assert status == int(found.startswith("1"))
-        assert printed.endswith(f"{found} in one file alone\n")
-    assert "threads = 2: 0.001 s -> 0.0012 s (1.20x)" in printed
-    again = [sys.executable, "-m", "bench", "compare", *paths]
-    assert subprocess.run(again, cwd=RESULTS.parents[1], capture_output=True).returncode == 1
-
-
 def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
     """With the CPU in the GPU's place: all but the device's own calls."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -261,7 +241,8 @@ def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "take_turns", lambda samplers, **_: once(samplers))
     assert bench("gpu", "--quick", "--out", tmp_path)[0] == 0
     rows = read_rows(tmp_path / "gpu.jsonl")
-    assert len({row["mode"] for row in rows}) == 9
+    assert len({row["mode"] for row in rows}) == 8
+    assert all("error" in row for row in select(rows, mode="kernel"))
     for row in rows:
         assert row.get("error", 0) < TOLERANCE and row["gpu"] == 1
     for row in select(rows, mode="kernel"):
