@@ -102,9 +102,9 @@ def _kernel_rows(run: Run, size: Size, device: gpu_bound.Device) -> Iterator[Row
     found = {} if size in LARGE else errors(size, calls)
     for row in run.compare("kernel", calls, found, seconds=10.0, **size._asdict()):
         kernel = row.pop("provider")
-        bound = gpu_bound.seconds(kernel, size, device)
+        bound = max(gpu_bound.times(kernel, size, device).values())
         if kernel == "log_prob, backward":  # the call is forward and backward
-            bound += gpu_bound.seconds("log_prob", size, device)
+            bound += max(gpu_bound.times("log_prob", size, device).values())
         yield {"kernel": kernel, **row, "bound": bound, "fraction": bound / row["p50"]}
 
 

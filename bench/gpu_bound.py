@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     tiles_each: int
 
 
-def _plan(size: Size, device: Device) -> Plan:
+def plan(size: Size, device: Device) -> Plan:
     from vmm_fast.kernels import launch  # needs Triton
     from vmm_fast.kernels.blocks import chunk, padded
 
@@ -125,7 +125,7 @@ def _mixture(size: Size) -> int:
     return size.J * (size.D**2 + size.D + 1)
 
 
-def _log_prob(size: Size, p: Plan) -> Work:
+def log_prob(size: Size, p: Plan) -> Work:
     vector, matrix = _log_joint(p)
     partial = 3 * size.B * p.splits if p.splits > 1 else 0
     return Work(
@@ -136,10 +136,6 @@ def _log_prob(size: Size, p: Plan) -> Work:
         2 * p.pairs,
         p.each * p.triangle,
     )
-
-
-def log_prob(size: Size, device: Device) -> Work:
-    return _log_prob(size, _plan(size, device))
 
 
 def _sums(size: Size, p: Plan, second: bool) -> Work:
@@ -156,9 +152,8 @@ def _sums(size: Size, p: Plan, second: bool) -> Work:
     )
 
 
-def backward(size: Size, device: Device) -> Work:
+def backward(size: Size, p: Plan) -> Work:
     """Both halves in one launch; then M W, and what splits have left."""
-    p = _plan(size, device)
     vector, matrix = _log_joint(p)
     sums = _sums(size, p, p.point_splits > 1 or p.blocks > 1)
     parts = 2 * size.B * size.D * p.splits if p.splits > 1 else 0
@@ -181,27 +176,24 @@ def _after(first: Work, second: Work) -> Work:
     return Work(*(a + b for a, b in zip(first, second, strict=True)))
 
 
-def statistics(size: Size, device: Device) -> Work:
+def statistics(size: Size, p: Plan) -> Work:
     """The log-sum-exp, then the sums."""
-    p = _plan(size, device)
-    return _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
+    return _after(log_prob(size, p), _sums(size, p, p.point_splits > 1))
 
 
-def assign(size: Size, device: Device) -> Work:
-    p, first = _plan(size, device), log_prob(size, device)
+def assign(size: Size, p: Plan) -> Work:
     parts = 2 * size.B * 5 * p.splits if p.splits > 1 else 0  # as log_prob's, and labels
-    return first._replace(
+    return log_prob(size, p)._replace(
         bytes=4 * (size.B * (size.D + 4) + _mixture(size) + parts), special=4 * p.pairs
     )
 
 
-def responsibilities(size: Size, device: Device) -> Work:
-    first = log_prob(size, device)
-    second = first._replace(launches=1, bytes=4 * size.B * size.J)
-    return _after(first, second)
+def responsibilities(size: Size, p: Plan) -> Work:
+    first = log_prob(size, p)
+    return _after(first, first._replace(launches=1, bytes=4 * size.B * size.J))
 
 
-KERNELS: dict[str, Callable[[Size, Device], Work]] = {
+KERNELS: dict[str, Callable[[Size, Plan], Work]] = {
     "log_prob": log_prob,
     "log_prob, backward": backward,
     "statistics": statistics,
@@ -210,20 +202,21 @@ KERNELS: dict[str, Callable[[Size, Device], Work]] = {
 }
 
 
-def times(work: Work, device: Device) -> dict[str, float]:
-    """Seconds that each resource needs."""
+def work(kernel: str, size: Size, device: Device) -> Work:
+    """Return the counts of a kernel."""
+    return KERNELS[kernel](size, plan(size, device))
+
+
+def times(kernel: str, size: Size, device: Device) -> dict[str, float]:
+    """Return the seconds that each resource needs."""
+    found = work(kernel, size, device)
     return {
-        "memory": work.bytes / device.bandwidth,
-        "vector units": work.vector / device.vector,
-        "matrix units": work.matrix * device.passes / device.matrix,
-        "exponentials": work.special / device.special,
-        "waiting": work.launches * LAUNCH + work.steps * STEP,
+        "memory": found.bytes / device.bandwidth,
+        "vector units": found.vector / device.vector,
+        "matrix units": found.matrix * device.passes / device.matrix,
+        "exponentials": found.special / device.special,
+        "waiting": found.launches * LAUNCH + found.steps * STEP,
     }
-
-
-def seconds(kernel: str, size: Size, device: Device) -> float:
-    """Return what a kernel must take at least."""
-    return max(times(KERNELS[kernel](size, device), device).values())
 
 
 def _count(value: float) -> str:
@@ -265,9 +258,9 @@ def page() -> str:
     head = ("kernel", "launches", "bytes", "vector op.", "matrix op., one pass", "exponentials")
     for size in SIZES:
         cells = []
-        for name, count in KERNELS.items():
-            launches, *counts, _ = count(size, H100)
-            bounds = (times(count(size, device), device) for device in DEVICES)
+        for name in KERNELS:
+            launches, *counts, _ = work(name, size, H100)
+            bounds = (times(name, size, device) for device in DEVICES)
             largest = (max(zip(t.values(), t.keys(), strict=True)) for t in bounds)
             found = (f"{duration(seconds)}, {resource}" for seconds, resource in largest)
             cells.append((name, str(launches), *map(_count, counts), *found))

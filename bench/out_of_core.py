@@ -245,64 +245,32 @@ def checks(rows: Sequence[Row]) -> Iterator[Check]:
         yield Check(target, case, row["difference"], 0.0, False, "")
 
 
-def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the steps whose time grows with the cells, by rising number of them."""
-    ours = select(rows, provider=VMM)
-    found = {mode: select(ours, mode=mode) for mode in GROWING}
-    return {mode: sorted(r, key=lambda row: row["cells"]) for mode, r in found.items() if r}
-
-
 def tables(rows: Sequence[Row]) -> str:
-    """Return time and memory against cells, loaders, EM, epochs, kills and shuffling."""
+    """Return time and memory of the steps against cells, then epochs and shuffling."""
+    growing = [row for row in rows if row["mode"] in GROWING]
     lines = [
         (
-            mode,
+            row["mode"] if row["provider"] == VMM else f"{row['mode']}, {row['provider']}",
             f"{row['cells']:,}",
             duration(row["seconds"]),
             f"{row['cells/s']:,.0f}",
+            f"{row['cells'] / row['cpu_seconds']:,.0f}" if "cpu_seconds" in row else "",
             f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "",
         )
-        for mode, line in _growing(rows).items()
-        for row in line
+        for row in sorted(growing, key=lambda row: GROWING.index(row["mode"]))
     ]
-    text = table(("step", "cells", "time", "cells/s", "peak memory"), lines)
+    head = ("step", "cells", "time", "cells/s", "cells a CPU second", "peak memory")
+    steps = {mode: select(growing, mode=mode, provider=VMM) for mode in GROWING}
     fits = [
         f"{mode} n^{exponent(line, 'cells', 'seconds'):.2f}"
-        for mode, line in _growing(rows).items()
+        for mode, line in steps.items()
         if len(line) > 1
     ]
-    text += f"\nTime grows as {', '.join(fits)}.\n"
-    loaders = [row for row in select(rows, mode=LOADER) if "seconds" in row]
-    head = ("cells", "provider", "cells/s", "cells a CPU second")
-    lines = [
-        (
-            f"{row['cells']:,}",
-            "vmm_fast" if row["provider"] == VMM else row["provider"],
-            f"{row['cells/s']:,.0f}",
-            f"{row['cells'] / row['cpu_seconds']:,.0f}",
-        )
-        for row in loaders
-    ]
-    text += "\nLoaders of the same file; ours reads ahead in a thread of its own:\n\n"
-    text += table(head, lines)
-    lines = [
-        (
-            f"{row['cells']:,}",
-            f"{row['objective'][0]:.3f}",
-            f"{row['objective'][-1]:.3f}",
-            f"{least_gain(row):.2g}",
-        )
-        for row in select(rows, mode=EM, provider=VMM)
-    ]
-    head = ("points", "objective before EM", "before the last iteration", "least gain")
-    text += f"\nEM of the trained prior, nats a point:\n\n{table(head, lines)}"
+    gain = min(map(least_gain, steps[EM]))
+    text = f"{table(head, lines)}\nTime grows as {', '.join(fits)}. EM raised its objective by "
+    text += f"{gain:.2g} nats a point or more in every iteration.\n"
     epochs = compared(relative(rows, STOCK, mode=EPOCH), ["B"], lambda row: (str(row["B"]),))
     text += f"\nCPU time of an epoch in memory, over {STOCK}'s in brackets:\n\n{epochs}"
-    for row in select(rows, mode=RESUME):
-        text += (
-            f"\nThe parameters of a run of {row['cells']:,} cells that was killed {row['kills']} "
-            f"times differ by at most {row['difference']:g} from those of one left alone.\n"
-        )
     shuffled = select(rows, mode=SHUFFLING)
     lines = [
         (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")

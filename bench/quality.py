@@ -2,20 +2,18 @@
 
 A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST (or 25,000 of
 Fashion-MNIST), selects nothing by labels, and after every epoch scores the 10,000 (5,000) test
-images. It writes one JSON file with the curve, the command, versions and date; ``--plot`` draws all
-runs of a prefix that lie in the results folder, and writes their page.
+images. It writes one JSON file with the curve, the command, versions and date, and draws all runs
+of its prefix that lie in the results folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -163,14 +161,12 @@ def train(args: argparse.Namespace, path: Path) -> None:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Train and write a record of its own, or draw what is there; there are no rows."""
-    args, folder = run.args, Path(run.args.out)
-    if args.plot:
-        print(*write_page(folder, args.prefix), sep="\n")
-    else:
-        path = folder / f"{args.prefix}-{args.name or args.prior}.json"
-        train(args, path)
-        print(path)
+    """Train and write a record of its own; there are no rows."""
+    args = run.args
+    path = Path(args.out) / f"{args.prefix}-{args.name or args.prior}.json"
+    train(args, path)
+    for written in write_page(path.parent, args.prefix):
+        print(written)
     yield from ()
 
 
@@ -188,49 +184,38 @@ PANELS = (
 )
 COLUMNS = ("clusters", "accuracy_one_to_one", "accuracy", "nmi", "ari")
 LEGEND = """\
-Scores of the test images, mean and standard deviation over the seeds; labels score and choose
-nothing. Clusters are groups of components, found in the training images. *One-to-one* lets each
-cluster be one class at most; *accuracy* is the paper's rule: the label of a cluster's most probable
-image. *Components* are the NMI of the components themselves and how many hold over 0.2 %."""
-
-
-def _records(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
-    paths = sorted(folder.glob(f"{prefix}-*.json"))
-    return {path.stem.removeprefix(f"{prefix}-"): json.loads(path.read_text()) for path in paths}
+Scores of the test images; labels score and choose nothing. Clusters are groups of components, found
+in the training images. *One-to-one* lets each cluster be one class at most; *accuracy* is the
+paper's rule: the label of a cluster's most probable image. *Components* are the NMI of the
+components themselves and how many hold over 0.2 %."""
 
 
 def write_page(folder: Path, prefix: str) -> list[Path]:
-    """Draw ``prefix.png``, and write ``prefix.md`` with a line for all seeds of the same settings.
-
-    There is no page where no run scored clusters.
-    """
-    records = _records(folder, prefix)
-    if not records:
-        raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
+    """Draw ``prefix.png``, and write ``prefix.md`` with a line for each run that has clusters."""
+    paths = sorted(folder.glob(f"{prefix}-*.json"))
+    records = {p.stem.removeprefix(f"{prefix}-"): json.loads(p.read_text()) for p in paths}
     written = [figures.draw(folder / f"{prefix}.png", lambda figure: _plot(figure, records))]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records.values():
-        if record["final"] is not None and "clusters" in record["final"]["test"]:
-            alike = " ".join(record["command"].split())
-            for name in ("--seed", "--name", "--out", "--data", "--checkpoint"):
-                alike = re.sub(rf"{name} \S+ ?", "", alike).strip()
-            found.setdefault(alike, []).append(record)
-    if not found:
+    ended = [record for record in records.values() if record["final"] is not None]
+    ended = [record for record in ended if "clusters" in record["final"]["test"]]
+    if not ended:
         return written
     lines = []
-    for alike, same in found.items():
-        finals = [record["final"]["test"] for record in same]
-        cells = [spread([final["clusters"][name] for final in finals]) for name in COLUMNS]
-        cells += [spread([f[name] for f in finals]) for name in ("nmi", "components_active")]
-        minutes = mean(record["curve"][-1]["seconds_since_start"] / 60 for record in same)
-        lines.append([f"`{alike}`", str(len(same)), *cells, f"{minutes:.0f}"])
-    about = next(iter(found.values()))[0]
+    for record in ended:
+        final, minutes = record["final"]["test"], record["curve"][-1]["seconds_since_start"] / 60
+        scores = [final["clusters"][name] for name in COLUMNS] + [final["nmi"]]
+        cells = [spread([score]) for score in scores]
+        lines.append(
+            [f"`{record['command']}`", *cells, str(final["components_active"]), f"{minutes:.0f}"]
+        )
     names = ("date", "revision", "python", "torch", "cpu")
+    about = ", ".join(f"{name} {ended[0][name]}" for name in names)
     heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
-    text = ["# Clusters of images", "", ", ".join(f"{name} {about[name]}" for name in names), ""]
-    text += [LEGEND, "", table(["command, with `--seed`", "seeds", *heads, "minutes"], lines), ""]
-    text += ["", f"![Scores against epochs]({prefix}.png)", ""]
-    return [*written, write_text(folder / f"{prefix}.md", "\n".join(text))]
+    text = ["# Clusters of images", "", about, "", LEGEND, ""]
+    text += [
+        table(["command", *heads, "minutes"], lines),
+        f"![Scores against epochs]({prefix}.png)",
+    ]
+    return [*written, write_text(folder / f"{prefix}.md", "\n".join((*text, "")))]
 
 
 def page(folder: Path) -> list[Path]:
@@ -280,7 +265,6 @@ MEASUREMENT = Measurement(
         "--checkpoint": {"help": "file to keep the run in after every epoch"},
         "--resume": {"action": "store_true", "help": "go on from --checkpoint"},
         "--out": OPTIONS["--out"],
-        "--plot": {"action": "store_true", "help": "make the page of --prefix; train nothing"},
     },
     page=page,
 )
