@@ -26,18 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from bench import alone, atlas, atlas_steps, steps
-from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
+from bench import alone, atlas, steps
 from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, relative
 from bench.records import Row, select
-from bench.steps import LIMITS, NORMAL, REASON, STOCK, VMM
+from bench.steps import LIMITS, NORMAL, REASON, SILENT, STOCK, VMM
 from bench.tables import compared, duration, table
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
@@ -45,7 +46,9 @@ from vmm_fast._folder import RUN
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
 EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
 GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
-SCDATASET = "scDataset"
+SCDATASET, SCDATASET_BLOCK = "scDataset", 64  # cells
+IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
+EM_BATCH = 16_384  # points
 COMPARED_CELLS = 100_000  # with whose memory that of more is
 ATLASES = Path(__file__).parents[1] / "build" / "atlases"
 
@@ -127,23 +130,23 @@ def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[R
     path, prepared = make(folder, cells), folder / f"{cells}-prepared.h5ad"
     size = plan.batch_size
     command = ["prepare", str(path), "--out", str(prepared), "--overwrite"]
-    done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+    done = alone.run(run_command, threads=threads, arguments=command)
     sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
     yield {"mode": PREPARE, **done, **sizes}
     loaded = {"path": str(prepared), "batch_size": size}
-    yield {"mode": LOADER, "B": size, **alone.run(atlas_steps.load, threads=threads, **loaded)}
+    yield {"mode": LOADER, "B": size, **alone.run(load, threads=threads, **loaded)}
     if importlib.util.find_spec("scdataset") is not None:
-        done = alone.run(atlas_steps.load_scdataset, threads=threads, **loaded)
+        done = alone.run(load_scdataset, threads=threads, **loaded)
         yield {"mode": LOADER, "provider": SCDATASET, "B": size, **done}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         results = f"{out}/results"
         command = ["integrate", *_integrate(prepared, size, 1), "--out", results]
-        done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+        done = alone.run(run_command, threads=threads, arguments=command)
         yield {"mode": INTEGRATE, "B": size, **done}
         yield {"mode": TRAINING, "B": size, "seconds": save_embedding(Path(results))}
         trained: dict[str, Any] = {"results": results, "cells": str(prepared)}
         trained |= {"iterations": plan.iterations}
-        yield {"mode": EM, **alone.run(atlas_steps.fit, threads=threads, **trained)}
+        yield {"mode": EM, **alone.run(fit, threads=threads, **trained)}
 
 
 def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
@@ -163,7 +166,7 @@ def _resume_row(folder: Path, batch_size: int, cells: int, epochs: int, kills: i
         seconds = time.perf_counter() - start
         lives = (seconds * np.random.default_rng(0).uniform(0, 0.4, kills)).tolist()
         kills = kill_and_resume([*command, killed], lives)
-        found = alone.run(atlas_steps.difference, threads=1, one=left_alone, other=killed)
+        found = alone.run(difference, threads=1, one=left_alone, other=killed)
     row = {"threads": 1, "mode": RESUME, "provider": VMM, "cells": cells, "B": batch_size}
     return {**row, "seconds": seconds, "kills": kills, "difference": found["difference"]}
 
@@ -197,13 +200,160 @@ def _shuffling_rows(
     options = {"epochs": epochs, "batch_size": size, "held_out": held_out}
     for order in (IN_MEMORY, ON_DISK, IN_ORDER):
         losses = [
-            alone.run(
-                atlas_steps.shuffle, threads=threads, path=path, order=order, seed=seed, **options
-            )["loss"]
+            alone.run(shuffle, threads=threads, path=path, order=order, seed=seed, **options)[
+                "loss"
+            ]
             for seed in range(seeds)
         ]
         case = {"mode": SHUFFLING, "provider": order, "cells": cells, "B": size}
         yield {**case, "epochs": epochs, "losses": losses}
+
+
+# --- steps, each of which runs in a process of its own ---
+
+
+def run_command(arguments: Sequence[str]) -> dict[str, float]:
+    """Run a command of vmm-fast; return its seconds, wall and CPU."""
+    import vmm_fast.cells.integration  # noqa: F401  (takes seconds to import)
+    from vmm_fast import cli
+
+    start = time.perf_counter(), time.process_time()
+    if code := cli.main(list(arguments)):
+        raise RuntimeError(f"vmm-fast {arguments[0]} gave {code}")
+    return _since(start)
+
+
+def _since(start: tuple[float, float]) -> dict[str, float]:
+    return {
+        "seconds": time.perf_counter() - start[0],
+        "cpu_seconds": time.process_time() - start[1],
+    }
+
+
+def load(path: str, batch_size: int) -> dict[str, Any]:
+    """Take an epoch of batches and do nothing with them."""
+    from vmm_fast.cells import CellStore
+    from vmm_fast.scvi.loading import CellBatches
+
+    with CellStore(path) as store:
+        start = time.perf_counter(), time.process_time()
+        codes = store.column("batch").codes
+        starts = np.arange(0, store.n_obs, store.run)
+        stops = np.minimum(starts + store.run, store.n_obs)
+        batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
+        return {"loaded": sum(len(batch["X"]) for batch in batches), **_since(start)}
+
+
+def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
+    """Take an epoch of batches of scDataset and do nothing with them."""
+    import h5py
+    from anndata.io import sparse_dataset
+    from scdataset import BlockShuffling, scDataset
+
+    from vmm_fast.scvi.loading import WINDOW
+
+    class Counts:
+        """The part of a collection that scDataset needs, without an AnnData around it."""
+
+        def __len__(self) -> int:
+            return counts.shape[0]
+
+        def __getitem__(self, cells: np.ndarray) -> Any:
+            return counts[cells]
+
+    with h5py.File(path) as file:
+        start = time.perf_counter(), time.process_time()
+        counts = sparse_dataset(file["X"])
+        batches: Iterable[Tensor] = scDataset(
+            Counts(),
+            BlockShuffling(block_size=SCDATASET_BLOCK),
+            batch_size,
+            fetch_factor=max(1, WINDOW // batch_size),
+            batch_transform=lambda cells: torch.from_numpy(cells.toarray()),
+            seed=0,
+        )
+        return {"loaded": sum(len(batch) for batch in batches), **_since(start)}
+
+
+def save_embedding(results: Path) -> float:
+    """Write the embedding to an .npy beside the results; return the seconds of training."""
+    import h5py
+
+    with h5py.File(results / "cells.h5ad") as file:
+        np.save(results / "embedding.npy", file["obsm/X_vmm"][:])
+        return float(file["uns/vmm/training_seconds"][()])
+
+
+def _trained(results: str, cells: str) -> tuple[Any, Tensor]:
+    """Return a trained module, and the points [n, D], which are read as they are used."""
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.quiet import quiet
+    from vmm_fast.scvi import VMMSCVI
+
+    with CellStore(cells) as store, quiet():
+        model = VMMSCVI.load(f"{results}/model", store.sample(1000, keys=["batch"]))
+    # Copied on write: torch warns of memory that must not be written.
+    points = torch.from_numpy(np.load(f"{results}/embedding.npy", mmap_mode="c"))
+    return model.module, points
+
+
+def fit(results: str, cells: str, iterations: int) -> dict[str, Any]:
+    """Return the seconds of an iteration of EM, and the objective, nats a point, before each."""
+    module, points = _trained(results, cells)
+    start = time.perf_counter()
+    objective = module.prior.fit(
+        points.split(EM_BATCH),
+        module.encode_pseudo_cells,
+        max_iterations=iterations,
+        tolerance=-np.inf,
+    )
+    seconds = (time.perf_counter() - start) / iterations
+    sizes = {"J": module.prior.num_components, "D": points.shape[1]}
+    return {"seconds": seconds, **sizes, "objective": objective}
+
+
+def difference(one: str, other: str) -> dict[str, Any]:
+    """Return the largest difference between the parameters of two models."""
+    states = [
+        torch.load(Path(folder) / "model" / "model.pt", weights_only=False)["model_state_dict"]
+        for folder in (one, other)
+    ]
+    if states[0].keys() != states[1].keys():
+        raise RuntimeError(f"{one} and {other} hold different parameters")
+    gaps = [
+        float((value.double() - states[1][name].double()).abs().max())
+        for name, value in states[0].items()
+        if torch.is_tensor(value) and value.numel()
+    ]
+    return {"difference": max(gaps)}
+
+
+def shuffle(
+    path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
+) -> dict[str, Any]:
+    """Train on cells in an order; return the negative ELBO, in nats, of cells beyond the file."""
+    import scvi
+
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.quiet import quiet
+    from vmm_fast.scvi import VMMSCVI
+    from vmm_fast.scvi.loading import CellDataModule, MemoryCells
+
+    with CellStore(path) as store, quiet():
+        source: Any = store
+        if order == IN_MEMORY:
+            source = MemoryCells(store.read(np.array([0]), np.array([store.n_obs])))
+        elif order == IN_ORDER:
+            store.run = store.n_obs
+        codes = store.column("batch").codes
+        cells = atlas.Atlas().in_memory(held_out, beyond=store.n_obs)
+        scvi.settings.seed = seed
+        VMMSCVI.setup_anndata(cells, batch_key="batch")
+        model = VMMSCVI(cells, n_components=min(100, held_out // 4))
+        data = CellDataModule(source, codes, batch_size=batch_size, held_out=0, seed=seed)
+        model.train(epochs, datamodule=data, **SILENT)
+        scvi.settings.seed = 0
+        return {"loss": -float(model.get_elbo())}
 
 
 # --- targets, tables ---
