@@ -25,7 +25,7 @@ test-slow: $(VENV)/.installed
 
 # Style of all code; the hooks in .pre-commit-config.yaml mend most of it.
 PYTHON_CODE := vmm_fast kernels tests bench examples
-CXX_CODE := $(wildcard csrc/*)
+CXX_CODE := $(wildcard csrc/*) $(wildcard bench/*.cpp)
 
 lint: $(VENV)/.tools
 	$(RUN)/ruff check $(PYTHON_CODE)

@@ -46,9 +46,9 @@ def kernels(inputs: Whitened) -> dict[str, Callable[[], Any]]:
     }
 
 
-def errors(size: Size, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def errors(inputs: Whitened, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Return relative errors of kernels against the definitions in float64."""
-    exact = kernels(Whitened(*(x.double() for x in _on_device(size))))
+    exact = kernels(Whitened(*(x.double() for x in inputs)))
     with mock.patch("vmm_fast.backends.FORCED", "reference"):
         truth = {name: _values(call) for name, call in exact.items()}
     return {name: problems.error(_values(call), truth[name]) for name, call in calls.items()}
@@ -96,10 +96,11 @@ def device_rates(rows: int, numbers: int) -> gpu_bound.Device:
 
 def _kernel_rows(run: Run, size: Size, device: gpu_bound.Device) -> Iterator[Row]:
     """Time every kernel, next to what it must take at least."""
-    calls = kernels(_on_device(size))
+    inputs = _on_device(size)
+    calls = kernels(inputs)
     if size.B * size.J > STORED_PAIRS:
         del calls["responsibilities"]
-    found = {} if size in LARGE else errors(size, calls)
+    found = {} if size in LARGE else errors(inputs, calls)
     for row in run.compare("kernel", calls, found, seconds=10.0, **size._asdict()):
         kernel = row.pop("provider")
         bound = max(gpu_bound.times(kernel, size, device).values())

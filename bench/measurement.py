@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from bench import problems
@@ -143,6 +144,12 @@ def relative(rows: Sequence[Row], over: str, **fields: Any) -> list[Row]:
 
     base = {case(row): row["p50"] for row in select(timed, provider=over)}
     return [{**row, "ratio": row["p50"] / base[case(row)]} for row in timed if case(row) in base]
+
+
+def exponent(rows: Sequence[Row], axis: str, of: str) -> float:
+    """Return the slope of log of a field against log of the axis."""
+    x, y = (np.log([row[key] for row in rows]) for key in (axis, of))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def size_of(row: Row) -> str:

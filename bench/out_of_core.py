@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bench import alone, atlas, steps
-from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, relative
+from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, exponent, relative
 from bench.records import Row, select
 from bench.steps import LIMITS, NORMAL, REASON, SILENT, STOCK, VMM
 from bench.tables import compared, duration, table
@@ -357,12 +357,6 @@ def shuffle(
 
 
 # --- targets, tables ---
-
-
-def exponent(rows: Sequence[Row], axis: str, of: str) -> float:
-    """Return the slope of log of a field against log of the axis."""
-    x, y = (np.log([row[key] for row in rows]) for key in (axis, of))
-    return float(np.polyfit(x, y, 1)[0])
 
 
 def least_gain(row: Row) -> float:

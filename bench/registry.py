@@ -7,6 +7,7 @@ from bench import (
     integration,
     kills,
     likelihood,
+    limits,
     out_of_core,
     peers,
     quality,
@@ -19,6 +20,7 @@ MEASUREMENTS = {
     measurement.name: measurement
     for measurement in (
         throughput.MEASUREMENT,
+        limits.MEASUREMENT,
         steps.IMAGES,
         likelihood.MEASUREMENT,
         steps.CELLS,
@@ -32,4 +34,4 @@ MEASUREMENTS = {
     )
 }
 # An atlas takes an hour and gigabytes of disk, scores of clusters hours or days.
-ALL = ("throughput", "step", "likelihood", "scvi-step")
+ALL = ("throughput", "limits", "step", "likelihood", "scvi-step")

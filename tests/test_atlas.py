@@ -13,7 +13,7 @@ import anndata
 import torch
 
 from bench import __main__, alone, atlas, out_of_core
-from bench.out_of_core import exponent
+from bench.measurement import exponent
 from bench.records import read_rows, select
 
 GENES = 800  # more than scanpy's cells have

@@ -20,6 +20,7 @@ from bench import (
     gpu_bound,
     integration,
     likelihood,
+    limits,
     peers,
     providers,
     runner,
@@ -65,7 +66,7 @@ def measured(bench, folder, part, targets):
     return rows
 
 
-def test_throughput_and_training_steps(bench, tmp_path, monkeypatch):
+def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
     here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
     monkeypatch.setattr(alone, "run", here)
     rows = measured(bench, tmp_path, "throughput", targets=8)
@@ -77,6 +78,8 @@ def test_throughput_and_training_steps(bench, tmp_path, monkeypatch):
     (row,) = select(rows, mode="memory")
     # Neither interpreter and libraries nor a number for each (point, component, D).
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
+    rows = measured(bench, tmp_path, "limits", targets=8)
+    assert len(select(rows, axis=None)) == 6 and len(rows) == 6 + 12  # kernels and the peak; axes
     assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
 
 
@@ -173,10 +176,14 @@ def test_providers_take_turns_without_garbage_collection():
     assert found == {"min": 1.0, "p20": 2.0, "p50": 3.5, "p80": 5.0, "repeats": 6}
 
 
-def test_time_beside_a_part_and_density_of_counts_by_hand(monkeypatch):
+def test_time_beside_a_part_operations_and_density_of_counts_by_hand(monkeypatch):
     monkeypatch.setattr("bench.measurement.sampler", lambda seconds: lambda calls: seconds * calls)
     for part, left in ((2.0, 12.0), (7.0, 2.0)):  # a disturbed part leaves a tenth
         assert Less(5.0, part).sample(4) == pytest.approx(left)
+    # D = 2: A d takes 3 multiply-adds, its squares 2; M takes 2 products w d and 3 multiply-adds.
+    assert limits.operations("log_prob", Size(1, 1, 2), 1) == 2 * 5
+    assert limits.operations("log_prob, backward", Size(1, 1, 2), 1) == 2 * (5 + 5 + 3 + 5 + 3)
+    assert limits.operations("statistics", Size(7, 3, 2), 4) == 2 * (21 * 5 + 4 * (5 + 3))
     counts, *_ = likelihood.problem(200, 100, 0.1)
     assert float((counts > 0).float().mean()) == pytest.approx(0.1, abs=0.02)
 
@@ -218,12 +225,23 @@ def test_targets_of_rows_by_hand():
     # The memory of the largest size, in MiB.
     for size, mib in ((9, 9), (900, 2048)):
         rows += throughput("memory", {"vmm_fast": 1.0}, B=size, peak_bytes=mib * 2**20)
+    # The share of the peak that was measured at the same size, on most threads.
+    for count, share in ((1, 94), (2, 78)):
+        for mode, number in (("FMA peak", 100), ("log_prob", share)):
+            one = {"threads": count, "operations": number}
+            rows += timed("limits", mode, {"vmm_fast": 2.0}, **one)
+    # Exponents may be a tenth over the limit.
+    for axis, power in (("B", 1.0), ("J", 1.2), ("D", 2.0)):
+        for n in (2, 5, 11):
+            time = {"vmm_fast": 1e-6 * n**power}
+            rows += timed("limits", "forward", time, **{"axis": axis, axis: n})
     # Memory of the largest atlas, in GiB and against that of 100,000 cells; loader and training.
     atlas = partial(timed, "atlas", times={"VMM": 1.0}, cells=1_000_000)
     rows += atlas("integrate", cells=100_000, peak_bytes=2**30)
     rows += atlas("integrate", peak_bytes=2**30 * 5 // 4)
     rows += atlas("loader", **{"cells/s": 30.0}) + atlas("training from disk", **{"cells/s": 20.0})
     values = {"throughput": [11, -24, 6, 24, 12, 12, -2048], "atlas": [1.25, -1.25, -1.5]}
+    values["limits"] = [78, 1.0, -1.2, 2.0]
     for name, expected in values.items():  # those below 0 are missed
         checks = list(MEASUREMENTS[name].checks(select(rows, part=name)))
         assert [check.value for check in checks] == pytest.approx(np.abs(expected))
