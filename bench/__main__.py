@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import compare, report, runner
+from bench import report, runner
 from bench.measurement import OPTIONS
 from bench.registry import ALL, MEASUREMENTS
 
@@ -28,11 +28,8 @@ def main() -> int:
     options = {k: v for name in ALL for k, v in MEASUREMENTS[name].options.items()}
     add("all", f"{', '.join(ALL)}, one after the other", options)
     add("report", "pages and pictures from the results that are there", {"--out": OPTIONS["--out"]})
-    add("compare", "what became slower between two runs, beyond noise", compare.OPTIONS)
 
     args = parser.parse_args()
-    if args.part == "compare":
-        return compare.main(args)
     if args.part == "report":
         written = report.write(Path(args.out))
         if not written:

@@ -1,7 +1,5 @@
 """Atlases of any size to measure with, resampled from real cells.
 
-    python -m bench.atlas --cells N --out FILE.h5ad
-
 A cell is drawn around the smoothed profile p of a real one: counts are negative binomial with mean
 
     m_g = depth * p_g e_g / sum_h p_h e_h,    e_g = exp(0.3 a_bg + 0.2 c_btg),
@@ -15,8 +13,6 @@ cells as a smaller one. Memory holds one block and a few bytes a cell.
 
 from __future__ import annotations
 
-import argparse
-import time
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -223,20 +219,3 @@ def write(path: Path, cells: int, *, seed: int = 0, genes: int = GENES) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def main() -> None:
-    """Write an atlas, and say how long it took."""
-    parser = argparse.ArgumentParser(prog="python -m bench.atlas", description=__doc__)
-    parser.add_argument("--cells", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help=".h5ad")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    write(args.out, args.cells, seed=args.seed)
-    seconds = time.perf_counter() - start
-    print(f"{args.cells:,} cells in {seconds:.1f} s, {args.cells / seconds:,.0f} a second")
-
-
-if __name__ == "__main__":
-    main()

@@ -33,13 +33,6 @@ def bare(ax: Axes, title: str, x: str = "", y: str = "", grid: str = "y") -> Non
     ax.tick_params(labelsize=8)
 
 
-def limit(ax: Axes, value: float, text: str = "") -> None:
-    """Draw a horizontal line with its text at the left end."""
-    ax.axhline(value, color="0.3", lw=0.8, ls="--", zorder=0)
-    at = ax.get_yaxis_transform()
-    ax.text(0.01, value, text, fontsize=7, va="bottom", transform=at)
-
-
 def bars(
     ax: Axes,
     rows: Sequence[Row],
@@ -65,13 +58,3 @@ def bars(
     ax.set_xlim(-room, len(groups) - 1 + room)
     ax.margins(y=0.3)
     ax.legend(**LEGEND, ncols=2)
-
-
-def lines(ax: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Draw curves on logarithmic axes, with room for the legend."""
-    for name, (x, y) in curves.items():
-        ax.plot(x, y, marker="o", ms=3.5, lw=1.3, label=name)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_ylim(top=20 * ax.get_ylim()[1])
-    ax.legend(**LEGEND)

@@ -1,9 +1,9 @@
-"""What the GPU kernels must take at least: a roofline on paper, of operations, bytes and launches.
+"""What the GPU kernels on pairs of points and components must take at least: a roofline on paper.
 
-``python -m bench gpu --on-paper`` writes it to ``gpu-roofline.md``. For every kernel it counts what
-one call does to the padded tiles that :mod:`vmm_fast.kernels.launch` chooses for the target. P is
-the dimension D rounded up; the matrices are taken in n x n blocks of Q = min(P, 32) columns, of
-which the T = n (n + 1) / 2 of a triangle are not zero. Per pair of a point and a component
+``python -m bench gpu --on-paper`` writes it to ``gpu-roofline.md``. For each kernel it counts the
+operations, bytes and launches of one call on the padded tiles that :mod:`vmm_fast.kernels.launch`
+chooses for the target. P is the dimension D rounded up; the matrices are taken in n x n blocks of
+Q = min(P, 32) columns, of which the T = n (n + 1) / 2 of a triangle are not zero. Per pair
 
     a block of a product           2 Q^2 operations, three times over where float32 is split into
                                    three passes of TF32
@@ -20,10 +20,10 @@ which the T = n (n + 1) / 2 of a triangle are not zero. Per pair of a point and 
 and what goes through memory: inputs and outputs once, what splits leave written and read. The time
 of a resource is its count over the device's rate, and the largest of these bounds the kernel. On
 small sizes none of them does, but the wait: launches, and the blocks of the components that a
-program takes one after the other. Components are built in float64 on the vector units, as many
-operations as the formulas of ``kernels/components.py`` have. What the caches between memory and
-processor carry is left out. Rates are those of the makers' data sheets; the waits are assumptions,
-named below. No figure on the page is measured.
+program takes one after the other. It also bounds the kernels that build components and take the
+prior's own step, which are left out, as is what caches carry between memory and processor. Rates
+are those of the makers' data sheets; the waits are assumptions, named below. No figure on the page
+is measured.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.problems import Parameters, Size
-from bench.providers import torch_distributions
-from vmm_fast._files import write_atomically
-from vmm_fast.operations import LARGEST_COMPONENT_DIM
+from bench.problems import Size
+from bench.tables import duration, table, write_text
 
 SIZES = (
     Size(256, 100, 10),
@@ -48,10 +45,6 @@ SIZES = (
 )
 LAUNCH = 3e-6  # seconds between two dependent launches in a CUDA graph; eager Python takes longer
 STEP = 1e-6  # seconds that a program waits for the loads and product of a component's block
-FLOAT64 = 2  # float32 operations in the time of one in float64, on these devices
-RESIDENT = 1000  # small programs that run at once
-NEWTON_STEPS, BLOCK = 10, 256  # for the concentration; components that a step takes at a time
-DIGAMMA = 120  # operations of digamma and trigamma
 
 
 class Device(NamedTuple):
@@ -104,13 +97,11 @@ class Plan(NamedTuple):
     tiles_each: int
 
 
-def _plan(size: Size, device: Device, halvings: int = 0) -> Plan:
-    """Tiles are those of the kernels on pairs, halved so often."""
+def plan(size: Size, device: Device) -> Plan:
     from vmm_fast.kernels import launch  # needs Triton
     from vmm_fast.kernels.blocks import chunk, padded
 
     block = launch.tile(torch.float32, size.D, device.capability).BLOCK_B
-    block = max(16, block >> halvings)
     tiles = -(-size.B // block)
     columns = chunk(size.D)
     n = -(-size.D // columns)
@@ -134,7 +125,7 @@ def _mixture(size: Size) -> int:
     return size.J * (size.D**2 + size.D + 1)
 
 
-def _log_prob(size: Size, p: Plan) -> Work:
+def log_prob(size: Size, p: Plan) -> Work:
     vector, matrix = _log_joint(p)
     partial = 3 * size.B * p.splits if p.splits > 1 else 0
     return Work(
@@ -145,10 +136,6 @@ def _log_prob(size: Size, p: Plan) -> Work:
         2 * p.pairs,
         p.each * p.triangle,
     )
-
-
-def log_prob(size: Size, device: Device) -> Work:
-    return _log_prob(size, _plan(size, device))
 
 
 def _sums(size: Size, p: Plan, second: bool) -> Work:
@@ -165,9 +152,8 @@ def _sums(size: Size, p: Plan, second: bool) -> Work:
     )
 
 
-def backward(size: Size, device: Device) -> Work:
+def backward(size: Size, p: Plan) -> Work:
     """Both halves in one launch; then M W, and what splits have left."""
-    p = _plan(size, device)
     vector, matrix = _log_joint(p)
     sums = _sums(size, p, p.point_splits > 1 or p.blocks > 1)
     parts = 2 * size.B * size.D * p.splits if p.splits > 1 else 0
@@ -190,149 +176,47 @@ def _after(first: Work, second: Work) -> Work:
     return Work(*(a + b for a, b in zip(first, second, strict=True)))
 
 
-def statistics(size: Size, device: Device) -> Work:
+def statistics(size: Size, p: Plan) -> Work:
     """The log-sum-exp, then the sums."""
-    p = _plan(size, device)
-    return _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
+    return _after(log_prob(size, p), _sums(size, p, p.point_splits > 1))
 
 
-def components(size: Size, device: Device) -> Work:
-    """Marginal, s full: s^T L, P^T P and D steps of elimination, in float64.
-
-    From what a prior stores: every program goes through all logits, which C = J of are here.
-    """
-    p = _plan(size, device)
-    operations = 4 * p.P**3 + size.D * 7 * p.P**2
-    return Work(
-        1,
-        4 * size.J * (3 * size.D**2 + 2),
-        FLOAT64 * size.J * operations,
-        0,
-        size.J * (p.P + size.J),
-        size.D * -(-size.J // RESIDENT),
-    )
-
-
-def components_backward(size: Size, device: Device) -> Work:
-    """The factorisation again, five products, and D steps of substitution."""
-    p, first = _plan(size, device), components(size, device)
-    return first._replace(
-        bytes=4 * size.J * (6 * size.D**2 + 2),
-        special=size.J * p.P,
-        vector=first.vector + FLOAT64 * size.J * (10 * p.P**3 + size.D * 4 * p.P**2),
-        steps=2 * first.steps,
-    )
-
-
-def empirical_bayes(size: Size, device: Device) -> Work:
-    """By gradient: L from its stored form, the log-sum-exp, the sums, and the chain rule."""
-    # One table for all GPUs: the larger tiles would spill here.
-    p = _plan(size, device._replace(capability=0), halvings=1)
-    on_pairs = _after(_log_prob(size, p), _sums(size, p, p.point_splits > 1))
-    return on_pairs._replace(
-        launches=4,
-        bytes=on_pairs.bytes + 4 * size.J * 5 * size.D**2,
-        vector=on_pairs.vector + FLOAT64 * size.J * 10 * p.P**3,
-        steps=on_pairs.steps + 2,
-    )
-
-
-def closed_form(size: Size, device: Device) -> Work:
-    """The online step: the same sums; then D steps of elimination, and Newton's over all masses."""
-    first = empirical_bayes(size, device)
-    newton = NEWTON_STEPS * -(-size.J // BLOCK)
-    return first._replace(
-        vector=first.vector + FLOAT64 * size.J * (size.D * 7 * size.D**2 + NEWTON_STEPS * DIGAMMA),
-        steps=first.steps + size.D * -(-size.J // RESIDENT) + newton,
-    )
-
-
-def log_joint(size: Size, device: Device) -> Work:
-    first = log_prob(size, device)
-    return first._replace(launches=1, bytes=4 * (size.B * (size.D + size.J) + _mixture(size)))
-
-
-def assign(size: Size, device: Device) -> Work:
-    p, first = _plan(size, device), log_prob(size, device)
+def assign(size: Size, p: Plan) -> Work:
     parts = 2 * size.B * 5 * p.splits if p.splits > 1 else 0  # as log_prob's, and labels
-    return first._replace(
+    return log_prob(size, p)._replace(
         bytes=4 * (size.B * (size.D + 4) + _mixture(size) + parts), special=4 * p.pairs
     )
 
 
-def responsibilities(size: Size, device: Device) -> Work:
-    first = log_prob(size, device)
-    second = first._replace(launches=1, bytes=4 * size.B * size.J)
-    return _after(first, second)
+def responsibilities(size: Size, p: Plan) -> Work:
+    first = log_prob(size, p)
+    return _after(first, first._replace(launches=1, bytes=4 * size.B * size.J))
 
 
-KERNELS: dict[str, Callable[[Size, Device], Work]] = {
-    "components": components,
-    "components, backward": components_backward,
+KERNELS: dict[str, Callable[[Size, Plan], Work]] = {
     "log_prob": log_prob,
     "log_prob, backward": backward,
     "statistics": statistics,
-    "log_joint": log_joint,
     "responsibilities": responsibilities,
     "assign": assign,
-    "empirical-Bayes step": empirical_bayes,
-    "online step in closed form": closed_form,
 }
 
 
-ON_COMPONENTS = (components, components_backward, empirical_bayes, closed_form)
+def work(kernel: str, size: Size, device: Device) -> Work:
+    """Return the counts of a kernel."""
+    return KERNELS[kernel](size, plan(size, device))
 
 
-def times(work: Work, device: Device) -> dict[str, float]:
-    """Seconds that each resource needs."""
+def times(kernel: str, size: Size, device: Device) -> dict[str, float]:
+    """Return the seconds that each resource needs."""
+    found = work(kernel, size, device)
     return {
-        "memory": work.bytes / device.bandwidth,
-        "vector units": work.vector / device.vector,
-        "matrix units": work.matrix * device.passes / device.matrix,
-        "exponentials": work.special / device.special,
-        "waiting": work.launches * LAUNCH + work.steps * STEP,
+        "memory": found.bytes / device.bandwidth,
+        "vector units": found.vector / device.vector,
+        "matrix units": found.matrix * device.passes / device.matrix,
+        "exponentials": found.special / device.special,
+        "waiting": found.launches * LAUNCH + found.steps * STEP,
     }
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the operators that launch something, and the bytes of their inputs and outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.bytes = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view and function.overloadpacket is not torch.ops.aten.detach:
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
-            self.launches += 1
-            self.bytes += sum(
-                x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor)
-            )
-        return out
-
-
-def torch_distributions_traffic(size: Size) -> Traffic:
-    """Forward and backward of ``MixtureSameFamily`` of ``MultivariateNormal``, nothing computed."""
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, device="meta", requires_grad=True)
-
-    matrix = (size.J, size.D, size.D)
-    inputs = Parameters(
-        empty(size.B, size.D), empty(size.J, size.D), empty(*matrix), empty(*matrix), empty(size.J)
-    )
-    with Traffic() as traffic:
-        out = torch_distributions(inputs)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-    return traffic
-
-
-def _seconds(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
 
 
 def _count(value: float) -> str:
@@ -342,75 +226,50 @@ def _count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _name(size: Size) -> str:
-    return f"({size.B:,}, {size.J:,}, {size.D})"
-
-
 def page() -> str:
     """Everything as Markdown."""
     assert __doc__ is not None
     lines = ["# A roofline on paper for the GPU kernels", "", *__doc__.strip().splitlines(), ""]
     lines += [
-        f"A launch is taken to cost {_seconds(LAUNCH)} and a block of a program's loop "
-        f"{_seconds(STEP)} of waiting. float32 throughout.",
+        f"A launch is taken to cost {duration(LAUNCH)} and a block of a program's loop "
+        f"{duration(STEP)} of waiting. float32 throughout.",
         "",
-        "| device | target | vector | matrix, passes a product | exponentials | memory | source |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for d in DEVICES:
-        lines.append(
-            f"| {d.name} | {d.target} | {_count(d.vector)}FLOP/s | {_count(d.matrix)}FLOP/s, "
-            f"{d.passes} | {_count(d.special)}/s | {_count(d.bandwidth)}B/s | {d.source} data "
-            "sheet |"
+    head = ("device", "target", "vector", "matrix, passes a product", "exponentials", "memory")
+    rates = (
+        (
+            d.name,
+            d.target,
+            f"{_count(d.vector)}FLOP/s",
+            f"{_count(d.matrix)}FLOP/s, {d.passes}",
+            f"{_count(d.special)}/s",
+            f"{_count(d.bandwidth)}B/s",
+            f"{d.source} data sheet",
         )
+        for d in DEVICES
+    )
     lines += [
-        "",
+        table((*head, "source"), rates),
         "## Every kernel on every target",
         "",
         f"Counts are those of an {H100.name}; tiles, and with them splits and bytes, differ a "
         "little between targets. A target's column has the time and what it is bound by.",
     ]
+    head = ("kernel", "launches", "bytes", "vector op.", "matrix op., one pass", "exponentials")
     for size in SIZES:
-        lines += ["", f"### (B, J, D) = {_name(size)}", ""]
-        heads = ("launches", "bytes", "vector op.", "matrix op., one pass", "exponentials")
-        heads = ("kernel", *heads, *(d.name for d in DEVICES))
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for name, count in KERNELS.items():
-            if count in ON_COMPONENTS and size.D > LARGEST_COMPONENT_DIM:  # in plain torch
-                continue
-            launches, *counts, _ = count(size, H100)
-            cells = [name, str(launches), *map(_count, counts)]
-            for device in DEVICES:
-                found = times(count(size, device), device)
-                bound = max(found, key=found.__getitem__)
-                cells.append(f"{_seconds(found[bound])}, {bound}")
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## torch.distributions for the same work",
-        "",
-        "`MixtureSameFamily` of `MultivariateNormal` from (m, S, L, pi), forward and backward: "
-        "operators that launch something (one may launch several), and the bytes of their inputs "
-        "and outputs, counted on tensors without data.",
-        "",
-        f"| (B, J, D) | operators | bytes | at an {H100.name}'s bandwidth, at least | "
-        "ours, log_prob and backward |",
-        "|---|---|---|---|---|",
-    ]
-    for size in SIZES:
-        traffic = torch_distributions_traffic(size)
-        ours = [count(size, H100) for count in (log_prob, backward)]
-        lines.append(
-            f"| {_name(size)} | {traffic.launches} | {_count(traffic.bytes)}B | "
-            f"{_seconds(traffic.bytes / H100.bandwidth + traffic.launches * LAUNCH)} | "
-            f"{sum(w.launches for w in ours)} launches, {_count(sum(w.bytes for w in ours))}B |"
-        )
+        cells = []
+        for name in KERNELS:
+            launches, *counts, _ = work(name, size, H100)
+            bounds = (times(name, size, device) for device in DEVICES)
+            largest = (max(zip(t.values(), t.keys(), strict=True)) for t in bounds)
+            found = (f"{duration(seconds)}, {resource}" for seconds, resource in largest)
+            cells.append((name, str(launches), *map(_count, counts), *found))
+        lines += ["", f"### (B, J, D) = ({size.B:,}, {size.J:,}, {size.D})", ""]
+        lines.append(table((*head, *(device.name for device in DEVICES)), cells).rstrip())
     return "\n".join(lines) + "\n"
 
 
 def write(folder: Path) -> Path:
     """Write the page into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "gpu-roofline.md"
-    write_atomically(path, lambda file: file.write(page()), text=True)
-    return path
+    return write_text(folder / "gpu-roofline.md", page())

@@ -1,8 +1,6 @@
 """Scores of integration and clusters of real cells, for each prior and each peer, by scib-metrics.
 
-An embedding is made for every data set, method and seed, and scored; both are kept in the folder
-``--kept``, so that a run that was stopped goes on, and several can share the work by ``--methods``
-or ``--seeds``. The page is of all scores that lie there. Labels score and do nothing else.
+An embedding is made for every data set, method and seed, kept, and scored.
 """
 
 from __future__ import annotations
@@ -11,19 +9,20 @@ import argparse
 import itertools
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bench.measurement import OPTIONS, Measurement, Run
-from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows, select
-from bench.scvi_epoch import SILENT
-from bench.tables import spread, table, write_text
+from bench import comparison
+from bench.comparison import Comparison
+from bench.measurement import Run
+from bench.records import DATA, Row, environment, select
+from bench.steps import SILENT
+from bench.tables import spread
 from bench.timing import threads
 from vmm_fast._files import write_atomically
 
@@ -144,15 +143,11 @@ def score(adata: AnnData, found: Embedding, number: int | None) -> Row:
     import scanpy
     from anndata import AnnData
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
-    from scib_metrics.utils import principal_component_regression
-    from sklearn.metrics import normalized_mutual_info_score
 
-    labels, batches = (adata.obs[key].astype(str).to_numpy() for key in ("cell_type", "batch"))
-    several = len(set(batches)) > 1
-    pcs = _principal_components(adata)
-    scored = AnnData(
-        adata.X, obs=adata.obs[["cell_type", "batch"]], obsm={"pre": pcs, "z": found.z}
-    )
+    labels = adata.obs["cell_type"].astype(str).to_numpy()
+    several = adata.obs["batch"].nunique() > 1
+    embeddings = {"pre": _principal_components(adata), "z": found.z}
+    scored = AnnData(adata.X, obs=adata.obs[["cell_type", "batch"]], obsm=embeddings)
     benchmark = Benchmarker(
         scored,
         batch_key="batch",
@@ -166,18 +161,12 @@ def score(adata: AnnData, found: Embedding, number: int | None) -> Row:
     benchmark.benchmark()
     scib = benchmark.get_results(clean_names=False).loc["z"]
     row: Row = {"scib": {name: float(value) for name, value in scib.items()}}
-    if several:
-        row["pcr"] = {
-            name: float(principal_component_regression(x, batches, categorical=True))
-            for name, x in (("before", pcs), ("after", found.z))
-        }
     scanpy.pp.neighbors(scored, use_rep="z")
     row["leiden"] = _clusters(labels, _leiden(scored, 1))
     if number is not None:
         row["matched"] = _clusters(labels, _leiden_of(scored, number))
     if found.clusters is not None:
         row["own"] = _clusters(labels, found.clusters)
-        row["own"]["nmi_batch"] = float(normalized_mutual_info_score(batches, found.clusters))
     return row
 
 
@@ -250,10 +239,11 @@ def embed(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Non
     adata = read(dataset, args)
     scvi.settings.seed = seed
     start = time.perf_counter()
-    with quiet():
+    with quiet(), threads(1):
         found = METHODS[method][1](adata, args.epochs)
     about = {"seconds": time.perf_counter() - start, "epochs": args.epochs, **environment()}
     arrays = {name: array for name, array in found._asdict().items() if array is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path, lambda file: np.savez_compressed(file, about=json.dumps(about), **arrays)
     )
@@ -261,7 +251,7 @@ def embed(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Non
 
 
 def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Row:
-    """Return the scores of a kept embedding."""
+    """Return the scores of a kept embedding, with what it was made with."""
     path = Path(args.kept) / f"{dataset}-{method}-{seed}.npz"
     adata = read(dataset, args)
     with np.load(path) as arrays:
@@ -276,44 +266,25 @@ def scored(dataset: str, method: str, seed: int, args: argparse.Namespace) -> Ro
     with np.load(path if found.clusters is not None or not vmm.exists() else vmm) as arrays:
         number = len(np.unique(arrays["clusters"])) if "clusters" in arrays else None
     return {
-        "part": "integration",
         "command": f"python -m bench integration --datasets {dataset} --methods {method} "
         f"--seeds {seed} --epochs {about['epochs']}",
         **about,
-        **{name: version(name) for name in ("scvi-tools", "scib-metrics", "scanpy")},
-        "dataset": dataset,
         "cells": adata.n_obs,
         "types": int(adata.obs["cell_type"].nunique()),
         "batches": int(adata.obs["batch"].nunique()),
-        "method": method,
-        "seed": seed,
         **score(adata, found, number),
     }
 
 
 def rows(run: Run) -> Iterator[Row]:
     """Yield a row for each data set, seed and method, made unless it has been kept."""
-    args = run.args
-    warnings.filterwarnings("ignore")
-    folder = Path(args.kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = [
-        (dataset, method, seed)
-        for dataset, seed, method in itertools.product(args.datasets, args.seeds, args.methods)
-        if not (method == "sysvi" and dataset in ONE_BATCH)
-    ]
-    with threads(1):
-        # Scores after all training: the compiled code that makes them slows down what comes after.
-        for case in cases:
-            embed(*case, args)
-        for dataset, method, seed in cases:
-            path = folder / f"{dataset}-{method}-{seed}.json"
-            yield keep(path, lambda case=(dataset, method, seed): scored(*case, args))
+    # Scores after all training: the compiled code that makes them slows down what comes after.
+    for case in comparison.cases(run.args, COMPARISON):
+        embed(*case, run.args)
+    yield from comparison.rows(run, COMPARISON)
 
 
 # --- page ---
-
-TOTAL, WITH_LEIDEN = "scib total", "scib total with Leiden"
 
 
 def bio(row: Row) -> float:
@@ -324,44 +295,42 @@ def bio(row: Row) -> float:
     return mean(scib[name] for name in (*names, *kmeans))
 
 
-def total(row: Row, bio: float) -> float:
+def total(row: Row) -> float:
     """Return .6 bio + .4 batch, or bio where there is one batch."""
     batch = row["scib"].get("Batch correction")
-    return bio if batch is None else 0.6 * bio + 0.4 * batch
+    return bio(row) if batch is None else 0.6 * bio(row) + 0.4 * batch
 
 
-COLUMNS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
-    (TOTAL, lambda row: total(row, bio(row))),
-    (WITH_LEIDEN, lambda row: total(row, row["scib"]["Bio conservation"])),
-    ("bio", bio),
-    ("batch", lambda row: row["scib"].get("Batch correction")),
-    ("k-means ARI", lambda row: row["scib"]["nmi_ari_cluster_labels_kmeans_ari"]),
-    ("best Leiden ARI", lambda row: row["scib"]["nmi_ari_cluster_labels_leiden_ari"]),
-    ("Leiden ARI", lambda row: row["leiden"]["ari"]),
-    ("matched Leiden ARI", lambda row: row.get("matched", {}).get("ari")),
-    ("own ARI", lambda row: row.get("own", {}).get("ari")),
-    ("Leiden NMI", lambda row: row["leiden"]["nmi"]),
-    ("own NMI", lambda row: row.get("own", {}).get("nmi")),
-    ("Leiden clusters", lambda row: row["leiden"]["used"]),
-    ("own clusters", lambda row: row.get("own", {}).get("over_0.2_percent")),
-    ("own NMI with batch", lambda row: row.get("own", {}).get("nmi_batch")),
-    ("rare kept, Leiden", lambda row: row["leiden"]["rare_types_kept"]),
-    ("rare kept, matched", lambda row: row.get("matched", {}).get("rare_types_kept")),
-    ("rare kept, own", lambda row: row.get("own", {}).get("rare_types_kept")),
-    ("PCR after", lambda row: row.get("pcr", {}).get("after")),
-)
+def field(part: str, name: str) -> Callable[[Row], float | None]:
+    """Return the function that takes a score of a part from a row, if it is there."""
+    return lambda row: row.get(part, {}).get(name)
+
+
+COLUMNS: dict[str, Callable[[Row], float | None]] = {
+    "scib total": total,
+    "bio": bio,
+    "batch": field("scib", "Batch correction"),
+    "k-means ARI": field("scib", "nmi_ari_cluster_labels_kmeans_ari"),
+    "best Leiden ARI": field("scib", "nmi_ari_cluster_labels_leiden_ari"),
+    "Leiden ARI": field("leiden", "ari"),
+    "matched Leiden ARI": field("matched", "ari"),
+    "own ARI": field("own", "ari"),
+    "Leiden NMI": field("leiden", "nmi"),
+    "own NMI": field("own", "nmi"),
+    "Leiden clusters": field("leiden", "used"),
+    "own clusters": field("own", "over_0.2_percent"),
+    "rare kept, Leiden": field("leiden", "rare_types_kept"),
+    "rare kept, matched": field("matched", "rare_types_kept"),
+    "rare kept, own": field("own", "rare_types_kept"),
+}
 LEGEND = """\
 Mean and standard deviation over the seeds. *scib total* is .6 bio + .4 batch of scib-metrics'
-default metrics (bio alone where there is one batch); *with Leiden* counts its optional Leiden
-scores as well. *k-means* knows the number of types, and *best Leiden* is the one of ten
-resolutions that fits the labels best: neither is to be had without labels. *Leiden* is at
-resolution 1, *matched* at the resolution that gives as many clusters as *own* has (or VMM, where
-there are none), *own* are the model's clusters. *Clusters* counts those with over 0.2 % of the
-cells. *Rare kept* counts types under 2 % of the cells that some cluster fits with an F1 above .5.
-*PCR* is the share of the variance that batches explain: before integration it is in the data
-set's line, and a lower value after is no merit by itself. Types differ between batches, so that
-over-integration lowers it as well; read it next to the bio scores. SysVI takes several batches
-alone."""
+default metrics (bio alone where there is one batch). *k-means* knows the number of types, and *best
+Leiden* is the one of ten resolutions that fits the labels best: neither is to be had without
+labels. *Leiden* is at resolution 1, *matched* at the resolution that gives as many clusters as
+*own* has (or VMM, where there are none), *own* are the model's clusters, of which those with over
+0.2 % of the cells are counted. *Rare kept* counts types under 2 % of the cells that some cluster
+fits with an F1 above .5. SysVI takes several batches alone."""
 
 
 def targets(rows: list[Row]) -> list[str]:
@@ -371,97 +340,73 @@ def targets(rows: list[Row]) -> list[str]:
     Leiden on the same embedding.
     """
     lines = []
-    columns = dict(COLUMNS)
-
-    def compare(what: str, ours: list[float | None], theirs: list[float | None]) -> None:
+    for dataset, rivals in itertools.product(DATASETS[:2], RIVALS):
+        found = [select(rows, dataset=dataset, method=method) for method in rivals]
+        ours, theirs = ([total(row) for row in same] for same in found)
         if not ours or not theirs:
-            return
+            continue
         verdict = "met" if mean(ours) > mean(theirs) else "MISSED"
         if min(len(ours), len(theirs)) < SEEDS:
             verdict = f"open ({len(ours)} and {len(theirs)} seeds of {SEEDS})"
-        lines.append(f"{verdict}: {what.format(spread(ours), spread(theirs))}")
-
-    for dataset, (method, other) in itertools.product(DATASETS[:2], RIVALS):
-        for name in (TOTAL, WITH_LEIDEN):
-            a = [columns[name](row) for row in select(rows, dataset=dataset, method=method)]
-            b = [columns[name](row) for row in select(rows, dataset=dataset, method=other)]
-            titles = [METHODS[m][0] for m in (method, other)]
-            compare(f"{dataset}, {name} of {titles[0]} {{}} above that of {titles[1]} {{}}", a, b)
+        titles = [METHODS[method][0] for method in rivals]
+        lines.append(
+            f"{verdict}: {dataset}, scib total of {titles[0]} {spread(ours)} above that of "
+            f"{titles[1]} {spread(theirs)}"
+        )
     own = [row for row in select(rows, method="vmm") if "matched" in row]
-    sets = [d for d in DATASETS if select(own, dataset=d)]
+    sets = [same for dataset in DATASETS if (same := select(own, dataset=dataset))]
+    if not sets:
+        return lines
+
+    def means(part: str, name: str) -> list[float]:
+        return [mean(row[part][name] for row in same) for same in sets]
+
+    ours, rare = means("own", "ari"), sum(means("own", "rare_types_kept"))
     for key, title in (("leiden", "Leiden's at resolution 1"), ("matched", "matched Leiden's")):
-        ours, theirs, rare = [], [], [0.0, 0.0]
-        for dataset in sets:
-            found = select(own, dataset=dataset)
-            ours.append(mean(row["own"]["ari"] for row in found))
-            theirs.append(mean(row[key]["ari"] for row in found))
-            for i, part in enumerate(("own", key)):
-                rare[i] += mean(row[part]["rare_types_kept"] for row in found)
-        if not sets:
-            continue
+        theirs, rare_theirs = means(key, "ari"), sum(means(key, "rare_types_kept"))
         above = sum(a > b for a, b in zip(ours, theirs, strict=True))
-        verdict = "met" if mean(ours) > mean(theirs) and rare[0] >= rare[1] else "MISSED"
+        verdict = "met" if mean(ours) > mean(theirs) and rare >= rare_theirs else "MISSED"
         lines.append(
             f"{verdict}: {len(sets)} sets, ARI of VMM's clusters {mean(ours):.3f}, above on "
-            f"{above}, {title} {mean(theirs):.3f}; rare types kept {rare[0]:.1f} and {rare[1]:.1f}"
+            f"{above}, {title} {mean(theirs):.3f}; rare types kept {rare:.1f} and {rare_theirs:.1f}"
         )
     return lines
 
 
-def page(folder: Path) -> list[Path]:
-    """Write integration.md from integration.jsonl, if it is there."""
-    if not (folder / "integration.jsonl").exists():
-        return []
-    rows = read_rows(folder / "integration.jsonl")
-    names = ("date", "python", "torch", "scvi-tools", "scib-metrics", "scanpy", "cpu")
-    about = ", ".join(f"{name} {rows[0][name]}" for name in names)
-    revisions = ", ".join(sorted({row["revision"] for row in rows}))
-    text = ["# Integration of real cells", "", "`python -m bench integration`", ""]
-    text += [f"{about}; revisions {revisions}", "", LEGEND, ""]
-    text += [f"- {line}" for line in targets(rows)]
-    for dataset in DATASETS:
-        if found := select(rows, dataset=dataset):
-            text += _section(dataset, found)
-    return [write_text(folder / "integration.md", "\n".join(text))]
+def about(rows: list[Row]) -> str:
+    """Return a line about a data set."""
+    row = rows[0]
+    return (
+        f"{row['cells']:,} cells, {row['types']} types ({row['leiden']['rare_types']} rare), "
+        f"{row['batches']} batches; {row['epochs']} epochs"
+    )
 
 
-def _section(dataset: str, rows: list[Row]) -> list[str]:
-    """Return the lines of a data set, with a table of all methods."""
-    about = rows[0]
-    before = f", PCR before {about['pcr']['before']:.3f}" if "pcr" in about else ""
-    lines = []
-    for method, (title, _) in METHODS.items():
-        if found := select(rows, method=method):
-            cells = [spread([value(row) for row in found]) for _, value in COLUMNS]
-            lines.append([title, str(len(found)), *cells])
-    return [
-        "",
-        f"## {dataset}",
-        "",
-        f"{about['cells']:,} cells, {about['types']} types ({about['leiden']['rare_types']} "
-        f"rare), {about['batches']} batches{before}; {about['epochs']} epochs",
-        "",
-        table(["", "seeds", *(name for name, _ in COLUMNS)], lines),
-    ]
+def _spread(value: Callable[[Row], float | None], rows: list[Row]) -> str:
+    return spread([value(row) for row in rows])
 
 
-MEASUREMENT = Measurement(
-    "integration",
+COMPARISON = Comparison(
+    part="integration",
+    title="Integration of real cells",
+    datasets={name: name for name in DATASETS},
+    methods=METHODS,
+    score=scored,
+    columns={name: partial(_spread, value) for name, value in COLUMNS.items()},
+    legend=LEGEND,
+    versions=("scvi-tools", "scib-metrics", "scanpy"),
+    about=about,
+    verdicts=targets,
+    impossible={("sysvi", name) for name in ONE_BATCH},
+)
+MEASUREMENT = comparison.measurement(
+    COMPARISON,
     "single cells: integration and clusters, all peers",
-    rows,
+    rows=rows,
     options={
         "--data": {"default": str(DATA), "help": "folder with the .h5ad files"},
-        "--datasets": {"nargs": "+", "choices": DATASETS, "default": DATASETS},
-        "--methods": {"nargs": "+", "choices": METHODS, "default": tuple(METHODS)},
-        "--seeds": {"nargs": "+", "type": int, "default": list(range(SEEDS))},
         "--epochs": {"type": int, "default": EPOCHS},
-        "--kept": {
-            "default": str(RESULTS.parents[1] / "build" / "integration"),
-            "help": "folder of embeddings and scores that are there already",
-        },
-        "--out": OPTIONS["--out"],
+        **comparison.options(COMPARISON, SEEDS, list(DATASETS)),
     },
     needs=("scvi", "scib_metrics"),
-    page=page,
-    collect=lambda args: kept(Path(args.kept), dataset=DATASETS, method=METHODS),
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from bench import problems
@@ -25,10 +26,11 @@ Value = TypeVar("Value")
 TOLERANCE = 1e-3  # of a float32 result against float64; a provider that is further off is wrong
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {"action": "store_true", "help": "tiny sizes, to see that it runs"},
-    "--threads": {"type": int, "default": 2, "help": "the most that is measured"},
+    "--threads": {"type": int, "default": 2, "help": "of the measurement"},
     "--out": {"default": str(RESULTS), "help": "folder of the results"},
 }
 SCVI = ("scvi",)  # what measurements of cells need
+CASE = ("mode", "threads", "B", "J", "D", "genes", "density", "cells")
 
 
 class Check(NamedTuple):
@@ -76,11 +78,6 @@ class Run(NamedTuple):
         """Return the sizes of this run: the second ones with ``--quick``."""
         return quick if self.args.quick else full
 
-    @property
-    def thread_counts(self) -> tuple[int, ...]:
-        """One thread, and as many as were asked for."""
-        return tuple(sorted({1, self.args.threads}))
-
     def compare(
         self,
         mode: str,
@@ -95,8 +92,8 @@ class Run(NamedTuple):
     ) -> Iterator[Row]:
         """Check the results of providers, time them in turns, and give a row for each.
 
-        A provider is a call, a :class:`Less`, or what has a sampler of its own. Its error is given,
-        or that of what it returns against ``truth`` in float64; ``case`` holds further fields.
+        A provider is a call, or what has a sampler of its own as :class:`Less` has. Its error is
+        given, or that of what it returns against ``truth`` in float64; ``case`` holds more fields.
 
         Raises
         ------
@@ -111,10 +108,11 @@ class Run(NamedTuple):
             if not error < tolerance:
                 of = ", ".join(f"{key} {value}" for key, value in case.items())
                 raise RuntimeError(f"{provider}, {mode}, {of}: error {error:.2g} in float32")
+        samplers: dict[str, Sampler] = {
+            name: getattr(call, "sample", None) or sampler(call) for name, call in calls.items()
+        }
         timings = take_turns(
-            {name: as_sampler(call) for name, call in calls.items()},
-            repeats=self.choose(repeats, 3),
-            seconds=self.choose(seconds, 0.0),
+            samplers, repeats=self.choose(repeats, 3), seconds=self.choose(seconds, 0.0)
         )
         for provider, timing in timings.items():
             row = {"mode": mode, "provider": provider, **case, **timing}
@@ -127,35 +125,31 @@ class Less(NamedTuple):
     whole: Callable[[], object]
     part: Callable[[], object]
 
+    def sample(self, calls: int) -> float:
+        """Return the seconds that the calls take beside their part, which is timed right after.
 
-def as_sampler(call: Any) -> Sampler:
-    """Return the sampler of a call, of a :class:`Less`, or of what has one of its own."""
-    if isinstance(call, Less):
-        return less(sampler(call.whole), sampler(call.part))
-    return getattr(call, "sample", None) or sampler(call)
-
-
-def less(whole: Sampler, part: Sampler) -> Sampler:
-    """Return the sampler of what a call takes beside a part of it, which is timed right after it.
-
-    A disturbed turn may make the part longer than the whole: a tenth of the whole is the least that
-    counts as left.
-    """
-
-    def sample(calls: int) -> float:
-        seconds = whole(calls)
-        return max(seconds - part(calls), 0.1 * seconds)
-
-    return sample
+        A disturbed turn may make the part longer than the whole: a tenth of the whole is the least
+        that counts as left.
+        """
+        seconds = sampler(self.whole)(calls)
+        return max(seconds - sampler(self.part)(calls), 0.1 * seconds)
 
 
-def ratios(rows: Sequence[Row], provider: str, over: str, **fields: Any) -> Iterator[tuple]:
-    """Yield a provider's rows, each with its median over that of another in the same case."""
-    keys = ("part", "mode", "threads", "dtype", "B", "J", "D")
-    for row in select(rows, provider=provider, **fields):
-        same = {key: row.get(key) for key in keys}
-        for other in select(rows, provider=over, **same):
-            yield row, row["p50"] / other["p50"]
+def relative(rows: Sequence[Row], over: str, **fields: Any) -> list[Row]:
+    """Return rows with their ``ratio``: the median over that of a provider in the same case."""
+    timed = [row for row in select(rows, **fields) if "p50" in row]
+
+    def case(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in CASE)
+
+    base = {case(row): row["p50"] for row in select(timed, provider=over)}
+    return [{**row, "ratio": row["p50"] / base[case(row)]} for row in timed if case(row) in base]
+
+
+def exponent(rows: Sequence[Row], axis: str, of: str) -> float:
+    """Return the slope of log of a field against log of the axis."""
+    x, y = (np.log([row[key] for row in rows]) for key in (axis, of))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def size_of(row: Row) -> str:

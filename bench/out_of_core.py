@@ -9,8 +9,7 @@ resident memory is the step's. Seconds are without the import of libraries.
 - integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
   this the training alone.
 - EM iteration: exact EM of the trained prior over the embedding, which lies on disk; pseudo-cells
-  and network stand still. scikit-learn's GaussianMixture takes the same mixture and points, as many
-  as it has time for, in memory, at the largest size; the two take turns.
+  and network stand still.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
 - resume: a run that is killed several times, at random moments, and one that is not: the largest
@@ -27,29 +26,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+import torch
+from torch import Tensor
 
-from bench import alone, atlas, atlas_steps, figures, scvi_epoch
-from bench.atlas_steps import IN_MEMORY, IN_ORDER, ON_DISK, save_embedding
-from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run
+from bench import alone, atlas, steps
+from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, exponent, relative
 from bench.records import Row, select
-from bench.scaling import exponent
-from bench.scvi_epoch import NORMAL, STOCK, VMM
-from bench.scvi_step import LIMITS, REASON
-from bench.tables import duration, table
+from bench.steps import LIMITS, NORMAL, REASON, SILENT, STOCK, VMM
+from bench.tables import compared, duration, table
 from bench.timing import quantiles
 from vmm_fast._folder import RUN
 
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
 EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
 GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
-SCDATASET, SCIKIT_LEARN = "scDataset", "GaussianMixture"
+SCDATASET, SCDATASET_BLOCK = "scDataset", 64  # cells
+IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
+EM_BATCH = 16_384  # points
 COMPARED_CELLS = 100_000  # with whose memory that of more is
 ATLASES = Path(__file__).parents[1] / "build" / "atlases"
 
@@ -60,7 +59,6 @@ class Plan(NamedTuple):
     cells: tuple[int, ...]  # in the atlases on disk
     batch_size: int  # of training from disk
     iterations: int  # of EM
-    peer_points: int  # that scikit-learn takes at most
     epoch: tuple[int, tuple[int, ...], int]  # cells, batch sizes, repeats
     resume: tuple[int, int, int]  # cells, epochs, kills
     shuffle: tuple[int, int, int, int]  # cells, epochs, seeds, cells held out
@@ -70,12 +68,11 @@ FULL = Plan(
     (10_000, 100_000, 1_000_000),
     512,
     10,
-    100_000,
     (20_000, (128, 512), 5),
     (20_000, 20, 5),
     (100_000, 5, 3, 10_000),
 )
-QUICK = Plan((400,), 32, 2, 200, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
+QUICK = Plan((400,), 32, 2, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
 
 
 # --- rows ---
@@ -120,12 +117,9 @@ def make(folder: Path, cells: int) -> Path:
 def _epoch_rows(cells: int, batch_sizes: Sequence[int], repeats: int) -> Iterator[Row]:
     adata = atlas.Atlas().in_memory(cells)
     for size in batch_sizes:
-        models = {name: scvi_epoch.make_model(name, adata) for name in (STOCK, VMM, NORMAL)}
-        steps = -(-cells // size)
-        found = {
-            name: quantiles([steps * taken[scvi_epoch.REST] for (taken,) in epochs])
-            for name, epochs in scvi_epoch.epochs(models, size, repeats, False).items()
-        }
+        models = {name: steps.scvi_model(name, adata) for name in (STOCK, VMM, NORMAL)}
+        epochs = steps.epochs(models, size, repeats).items()
+        found = {name: quantiles(seconds) for name, seconds in epochs}
         for name, timing in found.items():
             case = {"threads": 1, "mode": EPOCH, "provider": name, "cells": cells, "B": size}
             ratio = round(timing["p50"] / found[STOCK]["p50"], 3)
@@ -136,29 +130,23 @@ def _size_rows(plan: Plan, folder: Path, cells: int, threads: int) -> Iterator[R
     path, prepared = make(folder, cells), folder / f"{cells}-prepared.h5ad"
     size = plan.batch_size
     command = ["prepare", str(path), "--out", str(prepared), "--overwrite"]
-    done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+    done = alone.run(run_command, threads=threads, arguments=command)
     sizes = {"bytes": path.stat().st_size, "bytes_prepared": prepared.stat().st_size}
     yield {"mode": PREPARE, **done, **sizes}
     loaded = {"path": str(prepared), "batch_size": size}
-    yield {"mode": LOADER, "B": size, **alone.run(atlas_steps.load, threads=threads, **loaded)}
-    theirs = {"mode": LOADER, "provider": SCDATASET, "B": size}
-    if importlib.util.find_spec("scdataset") is None:
-        yield {**theirs, "absent": "not installed"}
-    else:
-        yield {**theirs, **alone.run(atlas_steps.load_scdataset, threads=threads, **loaded)}
+    yield {"mode": LOADER, "B": size, **alone.run(load, threads=threads, **loaded)}
+    if importlib.util.find_spec("scdataset") is not None:
+        done = alone.run(load_scdataset, threads=threads, **loaded)
+        yield {"mode": LOADER, "provider": SCDATASET, "B": size, **done}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         results = f"{out}/results"
         command = ["integrate", *_integrate(prepared, size, 1), "--out", results]
-        done = alone.run(atlas_steps.command, threads=threads, arguments=command)
+        done = alone.run(run_command, threads=threads, arguments=command)
         yield {"mode": INTEGRATE, "B": size, **done}
         yield {"mode": TRAINING, "B": size, "seconds": save_embedding(Path(results))}
-        trained = {"results": results, "cells": str(prepared)}
-        options: dict[str, Any] = {"iterations": plan.iterations}
-        yield {"mode": EM, **alone.run(atlas_steps.fit, threads=threads, **trained, **options)}
-        if cells == max(plan.cells):
-            options = {"most": plan.peer_points, "repeats": plan.epoch[2]}
-            done = alone.run(atlas_steps.fit_peer, threads=threads, **trained, **options)
-            yield {"mode": EM, "provider": SCIKIT_LEARN, **done}
+        trained: dict[str, Any] = {"results": results, "cells": str(prepared)}
+        trained |= {"iterations": plan.iterations}
+        yield {"mode": EM, **alone.run(fit, threads=threads, **trained)}
 
 
 def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
@@ -178,7 +166,7 @@ def _resume_row(folder: Path, batch_size: int, cells: int, epochs: int, kills: i
         seconds = time.perf_counter() - start
         lives = (seconds * np.random.default_rng(0).uniform(0, 0.4, kills)).tolist()
         kills = kill_and_resume([*command, killed], lives)
-        found = alone.run(atlas_steps.difference, threads=1, one=left_alone, other=killed)
+        found = alone.run(difference, threads=1, one=left_alone, other=killed)
     row = {"threads": 1, "mode": RESUME, "provider": VMM, "cells": cells, "B": batch_size}
     return {**row, "seconds": seconds, "kills": kills, "difference": found["difference"]}
 
@@ -212,16 +200,163 @@ def _shuffling_rows(
     options = {"epochs": epochs, "batch_size": size, "held_out": held_out}
     for order in (IN_MEMORY, ON_DISK, IN_ORDER):
         losses = [
-            alone.run(
-                atlas_steps.shuffle, threads=threads, path=path, order=order, seed=seed, **options
-            )["loss"]
+            alone.run(shuffle, threads=threads, path=path, order=order, seed=seed, **options)[
+                "loss"
+            ]
             for seed in range(seeds)
         ]
         case = {"mode": SHUFFLING, "provider": order, "cells": cells, "B": size}
         yield {**case, "epochs": epochs, "losses": losses}
 
 
-# --- targets, tables, picture ---
+# --- steps, each of which runs in a process of its own ---
+
+
+def run_command(arguments: Sequence[str]) -> dict[str, float]:
+    """Run a command of vmm-fast; return its seconds, wall and CPU."""
+    import vmm_fast.cells.integration  # noqa: F401  (takes seconds to import)
+    from vmm_fast import cli
+
+    start = time.perf_counter(), time.process_time()
+    if code := cli.main(list(arguments)):
+        raise RuntimeError(f"vmm-fast {arguments[0]} gave {code}")
+    return _since(start)
+
+
+def _since(start: tuple[float, float]) -> dict[str, float]:
+    return {
+        "seconds": time.perf_counter() - start[0],
+        "cpu_seconds": time.process_time() - start[1],
+    }
+
+
+def load(path: str, batch_size: int) -> dict[str, Any]:
+    """Take an epoch of batches and do nothing with them."""
+    from vmm_fast.cells import CellStore
+    from vmm_fast.scvi.loading import CellBatches
+
+    with CellStore(path) as store:
+        start = time.perf_counter(), time.process_time()
+        codes = store.column("batch").codes
+        starts = np.arange(0, store.n_obs, store.run)
+        stops = np.minimum(starts + store.run, store.n_obs)
+        batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
+        return {"loaded": sum(len(batch["X"]) for batch in batches), **_since(start)}
+
+
+def load_scdataset(path: str, batch_size: int) -> dict[str, Any]:
+    """Take an epoch of batches of scDataset and do nothing with them."""
+    import h5py
+    from anndata.io import sparse_dataset
+    from scdataset import BlockShuffling, scDataset
+
+    from vmm_fast.scvi.loading import WINDOW
+
+    class Counts:
+        """The part of a collection that scDataset needs, without an AnnData around it."""
+
+        def __len__(self) -> int:
+            return counts.shape[0]
+
+        def __getitem__(self, cells: np.ndarray) -> Any:
+            return counts[cells]
+
+    with h5py.File(path) as file:
+        start = time.perf_counter(), time.process_time()
+        counts = sparse_dataset(file["X"])
+        batches: Iterable[Tensor] = scDataset(
+            Counts(),
+            BlockShuffling(block_size=SCDATASET_BLOCK),
+            batch_size,
+            fetch_factor=max(1, WINDOW // batch_size),
+            batch_transform=lambda cells: torch.from_numpy(cells.toarray()),
+            seed=0,
+        )
+        return {"loaded": sum(len(batch) for batch in batches), **_since(start)}
+
+
+def save_embedding(results: Path) -> float:
+    """Write the embedding to an .npy beside the results; return the seconds of training."""
+    import h5py
+
+    with h5py.File(results / "cells.h5ad") as file:
+        np.save(results / "embedding.npy", file["obsm/X_vmm"][:])
+        return float(file["uns/vmm/training_seconds"][()])
+
+
+def _trained(results: str, cells: str) -> tuple[Any, Tensor]:
+    """Return a trained module, and the points [n, D], which are read as they are used."""
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.quiet import quiet
+    from vmm_fast.scvi import VMMSCVI
+
+    with CellStore(cells) as store, quiet():
+        model = VMMSCVI.load(f"{results}/model", store.sample(1000, keys=["batch"]))
+    # Copied on write: torch warns of memory that must not be written.
+    points = torch.from_numpy(np.load(f"{results}/embedding.npy", mmap_mode="c"))
+    return model.module, points
+
+
+def fit(results: str, cells: str, iterations: int) -> dict[str, Any]:
+    """Return the seconds of an iteration of EM, and the objective, nats a point, before each."""
+    module, points = _trained(results, cells)
+    start = time.perf_counter()
+    objective = module.prior.fit(
+        points.split(EM_BATCH),
+        module.encode_pseudo_cells,
+        max_iterations=iterations,
+        tolerance=-np.inf,
+    )
+    seconds = (time.perf_counter() - start) / iterations
+    sizes = {"J": module.prior.num_components, "D": points.shape[1]}
+    return {"seconds": seconds, **sizes, "objective": objective}
+
+
+def difference(one: str, other: str) -> dict[str, Any]:
+    """Return the largest difference between the parameters of two models."""
+    states = [
+        torch.load(Path(folder) / "model" / "model.pt", weights_only=False)["model_state_dict"]
+        for folder in (one, other)
+    ]
+    if states[0].keys() != states[1].keys():
+        raise RuntimeError(f"{one} and {other} hold different parameters")
+    gaps = [
+        float((value.double() - states[1][name].double()).abs().max())
+        for name, value in states[0].items()
+        if torch.is_tensor(value) and value.numel()
+    ]
+    return {"difference": max(gaps)}
+
+
+def shuffle(
+    path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
+) -> dict[str, Any]:
+    """Train on cells in an order; return the negative ELBO, in nats, of cells beyond the file."""
+    import scvi
+
+    from vmm_fast.cells import CellStore
+    from vmm_fast.cells.quiet import quiet
+    from vmm_fast.scvi import VMMSCVI
+    from vmm_fast.scvi.loading import CellDataModule, MemoryCells
+
+    with CellStore(path) as store, quiet():
+        source: Any = store
+        if order == IN_MEMORY:
+            source = MemoryCells(store.read(np.array([0]), np.array([store.n_obs])))
+        elif order == IN_ORDER:
+            store.run = store.n_obs
+        codes = store.column("batch").codes
+        cells = atlas.Atlas().in_memory(held_out, beyond=store.n_obs)
+        scvi.settings.seed = seed
+        VMMSCVI.setup_anndata(cells, batch_key="batch")
+        model = VMMSCVI(cells, n_components=min(100, held_out // 4))
+        data = CellDataModule(source, codes, batch_size=batch_size, held_out=0, seed=seed)
+        model.train(epochs, datamodule=data, **SILENT)
+        scvi.settings.seed = 0
+        return {"loss": -float(model.get_elbo())}
+
+
+# --- targets, tables ---
 
 
 def least_gain(row: Row) -> float:
@@ -254,160 +389,40 @@ def checks(rows: Sequence[Row]) -> Iterator[Check]:
         yield Check(target, case, row["difference"], 0.0, False, "")
 
 
-def _growing(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the steps whose time grows with the cells, by rising number of them."""
-    ours = select(rows, provider=VMM)
-    found = {mode: select(ours, mode=mode) for mode in GROWING}
-    return {mode: sorted(r, key=lambda row: row["cells"]) for mode, r in found.items() if r}
-
-
 def tables(rows: Sequence[Row]) -> str:
-    """Return time and memory against cells, with ten million; the rest, a table each."""
-    steps = _growing(rows)
+    """Return time and memory of the steps against cells, then epochs and shuffling."""
+    growing = [row for row in rows if row["mode"] in GROWING]
     lines = [
         (
-            mode,
+            row["mode"] if row["provider"] == VMM else f"{row['mode']}, {row['provider']}",
             f"{row['cells']:,}",
             duration(row["seconds"]),
             f"{row['cells/s']:,.0f}",
-            _gib(row["peak_bytes"]) if "peak_bytes" in row else "",
+            f"{row['cells'] / row['cpu_seconds']:,.0f}" if "cpu_seconds" in row else "",
+            f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "",
         )
+        for row in sorted(growing, key=lambda row: GROWING.index(row["mode"]))
+    ]
+    head = ("step", "cells", "time", "cells/s", "cells a CPU second", "peak memory")
+    steps = {mode: select(growing, mode=mode, provider=VMM) for mode in GROWING}
+    fits = [
+        f"{mode} n^{exponent(line, 'cells', 'seconds'):.2f}"
         for mode, line in steps.items()
-        for row in line
+        if len(line) > 1
     ]
-    text = table(("step", "cells", "time", "cells/s", "peak memory"), lines) + "\n"
-    if all(len(line) > 1 for line in steps.values()):
-        text += f"{_ten_million(steps)}\n\n"
-    text += _loaders(rows) + _em(rows)
-    epochs = select(rows, mode=EPOCH)
-    lines = [
-        (str(row["B"]), row["provider"], duration(row["p50"]), f"{row['times stock']:.2f}")
-        for row in epochs
-    ]
-    head = ("B", "model", "CPU time of an epoch, 1 thread", f"over {STOCK}'s")
-    text += f"{epochs[0]['cells']:,} cells in memory:\n\n{table(head, lines)}\n"
-    for row in select(rows, mode=RESUME):
-        text += (
-            f"{row['cells']:,} cells, one thread: the parameters of a run that was killed "
-            f"{row['kills']} times at random moments differ by at most {row['difference']:g} from "
-            "those of one that was left alone.\n\n"
-        )
+    gain = min(map(least_gain, steps[EM]))
+    text = f"{table(head, lines)}\nTime grows as {', '.join(fits)}. EM raised its objective by "
+    text += f"{gain:.2g} nats a point or more in every iteration.\n"
+    epochs = compared(relative(rows, STOCK, mode=EPOCH), ["B"], lambda row: (str(row["B"]),))
+    text += f"\nCPU time of an epoch in memory, over {STOCK}'s in brackets:\n\n{epochs}"
     shuffled = select(rows, mode=SHUFFLING)
     lines = [
         (row["provider"], *(f"{loss:.2f}" for loss in row["losses"]), f"{mean(row['losses']):.2f}")
         for row in shuffled
     ]
-    seeds = [f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))]
-    text += f"Negative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
-    text += f"epochs of {shuffled[0]['cells']:,} cells:\n\n"
-    return text + table(("cells", *seeds, "mean"), lines)
-
-
-def _loaders(rows: Sequence[Row]) -> str:
-    """Return our loader next to scDataset."""
-
-    def rate(row: Row) -> str:
-        if "absent" in row:
-            return row["absent"]
-        return f"{row['cells/s']:,.0f} ({row['cells'] / row['cpu_seconds']:,.0f})"
-
-    ours = {row["cells"]: row for row in select(rows, mode=LOADER, provider=VMM)}
-    theirs = select(rows, mode=LOADER, provider=SCDATASET)
-    lines = [(f"{row['cells']:,}", rate(ours[row["cells"]]), rate(row)) for row in theirs]
-    if not lines:
-        return ""
-    return (
-        f"Loaders of the same file, batches of {theirs[0]['B']}, cells/s; in brackets cells a CPU "
-        "second, since ours reads ahead in a thread of its own:\n\n"
-        f"{table(('cells', 'vmm_fast', SCDATASET), lines)}\n"
-        "scDataset, too, is faster than training. Ours is there since it goes on amid a pass with "
-        "the same cells, checks counts, and takes folders of files with their genes in any order. "
-        "annbatch needs Python 3.12 and was not measured.\n\n"
-    )
-
-
-def _em(rows: Sequence[Row]) -> str:
-    """Return what EM gains, and scikit-learn's time."""
-    lines = [
-        (
-            f"{row['cells']:,}",
-            str(row["J"]),
-            str(len(row["objective"])),
-            f"{row['objective'][0]:.3f}",
-            f"{row['objective'][-1]:.3f}",
-            f"{least_gain(row):.2g}",
-        )
-        for row in select(rows, mode=EM, provider=VMM)
-    ]
-    if not lines:
-        return ""
-    head = ("points", "components", "iterations", "objective before", "of the last", "least gain")
-    text = "EM of the trained prior, nats a point; a gain below 0 would be a fall:\n\n"
-    text += table(head, lines) + "\n"
-    for row in select(rows, mode=EM, provider=SCIKIT_LEARN):
-        text += (
-            f"scikit-learn's {row['provider']} takes {duration(row['seconds'])} for an iteration "
-            f"over {row['cells']:,} points, {row['times as fast']:.3g} times as long as ours in "
-            f"the same turns (measured at {row['measured']:,} points in memory, scaled linearly)."
-            "\n\n"
-        )
-    return text
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB"
-
-
-def _ten_million(steps: dict[str, list[Row]]) -> str:
-    """Return the exponents, and what they say of ten million cells."""
-    times, fits = [], []
-    for mode, line in steps.items():
-        power, last = exponent(line, "cells", "seconds"), line[-1]
-        fits.append(f"{mode} n^{power:.2f}")
-        times.append(f"{mode} {duration(last['seconds'] * (1e7 / last['cells']) ** max(power, 1))}")
-    before, last = steps[INTEGRATE][-2:]
-    a_cell = (last["peak_bytes"] - before["peak_bytes"]) / (last["cells"] - before["cells"])
-    peak = last["peak_bytes"] + max(a_cell, 0) * (1e7 - last["cells"])
-    return (
-        f"Time grows as {', '.join(fits)}; between the last two sizes, memory of {INTEGRATE} by "
-        f"{a_cell:.0f} bytes a cell. So 10,000,000 cells would take: {', '.join(times)}; and "
-        f"{INTEGRATE} {_gib(peak)} (from the largest size by these exponents; one below 1, which "
-        "comes of what is paid once, as 1)."
-    )
-
-
-def plot(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw time and memory against cells, epochs next to SCVI, and what shuffling costs."""
-    figure.set_size_inches(15, 4.2)
-    times, memory, epochs, shuffling = figure.subplots(1, 4)
-    steps = _growing(rows)
-    curves = {}
-    for mode, line in steps.items():
-        power = f": n^{exponent(line, 'cells', 'seconds'):.2f}" if len(line) > 1 else ""
-        curves[mode + power] = [r["cells"] for r in line], [r["seconds"] for r in line]
-    figures.lines(times, curves)
-    figures.bare(times, "Time against cells", "cells, n", "seconds")
-    curves = {
-        mode: ([r["cells"] for r in line], [r["peak_bytes"] / 2**30 for r in line])
-        for mode, line in steps.items()
-        if mode != TRAINING
-    }
-    cells = [row["cells"] for row in steps[PREPARE]]
-    counts = [8 * n * atlas.GENES * atlas.DENSITY / 2**30 for n in cells]
-    curves["the counts, if they were in memory"] = cells, counts
-    figures.lines(memory, curves)
-    figures.limit(memory, 3, "3 GiB")
-    figures.bare(memory, "Memory against cells", "cells, n", "peak resident memory, GiB")
-    found = select(rows, mode=EPOCH)
-    figures.bars(epochs, found, lambda row: row["times stock"], lambda row: f"B = {row['B']}")
-    figures.bare(epochs, f"CPU time of a training epoch, over {STOCK}'s")
-    found = select(rows, mode=SHUFFLING)
-    for place, row in enumerate(found):
-        gaps = [a - b for a, b in zip(row["losses"], found[0]["losses"], strict=True)]
-        shuffling.scatter([place] * len(gaps), gaps, s=20)
-    shuffling.set_xticks(range(len(found)), [row["provider"].replace(", ", ",\n") for row in found])
-    shuffling.axhline(0, color="0.3", lw=0.8)
-    figures.bare(shuffling, "Loss of cells not trained on", y="nats a cell, over in memory")
+    head = ("cells", *(f"seed {seed}" for seed in range(len(shuffled[0]["losses"]))), "mean")
+    text += f"\nNegative ELBO, nats a cell, of cells not trained on, after {shuffled[0]['epochs']} "
+    return text + f"epochs of {shuffled[0]['cells']:,} cells:\n\n{table(head, lines)}"
 
 
 MEASUREMENT = Measurement(
@@ -429,5 +444,4 @@ MEASUREMENT = Measurement(
     "`bench/out_of_core.py` says what each step is. Each ran in a process of its own, whose memory "
     "counts with the interpreter and its libraries.",
     tables=tables,
-    plot=plot,
 )

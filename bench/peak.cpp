@@ -1,5 +1,5 @@
 // The machine's own peak: independent chains of fused multiply-adds in vector registers, which is
-// what a kernel would reach that did nothing else. Built by bench/roofline.py with -march=native.
+// what a kernel would reach that did nothing else. Built by bench/limits.py with -march=native.
 #include <cstdint>
 
 #if defined(__AVX512F__)

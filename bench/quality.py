@@ -2,20 +2,18 @@
 
 A run trains the VAE of ``vmm_fast.models`` on the 60,000 training images of MNIST (or 25,000 of
 Fashion-MNIST), selects nothing by labels, and after every epoch scores the 10,000 (5,000) test
-images. It writes one JSON file with the curve, the command, versions and date; ``--plot`` draws all
-runs of a prefix that lie in the results folder, and writes their page.
+images. It writes one JSON file with the curve, the command, versions and date, and draws all runs
+of its prefix that lie in the results folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,8 @@ from bench.measurement import OPTIONS, Measurement, Run
 from bench.records import DATA, PLACES, Row, command, environment
 from bench.tables import spread, table, write_text
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
-from vmm_fast.models import VAE, RandomShifts, fit
+from vmm_fast.models import VAE, fit
+from vmm_fast.priors import Prior
 from vmm_fast.schedules import SCHEDULES
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -39,24 +38,27 @@ NETWORKS: dict[str, dict[str, Any]] = {
 DATASETS = ("mnist", "fashion_mnist")
 PRIORS = ("vmm", "vmm-closed-form", "gmm", "vamp", "normal")
 SCALES = ("maximum-likelihood", "learnt")
+COMPONENTS, BATCH_SIZE = 100, 256
 PRIOR_WEIGHT = "divide the parameter priors by the number of images or by the batch size"
 
 
-def make_prior(name: str, x: Tensor, components: int, latent_dim: int, args: argparse.Namespace):
+def make_prior(x: Tensor, args: argparse.Namespace) -> Prior:
     """Return the prior of a run; pseudo-inputs start at random training images."""
-    if name == "normal":
-        return vmm_fast.StandardNormalPrior(latent_dim)
-    start = x[torch.randperm(len(x))[: components * args.pseudo_inputs_per_component]]
+    if args.prior == "normal":
+        return vmm_fast.StandardNormalPrior(args.latent_dim)
+    start = x[torch.randperm(len(x))[:COMPONENTS]]
+    if args.prior == "vamp":
+        return vmm_fast.VampPrior(start, args.latent_dim)
     data_size = len(x) if args.prior_weight == "data" else None
-    common: dict[str, Any] = {"data_size": data_size, "learning_rate": args.prior_learning_rate}
-    if name == "vamp":
-        return vmm_fast.VampPrior(start, latent_dim, learning_rate=args.prior_learning_rate)
-    if name == "gmm":
-        return vmm_fast.GaussianMixturePrior(components, latent_dim, **common)
-    common["responsibility_gradient"] = not args.true_em
-    common["pseudo_inputs_per_component"] = args.pseudo_inputs_per_component
-    inference = "closed-form" if name == "vmm-closed-form" else "gradient"
-    return vmm_fast.VMMPrior(start, latent_dim, inference=inference, **common)
+    if args.prior == "gmm":
+        return vmm_fast.GaussianMixturePrior(COMPONENTS, args.latent_dim, data_size=data_size)
+    return vmm_fast.VMMPrior(
+        start,
+        args.latent_dim,
+        data_size=data_size,
+        inference="closed-form" if args.prior == "vmm-closed-form" else "gradient",
+        responsibility_gradient=not args.true_em,
+    )
 
 
 @torch.no_grad()
@@ -101,15 +103,6 @@ def read(folder: Path, dataset: str) -> tuple[Any, Any]:
     return ({k: v[:cut] for k, v in every.items()}, {k: v[cut:] for k, v in every.items()})
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a run as JSON, with a line for each entry and each epoch of its curve."""
-    *entries, curve = [*(item for item in record.items() if item[0] != "curve"), record["curve"]]
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries]
-    epochs = ",\n".join(map(json.dumps, curve))
-    lines.append(f'"curve": [\n{epochs}\n]')
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def train(args: argparse.Namespace, path: Path) -> None:
     """Train one prior; its record is written to ``path`` after every epoch and at the end."""
     train, test = read(Path(args.data), args.dataset)
@@ -119,9 +112,8 @@ def train(args: argparse.Namespace, path: Path) -> None:
         torch.from_numpy(part["images"].reshape(-1, 784)).float() / 127.5 - 1
         for part in (train, test)
     )
-    prior = make_prior(args.prior, x, args.components, args.latent_dim, args)
     network = NETWORKS[args.network]
-    model = VAE(784, args.latent_dim, prior, posterior=args.posterior, scale=args.scale, **network)
+    model = VAE(784, args.latent_dim, make_prior(x, args), scale=args.scale, **network)
     has_clusters = args.prior != "normal"
     settings = {k: v for k, v in vars(args).items() if k not in PLACES}
     curve: list[dict[str, Any]] = json.loads(path.read_text())["curve"] if args.resume else []
@@ -139,7 +131,7 @@ def train(args: argparse.Namespace, path: Path) -> None:
             epoch["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
         epoch["seconds_since_start"] = time.perf_counter() - start
         curve.append(epoch)
-        write_record(path, record)
+        write_text(path, json.dumps(record))
         shown = {**epoch, **epoch.get("test", {}).get("clusters", {})}
         names = ("epoch", "seconds_since_start", "validation_elbo", "validation_kl", *COLUMNS)
         print("  ".join(f"{k} {shown[k]:.4g}" for k in names if k in shown), flush=True)
@@ -150,12 +142,11 @@ def train(args: argparse.Namespace, path: Path) -> None:
         x,
         y,
         epochs=args.epochs,
-        batch_size=args.batch_size,
+        batch_size=BATCH_SIZE,
         learning_rate=args.learning_rate,
         schedule=args.schedule,
         prior_warmup=args.prior_warmup,
         seed=args.seed,
-        augment=RandomShifts((784,)) if args.shifts else None,
         on_epoch_end=on_epoch_end,
         checkpoint=args.checkpoint,
         resume=args.resume,
@@ -165,18 +156,17 @@ def train(args: argparse.Namespace, path: Path) -> None:
     final = {name: score(model, *part) for name, part in parts.items()}
     if has_clusters:
         final["test"]["clusters"] = score_clusters(model, x, y, test["labels"])
-    write_record(path, {**record, "final": {"best_epoch": history.best_epoch, **final}})
+    record["final"] = {"best_epoch": history.best_epoch, **final}
+    write_text(path, json.dumps(record))
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Train and write a record of its own, or draw what is there; there are no rows."""
-    args, folder = run.args, Path(run.args.out)
-    if args.plot:
-        print(*write_page(folder, args.prefix), sep="\n")
-    else:
-        path = folder / f"{args.prefix}-{args.name or args.prior}.json"
-        train(args, path)
-        print(path)
+    """Train and write a record of its own; there are no rows."""
+    args = run.args
+    path = Path(args.out) / f"{args.prefix}-{args.name or args.prior}.json"
+    train(args, path)
+    for written in write_page(path.parent, args.prefix):
+        print(written)
     yield from ()
 
 
@@ -194,49 +184,38 @@ PANELS = (
 )
 COLUMNS = ("clusters", "accuracy_one_to_one", "accuracy", "nmi", "ari")
 LEGEND = """\
-Scores of the test images, mean and standard deviation over the seeds; labels score and choose
-nothing. Clusters are groups of components, found in the training images. *One-to-one* lets each
-cluster be one class at most; *accuracy* is the paper's rule: the label of a cluster's most probable
-image. *Components* are the NMI of the components themselves and how many hold over 0.2 %."""
-
-
-def _records(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
-    paths = sorted(folder.glob(f"{prefix}-*.json"))
-    return {path.stem.removeprefix(f"{prefix}-"): json.loads(path.read_text()) for path in paths}
+Scores of the test images; labels score and choose nothing. Clusters are groups of components, found
+in the training images. *One-to-one* lets each cluster be one class at most; *accuracy* is the
+paper's rule: the label of a cluster's most probable image. *Components* are the NMI of the
+components themselves and how many hold over 0.2 %."""
 
 
 def write_page(folder: Path, prefix: str) -> list[Path]:
-    """Draw ``prefix.png``, and write ``prefix.md`` with a line for all seeds of the same settings.
-
-    There is no page where no run scored clusters.
-    """
-    records = _records(folder, prefix)
-    if not records:
-        raise FileNotFoundError(f"no {prefix}-*.json in {folder}")
+    """Draw ``prefix.png``, and write ``prefix.md`` with a line for each run that has clusters."""
+    paths = sorted(folder.glob(f"{prefix}-*.json"))
+    records = {p.stem.removeprefix(f"{prefix}-"): json.loads(p.read_text()) for p in paths}
     written = [figures.draw(folder / f"{prefix}.png", lambda figure: _plot(figure, records))]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records.values():
-        if record["final"] is not None and "clusters" in record["final"]["test"]:
-            alike = " ".join(record["command"].split())
-            for name in ("--seed", "--name", "--out", "--data", "--checkpoint"):
-                alike = re.sub(rf"{name} \S+ ?", "", alike).strip()
-            found.setdefault(alike, []).append(record)
-    if not found:
+    ended = [record for record in records.values() if record["final"] is not None]
+    ended = [record for record in ended if "clusters" in record["final"]["test"]]
+    if not ended:
         return written
     lines = []
-    for alike, same in found.items():
-        finals = [record["final"]["test"] for record in same]
-        cells = [spread([final["clusters"][name] for final in finals]) for name in COLUMNS]
-        cells += [spread([f[name] for f in finals]) for name in ("nmi", "components_active")]
-        minutes = mean(record["curve"][-1]["seconds_since_start"] / 60 for record in same)
-        lines.append([f"`{alike}`", str(len(same)), *cells, f"{minutes:.0f}"])
-    about = next(iter(found.values()))[0]
+    for record in ended:
+        final, minutes = record["final"]["test"], record["curve"][-1]["seconds_since_start"] / 60
+        scores = [final["clusters"][name] for name in COLUMNS] + [final["nmi"]]
+        cells = [spread([score]) for score in scores]
+        lines.append(
+            [f"`{record['command']}`", *cells, str(final["components_active"]), f"{minutes:.0f}"]
+        )
     names = ("date", "revision", "python", "torch", "cpu")
+    about = ", ".join(f"{name} {ended[0][name]}" for name in names)
     heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
-    text = ["# Clusters of images", "", ", ".join(f"{name} {about[name]}" for name in names), ""]
-    text += [LEGEND, "", table(["command, with `--seed`", "seeds", *heads, "minutes"], lines), ""]
-    text += ["", f"![Scores against epochs]({prefix}.png)", ""]
-    return [*written, write_text(folder / f"{prefix}.md", "\n".join(text))]
+    text = ["# Clusters of images", "", about, "", LEGEND, ""]
+    text += [
+        table(["command", *heads, "minutes"], lines),
+        f"![Scores against epochs]({prefix}.png)",
+    ]
+    return [*written, write_text(folder / f"{prefix}.md", "\n".join((*text, "")))]
 
 
 def page(folder: Path) -> list[Path]:
@@ -275,24 +254,17 @@ MEASUREMENT = Measurement(
         "--prefix": {"default": "mnist", "help": "of the result files that belong together"},
         "--images": {"type": int, "help": "train on the first so many; all unless given"},
         "--epochs": {"type": int, "default": 40},
-        "--batch-size": {"type": int, "default": 256},
         "--learning-rate": {"type": float, "default": 1e-3},
         "--schedule": {"choices": SCHEDULES, "default": "cosine"},
         "--prior-warmup": {"type": float, "default": 0.0, "help": "share of steps under N(0, I)"},
-        "--shifts": {"action": "store_true", "help": "train on images shifted at random"},
-        "--pseudo-inputs-per-component": {"type": int, "default": 1},
-        "--prior-learning-rate": {"type": float, "default": 1e-3},
         "--prior-weight": {"choices": ("data", "batch"), "default": "data", "help": PRIOR_WEIGHT},
         "--true-em": {"action": "store_true", "help": "no gradient through responsibilities"},
-        "--components": {"type": int, "default": 100},
         "--latent-dim": {"type": int, "default": 10},
-        "--posterior": {"choices": ("full", "diagonal"), "default": "full"},
         "--scale": {"choices": SCALES, "default": SCALES[0]},
         "--seed": {"type": int, "default": 0},
         "--checkpoint": {"help": "file to keep the run in after every epoch"},
         "--resume": {"action": "store_true", "help": "go on from --checkpoint"},
         "--out": OPTIONS["--out"],
-        "--plot": {"action": "store_true", "help": "make the page of --prefix; train nothing"},
     },
     page=page,
 )

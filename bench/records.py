@@ -26,8 +26,6 @@ DATA = Path(
 )
 # Options that say where something lies, and nothing of what is measured.
 PLACES = ("atlases", "data", "out", "checkpoint")
-# Without it a provider is absent: the option stays, its folder does not.
-TFP_ENVIRONMENT = "--tfp-environment"
 
 Row = dict[str, Any]
 
@@ -38,11 +36,9 @@ def command(arguments: list[str]) -> str:
     options = iter(arguments)
     for option in options:
         name, joined, _ = option.partition("=")
-        if name.removeprefix("--") in PLACES or name == TFP_ENVIRONMENT:
+        if name.removeprefix("--") in PLACES:
             if not joined:
                 next(options)
-            if name == TFP_ENVIRONMENT:
-                kept += [TFP_ENVIRONMENT, "FOLDER"]
         elif option != "--resume":
             kept.append(option)
     return "python -m bench " + shlex.join(kept)

@@ -39,7 +39,8 @@ def _section(measurement: Measurement, rows: Sequence[Row]) -> str:
     text = f"\n## {heading}\n\n{measurement.introduction}\n\n"
     text += f"![]({measurement.name}.png)\n\n" * (measurement.plot is not None)
     about = ", ".join(str(rows[0][key]) for key in ABOUT)
-    return f"{text}{measurement.tables(rows)}\n`{rows[0]['command']}`: {about}.\n"
+    command = f"python -m bench {measurement.name} --threads {rows[0]['threads']}"
+    return f"{text}{measurement.tables(rows)}\n`{command}`: {about}.\n"
 
 
 def speed(parts: Iterable[tuple[Measurement, list[Row]]]) -> str:

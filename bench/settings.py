@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peer_methods import MakePrior, Method, ours
-from bench.peers import Comparison, measurement
+from bench.peers import DATASETS, MakePrior, Method, compare, measurement, ours
 from bench.records import Row, select
 from vmm_fast import VMMPrior
 from vmm_fast.priors import Prior
@@ -74,28 +73,34 @@ METHODS = {
 def verdicts(rows: list[Row]) -> list[str]:
     """Return how far apart means over the seeds are, from 50 components and for all batches."""
     found = []
-    for setting, least in (("components", 50), ("batch-size", 0)):
-        names = [
-            name
-            for name in METHODS
-            if name.startswith(setting) and int(name.rpartition("-")[2]) >= least
-        ]
-        groups = [group for name in names if (group := select(rows, method=name))]
-        if len(groups) < 2:
-            continue
-        numbers, scores = (
-            [mean(row[key] for row in group) for group in groups] for key in ("clusters", "nmi")
-        )
-        off = max(abs(n / mean(numbers) - 1) for n in numbers)
-        apart = max(scores) - min(scores)
-        word = "met" if off <= CLUSTERS_WITHIN and apart <= NMI_WITHIN else "MISSED"
-        found.append(
-            f"{setting}: {word}, clusters within "
-            f"{off:.0%} of their mean {mean(numbers):.1f} (asked {CLUSTERS_WITHIN:.0%}), NMI "
-            f"{min(scores):.3f} to {max(scores):.3f} (asked {NMI_WITHIN} apart)"
-        )
+    for dataset in DATASETS:
+        for setting, least in (("components", 50), ("batch-size", 0)):
+            groups = [
+                group
+                for name in METHODS
+                if name.startswith(setting) and int(name.rpartition("-")[2]) >= least
+                if (group := select(rows, dataset=dataset, method=name))
+            ]
+            if len(groups) > 1:
+                found.append(f"{dataset}, {setting}: {verdict(groups)}")
     return found
 
 
-SETTINGS = Comparison("settings", "Clusters of images under other settings", METHODS, verdicts)
+def verdict(groups: list[list[Row]]) -> str:
+    """Return whether means over each group's seeds are as near one another as is asked."""
+    numbers, scores = (
+        [mean(row[key] for row in group) for group in groups] for key in ("clusters", "nmi")
+    )
+    off = max(abs(n / mean(numbers) - 1) for n in numbers)
+    met = off <= CLUSTERS_WITHIN and max(scores) - min(scores) <= NMI_WITHIN
+    return (
+        f"{'met' if met else 'MISSED'}, clusters within {off:.0%} of their mean "
+        f"{mean(numbers):.1f} (asked {CLUSTERS_WITHIN:.0%}), NMI {min(scores):.3f} to "
+        f"{max(scores):.3f} (asked {NMI_WITHIN} apart)"
+    )
+
+
+SETTINGS = compare(
+    "settings", "Clusters of images under other settings", METHODS, verdicts=verdicts
+)
 MEASUREMENT = measurement(SETTINGS, "clusters of images: ours under other settings")

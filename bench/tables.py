@@ -16,23 +16,19 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def pivot(
-    rows: Iterable[Row],
-    head: Sequence[str],
-    case: Callable[[Row], tuple[str, ...]],
-    cell: Callable[[Row], str],
-    providers: Iterable[str] = (),
-    missing: dict[str, str] | None = None,
+def compared(
+    rows: Iterable[Row], head: Sequence[str], case: Callable[[Row], tuple[str, ...]]
 ) -> str:
-    """Return a table with a line for each case and a column for each provider."""
+    """Return a table with a line for each case and a column for each provider.
+
+    A cell has the median time and, in brackets, the row's ``ratio`` unless that is 1.
+    """
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        lines.setdefault(case(row), {})[row["provider"]] = cell(row)
-    columns = list(providers) or list(
-        dict.fromkeys(name for line in lines.values() for name in line)
-    )
-    blank = {**dict.fromkeys(columns, "-"), **(missing or {})}
-    cells = ([*key, *(line.get(p, blank[p]) for p in columns)] for key, line in lines.items())
+        ratio = f" ({row['ratio']:.3g}x)" * (row["ratio"] != 1)
+        lines.setdefault(case(row), {})[row["provider"]] = duration(row["p50"]) + ratio
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    cells = ([*key, *(line.get(name, "-") for name in columns)] for key, line in lines.items())
     return table((*head, *columns), cells)
 
 

@@ -28,15 +28,23 @@ Sampler = Callable[[int], float]
 
 
 def sampler(call: Callable[[], object]) -> Sampler:
-    """Return the function from a number of calls to the seconds that they take."""
+    """Return the function from a number of calls to the seconds until the last one is done."""
 
     def sample(n: int) -> float:
+        _finish()
         start = time.perf_counter()
         for _ in range(n):
             call()
+        _finish()
         return time.perf_counter() - start
 
     return sample
+
+
+def _finish() -> None:
+    """Wait for the GPU, if one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def take_turns(

@@ -12,9 +12,9 @@ pytest.importorskip("scvi", reason="scvi-tools is not installed")
 import anndata
 import torch
 
-from bench import __main__, alone, atlas, atlas_steps, out_of_core
+from bench import __main__, alone, atlas, out_of_core
+from bench.measurement import exponent
 from bench.records import read_rows, select
-from bench.scaling import exponent
 
 GENES = 800  # more than scanpy's cells have
 
@@ -163,6 +163,6 @@ def test_exponents_gains_and_differences_by_hand(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
         state = {key: torch.tensor([value]) for key, value in state.items()}
         torch.save({"model_state_dict": state}, tmp_path / name / "model" / "model.pt")
-    assert atlas_steps.difference(tmp_path / "one", tmp_path / "other") == {"difference": 0.25}
+    assert out_of_core.difference(tmp_path / "one", tmp_path / "other") == {"difference": 0.25}
     with pytest.raises(RuntimeError, match="hold different parameters"):
-        atlas_steps.difference(tmp_path / "one", tmp_path / "third")
+        out_of_core.difference(tmp_path / "one", tmp_path / "third")

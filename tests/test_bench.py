@@ -1,4 +1,4 @@
-"""The benchmarks run end to end, compute what they claim, and tell a slowdown from noise."""
+"""The benchmarks run end to end and compute what they claim."""
 
 import gc
 import math
@@ -15,23 +15,22 @@ from matplotlib.figure import Figure
 
 from bench import (
     __main__,
+    alone,
     gpu,
     gpu_bound,
     integration,
     likelihood,
+    limits,
     peers,
-    processes,
     providers,
     runner,
-    scaling,
     settings,
+    throughput,
 )
-from bench.measurement import TOLERANCE, Run, less
+from bench.measurement import TOLERANCE, Less, Run, relative
 from bench.problems import Size, whitened
-from bench.records import RESULTS, command, read_rows, select, write_rows
+from bench.records import RESULTS, command, read_rows, select
 from bench.registry import ALL, MEASUREMENTS
-from bench.roofline import kernels, operations
-from bench.throughput import count_operators, from_parameters
 from bench.timing import quantiles, take_turns
 
 BACKWARD, PARAMETERS = "forward + backward", "forward + backward from (m, S, L, pi)"
@@ -67,58 +66,35 @@ def measured(bench, folder, part, targets):
     return rows
 
 
-@pytest.mark.slow("compiles plain torch, and measures every provider in every mode")
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch.compile
-def test_throughput_has_a_peer_in_every_mode_and_says_who_is_absent(bench, tmp_path):
-    rows = measured(bench, tmp_path, "throughput", targets=11)
-    timings = {(row["mode"], row["provider"]): row for row in rows if "p50" in row}
-    modes = [mode for mode, _ in timings]
-    assert len(set(modes)) == 10
-    assert [mode for mode in modes if modes.count(mode) == 1] == ["call overhead"]
-    near = timings[BACKWARD, "vmm_fast"]["share_with_weight"]
-    far = timings[f"{BACKWARD}, clusters far apart", "vmm_fast"]["share_with_weight"]
-    assert 1 >= near > 0.8 > far > 0
-    assert select(rows, provider="TensorFlow Probability")[0]["absent"] == "not installed"
-
-
-def test_roofline_scaling_and_training_steps(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.roofline.ROUNDS", 400_000)
-    monkeypatch.setattr("bench.roofline.COPIED_BYTES", 2**24)
-    assert len(measured(bench, tmp_path, "roofline", targets=2)) == 7  # kernels and limits
-    assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
-    less_memory = {"vmm_fast": (Size(2048, 100, 32),)}
-    monkeypatch.setattr(scaling, "QUICK_MEASURED", less_memory)
-    (row,) = select(measured(bench, tmp_path, "scaling", targets=8), mode="memory")
+def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
+    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
+    monkeypatch.setattr(alone, "run", here)
+    rows = measured(bench, tmp_path, "throughput", targets=8)
+    modes = {row["mode"]: [] for row in rows}
+    for row in rows:
+        modes[row["mode"]].append(row["provider"])
+    without_peer = [mode for mode, found in modes.items() if set(found) == {"vmm_fast"}]
+    assert len(modes) == 8 and without_peer == ["call overhead", "memory"]
+    (row,) = select(rows, mode="memory")
     # Neither interpreter and libraries nor a number for each (point, component, D).
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
+    rows = measured(bench, tmp_path, "limits", targets=8)
+    assert len(select(rows, axis=None)) == 6 and len(rows) == 6 + 12  # kernels and the peak; axes
+    assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
 
 
-@pytest.mark.slow("trains seven models of scVI, step by step and phase by phase")
+@pytest.mark.slow("trains seven models of scVI")
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
-def test_likelihoods_steps_and_epochs_of_scvi(bench, tmp_path, monkeypatch):
+def test_likelihoods_and_steps_of_scvi(bench, tmp_path, monkeypatch):
     scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
     rows = measured(bench, tmp_path, "likelihood", targets=0)
-    for row in rows:
-        (theirs,) = select(rows, mode=row["mode"], provider="scvi-tools")
-        assert row["times as fast"] == pytest.approx(theirs["p50"] / row["p50"], abs=0.01)
+    assert {row["provider"] for row in rows} == {
+        *("vmm_fast", "scvi-tools"),
+        "vmm_fast, softmax before",
+    }
     monkeypatch.setattr(scvi.settings, "verbosity", scvi.settings.verbosity)
-    rows = measured(bench, tmp_path, "scvi-step", targets=0)
-    stock, *others = select(rows, mode="scVI training step")
+    stock, *others = measured(bench, tmp_path, "scvi-step", targets=0)
     assert stock["provider"] == "SCVI" and len(others) == 6
-    for row in others:
-        assert row["times stock"] == pytest.approx(row["p50"] / stock["p50"], abs=1e-3)
-    for row in select(rows, mode="scVI training epoch by phase"):
-        taken = {phase: seconds > 0 for phase, seconds in row["phases"].items()}
-        assert taken.pop("prior's step") == (row["provider"] in ("VMM", "VMM, before"))
-        assert len(taken) == 11 and all(taken.values())
-
-
-@pytest.mark.slow("starts three processes, which import scvi-tools and train a model")
-def test_two_processes_beside_one(bench, tmp_path):
-    pytest.importorskip("scvi", reason="scvi-tools is not installed")
-    one, two = measured(bench, tmp_path, "processes", targets=1)
-    assert two["cells/s"] == pytest.approx(two["B"] / two["p50"], rel=0.01)
-    assert two["times as fast"] == pytest.approx(one["p50"] / two["p50"], rel=0.01)
 
 
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")
@@ -143,8 +119,8 @@ def test_command_line(bench, tmp_path, monkeypatch):
     assert tuple(done) == ALL
     nothing = f"no results in {tmp_path}: run python -m bench throughput first\n"
     assert bench("report", "--out", tmp_path) == (1, nothing)
-    given = "step --out=here --data there --threads 2 --tfp-environment there --resume"
-    assert command(given.split()) == "python -m bench step --threads 2 --tfp-environment FOLDER"
+    given = "step --out=here --data there --threads 2 --resume"
+    assert command(given.split()) == "python -m bench step --threads 2"
 
 
 def test_what_is_missing_is_told(bench, tmp_path, monkeypatch):
@@ -172,11 +148,11 @@ def test_rows_are_kept_where_a_later_one_fails(bench, tmp_path, monkeypatch):
 
 
 def test_wrong_results_are_not_timed(monkeypatch):
-    run = Run(Namespace(quick=True, threads=1, tfp_environment=None))
+    run = Run(Namespace(quick=True, threads=1))
     wrong = {"wrong": lambda p: 1.01 * providers.torch_distributions(p)}
     monkeypatch.setattr(providers, "PARAMETER_DENSITIES", wrong)
     with pytest.raises(RuntimeError, match=r"wrong, .* error 0\.01"):
-        list(from_parameters(run))
+        list(throughput.density_rows(run, PARAMETERS, Size(32, 5, 3)))
     monkeypatch.setattr(likelihood, "MODELS", {"Poisson": (lambda x, mean: mean.sum(-1), 1)})
     with pytest.raises(RuntimeError, match="vmm_fast, Poisson"):
         list(likelihood.rows(run))
@@ -200,18 +176,14 @@ def test_providers_take_turns_without_garbage_collection():
     assert found == {"min": 1.0, "p20": 2.0, "p50": 3.5, "p80": 5.0, "repeats": 6}
 
 
-def test_time_beside_a_part_operations_and_density_by_hand():
+def test_time_beside_a_part_operations_and_density_of_counts_by_hand(monkeypatch):
+    monkeypatch.setattr("bench.measurement.sampler", lambda seconds: lambda calls: seconds * calls)
     for part, left in ((2.0, 12.0), (7.0, 2.0)):  # a disturbed part leaves a tenth
-        sample = less(lambda calls: 5.0 * calls, lambda calls, part=part: part * calls)
-        assert sample(4) == pytest.approx(left)
+        assert Less(5.0, part).sample(4) == pytest.approx(left)
     # D = 2: A d takes 3 multiply-adds, its squares 2; M takes 2 products w d and 3 multiply-adds.
-    assert operations("log_prob", Size(1, 1, 2), 1) == 2 * 5
-    assert operations("log_prob, backward", Size(1, 1, 2), 1) == 2 * (5 + 5 + 3 + 5 + 3)
-    assert operations("statistics", Size(7, 3, 2), 4) == 2 * (21 * 5 + 4 * (5 + 3))
-    x = torch.ones(2, 2)
-    assert count_operators(lambda: torch.add(x, x)) == (1, 1)
-    nested, top_level = count_operators(lambda: torch.nn.functional.linear(x, x))
-    assert nested > top_level == 1
+    assert limits.operations("log_prob", Size(1, 1, 2), 1) == 2 * 5
+    assert limits.operations("log_prob, backward", Size(1, 1, 2), 1) == 2 * (5 + 5 + 3 + 5 + 3)
+    assert limits.operations("statistics", Size(7, 3, 2), 4) == 2 * (21 * 5 + 4 * (5 + 3))
     counts, *_ = likelihood.problem(200, 100, 0.1)
     assert float((counts > 0).float().mean()) == pytest.approx(0.1, abs=0.02)
 
@@ -226,70 +198,56 @@ def timed(part, mode, times, **fields):
     ]
 
 
+def test_ratios_are_of_the_same_case():
+    times = {"SCVI": 2.0, "VMM": 1.0}
+    rows = timed("scvi-step", "one", times) + timed("scvi-step", "one", {"VMM": 6.0}, genes=9)
+    rows += timed("scvi-step", "one", {"SCVI": 3.0, "VMM": 6.0}, B=512)
+    found = relative(rows, "SCVI", provider="VMM")
+    assert [(row["B"], row["ratio"]) for row in relative(rows, "SCVI")][1::2] == [
+        *((256, 0.5), (512, 2.0))
+    ]
+    assert found == []  # selected before they are compared
+    met = [check.met for check in MEASUREMENTS["scvi-step"].checks(rows)]
+    assert met == [False]  # at 512; no limit at 256
+
+
 def test_targets_of_rows_by_hand():
-    rows = []
-    # The share of the peak that was measured at the same size, on most threads.
-    for count, share in ((1, 94), (2, 78)):
-        for mode, number in (("FMA peak", 100), ("log_prob", share)):
-            one = {"B": 512, "threads": count, "operations": number}
-            rows += timed("roofline", mode, {"vmm_fast": 2.0}, **one)
-    throughput = partial(timed, "throughput")
+    rows, throughput = [], partial(timed, "throughput")
     # Rows of one size are compared; more is asked at large ones.
     for size, times in ({}, 11.0), ({"B": 4096, "J": 500}, 24.0):
         rows += throughput(PARAMETERS, {"vmm_fast": 1.0, "torch.distributions": times}, **size)
     # The fastest of the others counts, and the geometric mean over sizes.
     rows += throughput(BACKWARD, {"vmm_fast": 1.0, "KeOps": 9.0, "matmul": 6.0})
     rows += throughput(BACKWARD, {"vmm_fast": 2.0, "KeOps": 48.0, "matmul": 60.0}, B=512)
+    # scikit-learn is scaled linearly to the size that we ran.
+    rows += throughput("E- and M-step", {"vmm_fast": 1e-3, "GaussianMixture": 1.2}, B=50_000)
+    rows += throughput("E- and M-step", {"vmm_fast": 2.0}, B=1_000_000)
+    # The memory of the largest size, in MiB.
+    for size, mib in ((9, 9), (900, 2048)):
+        rows += throughput("memory", {"vmm_fast": 1.0}, B=size, peak_bytes=mib * 2**20)
+    # The share of the peak that was measured at the same size, on most threads.
+    for count, share in ((1, 94), (2, 78)):
+        for mode, number in (("FMA peak", 100), ("log_prob", share)):
+            one = {"threads": count, "operations": number}
+            rows += timed("limits", mode, {"vmm_fast": 2.0}, **one)
+    # Exponents may be a tenth over the limit.
+    for axis, power in (("B", 1.0), ("J", 1.2), ("D", 2.0)):
+        for n in (2, 5, 11):
+            time = {"vmm_fast": 1e-6 * n**power}
+            rows += timed("limits", "forward", time, **{"axis": axis, axis: n})
     # Memory of the largest atlas, in GiB and against that of 100,000 cells; loader and training.
     atlas = partial(timed, "atlas", times={"VMM": 1.0}, cells=1_000_000)
     rows += atlas("integrate", cells=100_000, peak_bytes=2**30)
     rows += atlas("integrate", peak_bytes=2**30 * 5 // 4)
     rows += atlas("loader", **{"cells/s": 30.0}) + atlas("training from disk", **{"cells/s": 20.0})
-    # The largest size by memory and by time a pair, against the mean of the smallest's.
-    for b, j, p50, mib in ((9, 1, 1e-3, 1), (9, 1, 3e-3, 1), (900, 5, 1.2, 2048)):
-        rows += timed("scaling", "memory", {"vmm_fast": p50}, B=b, J=j, peak_bytes=mib * 2**20)
-    # scikit-learn is scaled linearly to the size that we ran.
-    rows += throughput("E- and M-step", {"vmm_fast": 1e-3, "GaussianMixture": 1.2}, B=50_000)
-    rows += throughput("E- and M-step", {"vmm_fast": 2.0}, B=1_000_000)
-    # Exponents may be a tenth over the limit.
-    for mode in ("forward", "forward + backward"):
-        for axis, power in (("B", 1.0), ("J", 1.2), ("D", 2.0)):
-            for n in (2, 5, 11):
-                time = {"vmm_fast": 1e-6 * n**power}
-                rows += timed("scaling", mode, time, **{"axis": axis, axis: n})
-    values = {
-        "roofline": [78],
-        "throughput": [11, -24, 6, 24, 12, 12],
-        "atlas": [1.25, -1.25, -1.5],
-        "scaling": [-2048, 1.2, *[1.0, -1.2, 2.0] * 2],
-    }
+    values = {"throughput": [11, -24, 6, 24, 12, 12, -2048], "atlas": [1.25, -1.25, -1.5]}
+    values["limits"] = [78, 1.0, -1.2, 2.0]
     for name, expected in values.items():  # those below 0 are missed
         checks = list(MEASUREMENTS[name].checks(select(rows, part=name)))
         assert [check.value for check in checks] == pytest.approx(np.abs(expected))
         assert [check.met for check in checks] == [value > 0 for value in expected]
 
 
-def test_compare_flags_a_slowdown_and_lets_noise_pass(bench, tmp_path):
-    paths = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
-    one, other = timed("throughput", BACKWARD, {"vmm_fast": 1e-3, "matmul": 1e-3})
-    write_rows(paths[0], [one, other])
-    for change, found in (
-        ({"p50": 0.8e-3}, "0 slower, 1 faster, 1 same, 0"),
-        ({"p50": 1.045e-3, "p20": 1e-3, "p80": 1e-3}, "0 slower, 0 faster, 2 same, 0"),  # drift
-        ({"p50": 1.2e-3, "p20": 0.9e-3, "p80": 1.1e-3}, "0 slower, 0 faster, 2 same, 0"),  # noise
-        ({"p50": 1.0, "provider_version": {"a": "2"}}, "0 slower, 0 faster, 1 same, 2"),
-        ({"p50": 1.2e-3}, "1 slower, 0 faster, 1 same, 0"),
-    ):
-        write_rows(paths[1], [one | change, other])
-        status, printed = bench("compare", *paths)
-        assert status == int(found.startswith("1"))
-        assert printed.endswith(f"{found} in one file alone\n")
-    assert "threads = 2: 0.001 s -> 0.0012 s (1.20x)" in printed
-    again = [sys.executable, "-m", "bench", "compare", *paths]
-    assert subprocess.run(again, cwd=RESULTS.parents[1], capture_output=True).returncode == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch.compile
 def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
     """With the CPU in the GPU's place: all but the device's own calls."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -301,10 +259,10 @@ def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "take_turns", lambda samplers, **_: once(samplers))
     assert bench("gpu", "--quick", "--out", tmp_path)[0] == 0
     rows = read_rows(tmp_path / "gpu.jsonl")
-    assert len({row["mode"] for row in rows}) == 11
+    assert len({row["mode"] for row in rows}) == 8
+    assert all("error" in row for row in select(rows, mode="kernel"))
     for row in rows:
-        assert row.get("error", 0) < TOLERANCE
-        assert row.get("launches", 1) > 0 < row.get("p50", 1)
+        assert row.get("error", 0) < TOLERANCE and row["gpu"] == 1
     for row in select(rows, mode="kernel"):
         assert row["fraction"] == row["bound"] / row["p50"]
 
@@ -324,15 +282,15 @@ def test_gpu_bound_counts_what_the_kernels_multiply(quick_interpreter, monkeypat
     monkeypatch.setattr("vmm_fast.backends.FORCED", "triton")
     size = Size(5, 2, 70)
     device = gpu_bound.DEVICES[-1]  # of the interpreter's tiles
-    for name, call in kernels(whitened(size)).items():
+    for name, call in gpu.kernels(whitened(size)).items():
         names = ["log_prob", name] if name == "log_prob, backward" else [name]
         counted.clear()
         call()
-        assert sum(counted) == sum(gpu_bound.KERNELS[n](size, device).matrix for n in names), name
+        assert sum(counted) == sum(gpu_bound.work(n, size, device).matrix for n in names), name
 
 
 def test_integration_compares_means_over_all_seeds():
-    scores = ["isolated_labels", "silhouette_label", "clisi_knn", "Bio conservation"]
+    scores = ["isolated_labels", "silhouette_label", "clisi_knn"]
     scores += ["nmi_ari_cluster_labels_kmeans_nmi", "nmi_ari_cluster_labels_kmeans_ari"]
     rows = []
     for seed in range(5):
@@ -343,35 +301,43 @@ def test_integration_compares_means_over_all_seeds():
                 row[clusters] = {"ari": ari, "rare_types_kept": rare}
             rows.append(row)
     lines = integration.targets(rows)
-    verdicts = ["met", "met", "MISSED", "MISSED", "met", "MISSED"]
-    assert [line.split(":")[0] for line in lines] == verdicts
+    assert [line.split(":")[0] for line in lines] == ["met", "MISSED", "met", "MISSED"]
     assert "scib total of VMM 0.700 ± 0.047 above" in lines[0]  # 0.6 bio + 0.4 batch
-    assert "ARI of VMM's clusters 0.550, above on 1, Leiden's at resolution 1 0.500" in lines[4]
-    assert "rare types kept 1.0 and 2.0" in lines[5]
-    assert all(line.startswith("open") for line in integration.targets(rows[3:])[:4])
+    assert "ARI of VMM's clusters 0.550, above on 1, Leiden's at resolution 1 0.500" in lines[2]
+    assert "rare types kept 1.0 and 2.0" in lines[3]
+    assert all(line.startswith("open") for line in integration.targets(rows[3:])[:2])
     labels = np.array(["common"] * 990 + ["rare"] * 10)
     for start, kept in ((990, 1), (975, 1), (965, 0)):  # F1 of 1, 4 / 7 and 4 / 9
         assert integration._clusters(labels, np.arange(1000) >= start)["rare_types_kept"] == kept
 
 
-def test_peers_have_a_line_for_each_method_with_means_over_seeds(tmp_path):
-    about = dict.fromkeys(("date", "python", "torch", *peers.VERSIONS, "cpu"), "1")
-    rows = []
-    for method, number, scored in (("leiden", "found", "training"), ("vmm", "found", "test")):
-        for seed in range(2 if method == "vmm" else 1):
-            row = {"dataset": "mnist", "method": method, "number": number, "scored": scored}
-            row |= {"revision": f"{method}-{seed}", "clusters": 12 + seed, "clusters_active": 10}
-            row |= {"accuracy_one_to_one": 0.9, "nmi": 0.8, "ari": 0.7 + 0.1 * seed, "seconds": 60}
-            rows.append(about | row)
-    write_rows(tmp_path / "peers.jsonl", rows)
-    (path,) = peers.write_page(tmp_path, peers.PEERS)
-    page = path.read_text()
-    vmm, other = peers.lines(rows, peers.PEERS.methods)
-    assert vmm[:5] == ["VMM, as `vmm-fast cluster`", "2", "found", "test", "12.5 ± 0.7"]
-    assert vmm[5:] == ["10.0 ± 0.0", "0.900 ± 0.000", "0.800 ± 0.000", "0.750 ± 0.071", "60 ± 0"]
-    assert other[1:] == ["1", "found", "training", "12.0", "10.0", "0.900", "0.800", "0.700", "60"]
-    assert "clustpy 1, cpu 1, revision leiden-0 and vmm-0 and vmm-1" in page
-    assert f"| {' | '.join(vmm)} |\n| {' | '.join(other)} |\n" in page
+def test_a_comparison_keeps_its_rows_and_has_a_line_for_each_method(bench, tmp_path, monkeypatch):
+    scored = []
+
+    def score(dataset, method, seed, args):
+        scored.append((dataset, method, seed))
+        found = {"number": "found", "scored": "test", "clusters": 12 + seed, "clusters_active": 10}
+        found |= {"accuracy_one_to_one": 0.9, "nmi": 0.8, "ari": 0.7 + 0.1 * seed}
+        return {**found, "seconds": 60}
+
+    of = peers.PEERS._replace(score=score)
+    monkeypatch.setitem(MEASUREMENTS, "peers", peers.measurement(of, ""))
+    folders = ("--kept", tmp_path / "kept", "--out", tmp_path)
+    for methods, seeds in ((["leiden"], [0]), (["vmm"], [0, 1]), (["vmm"], [1])):
+        options = ("--methods", *methods, "--seeds", *seeds, *folders)
+        assert bench("peers", "--dataset", "mnist", *options)[0] == 0
+    assert scored == [("mnist", "leiden", 0), ("mnist", "vmm", 0), ("mnist", "vmm", 1)]
+    rows = read_rows(tmp_path / "peers.jsonl")
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        *(("vmm", 0), ("vmm", 1), ("leiden", 0))
+    ]
+    repeat = "python -m bench peers --dataset mnist --methods leiden --seeds 0"
+    assert (rows[-1]["command"], rows[-1]["part"], rows[-1]["threads"]) == (repeat, "peers", 1)
+    page = (tmp_path / "peers.md").read_text()
+    vmm = "| VMM, as `vmm-fast cluster` | 2 | found | test | 12.5 ± 0.7 | 10.0 ± 0.0 | "
+    vmm += "0.900 ± 0.000 | 0.800 ± 0.000 | 0.750 ± 0.071 | 60 ± 0 |\n"
+    leiden = "| N(0, I), same network, Leiden | 1 | found | test | 12.0 | 10.0 | 0.900 | 0.800 | "
+    assert vmm + leiden in page
     assert peers.DATASETS["mnist"] in page and peers.DATASETS["demo"] not in page
 
 
@@ -394,21 +360,15 @@ def test_means_under_the_normal_prior_are_kept(tmp_path, monkeypatch):
     [(12, 0.82, "met"), (16, 0.8, "MISSED"), (10, 0.84, "MISSED")],
 )
 def test_settings_say_how_much_clusters_depend_on_them(clusters, nmi, verdict):
-    rows = [{"method": "components-50", "clusters": 10, "nmi": 0.8}]
-    rows += [{"method": "components-200", "clusters": n, "nmi": nmi} for n in (clusters, clusters)]
-    rows += [{"method": "components-10", "clusters": 2, "nmi": 0.1}]  # too few to be free
-    (said,) = settings.verdicts([*rows, {"method": "epochs-50", "clusters": 99, "nmi": 0.0}])
-    assert f"components: {verdict}," in said and f"NMI 0.800 to {nmi:.3f}" in said
-
-
-def test_two_processes_are_compared_by_medians(monkeypatch):
-    """Epochs have wall and CPU seconds; a row's own seconds are those of a step."""
-    epochs = {1: [[9.0, 6.0], [8.0, 8.0], [4.0, 4.0]], 2: [[4.0, 2.0], [5.0, 3.0], [5.0, 1.0]]}
-    monkeypatch.setattr(processes, "seconds", lambda count, size, plan: epochs[count])
-    one, two = processes.rows(Run(Namespace(quick=True, threads=2)))  # 64 cells, 16 a step
-    assert (one["cells/s"], two["cells/s"]) == (8, 13)
-    assert (two["times as fast"], two["times as fast, by CPU"]) == (1.6, 3.0)
-    assert (one["p50"], two["p50"], two["cpu_seconds"]) == (2.0, 1.25, 0.5)
+    found = {"components-50": (10, 0.8), "components-200": (clusters, nmi)}
+    found |= {"components-10": (2, 0.1)}  # too few to be free
+    found |= {"epochs-50": (99, 0.0)}
+    rows = [
+        {"dataset": "demo", "method": name, "clusters": number, "nmi": score}
+        for name, (number, score) in found.items()
+    ]
+    (said,) = settings.verdicts([*rows, rows[1]])
+    assert f"demo, components: {verdict}, clusters" in said and f"NMI 0.800 to {nmi:.3f}" in said
 
 
 @pytest.mark.slow("kills processes and runs them again")

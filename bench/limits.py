@@ -1,0 +1,220 @@
+"""How near each kernel comes to the machine's own peak, and how time grows with B, J and D.
+
+The peak is that of independent fused multiply-adds (``bench/peak.cpp``), in the same turns as the
+kernels. Operations are those that a kernel needs, two for each multiply-add. With
+P = D (D + 1) / 2 + D multiply-adds for l_ij (A times z, then the squares), a pair of a point and a
+component costs
+
+    log_prob            P, and so responsibilities and assign
+    log_prob, backward  P, then P again (nothing of size [B, J] is kept), D (D + 1) / 2 for the
+                        gradient of z, D (D + 1) / 2 + D for M and D + 1 for s and N
+    statistics          P (l is kept from the log-sum-exp to the sums), then D (D + 1) / 2 + D and
+                        D + 1 as above
+
+A pair whose responsibility is exactly 0 in float32 needs no more than l and is counted so. The
+exponential, the maximum and the subtraction of the center are not counted.
+
+Time grows as B^b J^j D^d. Each exponent is a least-squares fit to logarithms along one axis, the
+other two held; overheads of small problems make it smaller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench import figures, gpu, problems, providers
+from bench.measurement import Check, Measurement, Run, exponent, size_of
+from bench.problems import Size
+from bench.records import Row, select
+from bench.tables import table
+from bench.throughput import BACKWARD, FORWARD, forward_call, gradient_call
+from bench.timing import threads
+from vmm_fast import ops
+
+PEAK = "FMA peak"
+SIZES, QUICK = (Size(256, 100, 10), Size(4096, 100, 10), Size(4096, 500, 30)), (Size(64, 5, 3),)
+AXES = {
+    "B": tuple(Size(b, 100, 16) for b in (512, 1024, 2048, 4096, 8192, 16384)),
+    "J": tuple(Size(1024, j, 16) for j in (50, 100, 200, 400, 800, 1600)),
+    "D": tuple(Size(1024, 100, d) for d in (4, 8, 12, 16, 24, 32, 48, 64)),
+}
+QUICK_AXES = {axis: (Size(32, 4, 3), Size(32, 4, 3)._replace(**{axis: 64})) for axis in AXES}
+GROWING = {FORWARD: forward_call, BACKWARD: gradient_call}
+ROUNDS, QUICK_ROUNDS = 4_000_000, 400_000  # ten milliseconds, next to which a thread starts at once
+
+
+# --- the machine's peak ---
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Build peak.cpp for this machine and load it."""
+    flags = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
+    with tempfile.TemporaryDirectory() as folder:
+        built = f"{folder}/peak.so"
+        source = Path(__file__).with_name("peak.cpp")
+        subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", built], check=True)
+        library = ctypes.CDLL(built)
+    library.fma_loop.argtypes, library.fma_loop.restype = [ctypes.c_int64], ctypes.c_float
+    return library
+
+
+def fma(thread_count: int, rounds: int) -> tuple[Callable[[], object], int]:
+    """Return a call of fused multiply-adds, and the operations that it makes."""
+    pool = ThreadPoolExecutor(thread_count)  # ctypes lets go of the interpreter's lock
+    operations = thread_count * rounds * _library().fma_operations()
+    return lambda: list(pool.map(_library().fma_loop, [rounds] * thread_count)), operations
+
+
+# --- rows ---
+
+
+def operations(kernel: str, size: Size, with_weight: int) -> int:
+    """Return a kernel's operations, of which some only for pairs whose responsibility is not 0."""
+    triangle = size.D * (size.D + 1) // 2
+    pair = triangle + size.D
+    sums = (triangle + size.D) + (size.D + 1)
+    more = {"log_prob, backward": (2 * pair, triangle + sums), "statistics": (pair, sums)}
+    every, weighted = more.get(kernel, (pair, 0))
+    return 2 * (every * size.B * size.J + weighted * with_weight)
+
+
+def rows(run: Run) -> Iterator[Row]:
+    """Yield the kernels of each size with the peak, then the sizes along each axis; by threads."""
+    for count in sorted({run.args.threads, 1}, reverse=True):
+        with threads(count):
+            for size in run.choose(SIZES, QUICK):
+                yield from ({"threads": count, **row} for row in _kernel_rows(run, size, count))
+            for axis, sizes in run.choose(AXES, QUICK_AXES).items():
+                for row in _axis_rows(run, sizes):
+                    yield {"threads": count, "axis": axis, **row}
+
+
+def _kernel_rows(run: Run, size: Size, thread_count: int) -> Iterator[Row]:
+    inputs = problems.whitened(size)
+    with_weight = int((ops.mixture_responsibilities(*inputs) > 0).sum())
+    multiply, multiplied = fma(thread_count, run.choose(ROUNDS, QUICK_ROUNDS))
+    calls = gpu.kernels(inputs)
+    errors = gpu.errors(inputs, calls)
+    for row in run.compare("", {PEAK: multiply, **calls}, errors, repeats=10, seconds=4.0):
+        kernel = row.pop("provider")
+        provider = "machine" if kernel == PEAK else "vmm_fast"
+        made = multiplied if kernel == PEAK else operations(kernel, size, with_weight)
+        yield {**row, "mode": kernel, "provider": provider, **size._asdict(), "operations": made}
+
+
+def _axis_rows(run: Run, sizes: Sequence[Size]) -> Iterator[Row]:
+    calls, errors, cases = {}, {}, {}
+    for size in sizes:
+        inputs = problems.whitened(size)
+        truth = problems.reference_log_prob(inputs)
+        for mode, make in GROWING.items():
+            name = f"{mode} {tuple(size)}"
+            calls[name] = make(providers.vmm_fast_whitened, inputs)
+            errors[name] = problems.error(calls[name](), truth)
+            cases[name] = {"mode": mode, "provider": "vmm_fast", **size._asdict()}
+    for row in run.compare("", calls, errors, seconds=2.5 * len(sizes)):
+        yield {**row, **cases[row["provider"]]}
+
+
+# --- targets, tables, picture ---
+
+FORWARD_REASON = """\
+At D = 10 a pair's 65 multiply-adds come with some 20 cycles a vector that are not counted: \
+subtracting the center, the exponential, the maximum. The start of threads, packing and Python \
+take a tenth of a call. Next: A z - A m for A (z - m) where centers are so near that it is as \
+precise."""
+BACKWARD_REASON = """\
+As above. Besides, at D = 10 the sums are over so few products that storing d, w d and the sums' \
+lanes takes as long as they do. Next: a body for each small dimension that keeps d and y in \
+registers, as the forward pass has."""
+LIMITS = {"log_prob": (75.0, FORWARD_REASON), "log_prob, backward": (55.0, BACKWARD_REASON)}
+
+
+def rate(row: Row) -> float:
+    """Return operations a second."""
+    return row["operations"] / row["p50"]
+
+
+def share(row: Row, rows: Sequence[Row]) -> float:
+    """Return the percentage that a kernel reaches of the peak in the same turns."""
+    (peak,) = select(rows, mode=PEAK, **{key: row[key] for key in ("threads", "B", "J", "D")})
+    return 100 * rate(row) / rate(peak)
+
+
+def fits(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row], float]]:
+    """Yield mode, threads in words, axis, rows and exponent of every fit."""
+    lines: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        if "axis" in row:
+            lines.setdefault((row["mode"], row["threads"], row["axis"]), []).append(row)
+    for (mode, count, axis), line in lines.items():
+        said = f"{count} thread{'s' * (count > 1)}"
+        yield mode, said, axis, line, exponent(line, axis, "p50")
+
+
+def checks(rows: Sequence[Row]) -> Iterator[Check]:
+    """Yield shares of the peak with most threads and points to fill them, and the exponents."""
+    for kernel, (limit, reason) in LIMITS.items():
+        found = select(rows, mode=kernel)
+        most = {key: max((row[key] for row in found), default=0) for key in ("threads", "B")}
+        for row in select(found, **most):
+            target, value = f"{kernel}: share of the FMA peak", share(row, rows)
+            yield Check(target, size_of(row), value, limit, unit=" %", reason=reason)
+    for mode, count, axis, _, value in fits(rows):
+        limit = 2.1 if axis == "D" else 1.1  # a tenth of it for the noise of the fit
+        yield Check(f"exponent of {mode}", f"in {axis}, {count}", value, limit, False, "")
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return the operations a second of every kernel, with the share of the peak."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    kernels = [row for row in rows if "operations" in row]
+    for row in kernels:
+        of_peak = "" if row["mode"] == PEAK else f" ({share(row, rows):.0f} %)"
+        cells = lines.setdefault((str(row["threads"]), size_of(row)), [])
+        cells.append(f"{rate(row) / 1e9:.0f}{of_peak}")
+    head = ("threads", "(B, J, D)", *dict.fromkeys(row["mode"] for row in kernels))
+    return table(head, ((*case, *cells) for case, cells in lines.items()))
+
+
+def plot(figure: Figure, rows: Sequence[Row]) -> None:
+    """Draw each kernel's share of the peak, and time along each axis."""
+    figure.set_size_inches(15, 8)
+    above, below = figure.subfigures(2, 1)
+    counts = sorted({row["threads"] for row in rows})
+    for ax, count in zip(above.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+        found = [r for r in select(rows, threads=count, provider="vmm_fast") if "operations" in r]
+        named = [{**row, "provider": row["mode"]} for row in found]
+        figures.bars(ax, named, lambda row: share(row, rows), size_of, "{:.0f}")
+        figures.bare(ax, f"% of the FMA peak, float32, threads: {count}")
+    axes = dict(zip(AXES, below.subplots(1, len(AXES)), strict=True))
+    for mode, count, axis, line, value in fits(rows):
+        x, y = ([row[key] for row in line] for key in (axis, "p50"))
+        ax, others = axes[axis], ", ".join(f"{k} = {line[0][k]}" for k in AXES if k != axis)
+        ax.loglog(x, y, "o-", ms=3.5, label=f"{mode}, {count}: {axis}^{value:.2f}")
+        ax.set_xticks(x, map(str, x))
+        ax.set_xticks([], minor=True)
+        ax.legend(**figures.LEGEND)
+        figures.bare(ax, f"Time against {axis} ({others})", axis, "seconds")
+
+
+MEASUREMENT = Measurement(
+    "limits",
+    "kernels against the machine's own peak, and exponents in B, J and D",
+    rows,
+    checks=checks,
+    introduction="GFLOP/s, and the share of the peak in the same turns; exponents are among the "
+    "targets above. The top of `bench/limits.py` says how both are found.",
+    tables=tables,
+    plot=plot,
+)
