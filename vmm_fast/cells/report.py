@@ -408,8 +408,7 @@ class _Markers:
             )
             for c in self.tested.tolist():
                 table = sc.get.rank_genes_groups_df(data, str(c))
-                # Rounding alone may make a tiny difference significant.
-                clear = (table["pvals_adj"] < 0.05) & (table["logfoldchanges"] > 1e-3)
+                clear = (table["pvals_adj"] < 0.05) & (table["logfoldchanges"] > 0)
                 self.found[c] = table["names"][clear].astype(int).tolist()
 
     def named(self, cluster: int) -> dict[str, Any]:
