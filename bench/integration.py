@@ -143,6 +143,8 @@ def score(adata: AnnData, found: Embedding, number: int | None) -> Row:
     import scanpy
     from anndata import AnnData
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
+    from scib_metrics.utils import principal_component_regression
+    from sklearn.metrics import normalized_mutual_info_score
 
     labels = adata.obs["cell_type"].astype(str).to_numpy()
     several = adata.obs["batch"].nunique() > 1
@@ -161,12 +163,19 @@ def score(adata: AnnData, found: Embedding, number: int | None) -> Row:
     benchmark.benchmark()
     scib = benchmark.get_results(clean_names=False).loc["z"]
     row: Row = {"scib": {name: float(value) for name, value in scib.items()}}
+    batches = adata.obs["batch"].astype(str).to_numpy()
+    if several:
+        row["pcr"] = {
+            name: float(principal_component_regression(x, batches, categorical=True))
+            for name, x in (("before", embeddings["pre"]), ("after", found.z))
+        }
     scanpy.pp.neighbors(scored, use_rep="z")
     row["leiden"] = _clusters(labels, _leiden(scored, 1))
     if number is not None:
         row["matched"] = _clusters(labels, _leiden_of(scored, number))
     if found.clusters is not None:
         row["own"] = _clusters(labels, found.clusters)
+        row["own"]["nmi_batch"] = float(normalized_mutual_info_score(batches, found.clusters))
     return row
 
 
@@ -322,6 +331,9 @@ COLUMNS: dict[str, Callable[[Row], float | None]] = {
     "rare kept, Leiden": field("leiden", "rare_types_kept"),
     "rare kept, matched": field("matched", "rare_types_kept"),
     "rare kept, own": field("own", "rare_types_kept"),
+    "own NMI with batch": field("own", "nmi_batch"),
+    "PCR before": field("pcr", "before"),
+    "PCR after": field("pcr", "after"),
 }
 LEGEND = """\
 Mean and standard deviation over the seeds. *scib total* is .6 bio + .4 batch of scib-metrics'
@@ -330,7 +342,9 @@ Leiden* is the one of ten resolutions that fits the labels best: neither is to b
 labels. *Leiden* is at resolution 1, *matched* at the resolution that gives as many clusters as
 *own* has (or VMM, where there are none), *own* are the model's clusters, of which those with over
 0.2 % of the cells are counted. *Rare kept* counts types under 2 % of the cells that some cluster
-fits with an F1 above .5. SysVI takes several batches alone."""
+fits with an F1 above .5. *PCR* is the share of the variance that batches explain; a lower one after
+integration is no merit by itself: types differ between batches, so that over-integration lowers it,
+too. SysVI takes several batches alone."""
 
 
 def targets(rows: list[Row]) -> list[str]:
