@@ -24,9 +24,6 @@ pytest.register_assert_rewrite("support")
 # A shell lets what it starts in the background ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Small problems: threads would cost more than they give, most of all on a busy machine.
-torch.set_num_threads(1)
-
 # The same examples on every run; how long one takes depends on the machine.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
@@ -43,6 +40,16 @@ def pytest_pycollect_makeitem():
                     f"{item.nodeid} must say why it is slow: slow('...')"
                 )
     return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Give torch one thread before each test, and before its fixtures, which tests may share.
+
+    Problems are small: threads would cost more than they give, most of all on a busy machine. Code
+    that numba compiles changes the number, which changes the last bits of results.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

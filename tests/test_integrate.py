@@ -185,7 +185,7 @@ def test_numba_gets_a_cache_where_nothing_can_be_written_to(monkeypatch):
 def test_the_example_needs_no_file(tmp_path, capsys, monkeypatch):
     cells = make_cells()
     cells.obs["bulk_labels"] = cells.obs["type"]
-    monkeypatch.setattr(reading, "example", lambda: reading.Cells(cells))
+    monkeypatch.setattr(reading, "example", lambda: reading.LoadedCells(cells))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["integrate", "--example", "--epochs", "1", "--accelerator", "cpu"]) == 0
     assert "ARI, by bulk_labels" in capsys.readouterr().out
