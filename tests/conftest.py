@@ -65,7 +65,7 @@ def quick_interpreter():
     It does so again at every call of a device function, around what it has wrapped before, so that
     a launch of many calls slows down without bound.
     """
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
     from triton.runtime import interpreter
 
     language = (triton.language, triton.language.core)
@@ -172,7 +172,7 @@ def backend(request, monkeypatch):
     forced = {"core": "core", "plain": "reference"}.get(kind, "triton")
     monkeypatch.setattr(backends, "FORCED", forced)
     if forced == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
+        pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
         from vmm_fast.kernels import launch
 
         monkeypatch.setattr(launch, "PROGRAMS", 512 if kind == "triton-split" else 1)

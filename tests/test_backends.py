@@ -23,7 +23,7 @@ from vmm_fast.operations import (
     WHITENED_COMPONENTS,
 )
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
 
 # Where Triton is missing, this cannot be imported.
 from vmm_fast.backends import gpu  # noqa: E402

@@ -99,7 +99,7 @@ def test_likelihoods_and_steps_of_scvi(bench, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")
 def test_published_pages_are_those_of_the_published_rows(bench, tmp_path, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
     # Of the pictures, whose pixels differ between versions, the names alone are compared.
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
     for path in RESULTS.glob("*.json*"):
@@ -250,7 +250,7 @@ def test_targets_of_rows_by_hand():
 
 def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
     """With the CPU in the GPU's place: all but the device's own calls."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     calls = ("is_available", "get_device_name", "synchronize", "reset_peak_memory_stats")
     for name in (*calls, "memory_allocated", "max_memory_allocated"):

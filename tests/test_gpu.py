@@ -25,7 +25,7 @@ from vmm_fast import VMMPrior, backends, ops, reference
 from vmm_fast.counts import zinb_log_prob
 from vmm_fast.inference import map_objective
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", "3.5", reason="needs Triton 3.5")
 
 if ON_GPU and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=0, but there is no GPU", allow_module_level=True)

@@ -89,7 +89,8 @@ class MixtureParameters(NamedTuple):
         ValueError
             On CPUs, if no logit is finite or one is NaN.
         """
-        fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in self[2:]))
+        _, _, *learnt = self
+        fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in learnt))
         suffix = _in_core(self)
         if suffix and fixed:
             log_weights = torch.empty(self.logits.shape, dtype=self.logits.dtype)
@@ -143,8 +144,9 @@ def _in_core(parameters: MixtureParameters, z: Tensor | None = None) -> str | No
 
 def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
     """Return whether the tensors suit compiled code: one device, one dtype, few dimensions."""
-    logits, stored = parameters.logits, parameters[2:]
-    given = [x for x in (*parameters[:2], z) if x is not None]
+    centers, scale, *stored = parameters
+    logits = parameters.logits
+    given = [x for x in (centers, scale, z) if x is not None]
     return (
         not torch.compiler.is_compiling()
         and logits.dtype in SUFFIXES
