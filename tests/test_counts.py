@@ -397,6 +397,10 @@ def softmax(shape, sizes):
             "mean.library_size must be float64, float32",
         ),
         ("inverse_dispersion", torch.ones(4), ValueError, r"shape \[G\] or \[B, G\]"),
+        ("inverse_dispersion", None, TypeError, "inverse_dispersion must be a torch.Tensor"),
+        ("dropout_logits", None, TypeError, "dropout_logits must be a torch.Tensor, but is None"),
+        ("mean", softmax((4, 11), None), TypeError, "mean.library_size must be a torch.Tensor"),
+        ("counts", torch.ones(4, 11).cfloat(), TypeError, "counts must be real, but is"),
     ],
 )
 def test_bad_input(argument, value, error, message):

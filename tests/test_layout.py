@@ -56,7 +56,7 @@ def test_every_room_has_its_place():
 
 @pytest.mark.parametrize("room", [x for x in RANKS if not x.startswith("_")])
 def test_a_room_imports_from_those_below(room):
-    """Rooms in one row may import from each other."""
+    """Nor from its neighbours in a row."""
     folder = PACKAGE.parent / room if room == "kernels" else PACKAGE / room
     paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
     for path in paths:

@@ -287,6 +287,27 @@ def test_second_derivatives(backend, operation):
     assert all(x.isfinite().all() and x.abs().max() > 0 for x in curvature)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
+@differentiable_ones
+def test_forward_mode_and_transforms_see_the_definition(operation):
+    """A directional derivative forward is that backward; so is the gradient of torch.func."""
+    inputs, asked = differentiable(operation, example(operation))
+    leaf = inputs[asked[0]].detach()
+    along = torch.randn_like(leaf).tril() if leaf.ndim > 2 else torch.randn_like(leaf)
+
+    def value(x):
+        given = [x if i == asked[0] else y for i, y in enumerate(inputs)]
+        results = run(operation, check(operation, given))
+        return sum(results[i].square().sum() for i in operation.gradient_positions)
+
+    (gradient,) = torch.autograd.grad(value(inputs[asked[0]]), [inputs[asked[0]]])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaf, along)
+        slope = torch.autograd.forward_ad.unpack_dual(value(dual)).tangent
+    torch.testing.assert_close(slope, (gradient * along).sum(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.func.grad(value)(leaf), gradient, rtol=1e-9, atol=1e-9)
+
+
 # --- torch ---
 
 CHECKS = (
@@ -362,6 +383,12 @@ def test_errors_name_the_argument(operation):
         for bad, error, message in refused:
             given = (*inputs[:i], bad, *inputs[i + 1 :])
             with pytest.raises(error, match=message):
+                check(operation, given, **sizes)
+    for i, (name, kind) in enumerate(operation.constants.items(), len(operation.arguments)):
+        wanted = "True or False" if kind == "bool" else "an integer"
+        for bad in ("no", 2.0, None):
+            given = (*inputs[:i], bad, *inputs[i + 1 :])
+            with pytest.raises(TypeError, match=f"^{name} must be {wanted}, but is"):
                 check(operation, given, **sizes)
 
 

@@ -5,6 +5,7 @@ import math
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from support import mutated
@@ -72,6 +73,25 @@ def test_frozen_parameters_stand_still(inference):
     prior.update(z, encoder)
     assert not torch.equal(before["raw_precision"], prior.raw_precision)
     assert torch.equal(before["logits"], prior.logits)
+    prior.requires_grad_(False)
+    prior.load_state_dict(prior.state_dict())
+    assert not any(p.requires_grad for p in prior.parameters())
+
+
+def test_a_fixed_concentration_stands_still_though_all_is_asked_to_learn():
+    encoder, prior = Encoder(), vmm(map_prior="fixed").requires_grad_(True)
+    before = prior.concentration.item()
+    prior.update(encoder(inputs()).sample(), encoder)
+    assert prior.concentration.item() == before
+
+
+def test_options_are_kept_as_plain_values(tmp_path):
+    """Numbers of numpy's would make a state that torch.load refuses."""
+    prior = vmm(data_size=np.int64(7), learning_rate=np.float32(0.5), map_prior=np.str_("fixed"))
+    torch.save(prior.state_dict(), tmp_path / "state.pt")
+    other = vmm()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.options == prior.options and type(other.data_size) is int
 
 
 def pickled(prior):

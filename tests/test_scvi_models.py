@@ -553,8 +553,11 @@ def test_a_model_without_an_adata_trains_from_batches(tmp_path):
     made = scvi_model(VMMSCVI, n_components=12)
     cells = CellsElsewhere(made)
     found = VMMSCVI(registry=made.registry, n_components=12, n_latent=4, n_hidden=32)
-    with pytest.raises(ValueError, match=r"datamodule must be iterable.* but is None"):
-        found._start_pseudo_cells()
+    for prior in ("vmm", "gmm"):  # before any training
+        with pytest.raises(ValueError, match=r"datamodule must be iterable.* but is None"):
+            VMMSCVI(registry=made.registry, n_components=12, prior=prior).train(1, **TRAIN)
+    with pytest.raises(ValueError, match="registry must be None for VMMPEAKVI, which takes none"):
+        VMMPEAKVI(registry=made.registry)
     found.train(max_epochs=2, datamodule=cells, **TRAIN)
     started = found.module.prior.pseudo_inputs
     assert started.started and started().log_counts.std() > 0.1
@@ -563,6 +566,10 @@ def test_a_model_without_an_adata_trains_from_batches(tmp_path):
     made.module.eval()
     found.save(str(tmp_path / "model"), datamodule=cells)
     loaded = VMMSCVI.load(str(tmp_path / "model"), datamodule=cells)
+    with pytest.raises(ValueError, match="dataloader or adata must be given"):
+        loaded.find_clusters()
+    with pytest.raises(ValueError, match="indices must be None with a dataloader"):
+        loaded.get_clusters(indices=[0], dataloader=cells)
     for model in (found, loaded):
         z = model.get_latent_representation(dataloader=cells)
         np.testing.assert_array_equal(z, made.get_latent_representation(batch_size=64))

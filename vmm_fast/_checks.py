@@ -14,8 +14,8 @@ __all__ = ["check_choice", "check_integer", "check_positive", "check_version", "
 def check_version(package: str, least: str) -> None:
     """Raise ImportError unless an installed package has at least this version, such as "2.6"."""
     found = version(package)
-    numbers, needed = (re.findall(r"\d+", text)[:3] for text in (found, least))
-    if [*map(int, numbers)] < [*map(int, needed)]:
+    numbers, needed = ([*map(int, re.findall(r"\d+", x)), 0, 0][:3] for x in (found, least))
+    if numbers < needed:
         raise ImportError(f"vmm_fast needs {package} >= {least}, but {found} is installed")
 
 
@@ -27,6 +27,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def number_of(value: Any) -> float:
     """Return a value as a float, NaN if it is no number."""
+    if isinstance(value, bool | str):
+        return math.nan
     try:
         return float(value)
     except (TypeError, ValueError):

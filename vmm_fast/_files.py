@@ -301,6 +301,8 @@ class Lock:
 
     def release(self) -> None:
         """Remove the lock file, so that another process can take the lock."""
+        if fcntl is None:  # Windows does not remove an open file
+            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self._file.close()

@@ -136,12 +136,18 @@ def _log_prob(
 ) -> Tensor:
     if not isinstance(counts, Tensor):
         raise TypeError(f"counts must be a torch.Tensor, but is {type(counts).__name__}")
+    if counts.is_complex():
+        raise TypeError(f"counts must be real, but is {counts.dtype}")
     if counts.ndim != 2:
         raise ValueError(f"counts must have shape [B, G], but has {list(counts.shape)}")
     names, library_size = {}, None
     if isinstance(mean, SoftmaxMean):
         names = {"mean": "mean.logits", "library_size": "mean.library_size"}
         mean, library_size = mean
+        more_parameters = {"mean.library_size": library_size, **more_parameters}
+    for name, x in more_parameters.items():  # those of another likelihood are None below
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(x).__name__}")
     more = (more_parameters.get(name) for name in ("inverse_dispersion", "dropout_logits"))
     parameters = (mean, *more, library_size)
     double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in parameters)

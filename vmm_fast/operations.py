@@ -206,6 +206,12 @@ class Operation:
         return tuple(i for i, kind in constants if kind == "bool")
 
     @functools.cached_property
+    def constant_kinds(self) -> tuple[tuple[int, str, type], ...]:
+        """Return position, name and type of the constants."""
+        constants = enumerate(self.constants.items(), len(self.tensors))
+        return tuple((i, name, bool if kind == "bool" else int) for i, (name, kind) in constants)
+
+    @functools.cached_property
     def _places(self) -> tuple[tuple[str, tuple[tuple[int, int | None], ...]], ...]:
         """Return for each size its letter and where to read it: arguments' positions and axes.
 

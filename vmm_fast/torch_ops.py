@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vmm_fast import backends
 from vmm_fast.operations import OPERATIONS, Argument, Operation
@@ -75,6 +77,9 @@ def check(
             raise ValueError(f"{name} must be on {first_name}'s device {place}, but is on {device}")
         if argument.shapes and not _fits(argument, x.shape, sizes):
             _refuse_shape(name, argument, x.shape, sizes)
+    for i, name, kind in operation.constant_kinds:
+        if type(inputs[i]) is not kind and not torch.compiler.is_compiling():
+            _check_constant(name, kind, inputs[i])
     if alike:
         return inputs
     kinds = [x.dtype for x in inputs if isinstance(x, Tensor) and x.dtype in _COMPUTED]
@@ -100,6 +105,13 @@ def _fits(argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> bool:
                 del sizes[other]
             return False
     return True
+
+
+def _check_constant(name: str, kind: type, value: Any) -> None:
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
+    if kind is int and (isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, but is {value!r}")
 
 
 def _refuse_shape(name: str, argument: Argument, shape: torch.Size, sizes: dict[str, int]) -> None:
@@ -132,8 +144,10 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     needs_gradient = torch.is_grad_enabled() and any(
         [isinstance(x, Tensor) and x.requires_grad for x in inputs]
     )
-    in_plain_torch = not backends.compiled_code_serves(operation, inputs) or (
-        needs_gradient and operation.reference_gradient
+    in_plain_torch = (
+        not backends.compiled_code_serves(operation, inputs)
+        or (needs_gradient and operation.reference_gradient)
+        or _is_transformed()
     )
     if not in_plain_torch and torch.compiler.is_compiling():
         found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
@@ -144,6 +158,16 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     compute = backends.plain.call if in_plain_torch else backends.call
     results, number = compute(operation, inputs)
     return (*results[:shown], number)
+
+
+def _is_transformed() -> bool:
+    """Return whether forward-mode AD or a transform of torch.func is at work.
+
+    Compiled code would not see what they attach to tensors.
+    """
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _refuse_second_derivative(name: str) -> None:

@@ -70,11 +70,11 @@ class BayesianMixturePrior(LearntPrior):
     def precision_cholesky(self, value: Tensor) -> None:
         raw = self.raw_precision
         value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).detach()
-        diagonal = value.diagonal(dim1=-2, dim2=-1)
         if value.shape != raw.shape:
             raise ValueError(
                 f"precision_cholesky must have shape {list(raw.shape)}, but has {list(value.shape)}"
             )
+        diagonal = value.diagonal(dim1=-2, dim2=-1)
         if not value.isfinite().all() or not (diagonal > 0).all():
             raise ValueError("precision_cholesky must be finite with a positive diagonal")
         if (value.triu(1) != 0).any():
@@ -139,7 +139,8 @@ class BayesianMixturePrior(LearntPrior):
         super().set_extra_state(_without_options(state))
         if "options" in state:
             self.options = MixtureOptions.of_state(state["options"])
-            self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
+            if self.logits.requires_grad:  # else the prior is frozen, and stays so
+                self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
 
     def check_extra_state(self, state: Any) -> None:
         """Raise ValueError if a state does not fit; states of old versions have no options."""
@@ -226,6 +227,8 @@ class BayesianMixturePrior(LearntPrior):
         z = self._latents(q_or_z)
         if self.joint:
             return
+        if self.options.map_prior != "learnt" and self.raw_alpha.requires_grad:
+            self.raw_alpha.requires_grad_(False)  # as after model.requires_grad_(True)
         step = self._step(z, encoder)
         closed_form = self.options.inference == "closed-form"
         centers, scale = step.centers, step.scale

@@ -37,12 +37,13 @@ class MixtureOptions:
             value = getattr(self, name)
             if get_origin(kind) is Literal:
                 check_choice(name, value, get_args(kind))
+                self._keep(name, str(value))
             elif kind is bool and not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, but is {value!r}")
         if self.data_size is not None:
-            check_integer("data_size", self.data_size)
+            self._keep("data_size", check_integer("data_size", self.data_size))
         for name in ("learning_rate", "concentration"):
-            check_positive(name, getattr(self, name))
+            self._keep(name, check_positive(name, getattr(self, name)))
         if not 0 < number_of(self.statistics_rate) <= 1:
             raise ValueError(f"statistics_rate must be in (0, 1], but is {self.statistics_rate!r}")
         if not 0 <= number_of(self.discount) < 1 or (self.discount and self.weights == "dirichlet"):
@@ -52,6 +53,12 @@ class MixtureOptions:
             )
         if self.joint and self.inference == "closed-form":
             raise ValueError("joint must be False with inference='closed-form', but is True")
+        self._keep("statistics_rate", float(self.statistics_rate))
+        self._keep("discount", float(self.discount))
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Set an option to a plain value, which checkpoints can hold: no number of numpy's."""
+        object.__setattr__(self, name, value)
 
     @classmethod
     def of_state(cls, state: Any) -> MixtureOptions:

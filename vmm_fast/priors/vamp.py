@@ -52,6 +52,8 @@ class VampPrior(LearntPrior):
     ):
         super().__init__()
         self.learning_rate = check_positive("learning_rate", learning_rate)
+        if not isinstance(joint, bool):
+            raise ValueError(f"joint must be True or False, but is {joint!r}")
         self.latent_dim, self._joint = check_integer("latent_dim", latent_dim), joint
         self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
         self.num_components = len(first)

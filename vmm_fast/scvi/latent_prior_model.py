@@ -83,6 +83,8 @@ class LatentPriorModel(BaseModelClass):
     ):
         # Only some models take a registry.
         takes_registry = "registry" in inspect.signature(super().__init__).parameters
+        if registry is not None and not takes_registry:
+            raise ValueError(f"registry must be None for {type(self).__name__}, which takes none")
         super().__init__(
             adata,
             **({"registry": registry} if takes_registry else {}),
@@ -115,8 +117,14 @@ class LatentPriorModel(BaseModelClass):
                 "datamodule must have the batches that the model's AnnData has categories of, "
                 f"{self.summary_stats.n_batch}, but has {cells.n_batch}"
             )
-        self._start_pseudo_cells(cells)
         moves = self.module.prior is not None and not self.module.frozen
+        elsewhere = cells if hasattr(cells, "__iter__") else None
+        if moves and elsewhere is None and self.adata is None:
+            raise ValueError(
+                "datamodule must be iterable, for pseudo-cells to start from its cells and for "
+                f"clusters, where adata is None, but is {cells!r}"
+            )
+        self._start_pseudo_cells(elsewhere)
         if moves:
             self.module.forget_clusters()
         try:
@@ -133,10 +141,11 @@ class LatentPriorModel(BaseModelClass):
                 stacklevel=2,
             )
         if moves:
-            self.find_clusters(dataloader=None if self.adata is not None else cells)
+            self.find_clusters(dataloader=elsewhere)
         return found
 
-    def _start_pseudo_cells(self, datamodule: Any = None) -> None:
+    def _start_pseudo_cells(self, batches: Iterable[dict[str, Any]] | None = None) -> None:
+        """Start from random cells: among the first of the batches, or of the AnnData."""
         if self.init_params_["non_kwargs"]["prior"] not in ("vmm", "vamp"):
             return
         cells = self.module.prior.pseudo_inputs
@@ -144,23 +153,18 @@ class LatentPriorModel(BaseModelClass):
             return
         number = len(cells.raw_counts)
         generator = np.random.default_rng(torch.initial_seed() % 2**32)
-        if self.adata is not None:
+        if batches is None:
             available = self.adata.n_obs
-        elif hasattr(datamodule, "__iter__"):
-            read = _first_cells(datamodule, CELLS_TO_START_FROM * number)
-            available = len(read[REGISTRY_KEYS.X_KEY])
         else:
-            raise ValueError(
-                "datamodule must be iterable, for pseudo-cells to start from its cells, where "
-                f"adata is None, but is {datamodule!r}"
-            )
+            read = _first_cells(batches, CELLS_TO_START_FROM * number)
+            available = len(read.get(REGISTRY_KEYS.X_KEY, ()))
         if available < number:
             raise ValueError(
                 "n_components, times pseudo_inputs_per_component, must be at most the number of "
                 f"cells, {available}, with pseudo-cells, but is {number}"
             )
         chosen = np.sort(generator.choice(available, number, replace=False))
-        if self.adata is None:
+        if batches is not None:
             tensors = {key: values[chosen] for key, values in read.items()}
         else:
             loader = self._make_data_loader(self.adata, indices=chosen, batch_size=number)
@@ -285,6 +289,10 @@ class LatentPriorModel(BaseModelClass):
         dataloader: Iterable[dict[str, Tensor]] | None = None,
     ) -> Tensor:
         self._check_if_trained(warn=False)
+        if dataloader is not None and indices is not None:
+            raise ValueError("indices must be None with a dataloader, which has its own cells")
+        if dataloader is None and adata is None and self.adata is None:
+            raise ValueError("dataloader or adata must be given, but the model has no AnnData")
         # Only some models take a dataloader.
         given = {} if dataloader is None else {"dataloader": dataloader}
         means, _ = self.get_latent_representation(
