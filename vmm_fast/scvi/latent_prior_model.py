@@ -83,7 +83,7 @@ class LatentPriorModel(BaseModelClass):
     ):
         # Only some models take a registry.
         takes_registry = "registry" in inspect.signature(super().__init__).parameters
-        if registry is not None and not takes_registry:
+        if registry is not None and adata is None and not takes_registry:
             raise ValueError(f"registry must be None for {type(self).__name__}, which takes none")
         super().__init__(
             adata,
