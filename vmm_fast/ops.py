@@ -9,8 +9,9 @@ For a Gaussian mixture, A = chol(Sigma)^-1 and c = log pi - D/2 log 2 pi + log d
 triangle of ``whitening`` is read. An offset of -inf prunes its component.
 
 CPUs run the compiled core, GPUs of NVIDIA and AMD the Triton kernels, other devices plain torch
-(:mod:`vmm_fast.backends`). Tensors are converted to the widest dtype among them, and at least to
-float32. Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its backward recomputes),
+(:mod:`vmm_fast.backends`), which also computes for forward-mode AD and for transforms of
+``torch.func``, but for ``vmap``. Tensors are converted to the widest dtype among them, and at least
+to float32. Nothing of size [B, J] is stored by :func:`mixture_log_prob` (its backward recomputes),
 :func:`mixture_statistics` and :func:`mixture_assign`.
 
 Every function raises ``ValueError`` or ``TypeError``, naming the argument, for wrong shapes, dtypes
