@@ -62,7 +62,7 @@ sanitize: $(VENV)/.installed
 	$(SANITIZED) -c 'import sys; from vmm_fast import _core; \
 		sys.exit(not _core.__file__.startswith(sys.prefix) and f"the core is {_core.__file__}")'
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys $(KERNEL_TESTS)
-	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys tests/test_priors.py -k state
+	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys tests/test_prior_states.py
 
 $(VENV)/.tools: constraints.txt
 	test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV)
