@@ -23,7 +23,7 @@ from bench.timing import threads
 
 
 class Comparison(NamedTuple):
-    """What is compared, how one case is scored, and what the page says.
+    """Description of a comparison: its methods, how one case is scored, and its page.
 
     ``score`` takes a data set, a method, a seed and the options, and returns the fields of a row.
     ``columns`` return a cell from the rows of all seeds of a method on a data set, ``about`` a line

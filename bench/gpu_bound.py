@@ -1,4 +1,4 @@
-"""What the GPU kernels on pairs of points and components must take at least: a roofline on paper.
+"""Least time that the GPU kernels on pairs of points and components can take: a paper roofline.
 
 ``python -m bench gpu --on-paper`` writes it to ``gpu-roofline.md``. For each kernel it counts the
 operations, bytes and launches of one call on the padded tiles that :mod:`vmm_fast.kernels.launch`

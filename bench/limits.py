@@ -1,4 +1,4 @@
-"""How near each kernel comes to the machine's own peak, and how time grows with B, J and D.
+"""Share of the machine's own peak that each kernel reaches, and growth of time with B, J and D.
 
 The peak is that of independent fused multiply-adds (``bench/peak.cpp``), in the same turns as the
 kernels. Operations are those that a kernel needs, two for each multiply-add. With

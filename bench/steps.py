@@ -1,4 +1,4 @@
-"""What training costs under each prior: the image VAE next to N(0, I), scVI next to stock SCVI.
+"""Cost of training under each prior: the image VAE next to N(0, I), scVI next to stock SCVI.
 
 A step is that of training: the variational step with Adam on the network, then the prior's
 empirical-Bayes step. Priors take turns at every batch size. A step of scVI is that of Lightning

@@ -212,7 +212,7 @@ class LatentPrior(BaseModuleClass):
 
     @property
     def frozen(self) -> bool:
-        """Whether no parameter of the prior is learnt, as in query mapping."""
+        """Return whether no parameter of the prior is learnt, as in query mapping."""
         assert self.prior is not None
         return not any(p.requires_grad for p in self.prior.parameters())
 
