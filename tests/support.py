@@ -362,6 +362,16 @@ def written(folder, adata=None, name="cells.h5ad"):
     return path
 
 
+# Settings of Adam that change no step, or that may be absent: versions of torch differ.
+AS_GOOD = ("capturable", "decoupled_weight_decay", "foreach", "fused")
+
+
+def mutations(number):
+    """Return a decorator: a test with so many changed states, and, among the slow, with 500."""
+    many = pytest.param(500, marks=pytest.mark.slow("500 changed states"))
+    return pytest.mark.parametrize("number", [number, many])
+
+
 def mutated(state, rng):
     """Return a copy in which one entry is missing or wrong, and the path of that entry."""
     state = copy.deepcopy(state)

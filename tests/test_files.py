@@ -10,7 +10,7 @@ import stat
 
 import pytest
 import torch
-from support import files_of_at_most, mutated
+from support import files_of_at_most, mutated, mutations
 
 from vmm_fast._files import (
     SECONDS_TO_LOCK,
@@ -189,13 +189,14 @@ def test_a_lock_is_free_for_all_where_the_disk_has_none(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_every_changed_entry_of_a_json_file_is_found(tmp_path):
+@mutations(200)
+def test_every_changed_entry_of_a_json_file_is_found(tmp_path, number):
     path, rng = tmp_path / "run.json", random.Random(0)
     content = {"name": "a", "rate": 0.1, "sizes": (1, 2), "deep": {"flag": True, "none": None}}
     write_json(path, content)
     assert read_json(path) == {**content, "sizes": [1, 2]}
     sound = json.loads(path.read_text())
-    for _ in range(200):
+    for _ in range(number):
         text = json.dumps(mutated(sound, rng)[0], default=str)
         if text == json.dumps(sound):
             continue

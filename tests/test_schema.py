@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from support import mutated
+from support import mutated, mutations
 
 from vmm_fast import _schema
 from vmm_fast._files import save_atomically, write_json
@@ -83,13 +83,14 @@ def make_folder(path):
     return Folder(path, command="cluster", settings=Settings, checkpoint="a.pt", results=())
 
 
-def test_runs_with_other_settings_than_there_can_be_are_refused(tmp_path):
+@mutations(150)
+def test_runs_with_other_settings_than_there_can_be_are_refused(tmp_path, number):
     """Of a run of a week ago, whose settings were changed together with their digest."""
     settings = Settings(epochs=4, latent_dim=2, components=9, batch_size=8, learning_rate=0.1)
     record = {"vmm_fast": "1", "input": "sha256 1", "settings": asdict(settings)}
     refused, rng = 0, random.Random(0)
     path = tmp_path / "run.json"
-    for _ in range(150):
+    for _ in range(number):
         state, where = mutated(record, rng)
         if isinstance(_value(state, where), torch.Tensor):
             continue
@@ -104,7 +105,7 @@ def test_runs_with_other_settings_than_there_can_be_are_refused(tmp_path):
             assert Settings(**found) == Settings(**{**asdict(settings), **found})
             for name, value in found.items():
                 assert value == getattr(settings, name) or type(value) in (int, float, type(None))
-    assert refused > 90
+    assert refused > 0.6 * number
     with pytest.raises(
         InputError, match=r"run.json of .* is damaged: settings.epochs must be a wh"
     ):
@@ -135,11 +136,12 @@ def clusterer():
     return Clusterer(network, clusters, tree, scaling)
 
 
-def test_models_of_other_content_are_refused(clusterer):
+@mutations(300)
+def test_models_of_other_content_are_refused(clusterer, number):
     rng, refused = random.Random(0), 0
     rows = torch.randn(6, 3)
     expected = clusterer.assign(rows)
-    for _ in range(300):
+    for _ in range(number):
         state, where = mutated(clusterer.state_dict(), rng)
         try:
             found = Clusterer.from_state_dict(state)
@@ -149,7 +151,7 @@ def test_models_of_other_content_are_refused(clusterer):
         else:
             assert where[0] == "confusion" or str(found.assign(rows)) == str(expected), where
             found.tree.cut()
-    assert refused > 270
+    assert refused > 0.9 * number
 
 
 def test_a_tree_is_of_its_clusters(clusterer):

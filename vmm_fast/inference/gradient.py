@@ -16,7 +16,7 @@ from vmm_fast.backends import in_memory
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.inference.processes import average_over_processes
 
-__all__ = ["PrivateAdam", "check_adam_state"]
+__all__ = ["PrivateAdam", "check_adam_state", "check_same_settings"]
 
 
 def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -49,6 +49,20 @@ def check_adam_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
         if number not in found:
             raise ValueError(f"state must be of parameters that it lists, but is of {number!r}")
         _check_moments(number, entry, *found[number])
+
+
+def check_same_settings(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], *, scheduled: bool = False
+) -> None:
+    """Raise ValueError unless a run that goes on from a state takes the steps that it took before.
+
+    What does not change the steps may differ, and so may the rate if it is scheduled.
+    """
+    free = {"params", "foreach", "fused"} | ({"lr", "initial_lr"} if scheduled else set())
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for name in sorted(own.keys() - free):
+            if group.get(name, own[name]) != own[name]:
+                raise ValueError(f"{name} must be {own[name]}, but is {group[name]!r}")
 
 
 def _check_settings(group: Any, own: dict[str, Any]) -> None:
@@ -238,6 +252,10 @@ class PrivateAdam:
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError unless a state is a :meth:`state_dict` that fits these parameters."""
         check_adam_state(self._adam, state)
+
+    def check_same_run(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless a :meth:`state_dict` is of a run with these settings."""
+        check_same_settings(self._adam, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a :meth:`state_dict`; if it does not fit, raise ValueError and change nothing."""

@@ -39,10 +39,11 @@ from vmm_fast._schema import (
     weights_of,
     whole,
 )
-from vmm_fast.inference.gradient import check_adam_state
+from vmm_fast.inference.gradient import check_adam_state, check_same_settings
 from vmm_fast.models.noise import noise_state, own_random_state, seed_noise, set_noise_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
+from vmm_fast.priors.base import LearntPrior
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)
@@ -465,14 +466,13 @@ class _Run:
         table({"best_weights": none if state["best_epoch"] is None else weights})(name, state)
         try:
             check_adam_state(self.optimizer, state.get("optimizer"))
-            (group,), (own,) = state["optimizer"]["param_groups"], self.optimizer.param_groups
-            for key in sorted(own.keys() - {"params", "lr"}):  # the schedule sets the rate
-                if group.get(key, own[key]) != own[key]:
-                    raise ValueError(f"optimizer: {key} must be {own[key]}, but is {group[key]!r}")
+            check_same_settings(self.optimizer, state["optimizer"], scheduled=True)
             trial = copy.deepcopy(self.model)
             for key in ("model", "best_weights"):
                 if state[key] is not None:
                     trial.load_state_dict(state[key])
+                    if isinstance(self.model.prior, LearntPrior):
+                        self.model.prior.check_same_run(state[key]["prior._extra_state"])
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
 

@@ -303,6 +303,15 @@ class LearntPrior(Prior):
             except ValueError as error:
                 raise ValueError(f"optimizer {error}") from error
 
+    def check_same_run(self, state: Any) -> None:
+        """Raise ValueError unless a state is of a run that this prior can go on with, unchanged."""
+        self.check_extra_state(state)
+        if self._adam is not None and state != {}:
+            try:
+                self._adam.check_same_run(state)
+            except ValueError as error:
+                raise ValueError(f"optimizer {error}") from error
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -152,6 +152,15 @@ class BayesianMixturePrior(LearntPrior):
                     raise ValueError(f"{name} must be {own!r}, as the prior's, but is {other!r}")
         super().check_extra_state(_without_options(state))
 
+    def check_same_run(self, state: Any) -> None:
+        """Raise ValueError unless a state has this prior's options; n may follow a schedule."""
+        if isinstance(state, dict) and "options" in state:
+            found = MixtureOptions.of_state(state["options"])
+            for name, own in asdict(self.options).items():
+                if name != "data_size" and getattr(found, name) != own:
+                    raise ValueError(f"{name} must be {own!r}, but is {getattr(found, name)!r}")
+        super().check_same_run(_without_options(state))
+
     def extra_repr(self) -> str:
         """Return the settings as text."""
         options = asdict(self.options)

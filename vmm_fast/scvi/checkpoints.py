@@ -40,7 +40,7 @@ from vmm_fast._schema import (
     weights_of,
     whole,
 )
-from vmm_fast.inference.gradient import check_adam_state
+from vmm_fast.inference.gradient import check_adam_state, check_same_settings
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.training import EmpiricalBayes
@@ -332,6 +332,7 @@ def _check_content(trainer: Any, plan: Any, name: str, checkpoint: Any) -> None:
     for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
         if isinstance(optimizer, Adam):
             check_adam_state(optimizer, state)
+            check_same_settings(optimizer, state, scheduled=bool(checkpoint["lr_schedulers"]))
     if isinstance(plan, EmpiricalBayes):
         plan.check_prior_optimizer(checkpoint)
     if checkpoint[LIGHTNING] == lightning.__version__:  # others are converted first

@@ -204,10 +204,10 @@ class EmpiricalBayes(LightningModule):
             self.module.prior.set_extra_state(checkpoint["prior_optimizer"])
 
     def check_prior_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError unless a checkpoint has a valid state of the prior's optimizer."""
+        """Raise ValueError unless a checkpoint's prior has the options and rate of this one."""
         prior = self.module.prior
         if prior is not None and prior.get_extra_state():
-            prior.check_extra_state(checkpoint.get("prior_optimizer"))
+            prior.check_same_run(checkpoint.get("prior_optimizer"))
 
 
 class EmpiricalBayesTrainingPlan(EmpiricalBayes, TrainingPlan):
