@@ -1,6 +1,7 @@
 """The command vmm-fast, in-process: results complete and consistent, bad input told in a line."""
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -503,7 +504,10 @@ def bad_files(folder):
         ("labels alone", "label\nu\n", "must have a numeric column"),
         ("blank", "\n\n", "must have"),
         ("nan in table", "a,b\n1,nan\n", "must be finite"),
-        ("latin-1", "gr\xf6\xdfe,b\n1,2\n".encode("latin-1"), "must be text in UTF-8"),
+        ("latin-1", "gr\xf6\xdfe,b\n1,2\n".encode("latin-1"), "is in another encoding: iconv"),
+        ("utf-16", "a,b\n1,2\n".encode("utf-16"), "must be text in UTF-8, but is in UTF-16: iconv"),
+        ("gzip", gzip.compress(b"a,b\n1,2\n"), "is compressed by gzip: unpack it"),
+        ("xlsx", b"PK\3\4\xff\xff", "is a zip archive, as .xlsx is: unpack it, or save"),
     ):
         case(name, ".csv", content, message)
     return cases

@@ -167,8 +167,24 @@ def test_the_content_says_whether_a_file_is_compressed(tmp_path):
     (folder / "matrix.mtx.gz").rename(folder / "matrix.mtx")
     assert read(folder) == (COUNTS.tolist(), BARCODES, NAMES, [])
     (folder / "barcodes.tsv").write_bytes("é".encode("latin-1"))
-    message = "barcodes.tsv must be text in UTF-8, but is something else"
+    message = "barcodes.tsv must be text in UTF-8, but is in another encoding: iconv"
     with pytest.raises(InputError, match=message):
+        read_cells(str(folder))
+
+
+def test_of_two_files_of_genes_the_newer_is_read_with_a_note(tmp_path):
+    folder = write_mtx(tmp_path / "a")
+    lines = (folder / "features.tsv").read_text().splitlines()
+    (folder / "genes.tsv").write_text("\n".join(reversed(lines)) + "\n")
+    note = "features.tsv names the genes; genes.tsv beside it is not read"
+    assert read(folder) == (COUNTS.tolist(), BARCODES, NAMES, [note])
+
+
+@pytest.mark.parametrize("name", ["features.tsv", "barcodes.tsv"])
+def test_a_line_with_names_of_columns_is_no_gene_and_no_cell(tmp_path, name):
+    folder = write_mtx(tmp_path / "a")
+    (folder / name).write_text("id\n" + (folder / name).read_text())
+    with pytest.raises(InputError, match="leave out a first line that names the columns"):
         read_cells(str(folder))
 
 

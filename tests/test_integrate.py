@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -446,6 +447,10 @@ def bad_files(folder):
     ):
         (folder / name).write_bytes(content)
         cases[name] = (folder / name, message)
+    for name in ("column-order", "_index"):
+        case(name, make_cells(), f"must have the attribute '{name}' in its tables")
+        with h5py.File(cases[name][0], "a") as file:
+            del file["obs"].attrs[name]
     (folder / "h.zarr").mkdir()
     (folder / "h.zarr" / "zarr.json").write_text("{}")
     cases["h.zarr"] = (folder / "h.zarr", "is damaged or no .zarr file")

@@ -15,3 +15,21 @@ def joined(names: Sequence[Any], most: int = 20) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(str(name)[:100] for name in names[:most]) + more
+
+
+# What files begin with that are no text in UTF-8, what they are, and what to do.
+_NOT_UTF8 = (
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (b"PK", "a zip archive, as .xlsx is: unpack it, or save the table as CSV"),
+    (b"\xd0\xcf\x11\xe0", "a file of Excel: save the table as CSV"),
+    (b"\xff\xfe", "in UTF-16: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "in UTF-16: iconv -f UTF-16 -t UTF-8"),
+    (b"", "in another encoding: iconv -f LATIN1 -t UTF-8, if Latin-1 it is"),
+)
+
+
+def not_utf8(start: bytes) -> str:
+    """Return the message for a file that is no text in UTF-8, given how it begins."""
+    return "must be text in UTF-8, but is " + next(
+        what for mark, what in _NOT_UTF8 if start.startswith(mark)
+    )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 import numpy as np
 
 from vmm_fast._errors import InputError
-from vmm_fast._text import counted
+from vmm_fast._text import counted, not_utf8
 
 # Names of label columns, as :func:`plain` returns them; the first that a table has is taken.
 LABEL_NAMES = (
@@ -45,12 +45,14 @@ def read_table(file: BinaryIO) -> Table:
 
     Raises InputError if the file is not text or not a table, or a cell is not a number.
     """
+    start = file.read(8)
+    file.seek(0)
     try:
         # A byte-order mark, as spreadsheets write it, would otherwise be part of the first name.
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             return _parse(text)
     except UnicodeDecodeError:
-        raise InputError("must be text in UTF-8, but is something else") from None
+        raise InputError(not_utf8(start)) from None
     except (csv.Error, OSError) as error:
         raise InputError(f"cannot be read as a table: {error}") from None
 
@@ -288,13 +290,15 @@ def _look_at_first(
         reason = "its first cell is empty"
     if reason is not None:
         return True, [f"the first line is taken for a header: {reason}"]
-    risen = len(numbers) > 1 and all(a < b for a, b in itertools.pairwise(numbers))
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
     guess = None
     if any(counts):
         guess = "the first line may count the columns"
     # Of two numbers the second is the larger one in half of all tables.
-    elif risen and (len(numbers) > 2 or numbers[1] == numbers[0] + 1):
+    elif steps == [1] or (len(steps) > 1 and min(steps) > 0):
         guess = "the numbers of the first line rise"
+    elif len(steps) > 1 and max(steps) < 0:  # as wave numbers of infrared spectra do
+        guess = "the numbers of the first line fall"
     if guess is None:
         return False, []
     return False, [f"{guess}, but it is taken for a row; if it is a header, quote its numbers"]

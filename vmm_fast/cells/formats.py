@@ -22,7 +22,7 @@ from scipy.io import mminfo, mmread
 from scipy.sparse import csr_matrix, vstack
 
 from vmm_fast._errors import InputError
-from vmm_fast._text import counted, joined
+from vmm_fast._text import counted, joined, not_utf8
 from vmm_fast.cells.elements import FAULT, Attempts, left_out
 from vmm_fast.cells.names import CELLS, GENES, find_names
 
@@ -181,16 +181,23 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
             "folder of its own"
         )
     prefix = "" if "" in prefixes else next(iter(prefixes))
-    matrix = prefixes[prefix]
+    matrix, notes = prefixes[prefix], []
     rows, columns = mminfo(_unpacked(matrix))[:2]
     features_file = _beside(matrix, prefix, "features.tsv", "genes.tsv")
+    if _bare(features_file).endswith("features.tsv"):
+        notes += [
+            f"{features_file.name} names the genes; {file.name} beside it is not read"
+            for file in visible(folder, f"{prefix}genes.tsv*")
+        ]
     features = _table(features_file)
     barcodes_file = _beside(matrix, prefix, "barcodes.tsv")
     barcodes = [row[0] for row in _table(barcodes_file)]
     if (rows, columns) not in (shape := (len(features), len(barcodes)), shape[::-1]):
+        one_more = {shape[0] - rows, shape[1] - columns} <= {0, 1}
+        header = "; leave out a first line that names the columns" if one_more else ""
         raise InputError(
             f"{matrix.name} must be {shape[0]} x {shape[1]}, as {features_file.name} and "
-            f"{barcodes_file.name} have lines, but is {rows} x {columns}"
+            f"{barcodes_file.name} have lines, but is {rows} x {columns}{header}"
         )
     counts = mmread(_unpacked(matrix))
     counts = csr_matrix(counts.T if (rows, columns) == shape else counts)
@@ -203,10 +210,10 @@ def read_10x_mtx(folder: Path) -> tuple[AnnData, list[str]]:
     types = np.array([row[2] if width > 2 else "" for row in features], dtype=object)
     # The third column of genes.tsv may be anything.
     if GENE not in types and (width < 3 or _bare(features_file).endswith("genes.tsv")):
-        return adata, []
-    keep, notes = _genes_of(types)
+        return adata, notes
+    keep, of_types = _genes_of(types)
     adata.var["feature_types"] = types
-    return (adata if keep.all() else adata[:, keep].copy()), notes
+    return (adata if keep.all() else adata[:, keep].copy()), notes + of_types
 
 
 def _bare(file: Path) -> str:
@@ -245,7 +252,8 @@ def _table(file: Path) -> list[list[str]]:
         with opened(file, "rt", encoding="utf-8-sig") as lines:
             rows = [line.rstrip("\n").split("\t") for line in lines]
     except UnicodeDecodeError:
-        raise InputError(f"{file.name} must be text in UTF-8, but is something else") from None
+        with open(file, "rb") as again:
+            raise InputError(f"{file.name} {not_utf8(again.read(8))}") from None
     while rows and rows[-1] == [""]:
         rows.pop()
     quoted = all(len(x) > 1 and x[0] == x[-1] == '"' for row in rows[:9] for x in row[:1])

@@ -6,6 +6,7 @@ A file is only ever read. An :class:`InputError` says in one line what is wrong 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,6 +145,10 @@ def unreadable(error: Exception, kind: str) -> str:
         return (
             "must be closed where it is written to, but is locked; on a disk without locks, set "
             "HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if missing := re.search(r"can't locate attribute: ('.+?')", str(error)):
+        return (
+            f"must have the attribute {missing[1]} in its tables, as {kind} files do, but lacks it"
         )
     return f"is damaged or no {kind} file, and cannot be read: {summarize_error(error)}"
 
