@@ -322,6 +322,19 @@ def test_parameter_priors_weigh_as_for_all_cells_that_are_trained_on(options, si
     assert train(made("SCVI", **options)).module.prior.data_size == size
 
 
+def test_a_weight_that_the_user_sets_is_kept():
+    model = made("SCVI")
+    model.module.prior.data_size = 50
+    assert train(model).module.prior.data_size == 50
+    model = train(made("SCVI"))
+    for number in (100, 120):  # counted again in each training
+        cells = [np.arange(number), np.arange(number, 240), np.arange(0)]
+        train(model, datasplitter_kwargs={"external_indexing": cells})
+        assert model.module.prior.data_size == number
+    model.module.prior.data_size = None
+    assert train(model).module.prior.data_size is None
+
+
 @every_model
 def test_the_prior_moves_once_a_batch_after_the_warmup(name):
     options = {"adversarial_classifier": True} if name == "TOTALVI" else {}

@@ -111,7 +111,9 @@ class LatentPrior(BaseModuleClass):
         Whether training under the prior has begun.
     counts_training_cells : bool
         Whether the prior's ``data_size`` was not given, and so becomes the number of training
-        cells.
+        cells unless it is set.
+    counted_cells : int or None
+        The number of training cells that it became.
     confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
         The confusion of components and the clusters that they form, set by :meth:`keep_clusters`.
     cluster_points : Tensor [KEPT_POINTS, D]
@@ -126,6 +128,8 @@ class LatentPrior(BaseModuleClass):
     cluster_of_component: Tensor
     cluster_points: Tensor
     warming_up = False
+    counts_training_cells = False
+    counted_cells: int | None = None
     # Defaults for modules that do not have these attributes:
     log_variational = False
     batch_representation = "one-hot"
