@@ -18,12 +18,11 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
-from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
 from vmm_fast._checks import check_choice, check_integer
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
-from vmm_fast.priors import Prior
+from vmm_fast.priors import GaussianMixturePrior, Prior, VampPrior, VMMPrior
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
