@@ -93,6 +93,11 @@ def test_expected_log_joint(case):
     np.testing.assert_allclose(entropy, scipy.stats.entropy(q, axis=1), **TIGHT)
 
 
+def test_shown_in_a_line():
+    components = random_components(c=3, k=2, d=4)
+    assert repr(components) == "Components(3 components, 6 centers, 4 dimensions)"
+
+
 def test_expected_log_joint_is_an_expectation():
     """Monte Carlo over mu ~ N(m, S), so that the formula itself is not taken on trust."""
     components = random_components(c=1, d=2)
