@@ -304,6 +304,16 @@ def test_a_model_whose_components_move_has_no_clusters_until_it_is_trained(monke
         model.get_clusters()
 
 
+def test_clusters_encode_the_pseudo_cells_once(monkeypatch):
+    model, calls = learnt("SCVI"), []
+    encode = type(model.module).encode
+    monkeypatch.setattr(
+        model.module, "encode", lambda x: calls.append(x) or encode(model.module, x)
+    )
+    model.get_clusters()
+    assert len(calls) == 1
+
+
 def test_external_indices_count_the_cells_that_are_trained_on():
     indices = [np.arange(100), np.arange(100, 240), np.arange(0)]
     model = train(made("SCVI"), datasplitter_kwargs={"external_indexing": indices})

@@ -277,9 +277,12 @@ class LatentPrior(BaseModuleClass):
         ValueError
             For N(0, I), which has no components.
         """
+        return self._prior_with_components().components(self.encode_pseudo_cells).detach()
+
+    def _prior_with_components(self) -> Prior:
         if self.prior is None:
             raise ValueError("prior must be 'vmm', 'gmm' or 'vamp' for clusters, but is 'normal'")
-        return self.prior.components(self.encode_pseudo_cells).detach()
+        return self.prior
 
     # --- clusters ---
 
@@ -295,7 +298,14 @@ class LatentPrior(BaseModuleClass):
 
     @property
     def tree(self) -> ClusterTree | None:
-        """The tree of components, on the CPU; None before clusters have been found."""
+        """The tree of components, on the CPU; None before clusters have been found.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`components`.
+        """
+        self._prior_with_components()
         if not self.confusion_counts.any():
             return None
         sums, counts = self.confusion_sums, self.confusion_counts  # copied: they change in place
