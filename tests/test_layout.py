@@ -20,7 +20,7 @@ ROWS = [
     ("inference",),
     ("mixture",),
     ("ops", "counts"),
-    ("torch_ops",),
+    ("dispatch",),
     ("backends",),
     ("operations", "reference", "kernels"),
     ("_core", "_cuda"),

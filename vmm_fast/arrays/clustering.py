@@ -1,4 +1,4 @@
-"""From rows to clusters: train a VAE with a VampPrior mixture, assign every row, write the results.
+"""From rows to clusters: train a VAE, assign every row, write ``clusters.csv`` and the rest.
 
 A tenth of the rows is held out. The network gets the weights of the epoch with the best validation
 ELBO, and training stops when that has not improved for long. True labels play no part.
