@@ -59,19 +59,8 @@ class GaussianMixturePrior(BayesianMixturePrior):
         discount: float = MixtureOptions.discount,
         statistics_rate: float = MixtureOptions.statistics_rate,
     ):
+        options = MixtureOptions.of_arguments(locals())
         nn.Module.__init__(self)
-        options = MixtureOptions(
-            weights=weights,
-            inference=inference,
-            responsibility_gradient=responsibility_gradient,
-            data_size=data_size,
-            learning_rate=learning_rate,
-            joint=joint,
-            map_prior=map_prior,
-            concentration=concentration,
-            discount=discount,
-            statistics_rate=statistics_rate,
-        )
         num_components = check_integer("num_components", num_components)
         latent_dim = check_integer("latent_dim", latent_dim)
         if centers is None:

@@ -34,6 +34,11 @@ class LearntOptions:
         object.__setattr__(self, name, value)
 
     @classmethod
+    def of_arguments(cls: type[_Options], given: dict[str, Any]) -> _Options:
+        """Return the options among a constructor's arguments, its ``locals()``."""
+        return cls(**{name: given[name] for name in get_type_hints(cls)})
+
+    @classmethod
     def of_state(cls: type[_Options], state: Any) -> _Options:
         """Return the options that a state of a prior holds, or raise ValueError."""
         names = get_type_hints(cls)

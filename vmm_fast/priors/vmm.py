@@ -99,19 +99,8 @@ class VMMPrior(BayesianMixturePrior):
         discount: float = MixtureOptions.discount,
         statistics_rate: float = MixtureOptions.statistics_rate,
     ):
+        options = MixtureOptions.of_arguments(locals())
         nn.Module.__init__(self)
-        options = MixtureOptions(
-            weights=weights,
-            inference=inference,
-            responsibility_gradient=responsibility_gradient,
-            data_size=data_size,
-            learning_rate=learning_rate,
-            joint=joint,
-            map_prior=map_prior,
-            concentration=concentration,
-            discount=discount,
-            statistics_rate=statistics_rate,
-        )
         self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
         total, per_component = len(first), pseudo_inputs_per_component
         if total % check_integer("pseudo_inputs_per_component", per_component):
