@@ -13,7 +13,7 @@ _Options = TypeVar("_Options", bound="LearntOptions")
 
 
 class LearntOptions:
-    """Options that every prior that learns has; its own are a dataclass with their order."""
+    """Options of every prior that learns; each prior's own are a dataclass."""
 
     learning_rate: float
     joint: bool

@@ -87,7 +87,7 @@ class EmpiricalBayes(LightningModule):
         """Determine the number of training cells, and of steps in which N(0, I) stands in."""
         super().on_train_start()
         module = self.module
-        # What else it is now, the user set or a checkpoint had.
+        # Any other value was set by the user, or comes from a checkpoint.
         if module.counts_training_cells and module.prior.data_size == module.counted_cells:
             module.counted_cells = _number_of_cells(
                 self.trainer.datamodule  # type: ignore[attr-defined]
