@@ -119,7 +119,8 @@ def read(path: Path) -> Any:
     elif path.suffix == ".json":
         json.loads(path.read_text())
     elif path.name == "model.pt" and path.parent.name == "model":
-        torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=False)["model_state_dict"]
+        return {key: x.tolist() for key, x in state.items() if torch.is_tensor(x)}
     elif path.suffix in (".pt", ".ckpt"):
         load_checked(path)
     elif path.suffix in ENDS and not path.read_bytes().rstrip().endswith(ENDS[path.suffix]):

@@ -12,8 +12,6 @@ resident memory is the step's. Seconds are without the import of libraries.
   and network stand still.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
-- resume: a run that is killed several times, at random moments, and one that is not: the largest
-  difference between their parameters, on one thread.
 - shuffling: the loss of cells of the same batches that no atlas has, after the same number of steps
   with cells in memory, all of them shuffled; from disk, runs and windows shuffled; and from disk in
   the order in which they lie, only windows shuffled, to see what is lost where shuffling is poor.
@@ -22,8 +20,6 @@ resident memory is the step's. Seconds are without the import of libraries.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,10 +37,9 @@ from bench.records import Row, select
 from bench.steps import LIMITS, NORMAL, REASON, SILENT, STOCK, VMM
 from bench.tables import compared, duration, table
 from bench.timing import quantiles
-from vmm_fast._folder import RUN
 
 PREPARE, LOADER, INTEGRATE, TRAINING = "prepare", "loader", "integrate", "training from disk"
-EM, EPOCH, RESUME, SHUFFLING = "EM iteration", "training epoch", "resume", "shuffling"
+EM, EPOCH, SHUFFLING = "EM iteration", "training epoch", "shuffling"
 GROWING = (PREPARE, LOADER, TRAINING, INTEGRATE, EM)
 SCDATASET, SCDATASET_BLOCK = "scDataset", 64  # cells
 IN_MEMORY, ON_DISK, IN_ORDER = "in memory", "from disk", "from disk, in order"
@@ -60,7 +55,6 @@ class Plan(NamedTuple):
     batch_size: int  # of training from disk
     iterations: int  # of EM
     epoch: tuple[int, tuple[int, ...], int]  # cells, batch sizes, repeats
-    resume: tuple[int, int, int]  # cells, epochs, kills
     shuffle: tuple[int, int, int, int]  # cells, epochs, seeds, cells held out
 
 
@@ -69,10 +63,9 @@ FULL = Plan(
     512,
     10,
     (20_000, (128, 512), 5),
-    (20_000, 20, 5),
     (100_000, 5, 3, 10_000),
 )
-QUICK = Plan((400,), 32, 2, (300, (32,), 1), (400, 2, 1), (400, 2, 1, 100))
+QUICK = Plan((400,), 32, 2, (300, (32,), 1), (400, 2, 1, 100))
 
 
 # --- rows ---
@@ -95,7 +88,6 @@ def _rows(plan: Plan, folder: Path, threads: int) -> Iterator[Row]:
     for cells in plan.cells:
         for row in _size_rows(plan, folder, cells, threads):
             yield {"provider": VMM, "cells": cells, **row}
-    yield _resume_row(folder, plan.batch_size, *plan.resume)
     yield from _shuffling_rows(folder, threads, plan.batch_size, *plan.shuffle)
 
 
@@ -153,44 +145,6 @@ def _integrate(path: Path, batch_size: int, epochs: int) -> list[str]:
     options = {"--memory": 0, "--epochs": epochs, "--batch-size": batch_size}
     named = [str(text) for option in options.items() for text in option]
     return [str(path), "--batch-key", "batch", "--accelerator", "cpu", *named]
-
-
-def _resume_row(folder: Path, batch_size: int, cells: int, epochs: int, kills: int) -> Row:
-    # Many checkpoints, since the run is only a minute long.
-    command = [sys.executable, "-m", "vmm_fast.cli", "integrate", "--checkpoint-steps", "20"]
-    command += [*_integrate(make(folder, cells), batch_size, epochs), "--out"]
-    with tempfile.TemporaryDirectory(dir=folder) as results:
-        left_alone, killed = f"{results}/alone", f"{results}/killed"
-        start = time.perf_counter()
-        kill_and_resume([*command, left_alone], [])
-        seconds = time.perf_counter() - start
-        lives = (seconds * np.random.default_rng(0).uniform(0, 0.4, kills)).tolist()
-        kills = kill_and_resume([*command, killed], lives)
-        found = alone.run(difference, threads=1, one=left_alone, other=killed)
-    row = {"threads": 1, "mode": RESUME, "provider": VMM, "cells": cells, "B": batch_size}
-    return {**row, "seconds": seconds, "kills": kills, "difference": found["difference"]}
-
-
-def kill_and_resume(command: list[str], lives: Sequence[float]) -> int:
-    """Kill a run after each of these seconds and let it go on, at last to its end.
-
-    The command ends with the run's folder. Returns how often it was killed: less often than asked
-    if it ended before.
-    """
-    kills = 0
-    for seconds in (*lives, None):
-        begun = Path(command[-1], RUN).exists()
-        again = [*command, "--resume"] if begun else command
-        options = {"capture_output": True, "text": True, "env": alone.environment(1)}
-        try:
-            done = subprocess.run(again, timeout=seconds, check=False, **options)
-        except subprocess.TimeoutExpired:  # and killed
-            kills += 1
-            continue
-        if done.returncode:
-            raise RuntimeError(f"{again!r} failed: {done.stderr.strip()[-2000:]}")
-        break
-    return kills
 
 
 def _shuffling_rows(
@@ -312,22 +266,6 @@ def fit(results: str, cells: str, iterations: int) -> dict[str, Any]:
     return {"seconds": seconds, **sizes, "objective": objective}
 
 
-def difference(one: str, other: str) -> dict[str, Any]:
-    """Return the largest difference between the parameters of two models."""
-    states = [
-        torch.load(Path(folder) / "model" / "model.pt", weights_only=False)["model_state_dict"]
-        for folder in (one, other)
-    ]
-    if states[0].keys() != states[1].keys():
-        raise RuntimeError(f"{one} and {other} hold different parameters")
-    gaps = [
-        float((value.double() - states[1][name].double()).abs().max())
-        for name, value in states[0].items()
-        if torch.is_tensor(value) and value.numel()
-    ]
-    return {"difference": max(gaps)}
-
-
 def shuffle(
     path: str, order: str, epochs: int, batch_size: int, held_out: int, seed: int
 ) -> dict[str, Any]:
@@ -365,7 +303,7 @@ def least_gain(row: Row) -> float:
 
 
 def checks(rows: Sequence[Row]) -> Iterator[Check]:
-    """Yield epochs next to SCVI's, memory, the loader, and what a kill changes."""
+    """Yield epochs next to SCVI's, memory, and the loader."""
     for row in select(rows, mode=EPOCH, provider=VMM):
         if row["B"] in LIMITS:
             target, limit = "scVI training epoch in memory, VMM, against SCVI", LIMITS[row["B"]]
@@ -383,10 +321,6 @@ def checks(rows: Sequence[Row]) -> Iterator[Check]:
         for training in select(rows, mode=TRAINING, cells=row["cells"]):
             ratio = row["cells/s"] / training["cells/s"]
             yield Check("loader from disk, against training", f"{row['cells']:,} cells", ratio, 2.0)
-    for row in select(rows, mode=RESUME):
-        case = f"{row['cells']:,} cells, killed {row['kills']} times"
-        target = "parameters of a run that was killed, against one left alone"
-        yield Check(target, case, row["difference"], 0.0, False, "")
 
 
 def tables(rows: Sequence[Row]) -> str:

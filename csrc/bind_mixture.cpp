@@ -1,6 +1,6 @@
 // Python bindings of csrc/mixture.h, in the order of vmm_fast/operations.py: addresses of the
 // tensors (after that of a scale whether it is of the full form), the sizes B, D, J and K, flags,
-// threads, addresses of the results. vmm_fast/torch_ops.py checks shapes, dtypes and devices before
+// threads, addresses of the results. vmm_fast/dispatch.py checks shapes, dtypes and devices before
 // an address is taken.
 #include "bind.h"
 #include "instruction_set.h"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "components_kernels.h"
+#include "finite.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -61,6 +62,7 @@ void refuse_covariance(int64_t component) {
 template <class T>
 double whitened_components(const Components<T>& components, int threads, T* whitening, T* offsets) {
   const int64_t D = components.dim, K = centers_per_component(components);
+  check_log_weights("log_weights", components.log_weights, components.num_components);
   const auto& kernel = current_kernels<ComponentsKernels<T>>();
   threads = threads_for(components, threads);
   const double constant = -std::log(K) - 0.5 * D * std::log(2 * M_PI);

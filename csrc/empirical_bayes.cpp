@@ -13,6 +13,7 @@
 
 #include "components.h"
 #include "empirical_bayes_kernels.h"
+#include "finite.h"
 #include "instruction_set.h"
 #include "parallel.h"
 #include "stick_breaking.h"
@@ -98,14 +99,9 @@ struct ExpectedLogJoint {
 
 template <class T>
 void log_softmax(const T* logits, int64_t count, double* out) {
+  check_log_weights("logits", logits, count);
   double max = -INFINITY, total = 0.0;
-  bool valid = true;
-  for (int64_t c = 0; c < count; c++) {
-    valid = valid && logits[c] < std::numeric_limits<T>::infinity();
-    max = std::max<double>(max, logits[c]);
-  }
-  if (!valid || max == -INFINITY)
-    throw std::invalid_argument("logits must have at least one finite value and no NaN");
+  for (int64_t c = 0; c < count; c++) max = std::max<double>(max, logits[c]);
   for (int64_t c = 0; c < count; c++) total += std::exp(logits[c] - max);
   const double log_total = max + std::log(total);
   for (int64_t c = 0; c < count; c++) out[c] = logits[c] - log_total;

@@ -1,9 +1,12 @@
-// Tests for numbers that are NaN or infinite, by their bits: a loop of these tests has no branch
-// and compiles to vector instructions.
+// Tests for numbers that are NaN or infinite; a loop of them has no branch and compiles to vector
+// instructions.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 namespace vmm {
 
@@ -29,6 +32,24 @@ bool all_finite(const T* values, std::int64_t count) {
   decltype(exponent_full(T())) bad = 0;
   for (std::int64_t i = 0; i < count; i++) bad |= exponent_full(values[i]);
   return !bad;
+}
+
+// Logarithms of weights may be -inf, but not all. vmm_fast/backends/plain.py has the same texts.
+template <class T>
+void check_log_weights(const char* name, const T* values, std::int64_t count) {
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  bool valid = true, any = false;
+  for (std::int64_t i = 0; i < count; i++) {
+    valid &= values[i] < kInfinity;  // false for a NaN
+    any |= values[i] > -kInfinity;
+  }
+  if (valid && any) return;
+  std::int64_t row = 0;
+  while (row < count && values[row] < kInfinity) row++;
+  throw std::invalid_argument(
+      name + (row == count ? " must be finite for at least one component, but are all -inf"
+                           : " must be finite or -inf, but row " + std::to_string(row) +
+                                 " has a NaN or infinite value"));
 }
 
 }  // namespace vmm

@@ -62,11 +62,9 @@ template <class T>
 class Packed {
  public:
   Packed(const Mixture<T>& mixture, int threads) : dim_(mixture.dim) {
+    check_log_weights("offsets", mixture.offsets, mixture.num_centers);
     for (int64_t j = 0; j < mixture.num_centers; j++)
       if (mixture.offsets[j] != -std::numeric_limits<T>::infinity()) component_.push_back(j);
-    if (component_.empty())
-      throw std::invalid_argument(
-          "offsets are all -inf, so that every component is pruned; at least one must be finite");
     const auto size = static_cast<int64_t>(component_.size());
     const int64_t length = record_size(dim_);
     records_ = make_buffer<T>(size * length);
@@ -103,13 +101,10 @@ class Packed {
   }
   [[noreturn]] void refuse(int64_t i) const {
     const T* record = records_.get() + i * record_size(dim_);
-    const bool offset = is_finite(record[0]);
-    const char* name = !offset                         ? "offsets"
-                       : !all_finite(record + 1, dim_) ? "centers"
-                                                       : "whitening";
-    throw std::invalid_argument(
-        std::string(name) + " must be finite" + (offset ? "" : " or -inf") + ", but component " +
-        std::to_string(component_[static_cast<std::size_t>(i)]) + " has a value that is not");
+    const char* name = all_finite(record + 1, dim_) ? "whitening" : "centers";
+    throw std::invalid_argument(std::string(name) + " must be finite, but row " +
+                                std::to_string(component_[static_cast<std::size_t>(i)]) +
+                                " has a NaN or infinite value");
   }
   int64_t dim_;
   Buffer<T> records_;

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 import anndata
-import torch
 
 from bench import __main__, alone, atlas, out_of_core
 from bench.measurement import exponent
@@ -84,45 +82,15 @@ def test_a_function_alone_has_its_own_peak_memory(tmp_path, monkeypatch):
         alone.run(hold, threads=1, cells=1)
 
 
-@pytest.mark.parametrize(("lives", "ends_in", "kills"), [(1, 2, 1), (5, 3, 2)])
-def test_a_run_is_killed_and_goes_on_until_it_ends(tmp_path, monkeypatch, lives, ends_in, kills):
-    taken = []
-
-    def run(command, timeout, **options):
-        taken.append((command[1:], timeout))
-        (tmp_path / "run.json").touch()
-        if len(taken) < ends_in:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert out_of_core.kill_and_resume(["run", str(tmp_path)], [0.5] * lives) == kills
-    again = [str(tmp_path), "--resume"]
-    last = (again, 0.5 if ends_in <= lives else None)
-    assert taken == [([str(tmp_path)], 0.5), *[(again, 0.5)] * (kills - 1), last]
-
-
-def test_a_run_that_fails_is_told(tmp_path):
-    command = [sys.executable, "-c", "raise SystemExit('no space')", str(tmp_path)]
-    with pytest.raises(RuntimeError, match="no space"):
-        out_of_core.kill_and_resume(command, [])
-
-
 def in_this_process(patch):
     """Run steps here, where scanpy's cells and small blocks are; pictures without UMAP."""
-    from vmm_fast import cli
     from vmm_fast.cells import report as pictures
 
     def run(function, *, threads, **arguments):
         found = function(**json.loads(json.dumps(arguments)))
         return {**json.loads(json.dumps(found)), "peak_bytes": 2**30}
 
-    def finish(command, lives):
-        assert cli.main(command[3:]) == 0
-        return len(lives)
-
     patch.setattr(alone, "run", run)
-    patch.setattr(out_of_core, "kill_and_resume", finish)
     patch.setattr(pictures, "_plane", lambda z, seed: (z[:, :2].astype(float), "Plot"))
 
 
@@ -149,20 +117,11 @@ def test_every_step_has_its_rows_and_targets(tmp_path, monkeypatch):
         assert row["times stock"] == pytest.approx(row["p50"] / stock["p50"], abs=1e-3)
     losses = [row["losses"] for row in select(rows, mode="shuffling")]
     assert np.isfinite(losses).all() and losses[0] != losses[1]  # in memory, from disk
-    memory, *loader, killed = (check.value for check in out_of_core.checks(rows))
-    assert (memory, killed) == (1.0, 0.0)
-    assert len(loader) == 2 and min(loader) > 0
+    memory, *loader = (check.value for check in out_of_core.checks(rows))
+    assert memory == 1.0 and len(loader) == 2 and min(loader) > 0
 
 
-def test_exponents_gains_and_differences_by_hand(tmp_path):
+def test_exponents_and_gains_by_hand():
     rows = [{"cells": n, "seconds": 2e-5 * n**1.1} for n in (1e4, 1e5, 1e6)]
     assert exponent(rows, "cells", "seconds") == pytest.approx(1.1)
     assert out_of_core.least_gain({"objective": [-3.0, -1.0, -1.25, -1.0]}) == -0.25
-    states = {"one": {"a": 1.0, "b": 1.0}, "other": {"a": 1.0, "b": 1.25}, "third": {"a": 1.0}}
-    for name, state in states.items():
-        (tmp_path / name / "model").mkdir(parents=True)
-        state = {key: torch.tensor([value]) for key, value in state.items()}
-        torch.save({"model_state_dict": state}, tmp_path / name / "model" / "model.pt")
-    assert out_of_core.difference(tmp_path / "one", tmp_path / "other") == {"difference": 0.25}
-    with pytest.raises(RuntimeError, match="hold different parameters"):
-        out_of_core.difference(tmp_path / "one", tmp_path / "third")

@@ -220,6 +220,12 @@ def test_assignments_are_sums_over_components():
         assert torch.equal(
             found.assign(z.to(dtype).float()).labels, found.assign(z.to(dtype)).labels
         )
+    for points in (z.double(), z.half()):
+        labels, top, entropy = found.assign(points)
+        probabilities = found.probabilities(points)
+        assert top.dtype == entropy.dtype == probabilities.dtype
+        assert torch.equal(top, probabilities.max(1).values)
+    assert found.assign(z.double()).probability.dtype == torch.float64
 
 
 def encode(x):

@@ -283,6 +283,26 @@ def test_no_positive_definite_covariance(monkeypatch, isa, form, position, value
             ops.whitened_components(*inputs, 24, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("where", "bad", "message"),
+    [
+        (1, torch.nan, "must be finite or -inf, but row 1 has a NaN or infinite value"),
+        (2, torch.inf, "must be finite or -inf, but row 2 has a NaN or infinite value"),
+        (slice(None), -torch.inf, "must be finite for at least one component, but are all -inf"),
+    ],
+)
+@on_backends("core", "plain")
+def test_log_weights_that_are_none(backend, where, bad, message, dtype):
+    log_weights, L, scale = (x.to(dtype) for x in random_gaussians(3, 6, 2, "precision+full"))
+    log_weights[where] = bad
+    for expected in (False, True):
+        with pytest.raises(ValueError, match=f"^log_weights {message}$"):
+            ops.whitened_components(log_weights, L, scale, 6, expected)
+    with pytest.raises(ValueError, match=f"^logits {message}$"):
+        ops.stored_components(log_weights, L, scale, 6)
+
+
 @pytest.mark.parametrize(
     ("dim", "expected", "value"),
     [

@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vmm_fast.arrays import data, tables
+from vmm_fast.arrays import data, reading_csv
 from vmm_fast.arrays.data import InputError, read
 
 X = np.round(np.random.default_rng(0).normal(size=(12, 3)), 3)
@@ -301,7 +301,7 @@ def test_usual_columns_are_not_told_of(tmp_path):
 
 
 def test_lines_without_an_end_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(reading_csv, "MOST_CHARACTERS", 1000)
     for text in ("1," * 600, "a,b\n1,2\n" + "1" * 2000, "\n" + " " * 1001):
         (tmp_path / "x.csv").write_text(text)
         line = text.count("\n") + 1

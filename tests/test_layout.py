@@ -20,7 +20,7 @@ ROWS = [
     ("inference",),
     ("mixture",),
     ("ops", "counts"),
-    ("torch_ops",),
+    ("dispatch",),
     ("backends",),
     ("operations", "reference", "kernels"),
     ("_core", "_cuda"),
@@ -28,6 +28,8 @@ ROWS = [
 # ``Components.clusters`` is where users look for them.
 EXCEPTIONS = {("mixture", "clusters")}
 RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
+NAMES = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py", ".pyi")}
+SHARED = {name for name in NAMES if name.startswith("_") and name not in RANKS}
 
 
 def room_of(name):
@@ -36,22 +38,38 @@ def room_of(name):
     return parts[1] if parts[0] == "vmm_fast" and len(parts) > 1 and parts[1] in RANKS else None
 
 
-def imports_of(path):
-    """Return the modules of the package that a file imports, at the top or in a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(source):
+    """Yield the modules that a source imports, at the top or in a function."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            if node.module == "vmm_fast":
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "a relative import"
+            elif node.module == "vmm_fast":
                 yield from (f"vmm_fast.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
 
 def test_every_room_has_its_place():
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py", ".pyi")}
-    shared = {room for room in rooms if room.startswith("_") and room not in RANKS}
-    assert rooms - shared - {"py"} == set(RANKS) - {"kernels"}
+    assert set(RANKS) - {"kernels"} == NAMES - SHARED
+
+
+def of_no_room(module):
+    """Return whether an import hides the room: what the root exports stands in a room, too."""
+    parts = module.split(".")
+    at_root = parts[0] == "vmm_fast" and (len(parts) == 1 or parts[1] not in SHARED | set(RANKS))
+    return at_root or module == "a relative import"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import vmm_fast", "from vmm_fast import VMMPrior", "from . import ops", "from .ops import x"],
+)
+def test_an_import_that_hides_its_room_is_found(line):
+    assert list(map(of_no_room, imports_of(line))) == [True]
+    assert not any(map(of_no_room, imports_of("from vmm_fast import ops, _core; import os")))
 
 
 @pytest.mark.parametrize("room", [x for x in RANKS if not x.startswith("_")])
@@ -62,6 +80,8 @@ def test_a_room_imports_from_those_below(room):
     for path in paths:
         if path.name == "aot.py":  # a tool that compiles what the package launches
             continue
-        for other in map(room_of, imports_of(path)):
+        modules = list(imports_of(path.read_text()))
+        assert not list(filter(of_no_room, modules)), path.name
+        for other in map(room_of, modules):
             below = other in (None, room) or RANKS[other] > RANKS[room]
             assert below or (room, other) in EXCEPTIONS, f"{path.name} imports from {other}"

@@ -22,7 +22,7 @@ from support import (
 )
 
 from vmm_fast import backends, counts, operations, ops
-from vmm_fast.torch_ops import check, run
+from vmm_fast.dispatch import check, run
 
 # numpy, which Triton's interpreter computes with, warns of an overflow; a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -72,7 +72,7 @@ def history(epochs=30):
             "train_log_likelihood": -80 - 50 / e,
             "validation_log_likelihood": -82 - 50 / e,
             "components_active": 100 - e,
-            "concentration": 2.0 + 1 / e,
+            "concentration": 20.0 / e,
             "scale": 0.3,
         }
         for e in range(1, epochs + 1)
@@ -278,9 +278,11 @@ def test_training_curves(tmp_path, figures):
         "log-likelihood",
         "KL divergence",
         "active components",
-        "concentration (first epochs lie outside)",
+        "concentration",
         "decoder scale",
     ]
+    scales = {title: ax.get_yscale() for title, ax in titles.items()}
+    assert scales == {**dict.fromkeys(titles, "linear"), "concentration": "log"}
     train, validation = titles["ELBO"].lines
     np.testing.assert_allclose(train.get_xdata(), range(1, 31))
     np.testing.assert_allclose(train.get_ydata(), [row["train_elbo"] for row in history()])

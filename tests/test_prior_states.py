@@ -1,6 +1,7 @@
 """The priors' state: what is read and set, kept, copied and cast; and every error told."""
 
 import copy
+import inspect
 import math
 import pickle
 import random
@@ -24,7 +25,8 @@ from test_priors import (
 from torch import nn
 from torch.distributions import Normal
 
-from vmm_fast import VMMPrior
+from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
+from vmm_fast.priors.options import MixtureOptions, VampOptions
 
 # --- state ---
 
@@ -203,6 +205,29 @@ def test_a_state_keeps_the_options():
     del state["_extra_state"]["options"]  # as versions before wrote it
     prior.load_state_dict(state)
     assert prior.options == other.options
+
+
+def test_a_state_of_a_vamp_prior_keeps_its_options():
+    encoder, prior = Encoder(), VampPrior(inputs(8), D, learning_rate=0.02)
+    prior.update(encoder(inputs()), encoder)
+    state = prior.state_dict()
+    assert state["_extra_state"]["options"] == {"learning_rate": 0.02, "joint": False}
+    other = VampPrior(inputs(8), D)
+    other.load_state_dict(state)
+    assert other.options == prior.options
+    with pytest.raises(RuntimeError, match="joint must be True, as the prior's, but is False"):
+        VampPrior(inputs(8), D, joint=True).load_state_dict(state)
+    del state["_extra_state"]["options"]  # as versions before wrote it
+    other = VampPrior(inputs(8), D)
+    other.load_state_dict(state)
+    assert other.options.learning_rate == 0.001 and same_state(state_of(prior), state_of(other))
+
+
+def test_constructors_have_the_defaults_of_the_options():
+    mixtures = {VMMPrior: MixtureOptions(), GaussianMixturePrior: MixtureOptions()}
+    for prior, options in {**mixtures, VampPrior: VampOptions()}.items():
+        parameters = inspect.signature(prior).parameters
+        assert {name: parameters[name].default for name in vars(options)} == vars(options)
 
 
 @pytest.mark.parametrize("name", PRIORS)

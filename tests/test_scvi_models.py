@@ -304,6 +304,16 @@ def test_a_model_whose_components_move_has_no_clusters_until_it_is_trained(monke
         model.get_clusters()
 
 
+def test_clusters_encode_the_pseudo_cells_once(monkeypatch):
+    model, calls = learnt("SCVI"), []
+    encode = type(model.module).encode
+    monkeypatch.setattr(
+        model.module, "encode", lambda x: calls.append(x) or encode(model.module, x)
+    )
+    model.get_clusters()
+    assert len(calls) == 1
+
+
 def test_external_indices_count_the_cells_that_are_trained_on():
     indices = [np.arange(100), np.arange(100, 240), np.arange(0)]
     model = train(made("SCVI"), datasplitter_kwargs={"external_indexing": indices})
@@ -320,6 +330,19 @@ def test_external_indices_count_the_cells_that_are_trained_on():
 )
 def test_parameter_priors_weigh_as_for_all_cells_that_are_trained_on(options, size):
     assert train(made("SCVI", **options)).module.prior.data_size == size
+
+
+def test_a_weight_that_the_user_sets_is_kept():
+    model = made("SCVI")
+    model.module.prior.data_size = 50
+    assert train(model).module.prior.data_size == 50
+    model = train(made("SCVI"))
+    for number in (100, 120):  # counted again in each training
+        cells = [np.arange(number), np.arange(number, 240), np.arange(0)]
+        train(model, datasplitter_kwargs={"external_indexing": cells})
+        assert model.module.prior.data_size == number
+    model.module.prior.data_size = None
+    assert train(model).module.prior.data_size is None
 
 
 @every_model

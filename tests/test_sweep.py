@@ -94,6 +94,9 @@ def test_sweep_goes_on(tmp_path, capsys, runs):
     kept = read_json(stopped / sweep.FINISHED)["runs"]
     done = [asdict(one) for one in runs[:2] + runs[3:]]
     assert [row["settings"] for row in kept] == done
+    # Of finished runs there are scores alone, no models that could be cut elsewhere.
+    error = complaint(capsys, run(h5ad, stopped, "--resume", "--resolution", "2"))
+    assert "--resolution must be absent as in the run" in error and len(runs) == 5 + 2
     assert "holds another run" in complaint(capsys, run(h5ad, stopped))
     finished = stopped / sweep.FINISHED
     whole = finished.read_text()

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmm_fast.dispatch import check, run
 from vmm_fast.operations import COUNT_LOG_PROB
-from vmm_fast.torch_ops import check, run
 
 __all__ = ["SoftmaxMean", "nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 

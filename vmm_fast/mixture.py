@@ -134,7 +134,7 @@ def gaussian_entropy(q: Distribution) -> Tensor:
     return diagonal.log().sum(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Components:
     """A mixture prior at one point in training: densities, responsibilities, samples.
 
@@ -162,12 +162,14 @@ class Components:
     log_weights: Tensor
     precision_cholesky: Tensor | None = None
     scale: Tensor | None = None
-    _built: dict[tuple[bool, bool, bool], WhitenedMixture] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _built: dict[tuple[bool, bool, bool], WhitenedMixture] = field(default_factory=dict, init=False)
 
     def _values(self) -> tuple[Tensor | None, ...]:
         return self.centers, self.log_weights, self.precision_cholesky, self.scale
+
+    def __repr__(self) -> str:
+        total, dim = self.centers.shape
+        return f"Components({self.num_components} components, {total} centers, {dim} dimensions)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_built": {}}

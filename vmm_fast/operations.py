@@ -1,7 +1,7 @@
 """The table of operations: the only place that lists their arguments, results and shapes.
 
 The schemas and fakes of torch's ops, the checks of arguments, dispatch and autograd follow from it
-(:mod:`vmm_fast.torch_ops`, :mod:`vmm_fast.backends`), as does the order in which the compiled core
+(:mod:`vmm_fast.dispatch`, :mod:`vmm_fast.backends`), as does the order in which the compiled core
 takes arguments: addresses of the tensors, the sizes in the order in which their letters first
 occur, flags, the number of threads, addresses of the results. :mod:`vmm_fast.reference` defines
 what an operation of the same name computes.

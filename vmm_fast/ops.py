@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vmm_fast import operations
-from vmm_fast.torch_ops import check, run
+from vmm_fast.dispatch import check, run
 
 __all__ = [
     "mixture_assign",

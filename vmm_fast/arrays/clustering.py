@@ -1,4 +1,4 @@
-"""From rows to clusters: train a VAE with a VampPrior mixture, assign every row, write the results.
+"""From rows to clusters: train a VAE, assign every row, write ``clusters.csv`` and the rest.
 
 A tenth of the rows is held out. The network gets the weights of the epoch with the best validation
 ELBO, and training stops when that has not improved for long. True labels play no part.
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import vmm_fast
 from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, load_checked, save_atomically, write_atomically
@@ -31,6 +30,7 @@ from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters, o
 from vmm_fast.metrics import ACTIVE_SHARE, clustering_scores_from_assignment
 from vmm_fast.mixture import Components
 from vmm_fast.models import VAE, History, RandomShifts, fit
+from vmm_fast.priors import VMMPrior
 
 FORMAT = "clusterer 2"
 MANY_ROWS = 20_000  # from here on, larger batches and the paper's network
@@ -380,7 +380,7 @@ def train(
         held_out = _held_out(len(order))
         x_val, x_train = data.values[order[:held_out]], data.values[order[held_out:]]
         start = torch.randperm(len(x_train))[: settings.components]
-        prior = vmm_fast.VMMPrior(
+        prior = VMMPrior(
             scaling.apply(x_train[start]),
             settings.latent_dim,
             inference="closed-form",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted
-from vmm_fast.arrays.tables import EXACT, inexact, label_position, plain, read_table
+from vmm_fast.arrays.reading_csv import EXACT, inexact, label_position, plain, read_table
 
 IMAGE_NAME = "images"
 ARRAY_NAMES = (IMAGE_NAME, "x", "X")

@@ -15,7 +15,7 @@ from torch import Tensor
 from vmm_fast import reference
 from vmm_fast.operations import Operation
 
-__all__ = ["call", "check_near", "check_values", "dense_counts"]
+__all__ = ["call", "check_log_weights", "check_near", "check_values", "dense_counts"]
 
 
 # --- values ---
@@ -24,20 +24,33 @@ __all__ = ["call", "check_near", "check_values", "dense_counts"]
 def check_values(z: Tensor, centers: Tensor, whitening: Tensor, offsets: Tensor) -> None:
     """Raise ValueError for values of a mixture or points that cannot be used.
 
-    The compiled core has the same checks of its own.
+    The compiled core has the same checks and texts of its own.
 
     Raises
     ------
     ValueError
         If a value is not finite, or every offset is -inf.
     """
-    for name, value in (("z", z), ("centers", centers), ("whitening", whitening.tril())):
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite, but has a NaN or infinite value")
-    if not (offsets < torch.inf).all():
-        raise ValueError("offsets must be finite or -inf, but has a NaN or infinite value")
-    if not (offsets > -torch.inf).any():
-        raise ValueError("offsets are all -inf, so that every component is pruned")
+    check_log_weights("offsets", offsets)
+    for name, x in (("centers", centers), ("whitening", whitening.tril().flatten(1)), ("z", z)):
+        _refuse_rows(f"{name} must be finite", ~x.isfinite())
+
+
+def check_log_weights(name: str, values: Tensor) -> None:
+    """Raise ValueError unless logarithms of weights are finite, or -inf but not all.
+
+    The compiled core has the same texts.
+    """
+    _refuse_rows(f"{name} must be finite or -inf", ~(values < torch.inf)[:, None])
+    if not (values > -torch.inf).any():
+        raise ValueError(f"{name} must be finite for at least one component, but are all -inf")
+
+
+def _refuse_rows(due: str, bad: Tensor) -> None:
+    """Raise ValueError if a row has a bad value, naming the first such row."""
+    if bad.any():
+        row = int(bad.any(-1).nonzero()[0, 0])
+        raise ValueError(f"{due}, but row {row} has a NaN or infinite value")
 
 
 def check_near(found: Tensor) -> None:
@@ -206,6 +219,8 @@ def call(
     look = not torch.compiler.is_compiling()
     if look and "whitening" in operation.tensors:
         check_values(*inputs[:4])
+    elif look and "whitening" in operation.results:
+        check_log_weights(next(iter(operation.tensors)), inputs[0])
     found = _define(operation, inputs)
     number = None
     if look and "whitening" in operation.tensors:

@@ -140,7 +140,8 @@ class Clusters:
         labels = torch.empty(rows, dtype=torch.int64, device=device)
         # Written in place: small results allocated between large blocks would keep the freed memory
         # from being returned.
-        top, entropy = (self.components.centers.new_empty(rows) for _ in range(2))
+        dtype = torch.promote_types(z.dtype, self.components.centers.dtype)
+        top, entropy = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
         for start in range(0, rows, CHUNK):
             here = slice(start, start + CHUNK)
             probabilities = self.probabilities(z[here])

@@ -23,6 +23,7 @@ from torch.nn.functional import softplus
 from vmm_fast import _core
 from vmm_fast.backends import core_serves, in_kernels, in_memory, kernels_serve
 from vmm_fast.backends.core import SUFFIXES
+from vmm_fast.backends.plain import check_log_weights
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.processes import number_of_processes
@@ -87,7 +88,7 @@ class MixtureParameters(NamedTuple):
         Raises
         ------
         ValueError
-            On CPUs, if no logit is finite or one is NaN.
+            On CPUs, if no logit is finite, or one is NaN or inf.
         """
         _, _, *learnt = self
         fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in learnt))
@@ -107,8 +108,8 @@ class MixtureParameters(NamedTuple):
             precision = precision_cholesky(self.raw_precision).to(dtype)
         # On GPUs, which give NaN instead, the check would wait for the device.
         look = self.logits.is_cpu and not torch.compiler.is_compiling()
-        if look and not log_weights.max() > -math.inf:
-            raise ValueError("logits must have at least one finite value and no NaN")
+        if look:
+            check_log_weights("logits", self.logits)
         return Components(self.centers, log_weights, precision, self.scale)
 
 

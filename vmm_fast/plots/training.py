@@ -72,7 +72,11 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Any:
             marker = "o" if np.isfinite(y).sum() == 1 else ""
             color = drawing.SECONDARY if name == "validation" else drawing.PRIMARY
             ax.plot(epochs, y, color=color, label=name, linewidth=1.4, marker=marker, zorder=2)
-        hidden = _limit_to_later_epochs(ax, [y for _, y in curves])
+        values = np.stack([y for _, y in curves])
+        factors = title == "concentration" and np.nanmax(values) > 10 * np.nanmin(values) > 0
+        if factors:
+            ax.set_yscale("log")
+        hidden = not factors and _limit_to_later_epochs(ax, values)
         ax.set_title(f"{title} (first epochs lie outside)" if hidden else title)
         ax.set_ylabel(unit)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
@@ -93,9 +97,8 @@ def _column(history: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
     return y
 
 
-def _limit_to_later_epochs(ax: Any, curves: list[np.ndarray]) -> bool:
+def _limit_to_later_epochs(ax: Any, values: np.ndarray) -> bool:
     """Limit the y axis to later epochs if the first would squeeze them flat; return whether so."""
-    values = np.stack(curves)
     skip = max(1, values.shape[1] // 10)
     later = values[:, skip:]
     if values.shape[1] < 10 or not np.isfinite(later).any():

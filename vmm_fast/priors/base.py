@@ -19,6 +19,7 @@ from vmm_fast.mixture import (
     gaussian_parameters,
     gaussian_sample,
 )
+from vmm_fast.priors.options import LearntOptions
 
 __all__ = ["EmpiricalBayesStep", "Encoder", "LearntPrior", "Prior"]
 
@@ -241,12 +242,14 @@ class EmpiricalBayesStep(NamedTuple):
 class LearntPrior(Prior):
     """A prior with an empirical-Bayes step of its own."""
 
+    num_components: int
+    options: LearntOptions
     _adam: PrivateAdam | None
 
     @property
     def joint(self) -> bool:
         """Return whether :meth:`kl` trains the prior's own parameters too."""
-        raise NotImplementedError
+        return self.options.joint
 
     def _centers(
         self, encoder: Encoder | None, differentiable: bool
@@ -287,30 +290,54 @@ class LearntPrior(Prior):
         return EmpiricalBayesStep(z, centers, scale, *gradients)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the private optimizer's state, which ``state_dict`` includes."""
-        return {} if self._adam is None else self._adam.state_dict()
+        """Return the private optimizer's state and the options, which ``state_dict`` includes."""
+        private = {} if self._adam is None else self._adam.state_dict()
+        return {**private, "options": vars(self.options).copy()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the private optimizer's state, or raise ValueError if it does not fit."""
-        if self._adam is not None and state:
-            self._adam.load_state_dict(state)
+        """Restore the optimizer's state and the options, or raise ValueError if they do not fit."""
+        self.check_extra_state(state)
+        private = _without_options(state)
+        if self._adam is not None and private:
+            self._adam.load_state_dict(private)
+        if "options" in state:
+            self.options = self.options.of_state(state["options"])
 
     def check_extra_state(self, state: Any) -> None:
-        """Raise ValueError if there is a private optimizer and a state does not fit it."""
-        if self._adam is not None and state != {}:
+        """Raise ValueError if a state does not fit; states of old versions have no options."""
+        if isinstance(state, dict) and "options" in state:
+            found = self.options.of_state(state["options"])
+            for name in ("inference", "joint"):  # they decide what else a state holds
+                own, other = getattr(self.options, name, None), getattr(found, name, None)
+                if own != other:
+                    raise ValueError(f"{name} must be {own!r}, as the prior's, but is {other!r}")
+        private = _without_options(state)
+        if self._adam is not None and private != {}:
             try:
-                self._adam.check_state_dict(state)
+                self._adam.check_state_dict(private)
             except ValueError as error:
                 raise ValueError(f"optimizer {error}") from error
 
     def check_same_run(self, state: Any) -> None:
-        """Raise ValueError unless a state is of a run that this prior can go on with, unchanged."""
+        """Raise ValueError unless a state has this prior's options; n may follow a schedule."""
         self.check_extra_state(state)
-        if self._adam is not None and state != {}:
+        if "options" in state:
+            found = self.options.of_state(state["options"])
+            for name, own in vars(self.options).items():
+                if name != "data_size" and getattr(found, name) != own:
+                    raise ValueError(f"{name} must be {own!r}, but is {getattr(found, name)!r}")
+        if self._adam is not None and (private := _without_options(state)) != {}:
             try:
-                self._adam.check_same_run(state)
+                self._adam.check_same_run(private)
             except ValueError as error:
                 raise ValueError(f"optimizer {error}") from error
+
+    def extra_repr(self) -> str:
+        """Return the settings as text."""
+        options = vars(self.options).copy()
+        options.pop("concentration", None)  # where it began
+        settings = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.num_components}, {self.latent_dim}, {settings}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -334,3 +361,10 @@ class LearntPrior(Prior):
             errors += problems
         else:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _without_options(state: Any) -> Any:
+    """Return the part of a prior's extra state that is the optimizer's."""
+    if not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.items() if name != "options"}

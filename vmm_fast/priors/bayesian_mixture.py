@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class BayesianMixturePrior(LearntPrior):
 
     :class:`vmm_fast.VMMPrior` describes the parameters.
     """
+
+    options: MixtureOptions
 
     def __init__(
         self,
@@ -114,11 +116,6 @@ class BayesianMixturePrior(LearntPrior):
     def data_size(self, value: int | None) -> None:
         self.options = replace(self.options, data_size=value)
 
-    @property
-    def joint(self) -> bool:
-        """Return whether :meth:`kl` trains the prior's own parameters too."""
-        return self.options.joint
-
     def _objective(self, points: int) -> Objective:
         """Return the objective of a step for so many points in this process."""
         return Objective(
@@ -129,44 +126,11 @@ class BayesianMixturePrior(LearntPrior):
             self.data_size or points * number_of_processes(),
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the private optimizer's state and the options, which ``state_dict`` includes."""
-        return {**super().get_extra_state(), "options": asdict(self.options)}
-
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the optimizer's state and the options, or raise ValueError if they do not fit."""
-        self.check_extra_state(state)
-        super().set_extra_state(_without_options(state))
-        if "options" in state:
-            self.options = MixtureOptions.of_state(state["options"])
-            if self.logits.requires_grad:  # else the prior is frozen, and stays so
-                self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
-
-    def check_extra_state(self, state: Any) -> None:
-        """Raise ValueError if a state does not fit; states of old versions have no options."""
-        if isinstance(state, dict) and "options" in state:
-            found = MixtureOptions.of_state(state["options"])
-            for name in ("inference", "joint"):  # they decide what else a state holds
-                own, other = getattr(self.options, name), getattr(found, name)
-                if own != other:
-                    raise ValueError(f"{name} must be {own!r}, as the prior's, but is {other!r}")
-        super().check_extra_state(_without_options(state))
-
-    def check_same_run(self, state: Any) -> None:
-        """Raise ValueError unless a state has this prior's options; n may follow a schedule."""
-        if isinstance(state, dict) and "options" in state:
-            found = MixtureOptions.of_state(state["options"])
-            for name, own in asdict(self.options).items():
-                if name != "data_size" and getattr(found, name) != own:
-                    raise ValueError(f"{name} must be {own!r}, but is {getattr(found, name)!r}")
-        super().check_same_run(_without_options(state))
-
-    def extra_repr(self) -> str:
-        """Return the settings as text."""
-        options = asdict(self.options)
-        del options["concentration"]  # where it began
-        settings = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"{self.num_components}, {self.latent_dim}, {settings}"
+        super().set_extra_state(state)
+        if "options" in state and self.logits.requires_grad:  # else it is frozen, and stays so
+            self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
 
     # --- the mixture ---
 
@@ -353,13 +317,6 @@ class BayesianMixturePrior(LearntPrior):
                 break
             empirical_bayes.maximise(parameters, sums, objective, self._free_centers)
         return history
-
-
-def _without_options(state: Any) -> Any:
-    """Return the part of a prior's extra state that is the optimizer's."""
-    if not isinstance(state, dict):
-        return state
-    return {name: value for name, value in state.items() if name != "options"}
 
 
 def _unshared(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -48,30 +48,19 @@ class GaussianMixturePrior(BayesianMixturePrior):
         num_components: int,
         latent_dim: int,
         centers: Tensor | None = None,
-        weights: Literal["dirichlet", "stick-breaking"] = "dirichlet",
-        inference: Literal["gradient", "closed-form"] = "gradient",
-        responsibility_gradient: bool = True,
-        data_size: int | None = None,
-        learning_rate: float = 1e-3,
-        joint: bool = False,
-        map_prior: Literal["none", "fixed", "learnt"] = "learnt",
-        concentration: float = 1.0,
-        discount: float = 0.0,
-        statistics_rate: float = 0.003,
+        weights: Literal["dirichlet", "stick-breaking"] = MixtureOptions.weights,
+        inference: Literal["gradient", "closed-form"] = MixtureOptions.inference,
+        responsibility_gradient: bool = MixtureOptions.responsibility_gradient,
+        data_size: int | None = MixtureOptions.data_size,
+        learning_rate: float = MixtureOptions.learning_rate,
+        joint: bool = MixtureOptions.joint,
+        map_prior: Literal["none", "fixed", "learnt"] = MixtureOptions.map_prior,
+        concentration: float = MixtureOptions.concentration,
+        discount: float = MixtureOptions.discount,
+        statistics_rate: float = MixtureOptions.statistics_rate,
     ):
+        options = MixtureOptions.of_arguments(locals())
         nn.Module.__init__(self)
-        options = MixtureOptions(
-            weights=weights,
-            inference=inference,
-            responsibility_gradient=responsibility_gradient,
-            data_size=data_size,
-            learning_rate=learning_rate,
-            joint=joint,
-            map_prior=map_prior,
-            concentration=concentration,
-            discount=discount,
-            statistics_rate=statistics_rate,
-        )
         num_components = check_integer("num_components", num_components)
         latent_dim = check_integer("latent_dim", latent_dim)
         if centers is None:

@@ -1,18 +1,55 @@
-"""Options of VMMPrior and GaussianMixturePrior: how a Bayesian mixture is learnt."""
+"""Options of priors that learn, and their defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vmm_fast._checks import check_choice, check_integer, check_positive, number_of
 
-__all__ = ["MixtureOptions"]
+__all__ = ["LearntOptions", "MixtureOptions", "VampOptions"]
+
+_Options = TypeVar("_Options", bound="LearntOptions")
+
+
+class LearntOptions:
+    """Options of every prior that learns; each prior's own are a dataclass."""
+
+    learning_rate: float
+    joint: bool
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a bad value of those that all have, of flags and of choices."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                check_choice(name, value, get_args(kind))
+                self._keep(name, str(value))
+            elif kind is bool and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, but is {value!r}")
+        self._keep("learning_rate", check_positive("learning_rate", self.learning_rate))
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Set an option to a plain value, which checkpoints can hold: no number of numpy's."""
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of_arguments(cls: type[_Options], given: dict[str, Any]) -> _Options:
+        """Return the options among a constructor's arguments, its ``locals()``."""
+        return cls(**{name: given[name] for name in get_type_hints(cls)})
+
+    @classmethod
+    def of_state(cls: type[_Options], state: Any) -> _Options:
+        """Return the options that a state of a prior holds, or raise ValueError."""
+        names = get_type_hints(cls)
+        if not isinstance(state, dict) or set(state) != set(names):
+            raise ValueError(f"options must be a dict of {', '.join(names)}, but are {state!r}")
+        return cls(**state)
 
 
 @dataclass(frozen=True)
-class MixtureOptions:
-    """Options with the meaning and the defaults of :class:`vmm_fast.VMMPrior`.
+class MixtureOptions(LearntOptions):
+    """Options with the meaning of :class:`vmm_fast.VMMPrior`; only here are their defaults.
 
     Raises
     ------
@@ -33,17 +70,10 @@ class MixtureOptions:
 
     def __post_init__(self) -> None:
         """Check all values and those that exclude each other."""
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(kind) is Literal:
-                check_choice(name, value, get_args(kind))
-                self._keep(name, str(value))
-            elif kind is bool and not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, but is {value!r}")
+        super().__post_init__()
         if self.data_size is not None:
             self._keep("data_size", check_integer("data_size", self.data_size))
-        for name in ("learning_rate", "concentration"):
-            self._keep(name, check_positive(name, getattr(self, name)))
+        self._keep("concentration", check_positive("concentration", self.concentration))
         if not 0 < number_of(self.statistics_rate) <= 1:
             raise ValueError(f"statistics_rate must be in (0, 1], but is {self.statistics_rate!r}")
         if not 0 <= number_of(self.discount) < 1 or (self.discount and self.weights == "dirichlet"):
@@ -56,14 +86,10 @@ class MixtureOptions:
         self._keep("statistics_rate", float(self.statistics_rate))
         self._keep("discount", float(self.discount))
 
-    def _keep(self, name: str, value: Any) -> None:
-        """Set an option to a plain value, which checkpoints can hold: no number of numpy's."""
-        object.__setattr__(self, name, value)
 
-    @classmethod
-    def of_state(cls, state: Any) -> MixtureOptions:
-        """Return the options that a state of a prior holds, or raise ValueError."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(state, dict) or set(state) != set(names):
-            raise ValueError(f"options must be a dict of {', '.join(names)}, but are {state!r}")
-        return cls(**state)
+@dataclass(frozen=True)
+class VampOptions(LearntOptions):
+    """Options with the meaning and the defaults of :class:`vmm_fast.VampPrior`."""
+
+    learning_rate: float = MixtureOptions.learning_rate
+    joint: bool = MixtureOptions.joint

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from vmm_fast._checks import check_integer, check_positive
+from vmm_fast._checks import check_integer
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.options import VampOptions
 from vmm_fast.priors.pseudo_inputs import as_pseudo_inputs, centers_at, encode_with
 
 __all__ = ["VampPrior"]
@@ -47,25 +48,16 @@ class VampPrior(LearntPrior):
         self,
         pseudo_inputs: Tensor | nn.Module,
         latent_dim: int,
-        learning_rate: float = 1e-3,
-        joint: bool = False,
+        learning_rate: float = VampOptions.learning_rate,
+        joint: bool = VampOptions.joint,
     ):
         super().__init__()
-        self.learning_rate = check_positive("learning_rate", learning_rate)
-        if not isinstance(joint, bool):
-            raise ValueError(f"joint must be True or False, but is {joint!r}")
-        self.latent_dim, self._joint = check_integer("latent_dim", latent_dim), joint
+        self.options = VampOptions(learning_rate, joint)
+        self.latent_dim = check_integer("latent_dim", latent_dim)
         self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
         self.num_components = len(first)
-        parameters = list(self.parameters())
-        self._adam = (
-            PrivateAdam(parameters, self.learning_rate) if parameters and not joint else None
-        )
-
-    @property
-    def joint(self) -> bool:
-        """Return whether :meth:`kl` trains the pseudo-inputs too."""
-        return self._joint
+        parameters = [] if self.joint else list(self.parameters())
+        self._adam = PrivateAdam(parameters, self.options.learning_rate) if parameters else None
 
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_components, self.latent_dim)
@@ -112,10 +104,3 @@ class VampPrior(LearntPrior):
             return
         step = self._step(z, encoder)
         self._adam.descend(step.loss, step.gradients)
-
-    def extra_repr(self) -> str:
-        """Return the settings as text."""
-        return (
-            f"{self.num_components}, {self.latent_dim}, learning_rate={self.learning_rate}, "
-            f"joint={self.joint}"
-        )

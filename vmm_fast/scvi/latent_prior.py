@@ -18,12 +18,11 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 from torch.distributions import Normal, register_kl
 
-from vmm_fast import GaussianMixturePrior, VampPrior, VMMPrior
 from vmm_fast._checks import check_choice, check_integer
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
-from vmm_fast.priors import Prior
+from vmm_fast.priors import GaussianMixturePrior, Prior, VampPrior, VMMPrior
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
@@ -111,7 +110,9 @@ class LatentPrior(BaseModuleClass):
         Whether training under the prior has begun.
     counts_training_cells : bool
         Whether the prior's ``data_size`` was not given, and so becomes the number of training
-        cells.
+        cells unless it is set.
+    counted_cells : int or None
+        The number of training cells that it became.
     confusion_sums, confusion_counts, cluster_of_component : Tensor [C, C], [C], [C]
         The confusion of components and the clusters that they form, set by :meth:`keep_clusters`.
     cluster_points : Tensor [KEPT_POINTS, D]
@@ -126,6 +127,8 @@ class LatentPrior(BaseModuleClass):
     cluster_of_component: Tensor
     cluster_points: Tensor
     warming_up = False
+    counts_training_cells = False
+    counted_cells: int | None = None
     # Defaults for modules that do not have these attributes:
     log_variational = False
     batch_representation = "one-hot"
@@ -274,9 +277,12 @@ class LatentPrior(BaseModuleClass):
         ValueError
             For N(0, I), which has no components.
         """
+        return self._prior_with_components().components(self.encode_pseudo_cells).detach()
+
+    def _prior_with_components(self) -> Prior:
         if self.prior is None:
             raise ValueError("prior must be 'vmm', 'gmm' or 'vamp' for clusters, but is 'normal'")
-        return self.prior.components(self.encode_pseudo_cells).detach()
+        return self.prior
 
     # --- clusters ---
 
@@ -292,7 +298,14 @@ class LatentPrior(BaseModuleClass):
 
     @property
     def tree(self) -> ClusterTree | None:
-        """The tree of components, on the CPU; None before clusters have been found."""
+        """The tree of components, on the CPU; None before clusters have been found.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`components`.
+        """
+        self._prior_with_components()
         if not self.confusion_counts.any():
             return None
         sums, counts = self.confusion_sums, self.confusion_counts  # copied: they change in place

@@ -313,7 +313,6 @@ class LatentPriorModel(BaseModelClass):
             For the prior N(0, I), and for a model without clusters, such as one that was saved
             before models had trees.
         """
-        self.module.components()  # raises if there are none
         tree: ClusterTree | None = self.module.tree
         if tree is None:
             raise ValueError(

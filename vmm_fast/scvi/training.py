@@ -87,10 +87,12 @@ class EmpiricalBayes(LightningModule):
         """Determine the number of training cells, and of steps in which N(0, I) stands in."""
         super().on_train_start()
         module = self.module
-        if module.prior is not None and module.counts_training_cells:
-            module.prior.data_size = _number_of_cells(
+        # Any other value was set by the user, or comes from a checkpoint.
+        if module.counts_training_cells and module.prior.data_size == module.counted_cells:
+            module.counted_cells = _number_of_cells(
                 self.trainer.datamodule  # type: ignore[attr-defined]
             )
+            module.prior.data_size = module.counted_cells
         if module.prior is None or module.prior_learnt or module.frozen or not self.prior_warmup:
             return
         # Every optimizer's steps count, an adversary's too.

@@ -1,4 +1,4 @@
-"""The table's operations in torch: checked, differentiable, and known to ``torch.compile``.
+"""Dispatch of the table's operations: checked, differentiable, known to ``torch.compile``.
 
 Public functions call :func:`check` once for their arguments, then :func:`run`. On devices that
 compiled code serves, an operation is a :class:`torch.autograd.Function` in eager mode and an op of
