@@ -206,7 +206,8 @@ def vmm_prior(size: Size, inference: str) -> tuple[VMMPrior, Callable[[Tensor], 
         return MultivariateNormal(mean, scale_tril=u[..., 1:].tril(), validate_args=False)
 
     options: dict[str, Any] = {"data_size": 60_000, "learning_rate": 1e-6, "statistics_rate": 0.1}
-    return VMMPrior(pseudo_inputs, size.D, inference=inference, **options), encoder
+    prior = VMMPrior(pseudo_inputs, size.D, inference=inference, update_every=1, **options)
+    return prior, encoder
 
 
 def step_values(

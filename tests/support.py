@@ -322,9 +322,13 @@ def batch_of(model, size=50):
 
 
 def prior_steps(model):
-    """Return the number of steps that the optimizer of the model's prior has taken."""
-    state = model.module.prior.get_extra_state()["state"]
-    return int(state[0]["step"]) if state else 0
+    """Return the number of steps of training that the model's prior has followed."""
+    prior = model.module.prior
+    private = prior.get_extra_state()
+    if not private["state"]:
+        return 0
+    before = prior.options.update_every * (int(private["state"][0]["step"]) - 1)
+    return before + private["since_step"]["calls"]
 
 
 # --- commands ---

@@ -80,7 +80,7 @@ def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
     rows = measured(bench, tmp_path, "limits", targets=8)
     assert len(select(rows, axis=None)) == 6 and len(rows) == 6 + 12  # kernels and the peak; axes
-    assert len(measured(bench, tmp_path, "step", targets=0)) == 6  # priors
+    assert len(measured(bench, tmp_path, "step", targets=0)) == 7  # priors
 
 
 @pytest.mark.slow("trains seven models of scVI")
@@ -94,7 +94,7 @@ def test_likelihoods_and_steps_of_scvi(bench, tmp_path, monkeypatch):
     }
     monkeypatch.setattr(scvi.settings, "verbosity", scvi.settings.verbosity)
     stock, *others = measured(bench, tmp_path, "scvi-step", targets=0)
-    assert stock["provider"] == "SCVI" and len(others) == 6
+    assert stock["provider"] == "SCVI" and len(others) == 7
 
 
 @pytest.mark.skipif(not (RESULTS / "speed.md").exists(), reason="bench/results is not there")

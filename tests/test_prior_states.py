@@ -211,7 +211,11 @@ def test_a_state_of_a_vamp_prior_keeps_its_options():
     encoder, prior = Encoder(), VampPrior(inputs(8), D, learning_rate=0.02)
     prior.update(encoder(inputs()), encoder)
     state = prior.state_dict()
-    assert state["_extra_state"]["options"] == {"learning_rate": 0.02, "joint": False}
+    assert state["_extra_state"]["options"] == {
+        "learning_rate": 0.02,
+        "update_every": 8,
+        "joint": False,
+    }
     other = VampPrior(inputs(8), D)
     other.load_state_dict(state)
     assert other.options == prior.options

@@ -78,7 +78,8 @@ def stored_encoder(total, d, full, dtype=torch.float32):
 
 
 def prior_of(kind, d=3, **options):
-    """Return a prior of this kind, and its encoder if it has one."""
+    """Return a prior of this kind with a step in every call, and its encoder if it has one."""
+    options = {"update_every": 1, **options}
     torch.manual_seed(0)
     if kind == "free":
         return GaussianMixturePrior(4, d, **options), None

@@ -388,8 +388,7 @@ def test_the_network_s_optimizer_does_not_see_the_prior():
     assert all(p.requires_grad for p in prior)
     assert len(seen) + len(prior) == len(list(found.module.parameters()))
     # At the network's rate components that nobody needs would not go empty.
-    (group,) = found.module.prior.get_extra_state()["param_groups"]
-    assert group["lr"] == 5 * groups[0]["lr"]
+    assert found.module.prior.options.learning_rate == 5 * groups[0]["lr"]
 
 
 def test_adam_takes_its_step_in_one_pass():

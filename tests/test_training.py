@@ -333,7 +333,9 @@ def test_learning_rate_is_the_networks_alone():
     run(model, x_train=make_data(16), x_val=None, epochs=1, learning_rate=0.02)
     for name, tensor in model.named_parameters():
         step = (tensor - before.get_parameter(name)).abs().max().item()
-        rate = model.prior.options.learning_rate if name.startswith("prior.") else 0.02
+        options = model.prior.options
+        of_prior = options.learning_rate * options.update_every
+        rate = of_prior if name.startswith("prior.") else 0.02
         assert step == pytest.approx(rate, rel=0.01), name
 
 
@@ -526,7 +528,7 @@ def test_a_checkpoint_with_other_options_of_the_prior_is_refused(checkpoint, par
     for group, name, other, message in (
         ("options", "learning_rate", 0.5, r"learning_rate must be 0.001, but is 0.5"),
         ("options", "responsibility_gradient", False, "responsibility_gradient must be True"),
-        ("param_groups", "lr", 0.5, r"optimizer lr must be 0.001, but is 0.5"),
+        ("param_groups", "lr", 0.5, r"optimizer lr must be 0.008, but is 0.5"),
         ("param_groups", "betas", (0.5, 0.999), r"optimizer betas must be \(0.9, 0.999\)"),
     ):
         state = copy.deepcopy(sound)

@@ -246,13 +246,14 @@ class Components:
 
     def detach(self) -> Components:
         """Return the same mixture without gradients."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Components:
         """Return the mixture moved or cast as by ``Tensor.to``."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Components:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Components:
+        """Return the mixture of the tensors that a function returns for those of this one."""
         optional = (self.precision_cholesky, self.scale)
         return Components(
             function(self.centers),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from vmm_fast._schema import flag, optional, table, tensor, whole
 from vmm_fast.clusters import Clusters, find_clusters
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
@@ -239,12 +241,138 @@ class EmpiricalBayesStep(NamedTuple):
     sums: Statistics | None
 
 
+@dataclass
+class _SinceStep:
+    """What has happened since a prior's last empirical-Bayes step.
+
+    Attributes
+    ----------
+    calls : int
+        Of ``update`` since the step, with the one that took it.
+    kept : Components or None
+        The mixture of the first ``kl`` after the step, without gradients.
+    calls_since_kept : int
+        Of ``update`` since ``kl`` last built a mixture.
+    reusable : bool
+        Whether ``update`` has been called since the last ``kl``. If not, nothing says that the kept
+        mixture is recent.
+    """
+
+    calls: int = 0
+    kept: Components | None = None
+    calls_since_kept: int = 0
+    reusable: bool = False
+
+
 class LearntPrior(Prior):
     """A prior with an empirical-Bayes step of its own."""
 
     num_components: int
+    pseudo_inputs_per_component = 1
     options: LearntOptions
     _adam: PrivateAdam | None
+    _since: _SinceStep
+
+    def _learn(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Set up the empirical-Bayes step, which moves these parameters with a private Adam."""
+        rate = self.options.learning_rate * self.options.update_every
+        self._adam = PrivateAdam(parameters, rate) if parameters and not self.joint else None
+        self._since = _SinceStep()
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the next call of :meth:`update` takes a step."""
+        return self._since.calls % self.options.update_every == 0
+
+    def kl(
+        self, q: Distribution, encoder: Encoder | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        """Return the estimate -H(q) - log p(z) of KL(q || p) [B] in nats; see :meth:`Prior.kl`.
+
+        In training mode the mixture of the first call after an empirical-Bayes step serves all
+        calls up to the next step: those that follow without a gradient to the encoder at the
+        pseudo-inputs, and the first with that of all. Compiled code builds the mixture each time.
+        """
+        if not self._keeps_mixture():
+            return super().kl(q, encoder, z)
+        kept, since = self._kept_mixture(), self._since
+        since.reusable = False
+        if kept is not None:
+            return kept.kl(self._check_posterior(q), z)
+        components = self.components(encoder)
+        since.kept = components.detach()
+        if (share := since.calls_since_kept) > 1:
+            for moved in (components.centers, components.scale):
+                if moved is not None and moved.requires_grad:
+                    moved.register_hook(lambda gradient: share * gradient)
+        since.calls_since_kept = 0
+        return components.kl(self._check_posterior(q), z)
+
+    def _keeps_mixture(self) -> bool:
+        """Return whether kl keeps the mixture between two empirical-Bayes steps."""
+        return (
+            self.options.update_every > 1
+            and self.training
+            and not self.joint
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+    def _kept_mixture(self) -> Components | None:
+        """Return the mixture that the next kl takes again, None if it builds one."""
+        return self._since.kept if self._since.reusable and self._keeps_mixture() else None
+
+    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
+        """Take an empirical-Bayes step if it is due: the prior moves, the network stands still.
+
+        It is the step of ``update_every`` calls, of which the first takes it. Nothing happens with
+        ``joint=True``.
+
+        Parameters
+        ----------
+        q_or_z : Distribution or Tensor [B, D]
+            The batch's posteriors, of which one sample is drawn, or a sample of them.
+        encoder : callable
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss or a gradient is not finite; the prior has not changed then. The closed form
+            on GPUs does not wait for the device: it leaves the prior unchanged without an error.
+        """
+        since, due = self._since, self.is_due and not self.joint
+        if due or isinstance(q_or_z, Tensor):
+            z = self._latents(q_or_z)
+        else:
+            self._check_posterior(q_or_z)
+        if due:
+            self._take_step(z, encoder)
+            since.calls, since.kept = 0, None
+        since.calls += 1
+        since.calls_since_kept += 1
+        since.reusable = True
+
+    def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
+        """Take the empirical-Bayes step for points z [B, D]."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearntPrior:
+        """Move and cast as a module does, the mixture that kl keeps too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._since.kept is not None:
+            self._since.kept = self._since.kept.map(fn)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; after a parameter has changed, the mixture is built anew."""
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_parameters", {}):
+            self._forget_mixture()
+
+    def _forget_mixture(self) -> None:
+        """Let the next kl build the mixture anew."""
+        if "_since" in self.__dict__:  # not while the prior is made
+            self._since.kept = None
 
     @property
     def joint(self) -> bool:
@@ -290,18 +418,27 @@ class LearntPrior(Prior):
         return EmpiricalBayesStep(z, centers, scale, *gradients)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the private optimizer's state and the options, which ``state_dict`` includes."""
+        """Return the private optimizer's state, the options and what kl keeps."""
         private = {} if self._adam is None else self._adam.state_dict()
-        return {**private, "options": vars(self.options).copy()}
+        kept = self._since.kept
+        since = vars(self._since) | {"kept": None if kept is None else kept.state_dict()}
+        return {**private, "options": vars(self.options).copy(), "since_step": since}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the optimizer's state and the options, or raise ValueError if they do not fit."""
+        """Restore what :meth:`get_extra_state` gave, or raise ValueError if it does not fit."""
         self.check_extra_state(state)
-        private = _without_options(state)
+        if not state:  # of a model that was saved without it
+            return
+        private = _of_optimizer(state)
         if self._adam is not None and private:
             self._adam.load_state_dict(private)
         if "options" in state:
             self.options = self.options.of_state(state["options"])
+        self._since = _SinceStep(**state.get("since_step", {}))
+        if self._since.kept is not None:
+            device = next(self.parameters()).device
+            kept = state["since_step"]["kept"].items()
+            self._since.kept = Components(**{name: x.to(device) for name, x in kept})
 
     def check_extra_state(self, state: Any) -> None:
         """Raise ValueError if a state does not fit; states of old versions have no options."""
@@ -311,12 +448,38 @@ class LearntPrior(Prior):
                 own, other = getattr(self.options, name, None), getattr(found, name, None)
                 if own != other:
                     raise ValueError(f"{name} must be {own!r}, as the prior's, but is {other!r}")
-        private = _without_options(state)
+        private = _of_optimizer(state)
         if self._adam is not None and private != {}:
             try:
                 self._adam.check_state_dict(private)
             except ValueError as error:
                 raise ValueError(f"optimizer {error}") from error
+        if isinstance(state, dict) and "since_step" in state:
+            self._check_since_step(state["since_step"])
+
+    def _check_since_step(self, since: Any) -> None:
+        """Raise ValueError unless this is a number of calls and a mixture of this prior's shape."""
+        total = self.num_components * self.pseudo_inputs_per_component
+        mixture = {
+            "centers": tensor(shape=[total, self.latent_dim]),
+            "log_weights": tensor(shape=[self.num_components], pruned=True),
+        }
+        rules = {
+            "calls": whole(),
+            "kept": optional(table(mixture, tensor())),
+            "calls_since_kept": whole(),
+            "reusable": flag,
+        }
+        table(rules, None)("since_step", since)
+        if (kept := since["kept"]) is not None:
+            try:
+                Components(**kept)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"since_step.kept must be a mixture, but is not: {error}"
+                ) from error
+            if not all(x.is_floating_point() for x in kept.values()):
+                raise ValueError("since_step.kept must be of a floating dtype, but is not")
 
     def check_same_run(self, state: Any) -> None:
         """Raise ValueError unless a state has this prior's options; n may follow a schedule."""
@@ -326,7 +489,7 @@ class LearntPrior(Prior):
             for name, own in vars(self.options).items():
                 if name != "data_size" and getattr(found, name) != own:
                     raise ValueError(f"{name} must be {own!r}, but is {getattr(found, name)!r}")
-        if self._adam is not None and (private := _without_options(state)) != {}:
+        if self._adam is not None and (private := _of_optimizer(state)) != {}:
             try:
                 self._adam.check_same_run(private)
             except ValueError as error:
@@ -363,7 +526,7 @@ class LearntPrior(Prior):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _without_options(state: Any) -> Any:
+def _of_optimizer(state: Any) -> Any:
     """Return the part of a prior's extra state that is the optimizer's."""
     if not isinstance(state, dict):
         return state

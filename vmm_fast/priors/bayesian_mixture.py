@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from vmm_fast._checks import check_integer
 from vmm_fast.inference import empirical_bayes
 from vmm_fast.inference.closed_form import Statistics, summed_over_processes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
-from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import Encoder, LearntPrior
@@ -58,8 +56,7 @@ class BayesianMixturePrior(LearntPrior):
             learnt = list(self._gradient_parameters())
         else:
             learnt = list(self.parameters())
-        moved = learnt and not options.joint
-        self._adam = PrivateAdam(learnt, options.learning_rate) if moved else None
+        self._learn(learnt)
 
     # --- state ---
 
@@ -83,6 +80,7 @@ class BayesianMixturePrior(LearntPrior):
             raise ValueError("precision_cholesky must be lower triangular")
         with torch.no_grad():
             raw.copy_(empirical_bayes.raw_precision(value))
+        self._forget_mixture()
 
     @property
     def concentration(self) -> Tensor:
@@ -177,29 +175,13 @@ class BayesianMixturePrior(LearntPrior):
             with_sums=self.options.inference == "closed-form",
         )
 
-    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Take one empirical-Bayes step: the prior moves, the network stands still.
+    def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
+        """Take one Adam step on :meth:`map_loss`, or one step of online EM.
 
-        With ``inference="gradient"``, one Adam step on :meth:`map_loss`. With ``"closed-form"``,
-        one step of online EM: weights, concentration and precisions (and free centers) jump to
-        their maximisers under a decaying average of the batches' statistics; pseudo-inputs take
-        an Adam step. Nothing happens with ``joint=True``.
-
-        Parameters
-        ----------
-        q_or_z : Distribution or Tensor [B, D]
-            The batch's posteriors, of which one sample is drawn, or a sample of them.
-        encoder : callable
-
-        Raises
-        ------
-        FloatingPointError
-            If the loss or a gradient is not finite; the prior has not changed then. The closed form
-            on GPUs does not wait for the device: it leaves the prior unchanged without an error.
+        In closed form weights, concentration and precisions (and free centers) jump to their
+        maximisers under a decaying average of the batches' statistics; pseudo-inputs take an Adam
+        step.
         """
-        z = self._latents(q_or_z)
-        if self.joint:
-            return
         if self.options.map_prior != "learnt" and self.raw_alpha.requires_grad:
             self.raw_alpha.requires_grad_(False)  # as after model.requires_grad_(True)
         step = self._step(z, encoder)
@@ -217,7 +199,7 @@ class BayesianMixturePrior(LearntPrior):
                     z,
                     self._running,
                     self._objective(len(z)),
-                    rate=self.options.statistics_rate,
+                    rate=1 - (1 - self.options.statistics_rate) ** self.options.update_every,
                     free_centers=self._free_centers,
                     sums=step.sums,
                 )
@@ -237,7 +219,7 @@ class BayesianMixturePrior(LearntPrior):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesianMixturePrior:
         """Move and cast as a module does, but keep running sums in float64 for compiled code."""
         before = [(k, v) for k, v in self.named_buffers(recurse=False) if v.is_floating_point()]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, old in before:
             new = getattr(self, name)
             if new.dtype != old.dtype:

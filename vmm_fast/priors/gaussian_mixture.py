@@ -27,8 +27,8 @@ class GaussianMixturePrior(BayesianMixturePrior):
         D.
     centers : Tensor [C, D], optional
         Initial m; drawn from N(0, I) unless given.
-    weights, inference, responsibility_gradient, data_size, learning_rate, joint, map_prior, \
-    concentration, discount, statistics_rate
+    weights, inference, responsibility_gradient, data_size, learning_rate, update_every, joint, \
+    map_prior, concentration, discount, statistics_rate
         As for :class:`vmm_fast.VMMPrior`. Centers have a closed form here too.
 
     Attributes
@@ -53,6 +53,7 @@ class GaussianMixturePrior(BayesianMixturePrior):
         responsibility_gradient: bool = MixtureOptions.responsibility_gradient,
         data_size: int | None = MixtureOptions.data_size,
         learning_rate: float = MixtureOptions.learning_rate,
+        update_every: int = MixtureOptions.update_every,
         joint: bool = MixtureOptions.joint,
         map_prior: Literal["none", "fixed", "learnt"] = MixtureOptions.map_prior,
         concentration: float = MixtureOptions.concentration,

@@ -16,6 +16,7 @@ class LearntOptions:
     """Options of every prior that learns; each prior's own are a dataclass."""
 
     learning_rate: float
+    update_every: int
     joint: bool
 
     def __post_init__(self) -> None:
@@ -28,6 +29,7 @@ class LearntOptions:
             elif kind is bool and not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, but is {value!r}")
         self._keep("learning_rate", check_positive("learning_rate", self.learning_rate))
+        self._keep("update_every", check_integer("update_every", self.update_every))
 
     def _keep(self, name: str, value: Any) -> None:
         """Set an option to a plain value, which checkpoints can hold: no number of numpy's."""
@@ -42,9 +44,9 @@ class LearntOptions:
     def of_state(cls: type[_Options], state: Any) -> _Options:
         """Return the options that a state of a prior holds, or raise ValueError."""
         names = get_type_hints(cls)
-        if not isinstance(state, dict) or set(state) != set(names):
+        if not isinstance(state, dict) or set(state) | {"update_every"} != set(names):
             raise ValueError(f"options must be a dict of {', '.join(names)}, but are {state!r}")
-        return cls(**state)
+        return cls(**{"update_every": 1, **state})  # as in versions without this option
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class MixtureOptions(LearntOptions):
     responsibility_gradient: bool = True
     data_size: int | None = None
     learning_rate: float = 1e-3
+    update_every: int = 8
     joint: bool = False
     map_prior: Literal["none", "fixed", "learnt"] = "learnt"
     concentration: float = 1.0
@@ -92,4 +95,5 @@ class VampOptions(LearntOptions):
     """Options with the meaning and the defaults of :class:`vmm_fast.VampPrior`."""
 
     learning_rate: float = MixtureOptions.learning_rate
+    update_every: int = MixtureOptions.update_every
     joint: bool = MixtureOptions.joint

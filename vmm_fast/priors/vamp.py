@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from vmm_fast._checks import check_integer
-from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import Components
 from vmm_fast.priors.base import Encoder, LearntPrior
 from vmm_fast.priors.options import VampOptions
@@ -33,7 +32,9 @@ class VampPrior(LearntPrior):
     latent_dim : int
         D.
     learning_rate : float
-        Of the private Adam of :meth:`update`.
+        Of the private Adam, per call of :meth:`update`.
+    update_every : int
+        How many calls of :meth:`update` there are to a step; see :class:`vmm_fast.VMMPrior`.
     joint : bool
         Let :meth:`kl` train the pseudo-inputs together with the network, as the VampPrior's authors
         do; then :meth:`update` does nothing.
@@ -49,15 +50,15 @@ class VampPrior(LearntPrior):
         pseudo_inputs: Tensor | nn.Module,
         latent_dim: int,
         learning_rate: float = VampOptions.learning_rate,
+        update_every: int = VampOptions.update_every,
         joint: bool = VampOptions.joint,
     ):
         super().__init__()
-        self.options = VampOptions(learning_rate, joint)
+        self.options = VampOptions(learning_rate, update_every, joint)
         self.latent_dim = check_integer("latent_dim", latent_dim)
         self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
         self.num_components = len(first)
-        parameters = [] if self.joint else list(self.parameters())
-        self._adam = PrivateAdam(parameters, self.options.learning_rate) if parameters else None
+        self._learn(list(self.parameters()))
 
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_components, self.latent_dim)
@@ -69,6 +70,8 @@ class VampPrior(LearntPrior):
 
         See :meth:`vmm_fast.priors.Prior.encode`.
         """
+        if self._kept_mixture() is not None:
+            return encoder(x), encoder
         return encode_with(self.pseudo_inputs, x, encoder, self.joint)
 
     def _mixture(self, centers: Tensor, scale: Tensor | None) -> Components:
@@ -97,9 +100,8 @@ class VampPrior(LearntPrior):
             raise ValueError("z must have at least one row, but is empty")
         return self._map_loss(*self._centers(encoder, differentiable=True), z)
 
-    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Take one Adam step on :meth:`map_loss` with the pseudo-inputs; none if ``joint=True``."""
-        z = self._latents(q_or_z)
+    def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
+        """Take one Adam step on :meth:`map_loss` with the pseudo-inputs, if they are learnt."""
         if self._adam is None:
             return
         step = self._step(z, encoder)

@@ -39,7 +39,9 @@ class VMMPrior(BayesianMixturePrior):
     weights : {"dirichlet", "stick-breaking"}
         Prior on pi: Dirichlet(gamma / C), or sticks v_c ~ Beta(1 - d, gamma + c d) by size.
     inference : {"gradient", "closed-form"}
-        How :meth:`update` moves weights, concentration and precisions.
+        How :meth:`update` moves weights, concentration and precisions: by an Adam step on
+        :meth:`map_loss`, or by a step of online EM, in which they jump to their maximisers under a
+        decaying average of the batches' statistics. Pseudo-inputs take Adam steps either way.
     responsibility_gradient : bool
         Whether the gradient of :meth:`map_loss` runs through the responsibilities as well, which
         rewards crisp assignments (the authors' rule), or not (expectation maximisation).
@@ -48,7 +50,12 @@ class VMMPrior(BayesianMixturePrior):
         authors' weight. The number of training points keeps more components. ``data_size`` can be
         set between steps.
     learning_rate : float
-        Of the private Adam.
+        Of the private Adam, per call of :meth:`update`.
+    update_every : int
+        How many calls of :meth:`update` there are to a step. The first takes it, at so many times
+        the rate; up to the next step :meth:`kl` in training mode takes the mixture as it was, and
+        no pseudo-input is encoded. The network's steps then cost what they cost under N(0, I). 1
+        is the authors' rule.
     joint : bool
         Let :meth:`kl` train the prior's parameters together with the network; then :meth:`update`
         does nothing and the parameter priors play no part.
@@ -93,6 +100,7 @@ class VMMPrior(BayesianMixturePrior):
         responsibility_gradient: bool = MixtureOptions.responsibility_gradient,
         data_size: int | None = MixtureOptions.data_size,
         learning_rate: float = MixtureOptions.learning_rate,
+        update_every: int = MixtureOptions.update_every,
         joint: bool = MixtureOptions.joint,
         map_prior: Literal["none", "fixed", "learnt"] = MixtureOptions.map_prior,
         concentration: float = MixtureOptions.concentration,
@@ -128,4 +136,6 @@ class VMMPrior(BayesianMixturePrior):
 
         See :meth:`vmm_fast.priors.Prior.encode`.
         """
+        if self._kept_mixture() is not None:
+            return encoder(x), encoder
         return encode_with(self.pseudo_inputs, x, encoder, self.joint)

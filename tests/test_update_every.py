@@ -1,0 +1,223 @@
+"""An empirical-Bayes step in every so many calls of update, and the mixture that kl keeps."""
+
+import copy
+
+import pytest
+import torch
+from test_priors import (
+    INPUTS,
+    LEARNT,
+    TIGHT,
+    Counted,
+    D,
+    Encoder,
+    gmm,
+    inputs,
+    same_state,
+    state_of,
+    vamp,
+    vmm,
+)
+
+from vmm_fast import VMMPrior
+
+EVERY = 3
+MAKERS = {
+    "vmm": vmm,
+    "vmm, closed form": lambda **options: vmm(inference="closed-form", **options),
+    "vmm, two a component": lambda **options: vmm(pseudo_inputs_per_component=2, **options),
+    "gmm": gmm,
+    "gmm, closed form": lambda **options: gmm(inference="closed-form", **options),
+    "vamp": vamp,
+}
+makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def test_all_priors_are_here():
+    assert MAKERS.keys() == LEARNT.keys()
+
+
+def network_step(encoder, prior, x):
+    """Return the KL of a batch; the network moves a little."""
+    encoder.zero_grad()
+    q = encoder(x)
+    kl = prior.kl(q, encoder, q.mean)
+    kl.mean().backward()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter -= 0.1 * parameter.grad
+    return kl.detach()
+
+
+@makers
+def test_the_first_of_so_many_calls_takes_the_step_at_so_many_times_the_rate(make):
+    encoder = Encoder()
+    prior = make(update_every=EVERY, learning_rate=0.01)
+    rates = {"learning_rate": 0.01 * EVERY}
+    if getattr(prior.options, "inference", None) == "closed-form":
+        rates["statistics_rate"] = 1 - (1 - prior.options.statistics_rate) ** EVERY
+    each = make(**rates)
+    each.load_state_dict({**state_of(prior), "_extra_state": {}})
+    batches = [encoder(inputs()).sample() for _ in range(2 * EVERY + 1)]
+    for number, z in enumerate(batches):
+        before = state_of(prior)
+        assert prior.is_due == (number % EVERY == 0)
+        prior.update(z, encoder)
+        assert same_state(before, state_of(prior)) == (number % EVERY > 0)
+        if number % EVERY == 0:
+            each.update(z, encoder)
+        assert same_state(state_of(each), state_of(prior))
+
+
+@makers
+def test_kl_keeps_the_mixture_between_two_steps(make):
+    """It is that of the first call after a step; evaluation and other methods see the newest."""
+    encoder, x = Encoder(), inputs()
+    prior = make(update_every=EVERY)
+    network_step(encoder, prior, x)
+    for _ in range(3):
+        z = encoder(x).sample()
+        prior.update(z, encoder)
+        fresh = prior.components(encoder).detach()
+        for _ in range(EVERY):
+            expected = fresh.kl(encoder(x), encoder(x).mean).detach()
+            torch.testing.assert_close(network_step(encoder, prior, x), expected, **TIGHT)
+            newest = prior.components(encoder)
+            q = encoder(x)
+            prior.eval()
+            torch.testing.assert_close(prior.kl(q, encoder, q.mean), newest.kl(q, q.mean), **TIGHT)
+            prior.train()
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    prior.kl(q, encoder, q.mean), newest.kl(q, q.mean), **TIGHT
+                )
+            if not prior.is_due:
+                prior.update(z, encoder)
+
+
+def test_pseudo_inputs_are_encoded_twice_in_so_many_steps():
+    counted, prior, x = Counted(Encoder()), vmm(update_every=EVERY), inputs()
+    calls = []
+    for _ in range(3 * EVERY):
+        counted.calls = 0
+        q, at_pseudo_inputs = prior.encode(x, counted)
+        prior.kl(q, at_pseudo_inputs)
+        assert counted.calls == 1  # batch and pseudo-inputs together, or the batch alone
+        prior.update(q, counted)
+        calls.append(counted.calls)
+    # The mixture is built in the step after, and the first time of all.
+    assert calls == 3 * [2, 1, 1]
+
+
+@pytest.mark.parametrize("make", [vmm, vamp])
+def test_the_gradient_through_the_mixture_is_that_of_all_steps(make):
+    """With a network that stands still, a cycle's gradients add up to those of fresh mixtures."""
+    encoder, x = Encoder(), inputs()
+
+    def gradient(prior, z):
+        encoder.zero_grad()
+        prior.kl(encoder(x), encoder, z).sum().backward()
+        return encoder.linear.weight.grad.clone()
+
+    z = encoder(x).mean.detach()
+    prior = make(update_every=EVERY)
+    for _ in range(EVERY):  # a cycle, after which every kl belongs to one
+        gradient(prior, z)
+        prior.update(z, encoder)
+    prior.update(z, encoder)  # the step
+    each = copy.deepcopy(prior).eval()
+    fresh = gradient(each, z)
+    found = []
+    for _ in range(EVERY):
+        found.append(gradient(prior, z))
+        prior.update(z, encoder) if not prior.is_due else None
+    through_q = found[1]
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+    through_mixture = fresh - through_q
+    torch.testing.assert_close(found[0], through_q + EVERY * through_mixture, **TIGHT)
+
+
+def test_without_update_every_mixture_is_new():
+    """Nothing says how old it is, in a loop that learns the network alone."""
+    encoder, prior, x = Encoder(), vmm(), inputs()
+    prior.update(encoder(x), encoder)
+    prior.update(encoder(x), encoder)
+    for _ in range(3):
+        fresh = prior.components(encoder).detach()
+        expected = fresh.kl(encoder(x), encoder(x).mean).detach()
+        torch.testing.assert_close(network_step(encoder, prior, x), expected, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prior: setattr(prior, "logits", torch.linspace(-1, 1, 8)),
+        lambda prior: setattr(prior, "precision_cholesky", 2 * prior.precision_cholesky),
+    ],
+    ids=["logits", "precisions"],
+)
+def test_a_change_from_outside_counts_at_once(change):
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    for _ in range(2):
+        network_step(encoder, prior, x)
+        prior.update(encoder(x), encoder)
+    change(prior)
+    fresh = prior.components(encoder).detach()
+    expected = fresh.kl(encoder(x), encoder(x).mean).detach()
+    torch.testing.assert_close(network_step(encoder, prior, x), expected, **TIGHT)
+
+
+def test_the_mixture_is_cast_with_the_prior():
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    for _ in range(2):
+        network_step(encoder, prior, x)
+        prior.update(encoder(x), encoder)
+    other = copy.deepcopy(prior).float()
+    expected = network_step(copy.deepcopy(encoder), prior, x)
+    found = network_step(encoder.float(), other, x.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@makers
+def test_copies_and_states_go_on_within_a_cycle(make):
+    encoder, prior, x = Encoder(), make(update_every=EVERY), inputs()
+    for _ in range(EVERY + 2):  # two steps of the network after the prior's
+        network_step(encoder, prior, x)
+        prior.update(encoder(x).mean, encoder)
+    other = make(update_every=EVERY)
+    other.load_state_dict(copy.deepcopy(prior.state_dict()))
+    runs = [(encoder, prior)] + [
+        (copy.deepcopy(encoder), each) for each in (other, copy.deepcopy(prior))
+    ]
+    found = []
+    for network, each in runs:
+        found.append([])
+        for _ in range(2 * EVERY):
+            found[-1].append(network_step(network, each, x))
+            each.update(network(x).mean, network)
+    for _, each in runs[1:]:
+        assert same_state(state_of(prior), state_of(each))
+    for values in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], values, strict=True))
+
+
+def test_a_state_of_a_version_without_cycles_takes_a_step_in_every_call():
+    encoder, prior = Encoder(), vmm(learning_rate=0.02)
+    prior.update(encoder(inputs()), encoder)
+    state = prior.state_dict()
+    del state["_extra_state"]["options"]["update_every"], state["_extra_state"]["since_step"]
+    new = VMMPrior(inputs(8), D)
+    assert new.options.update_every > 1
+    new.load_state_dict(state)
+    assert new.options == prior.options and new.is_due
+    for each in (prior, new):
+        torch.manual_seed(1)
+        each.update(encoder(torch.ones(5, INPUTS).double()), encoder)
+    assert same_state(state_of(prior), state_of(new))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
+def test_update_every_is_a_number_of_calls(value):
+    with pytest.raises(ValueError, match="update_every must be an integer of at least 1"):
+        vmm(update_every=value)
