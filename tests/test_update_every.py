@@ -18,6 +18,7 @@ from test_priors import (
     vamp,
     vmm,
 )
+from torch.func import functional_call
 
 from vmm_fast import VMMPrior
 
@@ -221,3 +222,27 @@ def test_a_state_of_a_version_without_cycles_takes_a_step_in_every_call():
 def test_update_every_is_a_number_of_calls(value):
     with pytest.raises(ValueError, match="update_every must be an integer of at least 1"):
         vmm(update_every=value)
+
+
+@makers
+def test_transforms_see_the_newest_mixture_and_leave_nothing(make):
+    encoder, prior, x = Encoder(), make(update_every=EVERY), inputs()
+    z = encoder(x).mean.detach()
+    for _ in range(2):
+        prior.kl(encoder(x), encoder, z)
+        prior.update(z, encoder)
+    parameters = dict(encoder.named_parameters())
+    kept = prior._since.kept
+
+    def loss(parameters):
+        def encode(inputs):
+            return functional_call(encoder, parameters, (inputs,))
+
+        return prior.kl(encode(x), encode, z).sum()
+
+    found = torch.func.grad(loss)(parameters)
+    assert prior._since.kept is kept
+    prior.eval()
+    expected = torch.autograd.grad(loss(parameters), parameters.values())
+    for one, other in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)

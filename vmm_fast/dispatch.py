@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from vmm_fast import backends
 from vmm_fast.operations import OPERATIONS, Argument, Operation
 
-__all__ = ["check", "run"]
+__all__ = ["check", "is_transformed", "run"]
 
 _FLOATS = (torch.float32, torch.float64)
 _COMPUTED = (*_FLOATS, torch.float16, torch.bfloat16)
@@ -147,7 +147,7 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     in_plain_torch = (
         not backends.compiled_code_serves(operation, inputs)
         or (needs_gradient and operation.reference_gradient)
-        or _is_transformed()
+        or is_transformed()
     )
     if not in_plain_torch and torch.compiler.is_compiling():
         found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
@@ -160,7 +160,7 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
     return (*results[:shown], number)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Return whether forward-mode AD or a transform of torch.func is at work.
 
     Compiled code would not see what they attach to tensors.

@@ -24,6 +24,7 @@ from vmm_fast import _core
 from vmm_fast.backends import core_serves, in_kernels, in_memory, kernels_serve
 from vmm_fast.backends.core import SUFFIXES
 from vmm_fast.backends.plain import check_log_weights
+from vmm_fast.dispatch import is_transformed
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.processes import number_of_processes
@@ -150,6 +151,7 @@ def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
     given = [x for x in (centers, scale, z) if x is not None]
     return (
         not torch.compiler.is_compiling()
+        and not is_transformed()
         and logits.dtype in SUFFIXES
         and (core_serves(logits) or parameters.raw_precision.shape[-1] <= LARGEST_COMPONENT_DIM)
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from vmm_fast._schema import flag, optional, table, tensor, whole
 from vmm_fast.clusters import Clusters, find_clusters
+from vmm_fast.dispatch import is_transformed
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
 from vmm_fast.mixture import (
@@ -316,6 +317,7 @@ class LearntPrior(Prior):
             and not self.joint
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not is_transformed()
         )
 
     def _kept_mixture(self) -> Components | None:
