@@ -24,7 +24,7 @@ test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow $(ARGS)
 
 # Style of all code; the hooks in .pre-commit-config.yaml mend most of it.
-PYTHON_CODE := vmm_fast kernels tests bench examples
+PYTHON_CODE := vmm_fast kernels tests bench examples noxfile.py
 CXX_CODE := $(wildcard csrc/*) $(wildcard bench/*.cpp)
 
 lint: $(VENV)/.tools

@@ -43,7 +43,7 @@ def index():
 
 
 @pytest.mark.slow("asks the package index about two hundred packages")
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_constraints_resolve_with_torch_from_the_index(index, python, tmp_path):
     """Wheels that lie at hand are not looked at: they may ask for less than those of the index."""
     options = ["--python-platform", "linux", "--python-version", python, "--all-extras"]

@@ -1,6 +1,8 @@
-"""Imports between the package's rooms run one way."""
+"""Imports between the package's rooms run one way, and need no POSIX."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,31 @@ def test_a_room_imports_from_those_below(room):
         for other in map(room_of, modules):
             below = other in (None, room) or RANKS[other] > RANKS[room]
             assert below or (room, other) in EXCEPTIONS, f"{path.name} imports from {other}"
+
+
+@pytest.mark.parametrize(
+    ("rooms", "after"),
+    [("vmm_fast.cli, vmm_fast.arrays", "torch"), ("vmm_fast.cells.integration", "scvi")],
+)
+def test_what_windows_lacks_is_not_needed(rooms, after, tmp_path):
+    """Models train, and write checkpoints, whatever other packages import for themselves."""
+    pytest.importorskip(after)
+    code = f"""
+import signal, sys, {after}
+del signal.SIGHUP
+sys.modules.update(dict.fromkeys(["fcntl", "resource"]))
+import torch, vmm_fast, {rooms}
+from vmm_fast.models import VAE, fit
+x = torch.randn(60, 3)
+def elbos(epochs, resume=False):
+    torch.manual_seed(0)
+    model = VAE(3, 2, vmm_fast.VMMPrior(x[:4], latent_dim=2, data_size=50))
+    history = fit(model, x[10:], x[:10], epochs=epochs, checkpoint="run.pt", resume=resume)
+    return [epoch["validation_elbo"] for epoch in history]
+straight, first, resumed = elbos(2), elbos(1), elbos(2, resume=True)
+print(resumed == straight and first == straight[:1])
+"""
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout == "True\n", out.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]

@@ -210,6 +210,20 @@ def test_a_loaded_model_gives_the_same(tmp_path, name, prior):
     train(loaded)
 
 
+def test_a_model_is_shared_by_scvi_hub(tmp_path):
+    hub = pytest.importorskip("scvi.hub", exc_type=ImportError, reason="scvi-hub is not installed")
+    from huggingface_hub import ModelCard
+
+    model, path = learnt("SCVI", "vmm"), str(tmp_path / "model")
+    model.save(path, save_anndata=True)
+    metadata = hub.HubMetadata.from_dir(path, "0.12", model_parent_module="vmm_fast.scvi")
+    hub.HubModel(path, None, metadata, ModelCard("# Cells")).save()
+    shared = hub.HubModel(path).model
+    latents = model.get_latent_representation()
+    np.testing.assert_array_equal(shared.get_latent_representation(), latents)
+    np.testing.assert_array_equal(shared.get_clusters(), model.get_clusters())
+
+
 class MakesFolder:
     """An object that makes a folder when pickle reads it, as malicious code in a file might."""
 

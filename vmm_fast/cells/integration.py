@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -57,6 +56,11 @@ from vmm_fast.scvi.loading import (
 from vmm_fast.scvi.model import VMMSCVI
 from vmm_fast.scvi.module import VMMVAE
 from vmm_fast.scvi.pseudo_cells import Cells
+
+try:
+    import resource
+except ImportError:  # Windows: peak memory is not told there
+    resource = None  # type: ignore[assignment]
 
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
@@ -158,7 +162,8 @@ class _Progress(Callback):
         else:
             used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
             parts.append(counted(used, "component"))
-        parts.append(f"{_peak_memory():.1f} GiB")
+        if resource is not None:
+            parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
         self.bar.update(steps)
         self._shown = now
