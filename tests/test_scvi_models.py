@@ -593,8 +593,8 @@ def test_a_model_without_an_adata_trains_from_batches(tmp_path):
     for prior in ("vmm", "gmm"):  # before any training
         with pytest.raises(ValueError, match=r"datamodule must be iterable.* but is None"):
             VMMSCVI(registry=made.registry, n_components=12, prior=prior).train(1, **TRAIN)
-    with pytest.raises(ValueError, match="registry must be None for VMMPEAKVI, which takes none"):
-        VMMPEAKVI(registry=made.registry)
+    with pytest.raises(ValueError, match="registry must be None for VMMTOTALVI, which takes none"):
+        VMMTOTALVI(registry=made.registry)
     found.train(max_epochs=2, datamodule=cells, **TRAIN)
     started = found.module.prior.pseudo_inputs
     assert started.started and started().log_counts.std() > 0.1
