@@ -56,6 +56,11 @@ CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
         "gradient, not through the responsibilities",
         prior(inference="gradient", responsibility_gradient=False),
     ),
+    "update-every-1": ("a step of the prior in every call", prior(update_every=1)),
+    "gradient-update-every-1": (
+        "gradient, a step of the prior in every call",
+        prior(inference="gradient", update_every=1),
+    ),
     "gradient-no-map": (
         "gradient, no priors of the parameters",
         prior(inference="gradient", map_prior="none"),

@@ -54,27 +54,55 @@ def network_step(encoder, prior, x):
 def test_the_first_of_so_many_calls_takes_the_step_at_so_many_times_the_rate(make):
     encoder = Encoder()
     prior = make(update_every=EVERY, learning_rate=0.01)
-    rates = {"learning_rate": 0.01 * EVERY}
-    if getattr(prior.options, "inference", None) == "closed-form":
-        rates["statistics_rate"] = 1 - (1 - prior.options.statistics_rate) ** EVERY
-    each = make(**rates)
+    each = make(learning_rate=0.01 * EVERY)
     each.load_state_dict({**state_of(prior), "_extra_state": {}})
-    batches = [encoder(inputs()).sample() for _ in range(2 * EVERY + 1)]
-    for number, z in enumerate(batches):
-        before = state_of(prior)
-        assert prior.is_due == (number % EVERY == 0)
+    closed_form = getattr(prior.options, "inference", None) == "closed-form"
+    for number in range(2 * EVERY + 1):
+        z, before = encoder(inputs()).sample(), state_of(prior)
+        due = number % EVERY == 0
+        assert prior.is_due == due
         prior.update(z, encoder)
-        assert same_state(before, state_of(prior)) == (number % EVERY > 0)
-        if number % EVERY == 0:
-            each.update(z, encoder)
-        assert same_state(state_of(each), state_of(prior))
+        after = state_of(prior)
+        if closed_form:  # weights and precisions follow every batch
+            assert not torch.equal(before["logits"], after["logits"])
+            same = torch.equal(*(state.get("pseudo_inputs", z) for state in (before, after)))
+            assert same == (not due or "pseudo_inputs" not in after)
+        else:
+            assert same_state(before, after) == (not due)
+            if due:
+                each.update(z, encoder)
+            assert same_state(state_of(each), after)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_in_closed_form_every_batch_counts(kept):
+    """With pseudo-inputs that stand still, a cycle is as a step in every call."""
+    encoder, x = Encoder(), inputs()
+    options = {"inference": "closed-form", "learning_rate": 1e-30}
+    prior, each = vmm(update_every=EVERY, **options), vmm(**options)
+    each.load_state_dict({**state_of(prior), "_extra_state": {}})
+    for _ in range(2 * EVERY):
+        z = encoder(x).sample()
+        for one in (prior, each):
+            if kept:
+                one.kl(encoder(x), encoder)
+            one.update(z, encoder)
+        found, expected = state_of(prior), state_of(each)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], **TIGHT)
+        expected = each.kl(encoder(x), encoder, z)
+        torch.testing.assert_close(prior.kl(encoder(x), encoder, z), expected, **TIGHT)
 
 
 @makers
 def test_kl_keeps_the_mixture_between_two_steps(make):
-    """It is that of the first call after a step; evaluation and other methods see the newest."""
+    """It is that of the first call after a step; evaluation and other methods see the newest.
+
+    In closed form its weights and precisions are the newest, as free centers are.
+    """
     encoder, x = Encoder(), inputs()
     prior = make(update_every=EVERY)
+    closed_form = getattr(prior.options, "inference", None) == "closed-form"
     network_step(encoder, prior, x)
     for _ in range(3):
         z = encoder(x).sample()
@@ -94,6 +122,9 @@ def test_kl_keeps_the_mixture_between_two_steps(make):
                 )
             if not prior.is_due:
                 prior.update(z, encoder)
+                if closed_form:
+                    centers = getattr(prior, "centers", fresh.centers)
+                    fresh = prior._mixture(centers, fresh.scale).detach()
 
 
 def test_pseudo_inputs_are_encoded_twice_in_so_many_steps():

@@ -342,14 +342,15 @@ class LearntPrior(Prior):
             If the loss or a gradient is not finite; the prior has not changed then. The closed form
             on GPUs does not wait for the device: it leaves the prior unchanged without an error.
         """
-        since, due = self._since, self.is_due and not self.joint
-        if due or isinstance(q_or_z, Tensor):
-            z = self._latents(q_or_z)
-        else:
-            self._check_posterior(q_or_z)
-        if due:
+        z = self._latents(q_or_z)
+        if self.joint:
+            return
+        since = self._since
+        if self.is_due:
             self._take_step(z, encoder)
             since.calls, since.kept = 0, None
+        else:
+            self._follow(z, encoder)
         since.calls += 1
         since.calls_since_kept += 1
         since.reusable = True
@@ -357,6 +358,9 @@ class LearntPrior(Prior):
     def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
         """Take the empirical-Bayes step for points z [B, D]."""
         raise NotImplementedError
+
+    def _follow(self, z: Tensor, encoder: Encoder | None) -> None:
+        """Do what a call of update does that is not due."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearntPrior:
         """Move and cast as a module does, the mixture that kl keeps too."""

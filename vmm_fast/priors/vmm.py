@@ -54,8 +54,8 @@ class VMMPrior(BayesianMixturePrior):
     update_every : int
         How many calls of :meth:`update` there are to a step. The first takes it, at so many times
         the rate; up to the next step :meth:`kl` in training mode takes the mixture as it was, and
-        no pseudo-input is encoded. The network's steps then cost what they cost under N(0, I). 1
-        is the authors' rule.
+        no pseudo-input is encoded. The network's steps then cost what they cost under N(0, I). In
+        closed form, weights and precisions follow every call. 1 is the authors' rule.
     joint : bool
         Let :meth:`kl` train the prior's parameters together with the network; then :meth:`update`
         does nothing and the parameter priors play no part.
