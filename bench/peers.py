@@ -87,7 +87,7 @@ def train_with(prior: MakePrior, problem: Problem, **changed: Any) -> list[Assig
     """Cluster as ``vmm-fast cluster`` does, but for this prior and settings, and assign images."""
     data, new, seed, epochs = problem
     settings = Settings.for_data(data, **{"seed": seed, "epochs": epochs, **changed})
-    with mock.patch("vmm_fast.VMMPrior", side_effect=prior) as made:
+    with mock.patch("vmm_fast.arrays.clustering.VMMPrior", side_effect=prior) as made:
         clusterer = train(data, Scaling.of(data), settings).clusterer
     made.assert_called_once()
     return [clusterer.assign(images) for images in (data.values, new) if images is not None]
