@@ -106,7 +106,7 @@ def image_rows(run: Run, device: str = "cpu") -> Iterator[Row]:
         priors = image_priors(plan, x).items()
         calls = {name: Cycle(image_step(prior, plan, x, size)) for name, prior in priors}
         case = {"B": size, "J": plan.components, "D": plan.latent_dim}
-        yield from run.compare("training step", calls, repeats=10, seconds=30.0, **case)
+        yield from run.compare("training step", calls, repeats=5, seconds=30.0, **case)
 
 
 # --- scVI ---
@@ -187,7 +187,7 @@ def scvi_rows(run: Run) -> Iterator[Row]:
     adata = random_cells(2048, genes)
     for size in run.choose((128, 512), (16,)):
         calls = {name: Cycle(scvi_step(name, adata, size)) for name in (STOCK, *SCVI_PRIORS)}
-        yield from run.compare(MODE, calls, repeats=10, seconds=60.0, B=size, genes=genes)
+        yield from run.compare(MODE, calls, repeats=5, seconds=60.0, B=size, genes=genes)
 
 
 def epochs(models: dict[str, Any], batch_size: int, repeats: int) -> dict[str, list[float]]:
