@@ -15,6 +15,7 @@ from vmm_fast.clusters import Clusters, find_clusters
 from vmm_fast.dispatch import is_transformed
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
+from vmm_fast.inference.processes import average_over_processes, number_of_processes
 from vmm_fast.mixture import (
     Assignment,
     Components,
@@ -350,6 +351,8 @@ class LearntPrior(Prior):
             self._take_step(z, encoder)
             since.calls, since.kept = 0, None
         else:
+            if since.kept is not None and since.calls_since_kept == 0:
+                since.kept = _averaged(since.kept)
             self._follow(z, encoder)
         since.calls += 1
         since.calls_since_kept += 1
@@ -530,6 +533,18 @@ class LearntPrior(Prior):
             errors += problems
         else:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _averaged(mixture: Components) -> Components:
+    """Return the mean over all processes, whose encoders may have running statistics of their own.
+
+    All processes must have one prior, and go on with it from the checkpoint of one.
+    """
+    if number_of_processes() == 1:
+        return mixture
+    mixture = mixture.map(torch.clone)
+    average_over_processes(x for x in (mixture.centers, mixture.scale) if x is not None)
+    return mixture
 
 
 def _of_optimizer(state: Any) -> Any:
