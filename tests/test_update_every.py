@@ -18,6 +18,7 @@ from test_priors import (
     vamp,
     vmm,
 )
+from torch.distributions import Independent, Normal
 from torch.func import functional_call
 
 from vmm_fast import VMMPrior
@@ -141,32 +142,84 @@ def test_pseudo_inputs_are_encoded_twice_in_so_many_steps():
     assert calls == 3 * [2, 1, 1]
 
 
-@pytest.mark.parametrize("make", [vmm, vamp])
-def test_the_gradient_through_the_mixture_is_that_of_all_steps(make):
-    """With a network that stands still, a cycle's gradients add up to those of fresh mixtures."""
-    encoder, x = Encoder(), inputs()
+@pytest.mark.parametrize("per_update", [1, 2, 3])
+def test_no_gradient_is_lost_or_doubled(per_update):
+    """Whatever the number of kl per update: gradients of what was reused come with the next."""
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    z = encoder(x).mean.detach()
 
-    def gradient(prior, z):
+    def gradient(one, through_mixture=True):
         encoder.zero_grad()
-        prior.kl(encoder(x), encoder, z).sum().backward()
+        mixture = encoder if through_mixture else lambda u: detached(encoder(u))
+        one.kl(encoder(x), mixture, z).sum().backward()
         return encoder.linear.weight.grad.clone()
 
-    z = encoder(x).mean.detach()
-    prior = make(update_every=EVERY)
-    for _ in range(EVERY):  # a cycle, after which every kl belongs to one
-        gradient(prior, z)
-        prior.update(z, encoder)
-    prior.update(z, encoder)  # the step
-    each = copy.deepcopy(prior).eval()
-    fresh = gradient(each, z)
-    found = []
+    def detached(q):
+        return type(q)(q.loc.detach(), scale_tril=q.scale_tril.detach())
+
     for _ in range(EVERY):
-        found.append(gradient(prior, z))
-        prior.update(z, encoder) if not prior.is_due else None
-    through_q = found[1]
-    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
-    through_mixture = fresh - through_q
-    torch.testing.assert_close(found[0], through_q + EVERY * through_mixture, **TIGHT)
+        prior.update(z, encoder)  # calls without kl count for nothing
+    for _ in range(3):
+        prior.update(z, encoder)
+        each = copy.deepcopy(prior).eval()
+        whole = gradient(each) - gradient(each, through_mixture=False)
+        through_q = gradient(each, through_mixture=False)
+        owed, total = prior._since.reused, torch.zeros_like(whole)
+        for call in range(EVERY):
+            for _ in range(per_update):
+                total += gradient(prior) - through_q
+            if call < EVERY - 1:
+                prior.update(z, encoder)
+        given = EVERY * per_update + owed - prior._since.reused
+        torch.testing.assert_close(total, given * whole, **TIGHT)
+        assert prior._since.reused < EVERY
+
+
+def test_an_exact_fit_and_a_loaded_state_count_at_once():
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    z = encoder(x).mean.detach()
+
+    def is_new():
+        expected = prior.components(encoder).detach().kl(encoder(x), z)
+        torch.testing.assert_close(prior.kl(encoder(x), encoder, z), expected, **TIGHT)
+
+    def begin():
+        for _ in range(2):
+            prior.kl(encoder(x), encoder, z)
+            prior.update(z, encoder)
+
+    begin()
+    prior.fit(z, encoder)
+    is_new()
+    other = state_of(vmm())
+    for state, strict in (({**other, "_extra_state": {}}, True), (other, False)):
+        begin()
+        prior.load_state_dict(state, strict=strict)
+        is_new()
+    begin()
+    prior.pseudo_inputs = torch.nn.Parameter(inputs(8))
+    is_new()
+
+
+def test_a_scale_that_the_network_moves_does_not_move_what_is_kept():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(INPUTS, D, dtype=torch.float64)
+            self.scale = torch.nn.Parameter(torch.ones(D, dtype=torch.float64))
+
+        def forward(self, x):
+            mean = self.linear(x)
+            return Independent(Normal(mean, self.scale.expand_as(mean)), 1)
+
+    encoder, prior, x = Shared(), vmm(update_every=EVERY), inputs()
+    for _ in range(2):
+        network_step(encoder, prior, x)
+        prior.update(encoder(x).mean, encoder)
+    kept = prior._since.kept.scale.clone()
+    with torch.no_grad():
+        encoder.scale += 1
+    assert torch.equal(prior._since.kept.scale, kept)
 
 
 def test_without_update_every_mixture_is_new():

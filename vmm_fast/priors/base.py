@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -253,8 +255,9 @@ class _SinceStep:
         Of ``update`` since the step, with the one that took it.
     kept : Components or None
         The mixture of the first ``kl`` after the step, without gradients.
-    calls_since_kept : int
-        Of ``update`` since ``kl`` last built a mixture.
+    reused : int
+        Calls of ``kl`` that took the kept mixture again, since one last built a mixture: the
+        gradients through it that are still to come.
     reusable : bool
         Whether ``update`` has been called since the last ``kl``. If not, nothing says that the kept
         mixture is recent.
@@ -262,7 +265,7 @@ class _SinceStep:
 
     calls: int = 0
     kept: Components | None = None
-    calls_since_kept: int = 0
+    reused: int = 0
     reusable: bool = False
 
 
@@ -300,15 +303,16 @@ class LearntPrior(Prior):
         kept, since = self._kept_mixture(), self._since
         since.reusable = False
         if kept is not None:
-            return kept.kl(self._check_posterior(q), z)
+            found = kept.kl(self._check_posterior(q), z)
+            since.reused += 1
+            return found
         components = self.components(encoder)
-        since.kept = components.detach()
-        if (share := since.calls_since_kept) > 1:
-            for moved in (components.centers, components.scale):
-                if moved is not None and moved.requires_grad:
-                    moved.register_hook(lambda gradient: share * gradient)
-        since.calls_since_kept = 0
-        return components.kl(self._check_posterior(q), z)
+        if since.reused:
+            components = components.map(partial(_weighted, weight=1 + since.reused))
+        found = components.kl(self._check_posterior(q), z)
+        # Copied: a posterior's scale may be a parameter of the network, which moves in place.
+        since.kept, since.reused = components.detach().map(torch.clone), 0
+        return found
 
     def _keeps_mixture(self) -> bool:
         """Return whether kl keeps the mixture between two empirical-Bayes steps."""
@@ -351,11 +355,10 @@ class LearntPrior(Prior):
             self._take_step(z, encoder)
             since.calls, since.kept = 0, None
         else:
-            if since.kept is not None and since.calls_since_kept == 0:
+            if since.calls == 1 and since.kept is not None:  # as in all processes
                 since.kept = _averaged(since.kept)
             self._follow(z, encoder)
         since.calls += 1
-        since.calls_since_kept += 1
         since.reusable = True
 
     def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
@@ -375,7 +378,7 @@ class LearntPrior(Prior):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a parameter has changed, the mixture is built anew."""
         super().__setattr__(name, value)
-        if name in self.__dict__.get("_parameters", {}):
+        if any(name in self.__dict__.get(kind, {}) for kind in ("_parameters", "_modules")):
             self._forget_mixture()
 
     def _forget_mixture(self) -> None:
@@ -443,9 +446,11 @@ class LearntPrior(Prior):
             self._adam.load_state_dict(private)
         if "options" in state:
             self.options = self.options.of_state(state["options"])
+        else:  # of a version that took a step in every call
+            self.options = replace(self.options, update_every=1)  # type: ignore[type-var]
         self._since = _SinceStep(**state.get("since_step", {}))
         if self._since.kept is not None:
-            device = next(self.parameters()).device
+            device = next(itertools.chain(self.parameters(), self.buffers())).device
             kept = state["since_step"]["kept"].items()
             self._since.kept = Components(**{name: x.to(device) for name, x in kept})
 
@@ -476,7 +481,7 @@ class LearntPrior(Prior):
         rules = {
             "calls": whole(),
             "kept": optional(table(mixture, tensor())),
-            "calls_since_kept": whole(),
+            "reused": whole(),
             "reusable": flag,
         }
         table(rules, None)("since_step", since)
@@ -524,6 +529,8 @@ class LearntPrior(Prior):
             and given.shape != tensor.shape
         ]
         private = state_dict.get(f"{prefix}_extra_state")
+        if not problems:
+            self._forget_mixture()
         if private and not problems:
             try:
                 self.check_extra_state(private)
@@ -533,6 +540,15 @@ class LearntPrior(Prior):
             errors += problems
         else:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _weighted(x: Tensor, weight: int) -> Tensor:
+    """Return a view of a tensor whose gradient counts so many times."""
+    if not x.requires_grad:
+        return x
+    view = x.view_as(x)
+    view.register_hook(lambda gradient: weight * gradient)
+    return view
 
 
 def _averaged(mixture: Components) -> Components:

@@ -321,6 +321,7 @@ class BayesianMixturePrior(LearntPrior):
             if len(history) > 1 and history[-1] - history[-2] < tolerance:
                 break
             empirical_bayes.maximise(parameters, sums, objective, self._free_centers)
+            self._forget_mixture()
         return history
 
 

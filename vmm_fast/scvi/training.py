@@ -82,11 +82,17 @@ class EmpiricalBayes(LightningModule):
         self.prior_warmup = prior_warmup
         self._warmup_steps = 0
         self._logged: set[str] = set()  # metrics, in this epoch
+        self._restored: Any = None  # the prior's state in a checkpoint
 
     def on_train_start(self) -> None:
         """Determine the number of training cells, and of steps in which N(0, I) stands in."""
         super().on_train_start()
         module = self.module
+        if module.prior is not None:
+            module.prior.train()  # scvi-tools leaves a trained or loaded module in evaluation mode
+            if self._restored is not None:  # weights that were loaded after it let kl forget
+                module.prior.set_extra_state(self._restored)
+                self._restored = None
         # Any other value was set by the user, or comes from a checkpoint.
         if module.counts_training_cells and module.prior.data_size == module.counted_cells:
             module.counted_cells = _number_of_cells(
@@ -204,6 +210,7 @@ class EmpiricalBayes(LightningModule):
         super().on_load_checkpoint(checkpoint)
         if self.module.prior is not None and "prior_optimizer" in checkpoint:
             self.module.prior.set_extra_state(checkpoint["prior_optimizer"])
+            self._restored = checkpoint["prior_optimizer"]
 
     def check_prior_optimizer(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless a checkpoint's prior has the options and rate of this one."""
