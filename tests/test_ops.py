@@ -489,7 +489,7 @@ def test_errors_name_the_argument(position, value, message):
     ],
 )
 def test_errors_name_the_bad_value(backend, argument, row, bad, message):
-    """In the same words, whoever computes."""
+    """Errors have the same words in every backend."""
     mixture = random_mixture(3, 4, 2, dtype=torch.float32)
     mixture[argument][row] = bad
     for function in UNGROUPED + GROUPED + [lambda *m: ops.mixture_kl(*m, False, torch.ones(3, 2))]:

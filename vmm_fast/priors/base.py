@@ -247,7 +247,7 @@ class EmpiricalBayesStep(NamedTuple):
 
 @dataclass
 class _SinceStep:
-    """What has happened since a prior's last empirical-Bayes step.
+    """State of a prior since its last empirical-Bayes step.
 
     Attributes
     ----------

@@ -196,7 +196,7 @@ class BayesianMixturePrior(LearntPrior):
             self._online_step(centers, scale, z, step.sums)
 
     def _follow(self, z: Tensor, encoder: Encoder | None) -> None:
-        """In closed form every batch counts, around the centers that kl keeps.
+        """Take a step of online EM around the centers that kl keeps, if in closed form.
 
         With an eighth of the batches the running statistics would be those of an eighth of the
         points: images had fewer and mixed clusters.
