@@ -8,7 +8,7 @@ RUN := $(VENV)/bin
 # The install is editable: a change of Python code counts at once, a change of these installs again.
 SOURCES := $(wildcard csrc/*) CMakeLists.txt constraints.txt pyproject.toml
 
-.PHONY: constraints demo lint sanitize test test-slow types
+.PHONY: constraints demo docs lint sanitize test test-slow types
 
 demo: $(VENV)/.installed
 	$(RUN)/vmm-fast demo --out demo-output
@@ -23,8 +23,12 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow $(ARGS)
 
+# The site, in docs/_build/html; a link that leads nowhere, or any other warning, is an error.
+docs: $(VENV)/.docs
+	$(RUN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+
 # Style of all code; the hooks in .pre-commit-config.yaml mend most of it.
-PYTHON_CODE := vmm_fast kernels tests bench examples noxfile.py
+PYTHON_CODE := vmm_fast kernels tests bench docs examples noxfile.py
 CXX_CODE := $(wildcard csrc/*) $(wildcard bench/*.cpp)
 
 lint: $(VENV)/.tools
@@ -67,6 +71,11 @@ sanitize: $(VENV)/.installed
 $(VENV)/.tools: constraints.txt
 	test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet -c constraints.txt clang-format mypy ruff
+	touch $@
+
+$(VENV)/.docs: $(SOURCES)
+	test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed: $(SOURCES)

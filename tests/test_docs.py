@@ -1,0 +1,137 @@
+"""The code of README and the site runs, on small data; their commands and links lead somewhere."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from support import separated_cells
+from torch import nn
+from torch.distributions import Normal
+
+from vmm_fast import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]}
+FENCED = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"^    (vmm-fast .*)$", re.MULTILINE)
+RUN = "docs/start/file.md"  # its commands run, too
+TRAINED = "docs/tutorials/tree.md"  # two epochs give one cluster, whose tree has nothing to cut
+SLOW = {
+    name: pytest.mark.slow("trains models of scvi-tools, draws pictures, or trains to the end")
+    for name, path in PAGES.items()
+    if "from vmm_fast.scvi" in path.read_text() or name in (RUN, TRAINED)
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, and its line there."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks(name):
+    """Return the blocks of Python and of shell of a page, in order."""
+    text = PAGES[name].read_text()
+    return [Block(*m.groups(), text[: m.start()].count("\n") + 2) for m in FENCED.finditer(text)]
+
+
+def commands(shell):
+    """Return the arguments of every ``vmm-fast`` command of some lines of shell."""
+    lines = [shlex.split(x, comments=True) for x in shell.replace("\\\n", " ").splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["vmm-fast"]]
+
+
+WITH_PYTHON = [
+    pytest.param(name, marks=SLOW.get(name, ()))
+    for name in PAGES
+    if any(block.language == "python" for block in blocks(name))
+]
+
+
+def shortened(fit):
+    return lambda *args, epochs, **options: fit(*args, epochs=2, **options)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, name):
+    """Change to a folder of the page's own and return it. Trainings have two epochs."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("vmm_fast.models", "vmm_fast.arrays.clustering") if name != TRAINED else ():
+        monkeypatch.setattr(f"{module}.fit", shortened(importlib.import_module(module).fit))
+    return tmp_path
+
+
+@pytest.fixture
+def cells(folder, monkeypatch):
+    """Write the files of cells that pages read."""
+    scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    monkeypatch.setattr(scvi.settings, "logging_dir", folder / "logs")
+    start = scvi.train.Trainer.__init__
+
+    def start_short(self, *args, max_epochs=None, **options):
+        start(self, *args, **{**options, "max_epochs": 2})
+
+    monkeypatch.setattr(scvi.train.Trainer, "__init__", start_short)
+    adata = separated_cells()
+    random = np.random.default_rng(0)
+    adata.obsm["protein_expression"] = random.poisson(5.0, (adata.n_obs, 6)).astype(np.float32)
+    for name in ("cells", "atlas", "cite-seq"):
+        adata.write_h5ad(f"{name}.h5ad")
+    return adata
+
+
+def network():
+    """Return the names that README's training loop takes for granted."""
+    torch.manual_seed(0)
+    body, decoder = nn.Linear(64, 16), nn.Linear(8, 64)
+    x = torch.randn(120, 64)
+    return {
+        "x": x,
+        "batches": x.split(40),
+        "encoder": lambda x: Normal(body(x)[:, :8], body(x)[:, 8:].exp()),
+        "reconstruction": lambda x, z: (x - decoder(z)).square().sum(1),
+        "optimizer": torch.optim.Adam([*body.parameters(), *decoder.parameters()]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages, and that so short trainings give
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_of_a_page_runs(name, folder, request):
+    """In one namespace, block by block, with the commands of the page that has files for them."""
+    if "import lightning" in PAGES[name].read_text():
+        pytest.importorskip("lightning", reason="lightning is not installed")
+    namespace = network()
+    if "from vmm_fast.scvi" in PAGES[name].read_text():
+        namespace["adata"] = request.getfixturevalue("cells")
+    for block in blocks(name):
+        if block.language == "python":
+            lines = "\n" * (block.line - 1) + block.code  # so that an error tells the page's line
+            exec(compile(lines, str(PAGES[name]), "exec"), namespace)
+        elif name == RUN:
+            assert {cli.main(arguments) for arguments in commands(block.code)} == {0}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_a_page_are_understood(name):
+    shell = "".join(block.code for block in blocks(name) if block.language == "sh")
+    for arguments in commands(shell + "\n".join(INDENTED.findall(PAGES[name].read_text()))):
+        cli._parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[name].read_text()):
+        if not target.startswith("http"):
+            assert (PAGES[name].parent / target).exists(), target
+
+
+def test_pictures_are_small():
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs/images").iterdir()}
+    assert sizes and max(sizes.values()) < 200_000, sizes
