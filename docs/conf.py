@@ -54,7 +54,11 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "questions": []}
+
+
+# Text in backticks; else bars of a formula, asterisks in a shape, the full stop of a lone symbol.
+NO_MARKUP = re.compile(r"(`[^`]+`)|\||(?<=\[)\*(?=\w)|(?<=, )\*(?=\w)|(?<=^ {4}[A-Z])\.$")
 
 
 def show_formulas(app, what, name, obj, options, lines):
@@ -68,8 +72,8 @@ def show_formulas(app, what, name, obj, options, lines):
         indented = line.startswith("    ") and not in_sections
         if indented and not lines[number - 1].strip() and not before.startswith((" ", "-")):
             shown += [] if before.endswith("::") else ["::", ""]
-        if not indented and "`" not in line:
-            line = line.replace(", *", r", \*").replace("|", r"\|")
+        if not indented:
+            line = NO_MARKUP.sub(lambda found: found[1] or f"\\{found[0]}", line)
         shown.append(line)
         before = line if line.strip() else before
     lines[:] = shown

@@ -26,7 +26,7 @@ class CommandReference(SphinxDirective):
         found.append(nodes.literal_block(usage, usage, language="text", classes=["usage"]))
         options = nodes.definition_list()
         for action in parser._actions:
-            if action.help is argparse.SUPPRESS:
+            if isinstance(action, argparse._HelpAction):
                 continue
             value = action.metavar or (
                 "{" + ",".join(action.choices) + "}" if action.choices else ""
