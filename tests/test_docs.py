@@ -22,9 +22,12 @@ INDENTED = re.compile(r"^    (vmm-fast .*)$", re.MULTILINE)
 RUN = "docs/start/file.md"  # its commands run, too
 TRAINED = "docs/tutorials/tree.md"  # two epochs give one cluster, whose tree has nothing to cut
 SLOW = {
-    name: pytest.mark.slow("trains models of scvi-tools, draws pictures, or trains to the end")
-    for name, path in PAGES.items()
-    if "from vmm_fast.scvi" in path.read_text() or name in (RUN, TRAINED)
+    RUN: "draws pictures",
+    TRAINED: "trains to the end",
+    "docs/start/torch.md": "trains to the end",
+    "docs/tutorials/cells.md": "trains, and draws a UMAP",
+    "docs/tutorials/labels.md": "trains two models",
+    "docs/tutorials/query.md": "trains two models",
 }
 
 
@@ -49,7 +52,7 @@ def commands(shell):
 
 
 WITH_PYTHON = [
-    pytest.param(name, marks=SLOW.get(name, ()))
+    pytest.param(name, marks=pytest.mark.slow(SLOW[name]) if name in SLOW else ())
     for name in PAGES
     if any(block.language == "python" for block in blocks(name))
 ]

@@ -501,7 +501,7 @@ def test_a_component_s_samples_are_its_own(monkeypatch):
     mixture = Components(20 * torch.eye(dim)[:3], torch.full((3,), -math.log(3)), narrow)
     monkeypatch.setattr(model.module, "components", lambda: mixture)
     samples = model.get_component_expression(
-        [2, 0], n_samples=5, transform_batch="batch 0", return_mean=False
+        np.array([0, 2])[::-1], n_samples=5, transform_batch="batch 0", return_mean=False
     )
     np.testing.assert_allclose(samples, samples[:1].repeat(5, 0), rtol=0.05)
     assert not np.allclose(samples[0, 0], samples[0, 1], rtol=0.05)

@@ -99,7 +99,7 @@ class ComponentExpression(LatentPriorModel):
         n_samples = check_integer("n_samples", n_samples)
         mixture = self.module.components()
         every = range(mixture.num_components)
-        chosen = torch.tensor(np.asarray(every if components is None else components))
+        chosen = torch.tensor(np.ascontiguousarray(every if components is None else components))
         z = mixture.sample(n_samples * len(chosen), chosen.repeat(n_samples).to(self.device))
         batches = _get_batch_code_from_category(self.adata_manager, transform_batch)
         names = self.get_var_names()
