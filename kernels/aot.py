@@ -31,7 +31,6 @@ from triton.runtime.jit import JITFunction
 from vmm_fast.inference.empirical_bayes import Objective
 from vmm_fast.inference.map_objective import LOG_WEIGHT_FLOOR
 from vmm_fast.kernels import (
-    closed_form,
     components,
     counts,
     empirical_bayes,
@@ -138,7 +137,7 @@ class Row(NamedTuple):
 
 _KERNELS: dict[str, JITFunction] = {
     kernel.__name__: kernel
-    for module in (closed_form, components, counts, empirical_bayes, groups, log_prob, sums)
+    for module in (components, counts, empirical_bayes, groups, log_prob, sums)
     for kernel in vars(module).values()
     if isinstance(kernel, JITFunction) and kernel.__name__.endswith("_kernel")
 }
@@ -212,7 +211,6 @@ def launches(
                 if dim <= LARGEST_COMPONENT_DIM:
                     _launch_on_components(dtype, dim)
                     _launch_empirical_bayes(dtype, dim)
-                    _launch_closed_form(dtype, dim)
             _launch_on_counts(dtype)
     return found
 
@@ -283,29 +281,6 @@ def _launch_empirical_bayes(dtype: torch.dtype, dim: int) -> None:
             parameters = (diagonal, scale, full, empty(number), empty(1))
             empirical_bayes.map_gradients(
                 *parameters, empty(count, dim), objective, 1.0, 0.0, LOG_WEIGHT_FLOOR
-            )
-
-
-def _launch_closed_form(dtype: torch.dtype, dim: int) -> None:
-    number, count = 100, 256
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    full, diagonal = empty(number, dim, dim), empty(number, dim)
-    sums = [x.double() for x in (empty(number), diagonal, full, diagonal)]
-    running = (*sums, empty((), dtype=torch.int64))
-    for scale, free_centers in ((None, False), (diagonal, False), (full, False), (None, True)):
-        for map_prior in ("none", "learnt"):
-            objective = Objective(map_prior, "dirichlet", 0.0, True, count)
-            closed_form.online_step(
-                *(diagonal, scale, full, empty(number), empty(1)),
-                empty(count, dim),
-                running,
-                objective,
-                (True,) * 4,
-                *(0.1, free_centers),
-                *(1.0, LOG_WEIGHT_FLOOR),
             )
 
 

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from vmm_fast.backends import plain
-from vmm_fast.kernels import closed_form, components, empirical_bayes, groups, sums
+from vmm_fast.kernels import components, empirical_bayes, groups, sums
 from vmm_fast.kernels import counts as count_kernels
 from vmm_fast.kernels import log_prob as log_prob_kernels
 from vmm_fast.kernels.launch import LARGEST_DIM as LARGEST_DIM
@@ -171,4 +171,3 @@ def count_log_prob_backward(
 
 
 map_gradients = empirical_bayes.map_gradients
-online_step = closed_form.online_step

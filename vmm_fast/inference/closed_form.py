@@ -189,11 +189,11 @@ def maximise_concentration(mass: Tensor) -> float:
     - 1 / gamma, with alpha = 1 / gamma ~ Gamma(1, 1). The slope in log gamma is bisected in float64
     between 1e-6 and 1e6; if counts are more even than any gamma explains, the result is 1e6.
     """
-    mass = mass.double()
+    mass = mass.double().cpu()  # each step of the bisection would wait for a GPU
     count, total = len(mass), mass.sum()
 
     def slope(t: float) -> float:
-        gamma = torch.as_tensor(math.exp(t), dtype=torch.float64, device=mass.device)
+        gamma = torch.as_tensor(math.exp(t), dtype=torch.float64)
         a = gamma / count
         shares = (torch.digamma(mass + a) - torch.digamma(a)).mean()
         return float(

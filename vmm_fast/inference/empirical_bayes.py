@@ -1,10 +1,10 @@
 """The empirical-Bayes steps of a Bayesian mixture, in compiled code where there is any.
 
 The core (``csrc/empirical_bayes.h``, with formulas and sources) serves parameters in float32 or
-float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py`` and
-the online step in closed form from ``kernels/closed_form.py``. Elsewhere, and beyond
-:data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions, the same steps run in plain torch:
-:mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their definitions.
+float64 on a CPU, in eager mode. On GPUs the gradients come from ``kernels/empirical_bayes.py``, up
+to :data:`vmm_fast.operations.LARGEST_COMPONENT_DIM` dimensions. Elsewhere the same steps run in
+plain torch: :mod:`map_objective`, differentiated by autograd, and :mod:`closed_form` are their
+definitions.
 This module alone decides which code runs.
 """
 
@@ -27,7 +27,6 @@ from vmm_fast.backends.plain import check_log_weights
 from vmm_fast.dispatch import is_transformed
 from vmm_fast.inference import closed_form, map_objective
 from vmm_fast.inference.closed_form import Statistics
-from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
 from vmm_fast.operations import LARGEST_COMPONENT_DIM
 from vmm_fast.reference import precision_cholesky
@@ -514,12 +513,15 @@ def online_step(
         The batch's sums, if they are known already.
     """
     if sums is None:
-        if _online_step_in_kernels(parameters, z, running, objective, rate, free_centers):
-            return
         sums, _ = statistics(parameters, z)
     sums, (count,) = closed_form.summed_over_processes(sums, len(z))
     suffix = _in_core(parameters)
     if suffix is None:
+        if not sums.M.isfinite().all():  # the core refuses such points as it sums
+            raise FloatingPointError(
+                "the points' sums must be finite, but are not; the prior is unchanged. Check the "
+                "encoder's output"
+            )
         batch = sums.scaled(1 / count)
         if running.steps == 0:
             old = closed_form.matching_statistics(parameters.components())
@@ -550,51 +552,3 @@ def online_step(
         running.steps,
     )
     _written(parameters, free_centers)
-
-
-def _online_step_in_kernels(
-    parameters: MixtureParameters,
-    z: Tensor,
-    running: Running,
-    objective: Objective,
-    rate: float,
-    free_centers: bool,
-) -> bool:
-    """Take the step in the kernels and return True; False if they do not serve these arguments.
-
-    They do not sum over processes.
-    """
-    z = _widened(z)
-    written = (*running.sums, *parameters[:1]) if free_centers else running.sums
-    if (
-        core_serves(z)
-        or number_of_processes() > 1
-        or not _alike(parameters, z)
-        or not all(x.is_contiguous() for x in written)
-    ):
-        return False
-    count, dim = len(parameters.logits), z.shape[1]
-    moves = [x.requires_grad for x in (parameters.centers, *parameters[2:])]
-    mass = in_kernels(
-        "online_step",
-        z,
-        dim,
-        (
-            *(x if x is None else in_memory(x.detach()) for x in (*parameters, z)),
-            (*running.sums, running.steps),
-            objective,
-            moves,
-            rate,
-            free_centers,
-            map_objective.wishart_scale(count, dim),
-            map_objective.LOG_WEIGHT_FLOOR,
-        ),
-    )
-    if mass is None:
-        return False
-    _written(parameters, free_centers)
-    sticks = objective.weights == "stick-breaking" and objective.map_prior != "none"
-    # This waits for the device: the number of sticks depends on how many components are pruned.
-    if sticks and mass.isfinite().all():
-        _maximise_weights_in_torch(parameters, mass, objective)
-    return True
