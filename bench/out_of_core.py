@@ -34,7 +34,7 @@ from torch import Tensor
 from bench import alone, atlas, steps
 from bench.measurement import OPTIONS, SCVI, Check, Measurement, Run, exponent, relative
 from bench.records import Row, select
-from bench.steps import LIMITS, NORMAL, REASON, SILENT, STOCK, VMM
+from bench.steps import NORMAL, SILENT, STOCK, VMM
 from bench.tables import compared, duration, table
 from bench.timing import quantiles
 
@@ -304,11 +304,7 @@ def least_gain(row: Row) -> float:
 
 def checks(rows: Sequence[Row]) -> Iterator[Check]:
     """Yield epochs next to SCVI's, memory, and the loader."""
-    for row in select(rows, mode=EPOCH, provider=VMM):
-        if row["B"] in LIMITS:
-            target, limit = "scVI training epoch in memory, VMM, against SCVI", LIMITS[row["B"]]
-            case = f"B = {row['B']}"
-            yield Check(target, case, row["times stock"], limit, False, reason=REASON)
+    yield from steps.scvi_checks(select(rows, mode=EPOCH), "scVI training epoch in memory")
     whole = {row["cells"]: row["peak_bytes"] for row in select(rows, mode=INTEGRATE)}
     if whole:
         cells, target = max(whole), "memory of vmm-fast integrate from disk"

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 
 from vmm_fast import _core
 from vmm_fast._files import write_atomically
+from vmm_fast._text import counted
 
 RESULTS = Path(__file__).parent / "results"
 # Real data, which are not part of the project.
@@ -53,16 +54,18 @@ def environment() -> dict[str, Any]:
         cwd=Path(__file__).parent,
         check=False,
     ).stdout.strip()
+    cpu, instructions, threads = _cpu_name(), _core.instruction_set(), torch.get_num_threads()
     return {
+        "machine": f"{cpu}, {instructions}, {counted(threads, 'thread')}",
         "revision": revision,
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "instruction_set": _core.instruction_set(),
+        "cpu": f"{cpu}, {os.cpu_count()} cores",
+        "instruction_set": instructions,
         "openmp": _openmp_runtimes(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
     }
 
 
@@ -90,6 +93,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Read JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each processor and number of threads, in the order of the first ones."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["machine"], []).append(row)
+    return found
 
 
 def select(rows: Iterable[Row], **fields: Any) -> list[Row]:

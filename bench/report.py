@@ -8,20 +8,22 @@ from pathlib import Path
 
 from bench import figures
 from bench.measurement import Check, Measurement
-from bench.records import Row, read_rows
+from bench.records import Row, by_machine, read_rows
 from bench.registry import MEASUREMENTS
 from bench.tables import table, write_text
 
 ABOUT = ("date", "revision", "cpu", "instruction_set", "openmp", "python", "torch", "numpy")
 
 
-def target_table(found: Sequence[Check]) -> str:
-    """Return each target with what was measured and the verdict."""
-    lines = []
-    for check in found:
-        verdict = check.verdict if check.met else f"**{check.verdict}**"
-        lines.append((check.target, check.case, check.measured, check.asked, verdict))
-    return table(("work", "(B, J, D)", "measured", "asked", ""), lines)
+def target_table(found: Iterable[tuple[str, Check]]) -> str:
+    """Return each target with what was measured on each machine; what misses it is bold."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for machine, check in found:
+        shown = check.measured if check.met else f"**{check.measured}**"
+        lines.setdefault((check.target, check.case, check.asked), {})[machine] = shown
+    machines = list(dict.fromkeys(name for line in lines.values() for name in line))
+    cells = ([*key, *(line.get(name, "") for name in machines)] for key, line in lines.items())
+    return table(("work", "(B, J, D)", "asked", *machines), cells)
 
 
 def missed(found: Iterable[Check]) -> str:
@@ -38,18 +40,26 @@ def _section(measurement: Measurement, rows: Sequence[Row]) -> str:
     heading = measurement.heading or measurement.name.capitalize()
     text = f"\n## {heading}\n\n{measurement.introduction}\n\n"
     text += f"![]({measurement.name}.png)\n\n" * (measurement.plot is not None)
-    about = ", ".join(str(rows[0][key]) for key in ABOUT)
-    command = f"python -m bench {measurement.name} --threads {rows[0]['threads']}"
-    return f"{text}{measurement.tables(rows)}\n`{command}`: {about}.\n"
+    runs = []
+    for run in by_machine(rows).values():
+        about = ", ".join(str(run[0][key]) for key in ABOUT)
+        command = f"python -m bench {measurement.name} --threads {run[0]['threads']}"
+        runs.append(f"{measurement.tables(run)}\n`{command}`: {about}.\n")
+    return text + "\n".join(runs)
 
 
 def speed(parts: Iterable[tuple[Measurement, list[Row]]]) -> str:
     """Return the text of speed.md."""
     parts = list(parts)
-    found = [check for measurement, rows in parts for check in measurement.checks(rows)]
-    text = "# Speed\n\nOnly ratios within one table mean anything: the machine is shared.\n\n"
-    text += target_table(found)
-    if reasons := missed(found):
+    found = [
+        (machine, check)
+        for measurement, rows in parts
+        for machine, run in by_machine(rows).items()
+        for check in measurement.checks(run)
+    ]
+    text = "# Speed\n\nOnly ratios within one table mean anything: the machines are shared. "
+    text += f"What is bold misses its target.\n\n{target_table(found)}"
+    if reasons := missed(check for _, check in found):
         text += f"\n## What is missed\n\n{reasons}"
     return text + "".join(_section(*part) for part in parts)
 
@@ -68,7 +78,8 @@ def write(folder: Path, of: Iterable[Measurement] = tuple(MEASUREMENTS.values())
         elif measurement.name in parts:
             sections = True
             if measurement.plot is not None:
-                draw = partial(measurement.plot, rows=parts[measurement.name][1])
+                first, *_ = by_machine(parts[measurement.name][1]).values()
+                draw = partial(measurement.plot, rows=first)
                 written.append(figures.draw(folder / f"{measurement.name}.png", draw))
     if sections:
         written.append(write_text(folder / "speed.md", speed(parts.values())))

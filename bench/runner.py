@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import report
 from bench.measurement import Measurement, Run
-from bench.records import Row, command, environment, write_rows
+from bench.records import Row, command, environment, read_rows, write_rows
 from bench.tables import duration
 from bench.timing import threads
 
@@ -22,6 +22,13 @@ def _line(row: Row, common: Row) -> str:
     values = {k: v for k, v in row.items() if k not in common and k not in HIDDEN}
     shown = [f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in values.items()]
     return "  ".join([*shown, duration(row["p50"])] if "p50" in row else shown)
+
+
+def _elsewhere(path: Path, machine: str) -> list[Row]:
+    """Return the rows in a file that were made on other machines, which a run leaves there."""
+    return (
+        [row for row in read_rows(path) if row.get("machine") != machine] if path.exists() else []
+    )
 
 
 def run(measurement: Measurement, args: argparse.Namespace) -> int:
@@ -46,7 +53,8 @@ def run(measurement: Measurement, args: argparse.Namespace) -> int:
             if measurement.collect is not None:
                 rows = measurement.collect(args)
             if rows:
-                write_rows(folder / file, rows)
+                others = _elsewhere(folder / file, common["machine"]) if measurement.tables else []
+                write_rows(folder / file, [*others, *rows])
     if rows:
         for path in report.write(folder, [measurement]):
             print(path)

@@ -23,6 +23,7 @@ from bench import (
     limits,
     peers,
     providers,
+    records,
     runner,
     settings,
     throughput,
@@ -32,6 +33,7 @@ from bench.problems import Size, whitened
 from bench.records import RESULTS, command, read_rows, select
 from bench.registry import ALL, MEASUREMENTS
 from bench.timing import quantiles, take_turns
+from vmm_fast import _core
 
 BACKWARD, PARAMETERS = "forward + backward", "forward + backward from (m, S, L, pi)"
 
@@ -145,6 +147,24 @@ def test_rows_are_kept_where_a_later_one_fails(bench, tmp_path, monkeypatch):
     (row,) = read_rows(tmp_path / "step-unfinished.jsonl")
     assert not (tmp_path / "step.jsonl").exists()
     assert (row["part"], row["mode"], row["threads"]) == ("step", "one", 2)
+
+
+def test_rows_of_other_machines_stay_and_have_columns_of_their_own(bench, tmp_path, monkeypatch):
+    def rows(run):
+        times = {"N(0, I)": 1.0, "VMM, gradient": runs.pop(0)}
+        for provider, time in times.items():
+            yield {"mode": "step", "provider": provider, "B": 256, "p50": time}
+
+    monkeypatch.setitem(MEASUREMENTS, "step", MEASUREMENTS["step"]._replace(rows=rows))
+    runs = [1.5, 1.25, 1.0]
+    for cpu in ("old", "new", "new"):
+        monkeypatch.setattr(records, "_cpu_name", lambda cpu=cpu: cpu)
+        assert bench("step", "--out", tmp_path, "--threads", 1)[0] == 0
+    page = (tmp_path / "speed.md").read_text()
+    names = [f"{cpu}, {_core.instruction_set()}, 1 thread" for cpu in ("old", "new")]
+    assert f"| asked | {names[0]} | {names[1]} |" in page
+    assert "| B = 256 | at most 1.1x | **1.5x** | 1x |" in page
+    assert page.count("`python -m bench step --threads 1`") == 2
 
 
 def test_wrong_results_are_not_timed(monkeypatch):
