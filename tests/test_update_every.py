@@ -238,8 +238,10 @@ def test_without_update_every_mixture_is_new():
     [
         lambda prior: setattr(prior, "logits", torch.linspace(-1, 1, 8)),
         lambda prior: setattr(prior, "precision_cholesky", 2 * prior.precision_cholesky),
+        lambda prior: torch.nn.init.normal_(prior.logits),
+        lambda prior: setattr(prior, "_is_replica", True),
     ],
-    ids=["logits", "precisions"],
+    ids=["logits", "precisions", "in place", "replica"],
 )
 def test_a_change_from_outside_counts_at_once(change):
     encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()

@@ -283,6 +283,7 @@ class LearntPrior(Prior):
         rate = self.options.learning_rate * self.options.update_every
         self._adam = PrivateAdam(parameters, rate) if parameters and not self.joint else None
         self._since = _SinceStep()
+        self._versions: list[int] = []
 
     @property
     def is_due(self) -> bool:
@@ -295,8 +296,9 @@ class LearntPrior(Prior):
         """Return the estimate -H(q) - log p(z) of KL(q || p) [B] in nats; see :meth:`Prior.kl`.
 
         In training mode the mixture of the first call after an empirical-Bayes step serves all
-        calls up to the next step: those that follow without a gradient to the encoder at the
-        pseudo-inputs, and the first with that of all. Compiled code builds the mixture each time.
+        calls up to the next step, which must have the same encoder: those that follow without a
+        gradient to the encoder at the pseudo-inputs, and the first with that of all. It is built
+        anew after the prior's parameters have changed, and in each call of compiled code.
         """
         if not self._keeps_mixture():
             return super().kl(q, encoder, z)
@@ -311,8 +313,18 @@ class LearntPrior(Prior):
             components = components.map(partial(_weighted, weight=1 + since.reused))
         found = components.kl(self._check_posterior(q), z)
         # Copied: a posterior's scale may be a parameter of the network, which moves in place.
-        since.kept, since.reused = components.detach().map(torch.clone), 0
+        self._keep(components.detach().map(torch.clone))
+        since.reused = 0
         return found
+
+    def _keep(self, mixture: Components | None) -> None:
+        """Let the following calls of kl take a mixture, as long as no parameter changes."""
+        self._since.kept = mixture
+        self._versions = self._parameter_versions()
+
+    def _parameter_versions(self) -> list[int]:
+        """Return a number for each own parameter that any change in place raises."""
+        return [x._version for x in self._parameters.values() if x is not None]
 
     def _keeps_mixture(self) -> bool:
         """Return whether kl keeps the mixture between two empirical-Bayes steps."""
@@ -320,6 +332,7 @@ class LearntPrior(Prior):
             self.options.update_every > 1
             and self.training
             and not self.joint
+            and not getattr(self, "_is_replica", False)  # of DataParallel, on another device
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not is_transformed()
@@ -327,7 +340,8 @@ class LearntPrior(Prior):
 
     def _kept_mixture(self) -> Components | None:
         """Return the mixture that the next kl takes again, None if it builds one."""
-        return self._since.kept if self._since.reusable and self._keeps_mixture() else None
+        reusable = self._since.reusable and self._versions == self._parameter_versions()
+        return self._since.kept if reusable and self._keeps_mixture() else None
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Take an empirical-Bayes step if it is due: the prior moves, the network stands still.
@@ -356,7 +370,7 @@ class LearntPrior(Prior):
             since.calls, since.kept = 0, None
         else:
             if since.calls == 1 and since.kept is not None:  # as in all processes
-                since.kept = _averaged(since.kept)
+                self._keep(_averaged(since.kept))
             self._follow(z, encoder)
         since.calls += 1
         since.reusable = True
@@ -372,8 +386,13 @@ class LearntPrior(Prior):
         """Move and cast as a module does, the mixture that kl keeps too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._since.kept is not None:
-            self._since.kept = self._since.kept.map(fn)
+            self._keep(self._since.kept.map(fn))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose parameters' versions are counted from 0 again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._versions = self._parameter_versions()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a parameter has changed, the mixture is built anew."""
@@ -452,7 +471,7 @@ class LearntPrior(Prior):
         if self._since.kept is not None:
             device = next(itertools.chain(self.parameters(), self.buffers())).device
             kept = state["since_step"]["kept"].items()
-            self._since.kept = Components(**{name: x.to(device) for name, x in kept})
+            self._keep(Components(**{name: x.to(device) for name, x in kept}))
 
     def check_extra_state(self, state: Any) -> None:
         """Raise ValueError if a state does not fit; states of old versions have no options."""

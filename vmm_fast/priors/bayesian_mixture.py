@@ -211,7 +211,7 @@ class BayesianMixturePrior(LearntPrior):
             centers, scale = kept.centers, kept.scale
         self._online_step(centers, scale, z)
         if kept is not None:
-            self._since.kept = self._mixture(centers, scale).detach()
+            self._keep(self._mixture(centers, scale).detach())
 
     @torch.no_grad()
     def _online_step(
