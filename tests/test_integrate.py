@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from support import (
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import anndata
+import h5py
 import scanpy
 from anndata import AnnData
 from scipy.sparse import csc_matrix, csr_matrix

@@ -2,15 +2,15 @@
 
 import re
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.sparse import csc_matrix
 from support import assigned, cells_of, complaint, integrated, make_cells, written
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+import anndata
+from scipy.sparse import csc_matrix
 from test_integrate import FILES, resume, same_results, stop, table
 
 from vmm_fast.cells import CellStore, integration, selection, writing

@@ -5,11 +5,14 @@ import shutil
 import signal
 import tracemalloc
 
-import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
+
+pytest.importorskip("scvi", reason="scvi-tools is not installed")
+
+import anndata
+import h5py
 from anndata import AnnData, read_h5ad, settings
 from anndata.io import write_elem
 from scipy.io import mmwrite
