@@ -221,9 +221,9 @@ Half of a step at 512 cells are the network's own products and a third the log-l
 prior takes a thirtieth to a tenth. A sparse first layer would save a twentieth at most where a \
 tenth of the counts are above 0, and loses where a quarter are."""
 IMAGE_REASON = """\
-Rows of before `update_every`: the pseudo-inputs are encoded twice in every step, which at J = 100 \
-and B = 256 is a third of all products of the step with N(0, I). Next: measure it with twice in \
-eight steps."""
+Twice in eight steps the pseudo-inputs are encoded; the closed form sums over the points in each \
+step besides, and builds the mixture anew. Rows of two runs differ by a tenth where the machine is \
+shared. Next: a quiet machine, more repeats."""
 
 
 def image_checks(rows: Sequence[Row]) -> Iterator[Check]:
