@@ -187,6 +187,7 @@ def _since(start: tuple[float, float]) -> dict[str, float]:
 def load(path: str, batch_size: int) -> dict[str, Any]:
     """Take an epoch of batches and do nothing with them."""
     from vmm_fast.cells import CellStore
+    from vmm_fast.scvi.columns import cell_columns
     from vmm_fast.scvi.loading import CellBatches
 
     with CellStore(path) as store:
@@ -194,7 +195,9 @@ def load(path: str, batch_size: int) -> dict[str, Any]:
         codes = store.column("batch").codes
         starts = np.arange(0, store.n_obs, store.run)
         stops = np.minimum(starts + store.run, store.n_obs)
-        batches = CellBatches(store, codes, starts, stops, batch_size=batch_size, seed=0)
+        batches = CellBatches(
+            store, cell_columns(codes), starts, stops, batch_size=batch_size, seed=0
+        )
         return {"loaded": sum(len(batch["X"]) for batch in batches), **_since(start)}
 
 

@@ -563,12 +563,15 @@ def test_a_missing_extra_names_the_cure(npy, tmp_path, capsys, monkeypatch):
 
 def test_help_and_version(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for arguments in (["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)):
+    for arguments in (["--help"], ["--version"], *([c, "--help"] for c in [*COMMANDS, "sweep"])):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 0
         shown = capsys.readouterr().out
         assert shown and max(map(len, shown.splitlines())) <= 90
+        # It fits on a screen, with an example.
+        assert len(shown.splitlines()) <= 50
+        assert len(arguments) == 1 or f"\n  vmm-fast {arguments[0]} " in shown
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch):

@@ -24,6 +24,7 @@ from vmm_fast._files import load_checked, save_atomically  # noqa: E402
 from vmm_fast.cells import CellStore, integration, selection  # noqa: E402
 from vmm_fast.cells.settings import Settings  # noqa: E402
 from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, MemoryCells, checkpoints, loading  # noqa: E402
+from vmm_fast.scvi.columns import cell_columns  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,7 +47,8 @@ def batches_of(cells, window=50, **options):
     starts = np.arange(0, cells.n_obs, cells.run)
     stops = np.minimum(starts + cells.run, cells.n_obs)
     loading.WINDOW = window
-    return loading.CellBatches(cells, np.arange(cells.n_obs) % 7, starts, stops, **options)
+    columns = cell_columns(np.arange(cells.n_obs) % 7)
+    return loading.CellBatches(cells, columns, starts, stops, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +160,7 @@ def test_genes_and_what_is_refused():
         batches_of(Cells(20, 3), rank=21, world_size=22)
     with pytest.raises(ValueError, match=r"held_out must be in \[0, 1\), but is 1"):
         CellDataModule(Cells(20, 3), np.zeros(20, int), held_out=1)
-    with pytest.raises(ValueError, match="batches must be of all 20 cells, but there are 19"):
+    with pytest.raises(ValueError, match="batch must be of all 20 cells, but there are 19"):
         CellDataModule(Cells(20, 3), np.zeros(19, int))
 
 

@@ -199,18 +199,20 @@ def test_cells_find_the_batches_of_a_model_by_text(tmp_path, on_disk):
     ):
         adata.obs["batch"] = np.repeat(values, 4)
         adata.write_h5ad(tmp_path / "a.h5ad")
-        batches = pd.Index(known, dtype=object)
-        saved = assignment.SavedModel(None, tmp_path, genes, None, "batch", batches)
+        columns = {"batch": {"batch": np.array(known, dtype=object)}}
+        saved = assignment.SavedModel(None, tmp_path, genes, None, columns)
         with CellStore(tmp_path / "a.h5ad") as store:
             found = assignment.match(store if on_disk else adata, saved)
-        assert found.batches.tolist() == [0] * 4 + [1] * 4 + [assignment.UNKNOWN_BATCH] * 4
+        expected = [0] * 4 + [1] * 4 + [assignment.UNKNOWN] * 4
+        assert found.columns["batch"][:, 0].tolist() == expected
         assert "a batch that the model does not know" in found.notes[0]
 
 
 def test_cells_with_numbered_genes_are_matched_by_position_with_a_note(tmp_path):
     adata = AnnData(csr_matrix(COUNTS.astype(np.float32)))
     genes = adata.var_names[[3, 1]]
-    saved = assignment.SavedModel(None, tmp_path, genes, None, None, pd.Index([0]))
+    columns = {"batch": {"_scvi_batch": np.array([0])}}
+    saved = assignment.SavedModel(None, tmp_path, genes, None, columns)
     found = assignment.match(adata, saved)
     assert found.notes == notes_on_genes(adata.var_names) and len(found.notes) == 1
     counts = found.counts.read(np.array([0]), np.array([12])).toarray()

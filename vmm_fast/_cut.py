@@ -22,10 +22,16 @@ class Cut:
         If there are to be more clusters than components.
     """
 
-    components: Annotated[int, whole(1)]
-    resolution: Annotated[float | None, optional(AT_LEAST_0)] = None
-    separation: Annotated[float | None, optional(SHARE)] = None
-    clusters: Annotated[int | None, optional(whole(1))] = None
+    components: Annotated[int, whole(1), "C", "Gaussians at most (default: 10 to 100, by size)"]
+    resolution: Annotated[
+        float | None, optional(AT_LEAST_0), "R", "higher gives more clusters (default: 2)"
+    ] = None
+    separation: Annotated[
+        float | None, optional(SHARE), "P", "clusters confused less stay apart (default: 0.02)"
+    ] = None
+    clusters: Annotated[
+        int | None, optional(whole(1)), "N", "number of clusters, instead of these"
+    ] = None
 
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters > self.components:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from inspect import get_annotations
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -74,6 +76,16 @@ def plain(name: str, value: Any) -> None:
     """Accept only a text, a number, True, False or None."""
     if not isinstance(value, str | int | float | None):
         _refuse(name, "a text or a number", value)
+
+
+def one_of(*choices: str) -> Rule:
+    """Return a rule that accepts only these texts."""
+
+    def rule(name: str, value: Any) -> None:
+        if value not in choices:
+            _refuse(name, f"one of {', '.join(choices)}", value)
+
+    return rule
 
 
 def whole(least: int = 0, most: int = MOST) -> Rule:
@@ -235,3 +247,32 @@ def rules_of(settings: type) -> dict[str, Rule]:
     """Return the rule of each field of a dataclass, from its ``Annotated`` type."""
     hints = get_type_hints(settings, include_extras=True)
     return {name: getattr(hint, "__metadata__", [anything])[0] for name, hint in hints.items()}
+
+
+class Option(NamedTuple):
+    """How a setting is given on the command line: as one value of a kind, or as several."""
+
+    rule: Rule
+    kind: type
+    several: bool
+    symbol: str
+    help: str
+
+
+def options_of(settings: type) -> dict[str, Option]:
+    """Return the fields of a dataclass that are options, those of its base classes last.
+
+    Their types are ``Annotated[kind, rule, symbol, help]``, where the kind may be None or a list.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    own = [get_annotations(base) for base in settings.__mro__]
+    found = {}
+    for name in dict.fromkeys(name for names in own for name in names):
+        rule, *described = hints[name].__metadata__
+        kind = hints[name].__origin__
+        if isinstance(kind, UnionType):
+            kind = next(one for one in get_args(kind) if one is not NoneType)
+        several = get_origin(kind) is list
+        if described:
+            found[name] = Option(rule, get_args(kind)[0] if several else kind, several, *described)
+    return found

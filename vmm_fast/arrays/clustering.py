@@ -46,11 +46,17 @@ SAMPLES = 10  # of each cluster, in the picture
 class Settings(Cut):
     """Settings of a run: all that it depends on besides its data."""
 
-    epochs: Annotated[int, whole(1)]
-    latent_dim: Annotated[int, whole(1)]
-    batch_size: Annotated[int, whole(1)]
-    learning_rate: Annotated[float, RATE]
-    seed: Annotated[int, whole()] = 0
+    epochs: Annotated[
+        int, whole(1), "N", "passes at most (default: 40, pictures 60; more for few rows)"
+    ]
+    latent_dim: Annotated[
+        int, whole(1), "D", "latent dimensions (default: 10, at most the columns)"
+    ]
+    batch_size: Annotated[
+        int, whole(1), "B", "rows per step (default: 16 to 64; 256 from 20,000 rows on)"
+    ]
+    learning_rate: Annotated[float, RATE, "R", "of the network (default: 0.001, pictures 0.002)"]
+    seed: Annotated[int, whole(), "N", "of all randomness (default: 0)"] = 0
 
     @classmethod
     def for_data(cls, data: Data, **given: Any) -> Settings:

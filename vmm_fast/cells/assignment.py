@@ -2,7 +2,7 @@
 
 Genes are matched by name. A cell of a batch that the model knows is encoded as of that batch, one
 of a new batch as of all known batches in equal shares: the model knows nothing about a new batch,
-so none is preferred.
+so none is preferred. Categories of covariates are taken likewise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from vmm_fast._files import check_archive
 from vmm_fast._folder import folder_of_model
 from vmm_fast._text import joined
 from vmm_fast.cells import frames
+from vmm_fast.cells.columns import column_of, numbers_of
 from vmm_fast.cells.integration import (
-    UNKNOWN_BATCH,
+    UNKNOWN,
     assigned,
     dendrogram,
     latent_means,
@@ -35,27 +36,26 @@ from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.selection import EARLIER, make_adata, notes_on_cell_names
 from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import write_adata, write_clustered
+from vmm_fast.scvi.columns import registered_columns
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
-from vmm_fast.scvi.model import VMMSCVI
+from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 from vmm_fast.scvi.saved import check_model
 
-HOW = ", whose cells are encoded as of all known batches in equal shares"
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
 class SavedModel(NamedTuple):
-    """A loaded model, its folder, and the genes and batches that new cells are matched with.
+    """A loaded model, its folder, and the genes and columns that new cells are matched with.
 
-    ``layer`` and ``batch_key`` name the layer and column of obs that had its cells' counts and
-    batches.
+    ``layer`` names the layer that had its cells' counts; ``columns`` are those of obs, as
+    :func:`vmm_fast.scvi.columns.registered_columns` returns them.
     """
 
-    model: VMMSCVI
+    model: VMMSCVI | VMMSCANVI
     folder: Path
     genes: pd.Index
     layer: str | None
-    batch_key: str | None
-    batches: pd.Index
+    columns: dict[str, dict[str, np.ndarray | None]]
 
 
 def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
@@ -65,8 +65,8 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     they are read. ``cut`` says where to cut the tree of clusters, as in
     :func:`vmm_fast.clusters.find_clusters`; by default the model's clusters stay.
 
-    Raises InputError if there is no model, or it has no clusters, or it needs more than the counts
-    and batch of a cell.
+    Raises InputError if there is no model, or it has no clusters, or it needs more than the counts,
+    batch and covariates of a cell.
     """
     folder = folder_of_model(path)
     damaged = InputError(f"{path}: model.pt in it is damaged or of no scvi-tools model")
@@ -86,24 +86,30 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
         name, setup = registry["model_name"], registry["setup_args"]
     except Exception:  # pickle raises many kinds
         raise damaged from None
-    if name != VMMSCVI.__name__:
-        raise InputError(f"{path}: must be a model of VMMSCVI, but is of {name}")
-    needed = [key for key, value in setup.items() if key not in ("layer", "batch_key") and value]
-    if needed:
+    kinds = {kind.__name__: kind for kind in (VMMSCVI, VMMSCANVI)}
+    if name not in kinds:
+        raise InputError(f"{path}: must be a model of {' or '.join(kinds)}, but is of {name}")
+    if setup.get("size_factor_key"):
         raise InputError(
-            f"{path}: must be a model without covariates, labels and size factors, but has "
-            f"{', '.join(needed)}; use VMMSCVI.load_query_data"
+            f"{path}: must be a model without size factors, but has them; use "
+            f"{name}.load_query_data"
         )
-    layer, key = setup["layer"], setup["batch_key"]
+    layer = setup["layer"]
     try:
-        field = registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]
-        batches = pd.Index(field["state_registry"]["categorical_mapping"], dtype=object)
-        # Some models cannot be made without cells: one of each batch is enough.
-        counts = csr_matrix(np.ones((len(batches), len(genes)), dtype=np.float32))
-        obs = pd.DataFrame({} if key is None else {key: batches}, index=batches.map(str))
+        columns = registered_columns(registry)
+        # Some models cannot be made without cells: enough for each category are.
+        named = [pair for of_key in columns.values() for pair in of_key.items()]
+        number = max(len(categories) for _, categories in named if categories is not None)
+        obs = pd.DataFrame(
+            {
+                key: np.zeros(number) if categories is None else np.resize(categories, number)
+                for key, categories in named
+            }
+        ).set_index(pd.RangeIndex(number).map(str))
+        counts = csr_matrix(np.ones((number, len(genes)), dtype=np.float32))
         with quiet():
             cells = make_adata(counts, obs, genes, layer)
-            model = VMMSCVI.load(str(folder), cells, trust=True)
+            model = kinds[name].load(str(folder), cells, trust=True)
     except MemoryError:
         raise
     except Exception:  # scvi-tools raises many kinds for a file whose parts do not fit together
@@ -124,7 +130,7 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         model.module.cluster_of_component.copy_(clusters.of_component)
-    return SavedModel(model, folder, genes, layer, key, batches)
+    return SavedModel(model, folder, genes, layer, columns)
 
 
 # --- cells that fit the model ---
@@ -133,43 +139,37 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
 class MatchedCells(NamedTuple):
     """Cells with the genes of a model, ready to be assigned, and notes on how they were matched.
 
-    ``batches`` has the index of each cell's batch [cells], UNKNOWN_BATCH if the model does not know
-    it.
+    ``columns`` has the index of each cell's batch and of its categories, UNKNOWN if the model does
+    not know it, and its numbers; see :func:`vmm_fast.scvi.columns.cell_columns`.
     """
 
     counts: CellSource
-    batches: np.ndarray
+    columns: dict[str, np.ndarray]
     notes: list[str]
 
 
 def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None) -> MatchedCells:
-    """Return cells with the model's genes and batches.
+    """Return cells with the model's genes, batches and covariates.
 
     Counts are those of ``layer``, by default the model's layer if the cells have it, else X; a
     store has its own. Raises InputError if the cells do not fit the model. The values of a store
     are checked later, when they are read.
     """
-    key = saved.batch_key
     more: list[str] = []
-    batch: pd.Categorical | None = None
     source: CellSource
     if isinstance(cells, CellStore):
         source, more = cells, notes_on_omissions("obs and var", ["counts", *cells.others])
         earlier = "vmm_cluster" in cells.dtypes or "obsm/X_vmm" in cells.others
-        if key in cells.dtypes:
-            batch = cells.column(key)
     else:
         if layer is None and saved.layer in cells.layers:
             layer = saved.layer
         source = MemoryCells(csr_matrix(counts_of(cells, layer, np.float32), dtype=np.float32))
         earlier = "vmm_cluster" in cells.obs or "X_vmm" in cells.obsm
-        if key in cells.obs:
-            batch = pd.Categorical(cells.obs[key])
     at, notes = _genes(cells.var_names, saved.genes)
-    batches, of_batches = _batches(batch, cells.n_obs, saved)
-    notes = [*notes_on_genes(cells.var_names), *notes, *of_batches]
+    columns, of_columns = _columns(cells, saved.columns)
+    notes = [*notes_on_genes(cells.var_names), *notes, *of_columns]
     notes += [*([EARLIER] if earlier else []), *notes_on_cell_names(cells), *more]
-    return MatchedCells(_OfGenes(source, at), batches, notes)
+    return MatchedCells(_OfGenes(source, at), columns, notes)
 
 
 def _genes(have: pd.Index, genes: pd.Index) -> tuple[np.ndarray, list[str]]:
@@ -202,31 +202,67 @@ class _OfGenes:
         return counts[:, self._at]
 
 
-def _batches(
-    batch: pd.Categorical | None, n_obs: int, saved: SavedModel
-) -> tuple[np.ndarray, list[str]]:
-    """Return the index of each cell's batch in the model, and notes.
+def _columns(
+    cells: AnnData | CellStore, registered: dict[str, dict[str, np.ndarray | None]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return a model's batches and covariates of the cells, and notes; labels play no part."""
+    found: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for key, columns in registered.items():
+        if key == REGISTRY_KEYS.LABELS_KEY:
+            continue
+        what = "batch" if key == REGISTRY_KEYS.BATCH_KEY else "category"
+        parts = []
+        for name, categories in columns.items():
+            if name == f"_scvi_{key}":  # the model has none
+                parts.append(np.zeros(cells.n_obs, dtype=np.int32))
+            elif categories is None:
+                if not _has(cells, name):
+                    raise InputError(
+                        f"must have {name!r} in obs, numbers that the model was trained with; add "
+                        "that column"
+                    )
+                parts.append(numbers_of(column_of(cells, name, name), f"{name!r} of obs:"))
+            else:
+                codes, more = _codes(cells, name, what, pd.Index(categories, dtype=object))
+                parts.append(codes)
+                notes += more
+        if parts:
+            found[key] = np.stack(parts, 1)
+    return found, notes
 
-    Without a column of batches (None), all cells are of an unknown batch.
+
+def _has(cells: AnnData | CellStore, key: str) -> bool:
+    return key in (cells.dtypes if isinstance(cells, CellStore) else cells.obs)
+
+
+def _codes(
+    cells: AnnData | CellStore, key: str, what: str, known: pd.Index
+) -> tuple[np.ndarray, list[str]]:
+    """Return the index of each cell's batch or category in the model, and notes.
+
+    Without that column all cells are of an unknown one.
     """
-    key = saved.batch_key
-    if key is None:
-        return np.zeros(n_obs, dtype=np.int32), []
-    if batch is None:
-        note = f"obs has no {key!r}, the model's batches: all cells are taken as of a new batch"
-        return np.full(n_obs, UNKNOWN_BATCH, dtype=np.int32), [note + HOW]
-    if missing := int((batch.codes < 0).sum()):
+    several = "batches" if what == "batch" else "categories"
+    how = f", whose cells are encoded as of all known {several} in equal shares"
+    n_obs = cells.n_obs
+    if not _has(cells, key):
+        note = f"obs has no {key!r}, the model's {several}: all cells are taken as of a new {what}"
+        return np.full(n_obs, UNKNOWN, dtype=np.int32), [note + how]
+    given = column_of(cells, key, key)
+    if missing := int((given.codes < 0).sum()):
         raise InputError(
-            f"{key!r} of obs: every cell must have a batch, {missing:,} of {n_obs:,} have none"
+            f"{key!r} of obs: every cell must have a {what}, {missing:,} of {n_obs:,} have none"
         )
-    known = frames.find(batch.categories, saved.batches)
-    codes = np.where(known < 0, UNKNOWN_BATCH, known).astype(np.int32)[batch.codes]
-    new = [str(batch.categories[i]) for i in pd.unique(batch.codes) if known[i] < 0]
+    at = frames.find(given.categories, known)
+    codes = np.where(at < 0, UNKNOWN, at).astype(np.int32)[given.codes]
+    new = [str(given.categories[i]) for i in pd.unique(given.codes) if at[i] < 0]
     if not new:
         return codes, []
     unknown = "that the model does not know"
-    what = f"a batch {unknown}" if len(new) == 1 else f"{len(new)} batches {unknown}"
-    return codes, [f"{what}: {joined(new, 5)}{HOW}"]
+    are = f"a {what} {unknown}" if len(new) == 1 else f"{len(new)} {several} {unknown}"
+    where = "" if what == "batch" else f" of {key!r}"
+    return codes, [f"{are}{where}: {joined(new, 5)}{how}"]
 
 
 # --- their clusters ---
@@ -268,7 +304,7 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
     read, or their values are not counts.
     """
     everything = np.array([0]), np.array([cells.counts.n_obs])
-    batches = CellBatches(cells.counts, cells.batches, *everything)
+    batches = CellBatches(cells.counts, cells.columns, *everything)
     with quiet():
         z = latent_means(saved.model, batches, progress=progress)
-        return Found(saved, z, assigned(saved.model.kept_clusters(), z))
+        return Found(saved, z, assigned(saved.model, z))

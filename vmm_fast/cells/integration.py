@@ -1,7 +1,8 @@
 """From counts to an integrated embedding with clusters: train, assign every cell, write.
 
 The model is trained on nine tenths of the cells and, if asked to, on the most variable genes alone.
-The loss of the other cells shows whether it still improves. Labels only colour and score.
+The loss of the other cells shows whether it still improves. Labels only colour and score, unless
+they are to be learnt.
 Clusters are groups of the model's components (:mod:`vmm_fast.clusters`); both are numbered by how
 many cells they hold, so "0" is the largest.
 """
@@ -43,17 +44,25 @@ from vmm_fast.cells.preparing import cells_bar
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.selection import OnDisk, counts_in
 from vmm_fast.cells.settings import Settings
-from vmm_fast.cells.writing import cluster_columns, write_adata, write_results, write_table
-from vmm_fast.clusters import Clusters, Confusion, order_by_size
+from vmm_fast.cells.writing import (
+    LABEL,
+    cluster_columns,
+    write_adata,
+    write_results,
+    write_table,
+)
+from vmm_fast.clusters import Confusion, order_by_size
 from vmm_fast.metrics import ACTIVE_SHARE, agreement
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
+from vmm_fast.scvi.latent_prior_model import LatentPriorModel
 from vmm_fast.scvi.loading import (
     WINDOW,
     CellBatches,
     CellDataModule,
+    CellSource,
     MemoryCells,
 )
-from vmm_fast.scvi.model import VMMSCVI
+from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 from vmm_fast.scvi.module import VMMVAE
 from vmm_fast.scvi.pseudo_cells import Cells
 
@@ -65,12 +74,13 @@ except ImportError:  # Windows: peak memory is not told there
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
     "clusters.csv": "cluster, its probability, entropy and component of every cell",
-    "model": "what VMMSCVI.load and vmm-fast assign take",
+    "model": "what VMMSCVI.load (VMMSCANVI.load with labels) and vmm-fast assign take",
+    "settings.toml": "the settings: integrate --config settings.toml repeats the run",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
 CHECKPOINT_SECONDS = 30  # between two checkpoints
 BAR_SECONDS = 0.5  # between two updates of the progress bar
-UNKNOWN_BATCH = -1  # of a cell whose batch is unknown: it is encoded as of all in equal shares
+UNKNOWN = -1  # batch or category that the model lacks: encoded as of all in equal shares
 DENDROGRAM = "dendrogram_vmm_cluster"  # the key of uns where scanpy looks for it
 
 
@@ -172,7 +182,7 @@ class _Progress(Callback):
         self.epoch += 1
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         # Lightning's own mean over an epoch is lost if a run is stopped within it; the ELBO is not.
-        metrics.pop("train_loss", None)
+        metrics = {name: x for name, x in metrics.items() if not name.startswith("train_")}
         loss = metrics["elbo_train"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}")
@@ -236,21 +246,18 @@ def integrate(
     try:
         with torch.random.fork_rng(devices=[]), quiet(), _in_one_process():
             scvi.settings.seed = settings.seed
-            VMMSCVI.setup_anndata(cells, layer=settings.layer, batch_key=settings.batch_key)
-            model = VMMSCVI(
-                cells,
-                n_components=settings.components,
-                n_latent=settings.latent_dim,
-                prior_kwargs={"learning_rate": settings.prior_learning_rate},
+            model = _model(cells, settings)
+            counts: CellSource = MemoryCells(counts_in(cells, settings.layer))
+            obs, genes = cells.obs, None
+            if on_disk is not None:
+                counts, obs, genes = on_disk.store, on_disk.obs, on_disk.genes
+            loading = CellDataModule(
+                counts,
+                **model.encode_obs(obs),
+                genes=genes,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
             )
-            if on_disk is None:
-                codes = model.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY)[:, 0]
-                counts = MemoryCells(counts_in(cells, settings.layer))
-                loading = CellDataModule(counts, codes, **_loading(settings))
-            else:
-                loading = CellDataModule(
-                    on_disk.store, on_disk.batches, genes=on_disk.genes, **_loading(settings)
-                )
             model.train(
                 settings.epochs,
                 datamodule=loading,
@@ -309,8 +316,26 @@ def _in_one_process() -> Iterator[None]:
             os.environ["SLURM_JOB_NAME"] = before
 
 
-def _loading(settings: Settings) -> dict[str, Any]:
-    return {"batch_size": settings.batch_size, "seed": settings.seed}
+def _model(cells: AnnData, settings: Settings) -> VMMSCVI | VMMSCANVI:
+    """Return a model for cells, which learns labels if there are any."""
+    labels = {"labels_key": settings.train_labels, "unlabeled_category": settings.unlabelled}
+    kind = VMMSCVI if settings.train_labels is None else VMMSCANVI
+    kind.setup_anndata(
+        cells,
+        layer=settings.layer,
+        batch_key=settings.batch_key,
+        categorical_covariate_keys=settings.categorical_covariates,
+        continuous_covariate_keys=settings.continuous_covariates,
+        **({} if kind is VMMSCVI else labels),
+    )
+    return kind(
+        cells,
+        n_components=settings.components,
+        n_latent=settings.latent_dim,
+        prior=settings.prior,
+        prior_kwargs={"learning_rate": settings.prior_learning_rate},
+        gene_likelihood=settings.likelihood,
+    )
 
 
 def _bar(steps: int, initial: int) -> Any:
@@ -333,11 +358,13 @@ def _peak_memory() -> float:
 
 
 @torch.inference_mode()
-def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False) -> np.ndarray:
+def latent_means(
+    model: LatentPriorModel, batches: CellBatches, *, progress: bool = False
+) -> np.ndarray:
     """Return the posterior means [cells, D] of the cells in `batches`.
 
-    A cell of UNKNOWN_BATCH is encoded as of all batches in equal shares. With `progress` a bar is
-    shown on stderr.
+    A cell of a batch or category that is UNKNOWN is encoded as of all in equal shares. With
+    `progress` a bar is shown on stderr.
     """
     module = model.module
     means = np.empty((batches.number, module.n_latent), dtype=np.float32)
@@ -353,17 +380,23 @@ def latent_means(model: VMMSCVI, batches: CellBatches, *, progress: bool = False
 
 def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
     """Return the cells of a mini-batch as the encoder sees them."""
-    log_counts = tensors[REGISTRY_KEYS.X_KEY].to(module.device).log1p()
-    categories: tuple[Tensor, ...] = ()
-    if module.encode_covariates:
-        index = tensors[REGISTRY_KEYS.BATCH_KEY].to(module.device)
-        of_one = one_hot(index[:, 0].clamp(min=0), module.n_batch).to(log_counts.dtype)
-        categories = (of_one.where(index != UNKNOWN_BATCH, 1 / module.n_batch),)
-    return Cells(log_counts, categories, log_counts[:, :0])
+    tensors = {key: values.to(module.device) for key, values in tensors.items()}
+    log_counts = tensors[REGISTRY_KEYS.X_KEY].log1p()
+    if not module.encode_covariates:
+        return Cells(log_counts, (), log_counts[:, :0])
+    keys = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY)
+    index = torch.cat([tensors[key] for key in keys if key in tensors], 1)
+    categories = tuple(
+        one_hot(of_one.clamp(min=0), n).to(log_counts).where((of_one != UNKNOWN)[:, None], 1 / n)
+        for of_one, n in zip(index.unbind(1), module.n_categories, strict=True)
+    )
+    return Cells(
+        log_counts, categories, tensors.get(REGISTRY_KEYS.CONT_COVS_KEY, log_counts[:, :0])
+    )
 
 
 @torch.no_grad()
-def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.DataFrame:
+def _find_clusters(model: LatentPriorModel, z: np.ndarray, settings: Settings) -> pd.DataFrame:
     """Renumber the model's components (K = 1) by the cells they hold, and return the clusters."""
     prior, means = model.module.prior, torch.from_numpy(z)
     components = model.module.components().to("cpu")
@@ -373,15 +406,21 @@ def _find_clusters(model: VMMSCVI, z: np.ndarray, settings: Settings) -> pd.Data
         if parameter.ndim and len(parameter) == len(order):
             parameter.copy_(parameter[order.to(parameter.device)])
     cut = settings.at_most(int((counts > 0).sum()))
-    return assigned(model.keep_clusters_of(means, **cut), z)
+    model.keep_clusters_of(means, **cut)
+    return assigned(model, z)
 
 
-def assigned(clusters: Clusters, z: np.ndarray) -> pd.DataFrame:
-    """Return cluster, probability, entropy and component of latent means as columns of obs."""
-    means = torch.from_numpy(z)
+@torch.inference_mode()
+def assigned(model: LatentPriorModel, z: np.ndarray) -> pd.DataFrame:
+    """Return the clusters, and labels if the model has any, of latent means as columns of obs."""
+    clusters, means = model.kept_clusters(), torch.from_numpy(z)
     components = [clusters.components.assign(points).labels for points in means.split(WINDOW)]
     found = (*clusters.assign(means), torch.cat(components))
-    return cluster_columns(*(values.numpy() for values in found))
+    columns = cluster_columns(*(values.numpy() for values in found))
+    if isinstance(model, VMMSCANVI):
+        names = [str(name) for name in model._label_mapping[: model.n_labels]]
+        columns[LABEL] = pd.Categorical.from_codes(model.predicted_labels(means), names)
+    return columns
 
 
 # --- results ---
@@ -394,7 +433,7 @@ class Integration:
     Clusters are columns of obs, as :func:`assigned` returns them.
     """
 
-    model: VMMSCVI
+    model: VMMSCVI | VMMSCANVI
     settings: Settings
     history: dict[str, list[float]]
     seconds: float
@@ -493,7 +532,7 @@ class Integration:
         return record, shown, (obs, cells.rows)
 
 
-def dendrogram(model: VMMSCVI, clusters: pd.DataFrame) -> dict[str, Any]:
+def dendrogram(model: LatentPriorModel, clusters: pd.DataFrame) -> dict[str, Any]:
     """Return the model's tree of clusters for uns, in scanpy's form.
 
     Return nothing if there is one cluster, or if some cluster has no cell in obs.

@@ -372,19 +372,6 @@ def no_column(option: str, key: str, columns: Any) -> InputError:
     return InputError(f"{option} {key}: must be a column of obs, {describe_choices(columns)}")
 
 
-def batches_of(adata: AnnData, key: str) -> Any:
-    """Return the column of batches; raise InputError if a cell has no batch."""
-    values = column(adata, "--batch-key", key)
-    if missing := int(values.isna().sum()):
-        raise InputError(without_batch(key, missing, len(values)))
-    return values
-
-
-def without_batch(key: str, missing: int, cells: int) -> str:
-    """Return the error message for cells without a batch."""
-    return f"--batch-key {key}: every cell must have a batch, {missing:,} of {cells:,} have none"
-
-
 def describe_choices(names: Any) -> str:
     """Return the end of an error message, which lists the names to choose from."""
     names = list(names)

@@ -1,7 +1,4 @@
-"""The cells to train on, and what a user should know about them before training.
-
-Labels are checked here, but play no part in training.
-"""
+"""The cells to train on, and what a user should know about them before training."""
 
 from __future__ import annotations
 
@@ -13,13 +10,14 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from vmm_fast._errors import InputError
-from vmm_fast._text import counted, joined
+from vmm_fast._text import counted
+from vmm_fast.cells.columns import training_columns
 from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.quiet import quiet
-from vmm_fast.cells.reading import batches_of, column, counts_of, without_batch
+from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore, notes_on_omissions
-from vmm_fast.cells.writing import COLUMNS, ROWS
+from vmm_fast.cells.writing import ROWS
 from vmm_fast.scvi.loading import window_of
 
 MANY_GENES = 10_000  # where selecting some is worth a note
@@ -33,8 +31,8 @@ class OnDisk(NamedTuple):
     Attributes
     ----------
     store : CellStore
-    batches : ndarray of int [cells]
-        Index of each cell's batch.
+    obs : DataFrame
+        Batches, covariates and labels of all cells.
     genes : ndarray of int or None
         Columns of the store to train on; None for all.
     rows : ndarray of int
@@ -42,7 +40,7 @@ class OnDisk(NamedTuple):
     """
 
     store: CellStore
-    batches: np.ndarray
+    obs: pd.DataFrame
     genes: np.ndarray | None
     rows: np.ndarray
 
@@ -52,16 +50,11 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
 
     Raises InputError if the values are not counts, or a key is missing or cannot be used.
     """
-    _check_keys(settings)
     counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
     notes = [EARLIER] if "vmm_cluster" in adata.obs else []
     notes += notes_on_genes(adata.var_names)
-    obs = pd.DataFrame(index=adata.obs_names)
-    if settings.labels_key is not None:
-        column(adata, "--labels-key", settings.labels_key)
-    if settings.batch_key is not None:
-        obs[settings.batch_key] = batches = batches_of(adata, settings.batch_key)
-        notes += _notes_on_batches(settings.batch_key, batches.value_counts())
+    obs, of_columns = training_columns(adata, settings)
+    notes += of_columns
     depth, detected = counts.sum(1).A1, counts.sum(0).A1
     notes += _notes_on_counts(int((depth == 0).sum()), detected) + notes_on_cell_names(adata)
     whole = make_adata(counts, obs, adata.var_names, settings.layer)
@@ -82,18 +75,10 @@ def training_cells_on_disk(
     Every cell is read once, so that errors and notes come before training. See
     :func:`training_cells`.
     """
-    _check_keys(settings)
     notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
     notes += notes_on_genes(store.var_names)
-    if settings.labels_key is not None:
-        store.column(settings.labels_key, "--labels-key")
-    if settings.batch_key is None:
-        batches = pd.Categorical.from_codes(np.zeros(store.n_obs, np.int8), ["0"])
-    else:
-        batches = store.column(settings.batch_key, "--batch-key")
-        if missing := int((batches.codes < 0).sum()):
-            raise InputError(without_batch(settings.batch_key, missing, store.n_obs))
-        notes += _notes_on_batches(settings.batch_key, pd.Series(batches).value_counts())
+    every, of_columns = training_columns(store, settings)
+    notes += of_columns
     empty, detected = 0, np.zeros(store.n_vars)
     step = window_of(store)
     for start in range(0, store.n_obs, step):
@@ -103,41 +88,15 @@ def training_cells_on_disk(
         detected += counts.sum(0).A1
     notes += _notes_on_counts(empty, detected) + notes_on_cell_names(store)
     notes += notes_on_omissions("obs and var", ["counts", *store.others])
-    keys = [] if settings.batch_key is None else [settings.batch_key]
     number = max(SAMPLE, 2 * settings.components)  # pseudo-cells start from some of them
-    sample = store.sample(number, keys=keys, seed=settings.seed)
-    obs, genes_of = sample.obs[keys], store.var_names
+    sample = store.sample(number, seed=settings.seed)
+    rows, genes_of = sample.uns["rows"], store.var_names
+    obs = every.iloc[rows].set_axis(sample.obs_names)
     chosen = _variable_genes(make_adata(sample.X, obs, genes_of, settings.layer), settings)
     # A view of the sample would lose the categories of batches that none of its cells has.
     some = make_adata(sample.X[:, chosen], obs.copy(), genes_of[chosen], settings.layer)
-    genes = None if chosen.all() else np.flatnonzero(chosen)
-    on_disk = OnDisk(store, batches.codes, genes, sample.uns["rows"])
+    on_disk = OnDisk(store, every, None if chosen.all() else np.flatnonzero(chosen), rows)
     return some, on_disk, notes
-
-
-def _check_keys(settings: Settings) -> None:
-    for option, key in (("--batch-key", settings.batch_key), ("--labels-key", settings.labels_key)):
-        if key in COLUMNS:
-            raise InputError(
-                f"{option} {key}: must be another column, results are written to this one; rename "
-                "it"
-            )
-
-
-def _notes_on_batches(key: str, sizes: pd.Series) -> list[str]:
-    """Return notes on small batches, given their sizes; refuse a batch for each cell."""
-    sizes = sizes[sizes > 0]
-    if len(sizes) == sizes.sum():
-        raise InputError(
-            f"--batch-key {key}: must name batches, but has another value for every cell"
-        )
-    notes = []
-    if len(sizes) == 1:
-        notes.append("one batch alone: there is nothing to integrate, cells are clustered")
-    if single := list(sizes.index[sizes == 1]):
-        batches = "a batch" if len(single) == 1 else f"{len(single)} batches"
-        notes.append(f"{batches} of one cell: {joined(single, 5)}")
-    return notes
 
 
 def _notes_on_counts(empty: int, detected: np.ndarray) -> list[str]:

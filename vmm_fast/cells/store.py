@@ -498,6 +498,11 @@ class CellStore:
         found = pd.Categorical.from_codes(np.concatenate(codes), dtype=dtype)
         return found.remove_unused_categories()
 
+    def columns(self, keys: Sequence[str]) -> pd.DataFrame:
+        """Return columns of obs as :meth:`column` does, without the names of the cells."""
+        index = pd.RangeIndex(self.n_obs)
+        return pd.DataFrame({key: self.column(key) for key in keys}, index=index)
+
     # --- both ---
 
     def sample(self, number: int, keys: Sequence[str] = (), seed: int = 0) -> AnnData:
@@ -523,7 +528,7 @@ class CellStore:
         pairs = list(zip(starts.tolist(), stops.tolist(), strict=True))
         rows = np.concatenate([np.arange(*pair) for pair in pairs])
         names = np.concatenate([self.obs_names(*pair) for pair in pairs])
-        obs = pd.DataFrame({key: self.column(key)[rows] for key in keys}, index=pd.Index(names))
+        obs = self.columns(keys).iloc[rows].set_axis(pd.Index(names))
         var = pd.DataFrame(index=self.var_names)
         return AnnData(self.read(starts, stops), obs, var, uns={"rows": rows})
 

@@ -7,11 +7,10 @@ that a sweep goes on where it was stopped.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +18,9 @@ from anndata import AnnData
 
 from vmm_fast._errors import InputError
 from vmm_fast._files import as_csv, read_json, write_atomically, write_json
-from vmm_fast._schema import RATE, Rule, check, list_of, number, table, whole
+from vmm_fast._schema import Rule, check, list_of, number, table, whole
 from vmm_fast.cells.integration import Integration, integrate
-from vmm_fast.cells.settings import Settings
+from vmm_fast.cells.settings import SweepSettings
 
 FINISHED = "sweep.json"
 RESULTS = {"sweep.csv": "a line a run", "sweep.png": "the same as a picture"}
@@ -45,28 +44,6 @@ FILE = table({"runs": list_of(table({"settings": table({})}))})
 NEIGHBOURS = 30
 MOST_CELLS = 10_000  # most cells whose neighbours are found
 ACTIVE = 0.002  # share of the cells that a cluster must have to be counted
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings(Settings):
-    """Settings that all runs share, and the batch sizes and ratios to try."""
-
-    batch_sizes: Annotated[list[int], list_of(whole(2), least=1)] = field(
-        default_factory=lambda: [64, 128, 256]
-    )
-    ratios: Annotated[list[float], list_of(RATE, least=1)] = field(
-        default_factory=lambda: [1.0, 2.0, 5.0, 10.0]
-    )
-
-    def of_runs(self) -> Iterator[tuple[Settings, float]]:
-        """Yield the settings of every run, and its ratio."""
-        common = asdict(self)
-        for name in ("batch_sizes", "ratios", "batch_size", "prior_learning_rate"):
-            del common[name]
-        sizes, ratios = dict.fromkeys(self.batch_sizes), dict.fromkeys(self.ratios)
-        for size, ratio in itertools.product(sizes, ratios):
-            rate = ratio * self.learning_rate
-            yield Settings(**common, batch_size=size, prior_learning_rate=rate), ratio
 
 
 def sweep(

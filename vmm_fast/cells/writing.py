@@ -33,6 +33,7 @@ from vmm_fast.cells.store import CellStore
 
 # Columns of obs in the results.
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component")
+LABEL = "vmm_label"  # another one, if labels were learnt
 CHUNK = 1 << 15  # values
 FILTERS = {"compression": "lzf", "shuffle": True, "fletcher32": True}
 ROWS = 1 << 14  # most cells that are written together

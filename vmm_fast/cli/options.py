@@ -6,15 +6,17 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vmm_fast import _schema
 from vmm_fast._errors import InputError
-from vmm_fast._schema import MOST, Rule
+from vmm_fast._schema import MOST, Rule, options_of
 from vmm_fast._text import counted
 
 Option = tuple[str, str, Callable[[str], Any], str]  # name, symbol, type, help
@@ -22,7 +24,14 @@ CUT = ("resolution", "separation", "clusters")  # settings that change without t
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments that raises InputError with a message of one line."""
+    """A parser of arguments that raises InputError with a message of one line.
+
+    Its help keeps the lines of description and epilog, and has one line for most options.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        help_format = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        super().__init__(formatter_class=help_format, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError, which the command prints in one line."""
@@ -35,23 +44,21 @@ def add_options(parser: argparse.ArgumentParser, *options: Option) -> None:
         parser.add_argument(name, metavar=symbol, type=kind, help=text)
 
 
-def add_cut(
-    parser: argparse.ArgumentParser, usual_resolution: str = "2", usual_separation: str = "0.02"
+def add_settings(
+    parser: Any, settings: type, leave_out: Collection[str] = (), usual: str | None = None
 ) -> None:
-    """Add the options that say where to cut the tree, with their defaults."""
-    more = f"a higher one gives more clusters (default: {usual_resolution})"
-    least = f"clusters confused less than this stay apart (default: {usual_separation})"
-    add_options(
-        parser,
-        ("--resolution", "R", at_least_0, more),
-        ("--separation", "P", checked(_schema.SHARE), least),
-        (
-            "--clusters",
-            "N",
-            whole(1),
-            "number of clusters, instead of --resolution and --separation",
-        ),
-    )
+    """Add an option for every setting; ``usual``, if given, is what the help calls the default."""
+    for name, option in options_of(settings).items():
+        if name in leave_out:
+            continue
+        text = option.help if usual is None else re.sub(r"default: [^)]*", usual, option.help)
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar=option.symbol,
+            type=checked(option.rule, option.kind, option.several),
+            help=text,
+            **({"nargs": "+"} if option.several else {}),
+        )
 
 
 def cut_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -74,27 +81,25 @@ def add_existing(parser: argparse.ArgumentParser, changeable: str) -> None:
     existing.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in DIR after its last checkpoint, with its settings"
-        f"; {changeable} can change",
+        help=f"go on with the run in DIR; {changeable} can change",
     )
     existing.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the results of another run in DIR, each when its successor is there",
+        "--overwrite", action="store_true", help="replace the results of another run in DIR"
     )
 
 
-def checked(rule: Rule, kind: type = float) -> Callable[[str], Any]:
-    """Return the type of an option: a number that keeps a rule."""
+def checked(rule: Rule, kind: type = float, several: bool = False) -> Callable[[str], Any]:
+    """Return the type of an option: a value, or one of several, that keeps a rule."""
 
     def parse(text: str) -> Any:
         value: Any = text
         try:
             with suppress(ValueError):
                 value = kind(text)
-            rule("", value)
+            rule("", [value] if several else value)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix("its content ")) from None
+            message = str(error).removeprefix("its content ").removeprefix("[0] ")
+            raise argparse.ArgumentTypeError(message) from None
         return value
 
     return parse
@@ -105,7 +110,6 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
     return checked(_schema.whole(least, most), int)
 
 
-rate = checked(_schema.RATE)
 at_least_0 = checked(_schema.AT_LEAST_0)
 
 

@@ -104,6 +104,8 @@ class LatentPrior(BaseModuleClass):
     ----------
     prior : Prior or None
         None for N(0, I).
+    n_categories : tuple of int
+        Number of batches, then of the categories of every categorical covariate.
     warming_up : bool
         Whether N(0, I) stands in for the prior at the moment.
     prior_learnt : Tensor, a boolean scalar
@@ -153,6 +155,7 @@ class LatentPrior(BaseModuleClass):
         )
         check_choice("prior", prior, PRIORS)
         n_components = check_integer("n_components", n_components)
+        self.n_categories = (n_batch, *(n_cats_per_cov or ()))
         prior_kwargs = {"learning_rate": PRIOR_LEARNING_RATE, **(prior_kwargs or {})}
         self.prior = None
         if prior == "gmm":
@@ -161,8 +164,7 @@ class LatentPrior(BaseModuleClass):
             number = n_components * prior_kwargs.get("pseudo_inputs_per_component", 1)
             seen: dict[str, Any] = {}
             if self.encode_covariates:
-                categories = (n_batch, *(n_cats_per_cov or ()))
-                seen = {"n_categories": categories, "n_continuous": n_continuous_cov}
+                seen = {"n_categories": self.n_categories, "n_continuous": n_continuous_cov}
             cells = PseudoCells(number, self.n_features, **seen)
             make = VMMPrior if prior == "vmm" else VampPrior
             self.prior = make(cells, self.n_latent, **prior_kwargs)

@@ -19,6 +19,7 @@ from vmm_fast._text import joined
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
+from vmm_fast.scvi.columns import check_columns, encode_obs
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.query import numbers_of_categories, order_category_weights
 from vmm_fast.scvi.saved import check_saved
@@ -107,16 +108,13 @@ class LatentPriorModel(BaseModelClass):
         ------
         ValueError
             If there are fewer cells than pseudo-cells, or no AnnData to take them from, or if the
-            batches of a :class:`CellDataModule` differ from those of the AnnData.
+            batches, labels or covariates of a :class:`CellDataModule` are not the AnnData's.
         RuntimeError
             If there are several processes, and another one fails or is killed.
         """
         cells = kwargs.get("datamodule")
-        if isinstance(cells, CellDataModule) and cells.n_batch != self.summary_stats.n_batch:
-            raise ValueError(
-                "datamodule must have the batches that the model's AnnData has categories of, "
-                f"{self.summary_stats.n_batch}, but has {cells.n_batch}"
-            )
+        if isinstance(cells, CellDataModule):
+            check_columns(cells.columns, self.registry)
         moves = self.module.prior is not None and not self.module.frozen
         elsewhere = cells if hasattr(cells, "__iter__") else None
         if moves and elsewhere is None and self.adata is None:
@@ -143,6 +141,20 @@ class LatentPriorModel(BaseModelClass):
         if moves:
             self.find_clusters(dataloader=elsewhere)
         return found
+
+    def encode_obs(self, obs: pd.DataFrame) -> dict[str, Any]:
+        """Return batches, labels and covariates of cells as :class:`CellDataModule` takes them.
+
+        ``obs`` must have the columns that the model was set up with. Cells without a label, in a
+        model that has a category for such, get that category.
+
+        Raises
+        ------
+        ValueError
+            If a column is missing, or holds categories that the model does not have, or lacks the
+            value of some cell.
+        """
+        return encode_obs(self.registry, obs)
 
     def _start_pseudo_cells(self, batches: Iterable[dict[str, Any]] | None = None) -> None:
         """Start from random cells: among the first of the batches, or of the AnnData."""

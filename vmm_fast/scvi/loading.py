@@ -21,6 +21,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from vmm_fast._checks import check_integer
+from vmm_fast.scvi.columns import cell_columns
 
 __all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
 
@@ -95,8 +96,8 @@ class CellBatches:
     Parameters
     ----------
     cells : CellSource
-    batches : ndarray of int [cells]
-        Index of each cell's batch.
+    columns : dict of str to ndarray [cells, n]
+        Batches, labels and covariates, as :func:`vmm_fast.scvi.columns.cell_columns` returns them.
     starts, stops : ndarray of int
         Runs of cells to take.
     genes : ndarray of int, optional
@@ -119,7 +120,7 @@ class CellBatches:
     def __init__(
         self,
         cells: CellSource,
-        batches: np.ndarray,
+        columns: dict[str, np.ndarray],
         starts: np.ndarray,
         stops: np.ndarray,
         *,
@@ -130,7 +131,7 @@ class CellBatches:
         world_size: int = 1,
         number_of_pass: Callable[[], int] = int,
     ):
-        self.cells, self.batches, self.genes = cells, batches, genes
+        self.cells, self.columns, self.genes = cells, columns, genes
         self.starts, self.stops = starts, stops
         self.batch_size = check_integer("batch_size", batch_size)
         self.seed = seed
@@ -177,8 +178,8 @@ class CellBatches:
         starts, stops = self.starts[order], self.stops[order]
         ends = np.cumsum(stops - starts)
 
-        def read(window: int) -> tuple[csr_matrix, np.ndarray]:
-            """Return counts and batches of the cells of a window, in the order of the pass."""
+        def read(window: int) -> tuple[csr_matrix, dict[str, np.ndarray]]:
+            """Return counts and columns of the cells of a window, in the order of the pass."""
             low = self._first + window * size
             high = min(low + size, self._first + self.number)
             runs = slice(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high) + 1)
@@ -189,7 +190,9 @@ class CellBatches:
             if self.genes is not None:
                 counts = counts[:, self.genes]
             order = self._shuffled(len(rows), low)
-            return (counts if self.seed is None else counts[order]), self.batches[rows[order]]
+            rows = rows[order]
+            columns = {key: values[rows] for key, values in self.columns.items()}
+            return (counts if self.seed is None else counts[order]), columns
 
         per_window = max(1, window_of(self.cells) // self.batch_size)
         size = per_window * self.batch_size
@@ -197,40 +200,44 @@ class CellBatches:
             reading = reader.submit(read, self._done // per_window)
             while self._done < len(self):
                 window = self._done // per_window
-                counts, batches = reading.result()
+                counts, columns = reading.result()
                 if (window + 1) * per_window < len(self):
                     reading = reader.submit(read, window + 1)
-                for at in range(
-                    self._done % per_window * self.batch_size, len(batches), self.batch_size
-                ):
+                first = self._done % per_window * self.batch_size
+                for at in range(first, counts.shape[0], self.batch_size):
                     if self._done == len(self):  # a rest that is too small for a batch
                         break
                     self._done += 1
                     cells = slice(at, at + self.batch_size)
-                    yield _tensors(counts[cells], batches[cells])
+                    yield _tensors(counts[cells], {k: x[cells] for k, x in columns.items()})
 
 
-def _tensors(counts: csr_matrix, batches: np.ndarray) -> dict[str, Tensor]:
-    """Return a mini-batch as scvi-tools' loaders do: dense counts, and columns of indices."""
-    batch = torch.from_numpy(batches.astype(np.int64))[:, None]
-    return {
-        REGISTRY_KEYS.X_KEY: torch.from_numpy(counts.toarray()),
-        REGISTRY_KEYS.BATCH_KEY: batch,
-        REGISTRY_KEYS.LABELS_KEY: torch.zeros_like(batch),
-    }
+def _tensors(counts: csr_matrix, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return a mini-batch as scvi-tools' loaders do: dense counts, indices and numbers."""
+    found = {REGISTRY_KEYS.X_KEY: torch.from_numpy(counts.toarray())}
+    for key, values in columns.items():
+        dtype = np.float32 if key == REGISTRY_KEYS.CONT_COVS_KEY else np.int64
+        found[key] = torch.from_numpy(values.astype(dtype))
+    return found
 
 
 class CellDataModule(LightningDataModule):
     """Cells in memory or on disk, for ``train(datamodule=..)`` of scvi-tools' models.
 
-    The model is made with an AnnData that has some of the cells and all batches, such as
-    :meth:`vmm_fast.cells.CellStore.sample` returns::
+    The model is made with an AnnData that has some of the cells and all categories of batches,
+    labels and covariates, such as :meth:`vmm_fast.cells.CellStore.sample` returns::
 
         store = CellStore("atlas.h5ad")
-        some = store.sample(20_000, keys=["batch"])
-        VMMSCVI.setup_anndata(some, batch_key="batch")
+        keys = ["batch", "donor", "age"]
+        some = store.sample(20_000, keys)
+        VMMSCVI.setup_anndata(
+            some,
+            batch_key="batch",
+            categorical_covariate_keys=["donor"],
+            continuous_covariate_keys=["age"],
+        )
         model = VMMSCVI(some)
-        cells = CellDataModule(store, store.column("batch").codes, batch_size=512)
+        cells = CellDataModule(store, **model.encode_obs(store.columns(keys)), batch_size=512)
         model.train(10, datamodule=cells)
 
     Parameters
@@ -238,6 +245,11 @@ class CellDataModule(LightningDataModule):
     cells : CellSource
     batches : ndarray of int [cells]
         Index of each cell's batch.
+    labels : ndarray of int [cells], optional
+        Index of each cell's label, the last for unlabelled cells; by default all are 0.
+    categorical : ndarray of int [cells, number of categorical covariates], optional
+        Index of each cell's category.
+    continuous : ndarray of float [cells, number of continuous covariates], optional
     genes : ndarray of int, optional
         Columns to take; all by default.
     batch_size : int
@@ -251,8 +263,8 @@ class CellDataModule(LightningDataModule):
     ----------
     n_train, n_val : int
         Number of training cells, and of held-out cells.
-    n_batch : int
-        Number of batches; the model must have the same.
+    columns : dict of str to ndarray
+        Batches, labels and covariates by scvi-tools' keys; the model must have the same.
     batch_size, seed : int
         Those that were given.
     """
@@ -262,6 +274,9 @@ class CellDataModule(LightningDataModule):
         cells: CellSource,
         batches: np.ndarray,
         *,
+        labels: np.ndarray | None = None,
+        categorical: np.ndarray | None = None,
+        continuous: np.ndarray | None = None,
         genes: np.ndarray | None = None,
         batch_size: int = 128,
         held_out: float = 0.1,
@@ -270,18 +285,19 @@ class CellDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), but is {held_out!r}")
-        if len(batches) != cells.n_obs:
-            raise ValueError(
-                f"batches must be of all {cells.n_obs} cells, but there are {len(batches)}"
-            )
+        self.columns = cell_columns(batches, labels, categorical, continuous)
+        for key, values in self.columns.items():
+            if len(values) != cells.n_obs:
+                raise ValueError(
+                    f"{key} must be of all {cells.n_obs} cells, but there are {len(values)}"
+                )
         self.batch_size, self.seed = check_integer("batch_size", batch_size), seed
         self._pass_over = partial(
-            CellBatches, cells, batches, genes=genes, batch_size=self.batch_size
+            CellBatches, cells, self.columns, genes=genes, batch_size=self.batch_size
         )
         # There must be enough runs to hold some out, and to mix many in a mini-batch.
         self._run = max(1, min(cells.run, cells.n_obs // LEAST_RUNS))
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
-        self.n_batch = int(batches.max(initial=-1)) + 1
         starts = np.arange(0, cells.n_obs, self._run)
         order = np.random.default_rng([seed]).permutation(len(starts))
         held = int(np.ceil(held_out * len(starts)))

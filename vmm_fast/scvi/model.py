@@ -23,6 +23,8 @@ from vmm_fast.scvi.training import (
     EmpiricalBayesTrainingPlan,
 )
 
+CHUNK = 16_384  # cells that are classified together
+
 __all__ = ["VMMPEAKVI", "VMMSCANVI", "VMMSCVI", "VMMTOTALVI", "ComponentExpression"]
 
 
@@ -156,6 +158,25 @@ class VMMSCANVI(ComponentExpression, SCANVI):
 
     _module_cls = VMMSCANVAE
     _training_plan_cls = EmpiricalBayesSemiSupervisedTrainingPlan
+    labels_: np.ndarray
+
+    def _set_indices_and_labels(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the cells' labels, and the unlabelled category behind them.
+
+        SCANVI takes that category for a label unless it finds it here, or every label: a model may
+        be made with cells that have neither.
+        """
+        super()._set_indices_and_labels(*args, **kwargs)
+        self.labels_ = np.append(self.labels_, self.unlabeled_category_)
+
+    @torch.inference_mode()
+    def predicted_labels(self, means: Tensor) -> np.ndarray:
+        """Return the index of the most probable label of posterior means [cells, D]."""
+        self.module.eval()
+        found = [
+            self.module.classify_helper(z.to(self.device)).argmax(-1) for z in means.split(CHUNK)
+        ]
+        return torch.cat(found).cpu().numpy()
 
     @classmethod
     def from_scvi_model(cls, scvi_model: SCVI, *args: Any, **kwargs: Any) -> VMMSCANVI:

@@ -14,9 +14,11 @@ from scvi.module import PEAKVAE, SCANVAE, TOTALVAE, VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy as cross_entropy_of
 
 from vmm_fast.counts import SoftmaxMean, nb_log_prob, poisson_log_prob, zinb_log_prob
 from vmm_fast.scvi.latent_prior import LatentPrior
+from vmm_fast.scvi.loading import LEAST_BATCH
 
 __all__ = ["VMMPEAKVAE", "VMMSCANVAE", "VMMTOTALVAE", "VMMVAE"]
 
@@ -177,6 +179,9 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         log p(x, y) >= E_q(z1 | x)[log p(x | z1) + log p(y | z1)] - KL(q(z1 | x) || prior)
 
     with the classifier for p(y | z1); without log p(y | z1) where there is no label.
+
+    Labelled cells come in a mini-batch of their own, as scvi-tools' loaders draw them. Without one,
+    as from a data module, they are those of the mini-batch that have a label.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -196,12 +201,24 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         """Return the negative ELBO plus the weighted cross-entropy of the labelled cells."""
         generated = self.with_fused_likelihood(generative_outputs)
         outputs = (tensors, inference_outputs, generated, kl_weight)
+        labels = tensors[REGISTRY_KEYS.LABELS_KEY]
+        # scvi-tools' plan gives the mini-batch itself if it has every key.
+        among_them = labelled_tensors is None or labelled_tensors is tensors
+        labelled = labels[:, 0] < self.n_labels
         if self.prior is None:
+            if among_them:
+                some = classification_ratio is not None and int(labelled.sum()) >= LEAST_BATCH
+                labelled_tensors = {k: x[labelled] for k, x in tensors.items()} if some else None
             return SCANVAE.loss(self, *outputs, labelled_tensors, classification_ratio)
         found = VAE.loss(self, *outputs)
-        if labelled_tensors is None:
+        if classification_ratio is None or (among_them and not labelled.any()):
             return found
-        cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
+        if among_them:
+            labels = labels[labelled]
+            logits = self.classify_helper(inference_outputs[MODULE_KEYS.QZ_KEY].loc)[labelled]
+            cross_entropy = cross_entropy_of(logits, labels[:, 0].long())
+        else:
+            cross_entropy, labels, logits = self.classification_loss(labelled_tensors)
         return dataclasses.replace(
             found,
             loss=found.loss + classification_ratio * cross_entropy,
