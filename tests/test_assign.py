@@ -218,7 +218,7 @@ def test_cells_on_disk_are_assigned_as_in_memory(
     assert f"1 of the model's 18 genes is missing, taken as 0: {gene}" in notes[0]
     assert "2 batches that the model does not know: new, other, whose" in notes[1]
     assert notes[2:] == [f"note: {selection.EARLIER}"]
-    assert list(found.obs) == ["batch", "type", COLUMNS[0], "depth", *COLUMNS[1:]]
+    assert list(found.obs) == ["batch", "type", COLUMNS[0], "depth", *COLUMNS[1:], "vmm_novelty"]
     assert found.uns["vmm"] == {"model": str((trained / "model").resolve())}
     assert sum(in_small_parts) == 300 and max(in_small_parts) <= 128
 
@@ -227,8 +227,21 @@ def test_cells_on_disk_are_assigned_as_in_memory(
     counts.X[:, counts.var_names == gene] = 0
     counts.layers["counts"] = counts.X
     model = VMMSCVI.load(trained / "model", accelerator="cpu", adata=None)
-    z = model.get_latent_representation(counts[:, model.get_var_names()].copy())
+    counts = counts[:, model.get_var_names()].copy()
+    z = model.get_latent_representation(counts)
     np.testing.assert_allclose(found.obsm["X_vmm"][:150], z, atol=1e-5)
+    novelty = found.obs["vmm_novelty"]
+    np.testing.assert_allclose(novelty[:150], model.get_novelty(counts), atol=0.05)
+    assert novelty.between(0, 1).all() and novelty.nunique() > 5
+
+
+def test_a_model_that_was_saved_before_there_was_novelty(trained, tmp_path, capsys):
+    saved = torch.load(trained / "model" / "model.pt", weights_only=False)
+    del saved["model_state_dict"]["novelty_cells"]
+    torch.save(saved, tmp_path / "model.pt")
+    assert assigned(tmp_path, trained / "cells.h5ad", tmp_path / "out.h5ad") == 0
+    assert f"note: {assignment.NOT_CALIBRATED}" in notes_of(capsys)[0]
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obs["vmm_novelty"].isna().all()
 
 
 def test_a_model_without_batches(h5ad, plain, tmp_path, capsys):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
@@ -24,7 +25,6 @@ from vmm_fast._text import joined
 from vmm_fast.cells import frames
 from vmm_fast.cells.columns import column_of, numbers_of
 from vmm_fast.cells.integration import (
-    UNKNOWN,
     assigned,
     dendrogram,
     latent_means,
@@ -36,11 +36,16 @@ from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.selection import EARLIER, make_adata, notes_on_cell_names
 from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import write_adata, write_clustered
-from vmm_fast.scvi.columns import registered_columns
+from vmm_fast.scvi.columns import UNKNOWN, registered_columns
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 from vmm_fast.scvi.saved import check_model
 
+NOVELTY = "vmm_novelty"  # a column of obs
+NOT_CALIBRATED = (
+    f"obs[{NOVELTY!r}] is NaN: the model was saved before models had novelty; load it with its "
+    "cells, call calibrate_novelty() and save it again"
+)
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
@@ -169,6 +174,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     columns, of_columns = _columns(cells, saved.columns)
     notes = [*notes_on_genes(cells.var_names), *notes, *of_columns]
     notes += [*([EARLIER] if earlier else []), *notes_on_cell_names(cells), *more]
+    notes += [] if saved.model.module.calibrated else [NOT_CALIBRATED]
     return MatchedCells(_OfGenes(source, at), columns, notes)
 
 
@@ -270,9 +276,10 @@ def _codes(
 
 @dataclass(frozen=True)
 class Found:
-    """Assigned cells: the model, and the cells' embedding z [cells, D] and clusters.
+    """Assigned cells: the model, and the cells' embedding z [cells, D], clusters and novelty.
 
-    Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` returns them.
+    Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` returns them, and
+    novelty is one more.
     """
 
     saved: SavedModel
@@ -298,13 +305,24 @@ class Found:
 
 
 def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:
-    """Return the embedding of cells from :func:`match` and their clusters.
+    """Return the embedding of cells from :func:`match`, their clusters and their novelty.
 
     With `progress` a bar is shown on stderr. Raises InputError if cells on disk can no longer be
     read, or their values are not counts.
     """
     everything = np.array([0]), np.array([cells.counts.n_obs])
     batches = CellBatches(cells.counts, cells.columns, *everything)
+    module, components = saved.model.module, saved.model.module.components().to("cpu")
+    rarity = torch.full((3, batches.number), torch.nan)
+    done = 0
+
+    def compare(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> None:
+        nonlocal done
+        rarity[:, done : done + len(z)] = module.rarity(tensors, z, components)
+        done += len(z)
+
     with quiet():
-        z = latent_means(saved.model, batches, progress=progress)
-        return Found(saved, z, assigned(saved.model, z))
+        z = latent_means(saved.model, batches, progress=progress, found=compare)
+        clusters = assigned(saved.model, z)
+    clusters[NOVELTY] = module.novelty(rarity).numpy() if module.calibrated else np.nan
+    return Found(saved, z, clusters)

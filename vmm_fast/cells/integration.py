@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -33,7 +33,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scvi import REGISTRY_KEYS
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
@@ -55,6 +54,7 @@ from vmm_fast.clusters import Confusion, order_by_size
 from vmm_fast.metrics import ACTIVE_SHARE, agreement
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel
+from vmm_fast.scvi.columns import shares_of
 from vmm_fast.scvi.loading import (
     WINDOW,
     CellBatches,
@@ -80,7 +80,6 @@ RESULTS = {
 }
 CHECKPOINT_SECONDS = 30  # between two checkpoints
 BAR_SECONDS = 0.5  # between two updates of the progress bar
-UNKNOWN = -1  # batch or category that the model lacks: encoded as of all in equal shares
 DENDROGRAM = "dendrogram_vmm_cluster"  # the key of uns where scanpy looks for it
 
 
@@ -359,22 +358,27 @@ def _peak_memory() -> float:
 
 @torch.inference_mode()
 def latent_means(
-    model: LatentPriorModel, batches: CellBatches, *, progress: bool = False
+    model: LatentPriorModel,
+    batches: CellBatches,
+    *,
+    progress: bool = False,
+    found: Callable[[dict[str, Tensor], Tensor], None] = lambda tensors, z: None,
 ) -> np.ndarray:
     """Return the posterior means [cells, D] of the cells in `batches`.
 
     A cell of a batch or category that is UNKNOWN is encoded as of all in equal shares. With
-    `progress` a bar is shown on stderr.
+    `progress` a bar is shown on stderr. `found` is called with every mini-batch and its means.
     """
     module = model.module
     means = np.empty((batches.number, module.n_latent), dtype=np.float32)
     done = 0
     with cells_bar(batches.number, progress) as bar:
         for tensors in batches:
-            found = module.encode(_as_encoded(module, tensors)).loc.cpu()
-            means[done : done + len(found)] = found
-            done += len(found)
-            bar.update(len(found))
+            z = module.encode(_as_encoded(module, tensors)).loc
+            found(tensors, z)
+            means[done : done + len(z)] = z.cpu()
+            done += len(z)
+            bar.update(len(z))
     return means
 
 
@@ -387,7 +391,7 @@ def _as_encoded(module: VMMVAE, tensors: dict[str, Tensor]) -> Cells:
     keys = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY)
     index = torch.cat([tensors[key] for key in keys if key in tensors], 1)
     categories = tuple(
-        one_hot(of_one.clamp(min=0), n).to(log_counts).where((of_one != UNKNOWN)[:, None], 1 / n)
+        shares_of(of_one, n).to(log_counts)
         for of_one, n in zip(index.unbind(1), module.n_categories, strict=True)
     )
     return Cells(

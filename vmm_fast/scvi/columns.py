@@ -11,10 +11,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scvi import REGISTRY_KEYS
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vmm_fast._text import counted, joined
 
-__all__ = ["cell_columns", "check_columns", "encode_obs", "registered_columns"]
+__all__ = [
+    "UNKNOWN",
+    "cell_columns",
+    "check_columns",
+    "encode_obs",
+    "registered_columns",
+    "shares_of",
+]
+
+UNKNOWN = -1  # batch or category that the model lacks: encoded as of all in equal shares
 
 # The arguments of :func:`cell_columns`, in the order of the registry.
 ARGUMENTS = {
@@ -44,6 +55,12 @@ def cell_columns(
         for key, values in zip(ARGUMENTS.values(), given, strict=True)
         if values is not None
     }
+
+
+def shares_of(index: Tensor, number: int) -> Tensor:
+    """Return cells' membership in batches or categories [B, number], given the index of each [B]."""
+    of_one = one_hot(index.clamp(min=0), number).float()
+    return of_one.where((index != UNKNOWN)[:, None], 1 / number)
 
 
 def registered_columns(

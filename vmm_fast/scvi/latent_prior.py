@@ -24,6 +24,7 @@ from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors import GaussianMixturePrior, Prior, VampPrior, VMMPrior
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
+from vmm_fast.scvi.novelty import KEPT_CELLS, distance_of, novelty_of
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
 __all__ = ["PRIORS", "PRIOR_LEARNING_RATE", "LatentPrior", "PosteriorUnderPrior"]
@@ -120,6 +121,8 @@ class LatentPrior(BaseModuleClass):
     cluster_points : Tensor [KEPT_POINTS, D]
         Latent means of cells; every cluster of another cut must hold some. Unused rows are
         infinite.
+    novelty_cells : Tensor [3, KEPT_CELLS]
+        The :meth:`rarity` of held-out cells. Unused columns are infinite.
     """
 
     prior: Prior | None
@@ -128,6 +131,7 @@ class LatentPrior(BaseModuleClass):
     confusion_counts: Tensor
     cluster_of_component: Tensor
     cluster_points: Tensor
+    novelty_cells: Tensor
     warming_up = False
     counts_training_cells = False
     counted_cells: int | None = None
@@ -263,7 +267,8 @@ class LatentPrior(BaseModuleClass):
         average_over_processes(
             x
             for name, x in self.named_buffers()
-            if x.is_floating_point() and not name.startswith(("prior.", "confusion_", "cluster_"))
+            if x.is_floating_point()
+            and not name.startswith(("prior.", "confusion_", "cluster_", "novelty_"))
         )
         self.prior.update(q if q.z is None else q.z, self.encode_pseudo_cells)
         self.prior_learnt.fill_(True)
@@ -289,13 +294,14 @@ class LatentPrior(BaseModuleClass):
     # --- clusters ---
 
     def no_clusters(self) -> dict[str, Tensor]:
-        """Return the values that the buffers have before clusters have been found."""
+        """Return the values that the buffers have before clusters and novelty are known."""
         count = self.n_components
         return {
             "confusion_sums": torch.zeros(count, count, dtype=torch.float64),
             "confusion_counts": torch.zeros(count, dtype=torch.int64),
             "cluster_of_component": torch.zeros(count, dtype=torch.int64),
             "cluster_points": torch.full((KEPT_POINTS, self.n_latent), math.inf),
+            "novelty_cells": torch.full((3, KEPT_CELLS), math.inf),
         }
 
     @property
@@ -317,19 +323,61 @@ class LatentPrior(BaseModuleClass):
         """Keep the tree, a cut of it and some random points, to be saved with the weights."""
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         chosen = chosen[:KEPT_POINTS].sort().values
-        self.forget_clusters()
+        self.cluster_points.fill_(math.inf)
         self.confusion_sums.copy_(tree.confusion.sums)
         self.confusion_counts.copy_(tree.confusion.counts)
         self.cluster_of_component.copy_(clusters.of_component)
         self.cluster_points[: len(chosen)] = points[chosen]
 
     def forget_clusters(self) -> None:
-        """Reset the clusters, because components are about to change."""
+        """Reset clusters and novelty, because components are about to change."""
         for name, value in self.no_clusters().items():
             getattr(self, name).copy_(value)
 
     def other_clusters(self, **cut: Any) -> Clusters:
         """Return the clusters of another cut; see :func:`vmm_fast.clusters.find_clusters`."""
+        components = self.components().to("cpu")
+        return find_clusters(components, self._points(), tree=self.tree, **cut)
+
+    # --- novelty ---
+
+    def misfit(self, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
+        """Return how badly cells are decoded from z [B]; 0 here, so that z alone counts."""
+        return z.new_zeros(len(z))
+
+    def rarity(self, tensors: dict[str, Tensor], z: Tensor, components: Components) -> Tensor:
+        """Return what tells new cells [3, B], on the CPU: see :mod:`vmm_fast.scvi.novelty`."""
+        misfit, z = self.misfit(tensors, z).cpu(), z.cpu()
+        distance = distance_of(z, self._points())
+        return torch.stack([-components.log_prob(z), distance, misfit])
+
+    def _points(self) -> Tensor:
         points = self.cluster_points.cpu()
-        points = points[points[:, 0].isfinite()]
-        return find_clusters(self.components().to("cpu"), points, tree=self.tree, **cut)
+        return points[points[:, 0].isfinite()]
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether held-out cells have been kept, which novelty is compared with."""
+        return bool(self.novelty_cells[0].isfinite().any())
+
+    def keep_novelty(self, cells: Tensor) -> None:
+        """Keep the :meth:`rarity` [3, n] of held-out cells, the first KEPT_CELLS of them."""
+        self.novelty_cells.fill_(math.inf)
+        kept = cells[:, :KEPT_CELLS]
+        self.novelty_cells[:, : kept.shape[1]] = kept
+
+    def novelty(self, cells: Tensor) -> Tensor:
+        """Return the novelty [B] of cells from their :meth:`rarity` [3, B].
+
+        Raises
+        ------
+        ValueError
+            If no held-out cells have been kept.
+        """
+        if not self.calibrated:
+            raise ValueError(
+                "novelty must have been calibrated first: call calibrate_novelty() with cells like "
+                "those that the model was trained on, but others"
+            )
+        held_out = self.novelty_cells.cpu()
+        return novelty_of(cells, held_out[:, held_out[0].isfinite()])

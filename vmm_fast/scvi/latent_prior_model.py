@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.model.base import ArchesMixin, BaseModelClass
+from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -23,6 +25,7 @@ from vmm_fast.mixture import Components
 from vmm_fast.scvi.abundance import AggregatedPosterior
 from vmm_fast.scvi.columns import check_columns, encode_obs
 from vmm_fast.scvi.loading import CellDataModule
+from vmm_fast.scvi.novelty import KEPT_CELLS
 from vmm_fast.scvi.query import numbers_of_categories, order_category_weights
 from vmm_fast.scvi.saved import check_saved
 
@@ -101,10 +104,11 @@ class LatentPriorModel(BaseModelClass):
         self.init_params_ = self._get_init_params(locals())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the model, and then find its clusters; pseudo-cells start from random cells.
+        """Train the model, find its clusters, and calibrate novelty on the held-out cells.
 
-        Arguments are those of the model without the prior. A warning says if training ended before
-        the prior's warm-up did, for example because of ``max_time``.
+        Pseudo-cells start from random cells. Arguments are those of the model without the prior. A
+        warning says if training ended before the prior's warm-up did, for example because of
+        ``max_time``.
 
         Raises
         ------
@@ -142,6 +146,10 @@ class LatentPriorModel(BaseModelClass):
             )
         if moves:
             self.find_clusters(dataloader=elsewhere)
+            if isinstance(cells, CellDataModule):
+                elsewhere = cells.held_out_cells(KEPT_CELLS)
+            held_out = self.validation_indices if cells is None else None
+            self.calibrate_novelty(indices=held_out, dataloader=elsewhere)
         return found
 
     def encode_obs(self, obs: pd.DataFrame) -> dict[str, Any]:
@@ -346,7 +354,7 @@ class LatentPriorModel(BaseModelClass):
         """Group components into clusters by the cells that they share, and keep the clusters.
 
         :meth:`train` calls this at its end. Components do not change. Call it again after anything
-        else that changes them, such as the prior's ``fit``.
+        else that changes them, such as the prior's ``fit``, and then :meth:`calibrate_novelty`.
 
         Parameters
         ----------
@@ -469,6 +477,78 @@ class LatentPriorModel(BaseModelClass):
         """Return each cell's most probable component [cells]."""
         means = self._latents(adata, indices, batch_size, dataloader)
         return self._components().assign(means).labels.numpy()
+
+    # --- novelty ---
+
+    def calibrate_novelty(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Keep what novelty is compared with, of up to 4,096 cells that are not new.
+
+        :meth:`train` calls this at its end with the held-out cells, or if there are none with cells
+        that it trained on, which fit the model better than others can. See :meth:`get_novelty`.
+        """
+        if dataloader is None:
+            number = (self.adata if adata is None else adata).n_obs
+            chosen = np.arange(number) if indices is None or not len(indices) else indices
+            some = np.random.default_rng(0).permutation(chosen)[:KEPT_CELLS]
+            indices = np.sort(some)
+        self.module.keep_novelty(
+            self._rarity(adata, indices, batch_size, dataloader, most=KEPT_CELLS)
+        )
+
+    @unsupported_if_adata_minified
+    def get_novelty(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+    ) -> np.ndarray:
+        """Return how new each cell is to the model, [cells] in [0, 1].
+
+        It is the share of held-out cells that fit the model better, judged by the prior's density,
+        neighbours in the latent space, and how well counts are decoded
+        (:mod:`vmm_fast.scvi.novelty`): uniform for cells such as those, near 1 for other types of
+        cells. Also cells of other quality, or of a batch that the model does not know, fit it less
+        well. See :meth:`get_cluster_probabilities` for the parameters.
+
+        Raises
+        ------
+        ValueError
+            If the model was saved before models had novelty: call :meth:`calibrate_novelty`.
+        """
+        cells = self._rarity(adata, indices, batch_size, dataloader)
+        novelty: np.ndarray = self.module.novelty(cells).numpy()
+        return novelty
+
+    @torch.inference_mode()
+    def _rarity(
+        self,
+        adata: AnnData | None,
+        indices: Any,
+        batch_size: int | None,
+        dataloader: Iterable[dict[str, Tensor]] | None,
+        most: float = math.inf,
+    ) -> Tensor:
+        """Return what tells new cells [3, cells], of the first batches with so many cells."""
+        self._check_if_trained(warn=False)
+        self.get_cluster_tree()  # raises if there are no clusters, whose points are neighbours
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
+        components, found, number = self._components(), [], 0
+        for tensors in dataloader:
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            found.append(self.module.rarity(tensors, outputs["qz"].loc, components))
+            number += found[-1].shape[1]
+            if number >= most:
+                break
+        return torch.cat(found, 1)
 
     # --- conditions ---
 

@@ -335,3 +335,9 @@ class CellDataModule(LightningDataModule):
     def all_cells(self) -> CellBatches:
         """Return mini-batches of all cells in order, training cells and held-out ones."""
         return self._pass_over(np.array([0]), np.array([self.n_obs]))
+
+    def held_out_cells(self, most: int) -> CellBatches:
+        """Return mini-batches of about so many held-out cells; of training cells if none are."""
+        runs = self._held_out if self.n_val else self._trained
+        runs = runs[:: max(1, self._number(runs) // most)]
+        return self._pass_over(runs * self._run, self._stops(runs))

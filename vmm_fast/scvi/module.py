@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy as cross_entropy_of
 from vmm_fast.counts import SoftmaxMean, nb_log_prob, poisson_log_prob, zinb_log_prob
 from vmm_fast.scvi.latent_prior import LatentPrior
 from vmm_fast.scvi.loading import LEAST_BATCH
+from vmm_fast.scvi.novelty import misfit_of
 
 __all__ = ["VMMPEAKVAE", "VMMSCANVAE", "VMMTOTALVAE", "VMMVAE"]
 
@@ -94,6 +95,10 @@ class VMMVAE(LatentPrior, VAE):
             yield
         finally:
             self._softmax.left_out, self._softmax.logits = False, None
+
+    def misfit(self, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
+        """Return how badly cells are decoded from z [B]; about 1 for cells as in training."""
+        return misfit_of(self, tensors, z)
 
     def loss(
         self,
