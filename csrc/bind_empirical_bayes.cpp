@@ -63,9 +63,10 @@ void bind(py::module_& m, const std::string& suffix) {
         },
         nogil);
   m.def(("mixture_sums" + suffix).c_str(),
-        [](const Parameters& parameters, Address z, int64_t B, int threads, Address N, Address s,
-           Address M) {
-          return eb::statistics<T>(parameters, {pointer<const T>(z), B}, threads, sums(N, s, M));
+        [](const Parameters& parameters, Address z, Address weights, int64_t B, int threads,
+           Address N, Address s, Address M) {
+          return eb::statistics<T>(parameters, {pointer<const T>(z), B, pointer<const T>(weights)},
+                                   threads, sums(N, s, M));
         },
         nogil);
   m.def(("maximise" + suffix).c_str(),

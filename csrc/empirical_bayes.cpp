@@ -162,10 +162,12 @@ void ExpectedLogJoint<T>::sum_in(const Parameters<T>& p, Samples<T> samples, int
       narrowed[j] = static_cast<U>(offsets[j]);
     }
   });
-  Buffer<U> centers, z;
+  Buffer<U> centers, z, weights;
   const Mixture<U> mixture{
       converted<U>(p.centers, J * D, centers), whitening.get(), narrowed.get(), J, D, true};
-  const Samples<U> points{converted<U>(samples.z, samples.count * D, z), samples.count};
+  const Samples<U> points{
+      converted<U>(samples.z, samples.count * D, z), samples.count,
+      samples.weights ? converted<U>(samples.weights, samples.count, weights) : nullptr};
   vmm::statistics<U>(mixture, points, threads, static_cast<U>(grad_lse),
                      static_cast<U>(grad_expected), sums.N, sums.s, sums.M, totals, slopes.N,
                      slopes.s);

@@ -99,7 +99,7 @@ double map_gradients(const Parameters<T>&, Samples<T>, const ParameterPriors&,
                      bool responsibility_gradient, double prior_weight, int threads,
                      const Gradients<T>&, const Sums* batch);
 
-// Sums with w = softmax(l); returns the sum over points of log sum_j exp l_j.
+// Sums with w = v softmax(l), v the samples' weights; returns sum_i v_i log sum_j exp l_ij.
 template <class T>
 double statistics(const Parameters<T>&, Samples<T>, int threads, Sums);
 

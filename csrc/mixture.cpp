@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -143,8 +142,8 @@ Buffer<double> accumulate(const Mixture<T>& mixture, Samples<T> samples,
   return sums;
 }
 
-// The same sums without a softmax from before, for weights that are the same for all samples: each
-// tile's l is kept between its log-sum-exp and its sums. Threads share out samples.
+// The same sums without a softmax from before, for gradients that are the same for all samples:
+// each tile's l is kept between its log-sum-exp and its sums. Threads share out samples.
 template <class T>
 Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
                                   const PackedMixture<T>& packed, const Kernels<T>& kernel,
@@ -169,14 +168,15 @@ Buffer<double> accumulate_at_once(const Mixture<T>& mixture, Samples<T> samples,
         double* sum = sums.get() + thread * (size + 2);
         const int n = tiles.count(k);
         kernel.log_prob(packed, z, n, {max, log_sum, gap}, log_joint, tile, scratch);
+        std::fill(lse_weights, lse_weights + 2 * tile, T(0));
         for (int i = 0; i < n; i++) {
-          sum[size] += static_cast<double>(max[i]) + log_sum[i];
-          sum[size + 1] += static_cast<double>(max[i]) + gap[i];
+          const T v = samples.weights ? samples.weights[tiles.first(k) + i] : T(1);
+          sum[size] += v * (static_cast<double>(max[i]) + log_sum[i]);
+          sum[size + 1] += v * (static_cast<double>(max[i]) + gap[i]);
+          lse_weights[i] = v * grad_lse;
+          expected_weights[i] = v * grad_expected;
         }
         tiles.load_rows(k, stride, rows);
-        std::fill(lse_weights, lse_weights + 2 * tile, T(0));
-        std::fill(lse_weights, lse_weights + n, grad_lse);
-        std::fill(expected_weights, expected_weights + n, grad_expected);
         const WeightedTile<T> weighted{
             z, rows, n, {max, log_sum, gap}, lse_weights, expected_weights, log_joint, tile};
         kernel.backward(packed, 0, packed.size, weighted, {sum, slopes, nullptr, nullptr}, scratch);
@@ -240,14 +240,15 @@ struct Widened {
         whitening(copy(m.whitening, m.num_centers * m.dim * m.dim)),
         offsets(copy(m.offsets, m.num_centers)),
         z(copy(s.z, s.count * m.dim)),
+        weights(copy(s.weights, s.count)),
         mixture{centers.get(), whitening.get(), offsets.get(), m.num_centers, m.dim, m.transpose},
-        samples{z.get(), s.count} {}
+        samples{z.get(), s.count, s.weights ? weights.get() : nullptr} {}
   static Buffer<double> copy(const float* values, int64_t size) {
     auto wide = make_buffer<double>(values ? size : 0);
     if (values) std::copy(values, values + size, wide.get());
     return wide;
   }
-  Buffer<double> centers, whitening, offsets, z;
+  Buffer<double> centers, whitening, offsets, z, weights;
   Mixture<double> mixture;
   Samples<double> samples;
 };
@@ -410,10 +411,14 @@ void statistics(const Mixture<T>& mixture, Samples<T> samples, int threads, T gr
     const LogJoint<T> log_joint{kept ? values.get() : nullptr, stride};
     T *lse = rows.get(), *expected = lse + B, *softmax = expected + B, *grads = softmax + 3 * B;
     forward<T>(mixture, samples, view, kernel, threads, lse, expected, softmax, log_joint);
-    totals[0] = std::accumulate(lse, lse + B, 0.0);
-    totals[1] = std::accumulate(expected, expected + B, 0.0);
-    std::fill(grads, grads + B, grad_lse);
-    std::fill(grads + B, grads + 2 * B, grad_expected);
+    totals[0] = totals[1] = 0;
+    for (int64_t i = 0; i < B; i++) {
+      const T v = samples.weights ? samples.weights[i] : T(1);
+      totals[0] += static_cast<double>(v) * lse[i];
+      totals[1] += static_cast<double>(v) * expected[i];
+      grads[i] = v * grad_lse;
+      grads[B + i] = v * grad_expected;
+    }
     sums = accumulate<T>(mixture, samples, view, kernel, threads, softmax, grads, grads + B,
                          log_joint, slopes, nullptr);
   }

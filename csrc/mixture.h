@@ -30,7 +30,8 @@ struct Mixture {
 template <class T>
 struct Samples {
   const T* z;
-  std::int64_t count;  // B
+  std::int64_t count;          // B
+  const T* weights = nullptr;  // v [B], for the sums of statistics alone; null for ones
 };
 
 // softmax [3, B] is for the backward: max_j l_ij, lse - max and expected - max, which float32 keeps
@@ -70,10 +71,10 @@ void kl_backward(const Mixture<T>&, Samples<T>, Posteriors<T>, int threads, cons
 template <class T>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T* N, T* s, T* M);
 
-// The same in float64 with w_ij = q_ij (grad_lse + grad_expected (1 + l_ij - expected_i)), and
-// totals [2] = sum_i lse_i, sum_i expected_i. slope_N [J] and slope_s [J, D], unless null, are the
-// sums with w_ij = q_ij (1 + l_ij - expected_i), the gradient of expected_i by l_ij; for grad_lse =
-// 1 and grad_expected = 0 alone.
+// The same in float64 with w_ij = v_i q_ij (grad_lse + grad_expected (1 + l_ij - expected_i)), and
+// totals [2] = sum_i v_i lse_i, sum_i v_i expected_i. slope_N [J] and slope_s [J, D], unless null,
+// are the sums with w_ij = q_ij (1 + l_ij - expected_i), the gradient of expected_i by l_ij; for
+// grad_lse = 1 and grad_expected = 0 alone.
 template <class T, class Out>
 void statistics(const Mixture<T>&, Samples<T>, int threads, T grad_lse, T grad_expected, Out* N,
                 Out* s, Out* M, double* totals, Out* slope_N, Out* slope_s);

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import ON_GPU
-from support import counted_launches, on_backends
+from support import counted_launches, on_backends, threads
 from test_empirical_bayes import (
     inferences,
     points,
@@ -191,3 +191,51 @@ def test_an_encoder_may_give_views_of_the_pseudo_inputs(backend):
     assert "running_centers" in states[0]
     for name, x in states[0].items():
         assert torch.equal(x, states[1][name]), name
+
+
+# --- weighted points ---
+
+
+@on_backends("core", "plain")
+@pytest.mark.parametrize(
+    ("size", "count", "unit"),
+    [
+        ({"c": 5, "k": 2, "d": 3}, 700, 1.0),
+        ({"c": 100, "d": 20}, 64, 1.0),  # threads share out components
+        ({"c": 5, "d": 3, "dtype": torch.float32}, 700, 1e-17),  # squares need float64
+    ],
+)
+def test_weighted_sums_are_those_of_repeated_points(backend, size, count, unit):
+    parameters, z = random_parameters(scale=None, **size), points(size["d"], b=count)
+    factor = empirical_bayes.precision_cholesky(parameters.raw_precision)
+    parameters = parameters._replace(
+        centers=unit * parameters.centers.detach(),
+        raw_precision=empirical_bayes.raw_precision(factor.detach() / unit),
+    )
+    z = unit * z.to(parameters.centers.dtype)
+    weights = torch.arange(count, dtype=torch.float64) % 3
+    repeated = z.repeat_interleave(weights.long(), 0)
+    with threads(2):
+        found, total = empirical_bayes.statistics(parameters, z, weights)
+        expected, total_of_repeated = empirical_bayes.statistics(parameters, repeated)
+    tolerance = 1e-11 if z.dtype == torch.float64 else 1e-5
+    for name, a, b, power in zip("Nsm", found, expected, (0, 1, 2), strict=False):
+        a, b = a / unit**power, b / unit**power
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=count * tolerance, msg=name)
+    assert total == total_of_repeated or total == pytest.approx(total_of_repeated, rel=tolerance)
+
+
+def test_a_fit_to_weighted_points_is_that_to_repeated_ones():
+    z = points()
+    weights = torch.arange(len(z)) % 3
+    weighted, repeated = (GaussianMixturePrior(2, 3, z[:2], map_prior="fixed") for _ in range(2))
+    history = weighted.fit(z.split(10), weights=weights)
+    assert history == pytest.approx(repeated.fit(z.repeat_interleave(weights, 0)))
+    torch.testing.assert_close(weighted.centers, repeated.centers)
+    for wrong, message in (
+        (weights[1:], "weights must be of as many points as z, but has 36"),
+        (-weights, "weights must be finite numbers of at least 0"),
+        (0 * weights, "z must have at least one point"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weighted.fit(z, weights=wrong)

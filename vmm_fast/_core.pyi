@@ -132,12 +132,12 @@ def map_gradients_float64(
     M: int, /
 ) -> float: ...
 def mixture_sums_float32(
-    parameters: MixtureParameters_float32, z: int, B: int, num_threads: int, N: int, s: int, M: int,
-    /
+    parameters: MixtureParameters_float32, z: int, weights: int, B: int, num_threads: int, N: int,
+    s: int, M: int, /
 ) -> float: ...
 def mixture_sums_float64(
-    parameters: MixtureParameters_float64, z: int, B: int, num_threads: int, N: int, s: int, M: int,
-    /
+    parameters: MixtureParameters_float64, z: int, weights: int, B: int, num_threads: int, N: int,
+    s: int, M: int, /
 ) -> float: ...
 def maximise_float32(
     parameters: MixtureParameters_float32, N: int, s: int, M: int, priors: ParameterPriors,

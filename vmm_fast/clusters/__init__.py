@@ -166,6 +166,7 @@ def find_clusters(
     components: Components,
     points: Tensor | Iterable[Tensor],
     *,
+    weights: Tensor | None = None,
     tree: ClusterTree | None = None,
     resolution: float | None = None,
     separation: float | None = None,
@@ -181,6 +182,8 @@ def find_clusters(
     components : Components
     points : Tensor [N, D] or iterable of Tensor [B, D]
         For instance posterior means. An iterable is read several times, so it must be repeatable.
+    weights : Tensor [N], float64, optional
+        How many points each counts as, in the order in which they are read.
     tree : ClusterTree, optional
         Tree of these components and of all points. If absent, it is built from the points of all
         processes of ``torch.distributed``, and each of them must call this function.
@@ -192,9 +195,9 @@ def find_clusters(
         raise TypeError(f"points must be a tensor or an iterable of tensors, but is {kind}")
     if not isinstance(points, Tensor) and iter(points) is points:
         raise ValueError("points must be repeatable, such as a list of tensors, but is an iterator")
-    shares = _Shares(components, points, tree)
+    shares = _Shares(components, points, tree, weights)
     if tree is None:
-        confusion = Confusion.of(components, points).over_processes()
+        confusion = Confusion.of(components, points, weights).over_processes()
         if not confusion.counts.any():
             raise ValueError("points must hold at least one point, but are empty")
         tree = ClusterTree(confusion)
@@ -223,29 +226,37 @@ class _Shares:
     """
 
     def __init__(
-        self, components: Components, points: Tensor | Iterable[Tensor], tree: ClusterTree | None
+        self,
+        components: Components,
+        points: Tensor | Iterable[Tensor],
+        tree: ClusterTree | None,
+        weights: Tensor | None,
     ):
-        self.components, self.points = components, points
+        self.components, self.points, self.weights = components, points, weights
         self.over_processes = tree is None  # the other processes make the same passes
         self._tree = tree
-        self._kept: list[Tensor] | None = None
+        self._kept: list[tuple[Tensor, Tensor | None]] | None = None
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield responsibilities and weights."""
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[Tensor] = []
-        total = 0
+        kept: list[tuple[Tensor, Tensor | None]] = []
+        total = read = 0
         own = torch.zeros(self.components.num_components, dtype=torch.int64)
         sums: Tensor | None = None  # of the first points, enough to compare with the tree's
         for part in parts_of(self.points, self.components):
             shared = self.components.responsibilities(part)
+            weights = None if self.weights is None else self.weights[read : read + len(part)]
+            read += len(part)
             if self._tree is not None:
-                own += shared.argmax(1).bincount(minlength=len(own)).cpu()
-                sums = (shared.double().mT @ shared.double()).cpu() if sums is None else sums
+                found = Confusion.of_shares(shared, weights)
+                own = own + found.counts.cpu()
+                sums = found.sums.cpu() if sums is None else sums
             total += shared.numel()
-            kept = [*kept, shared] if total <= MOST_KEPT else []
-            yield shared
+            kept = [*kept, (shared, weights)] if total <= MOST_KEPT else []
+            yield shared, weights
         if total <= MOST_KEPT:
             self._kept = kept
         if self._tree is not None:
@@ -256,10 +267,10 @@ class _Shares:
         """Return how many points each cluster holds, and whether a point lies between two."""
         device = self.components.centers.device  # processes sum tensors on this device
         held = torch.zeros(clusters.num_clusters + 1, dtype=torch.int64, device=device)
-        for shared in self:
+        for shared, weights in self:
             probabilities = clusters.sums(shared)
             top, label = probabilities.max(1)
-            held += label.bincount(minlength=len(held))
+            held = held + label.bincount(weights, minlength=len(held))
             held[-1] += (probabilities == top[:, None]).sum() - len(label)
         if self.over_processes:
             sum_over_processes([held])

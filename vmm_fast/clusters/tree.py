@@ -49,7 +49,7 @@ class Confusion(NamedTuple):
     ----------
     sums : Tensor [C, C], float64
         S[a, b] = sum_i r_i(a) r_i(b).
-    counts : Tensor [C], int64
+    counts : Tensor [C], int64, or float64 of weighted points
         Points whose most probable component this is.
     """
 
@@ -58,13 +58,20 @@ class Confusion(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, components: Components, points: Tensor | Iterable[Tensor]) -> Confusion:
+    def of(
+        cls,
+        components: Components,
+        points: Tensor | Iterable[Tensor],
+        weights: Tensor | None = None,
+    ) -> Confusion:
         """Return the sums over points, in one pass and with memory for the sums alone.
 
         Parameters
         ----------
         components : Components
         points : Tensor [N, D] or iterable of Tensor [B, D]
+        weights : Tensor [N], float64, optional
+            How many points each counts as, in the order in which they are read.
 
         Returns
         -------
@@ -74,11 +81,20 @@ class Confusion(NamedTuple):
         count, device = components.num_components, components.centers.device
         sums = torch.zeros(count, count, dtype=torch.float64, device=device)
         counts = torch.zeros(count, dtype=torch.int64, device=device)
+        read = 0
         for part in parts_of(points, components):
-            shared = components.responsibilities(part).double()
-            sums += shared.mT @ shared
-            counts += shared.argmax(1).bincount(minlength=count)
+            own = None if weights is None else weights[read : read + len(part)]
+            found = cls.of_shares(components.responsibilities(part), own)
+            sums, counts = sums + found.sums, counts + found.counts
+            read += len(part)
         return cls(sums, counts)
+
+    @classmethod
+    def of_shares(cls, shared: Tensor, weights: Tensor | None) -> Confusion:
+        """Return the sums over points, given their responsibilities [B, C] and weights [B]."""
+        counts = shared.argmax(1).bincount(weights, minlength=shared.shape[1])
+        shared = shared.double()
+        return cls((shared if weights is None else shared * weights[:, None]).mT @ shared, counts)
 
     def plus(self, other: Confusion) -> Confusion:
         """Return the sums over the points of self and other, which have the same components."""

@@ -73,11 +73,25 @@ class Statistics(NamedTuple):
         return self.scaled(1 - rate).plus(other.scaled(rate))
 
 
-def statistics(components: Components, z: Tensor) -> Statistics:
-    """Return the sums over ``z`` [B, D], weighted by the responsibilities, in float64."""
-    sums = components.evaluate(ops.mixture_statistics, z, components.expected)
-    n, s, m = (x.double() for x in sums)
-    return Statistics(n, s, m, components.centers.detach().double())
+def statistics(components: Components, z: Tensor, weights: Tensor | None = None) -> Statistics:
+    """Return the sums over ``z`` [B, D], weighted by the responsibilities, in float64.
+
+    A point counts as many times as its entry of ``weights`` [B] says.
+    """
+    centers = components.centers.detach().double()
+    if weights is None:
+        sums = components.evaluate(ops.mixture_statistics, z, components.expected)
+        n, s, m = (x.double() for x in sums)
+        return Statistics(n, s, m, centers)
+    log_joint = components.evaluate(ops.mixture_log_joint, z, components.expected)[0].double()
+    q = (log_joint.softmax(1) * weights.double()[:, None]).T
+    outer = []
+    for share, center in zip(q, centers, strict=True):  # all at once would be [B, J, D]
+        d = z.double() - center
+        outer.append((share[:, None] * d).mT @ d)
+    return Statistics(
+        q.sum(1), q @ z.double() - q.sum(1)[:, None] * centers, torch.stack(outer), centers
+    )
 
 
 def summed_over_processes(sums: Statistics, *numbers: float) -> tuple[Statistics, list[float]]:

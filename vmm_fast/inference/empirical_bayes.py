@@ -394,27 +394,31 @@ def _empty_statistics(parameters: MixtureParameters) -> Statistics:
     return Statistics(n, s, m, centers)
 
 
-def statistics(parameters: MixtureParameters, z: Tensor) -> tuple[Statistics, float | None]:
+def statistics(
+    parameters: MixtureParameters, z: Tensor, weights: Tensor | None = None
+) -> tuple[Statistics, float | None]:
     """Return the :func:`closed_form.statistics` of ``parameters``, and the log-sum-exps' total.
 
     Returns
     -------
     sums : Statistics
     total : float or None
-        sum_i log sum_j exp l_ij; None if it is not a by-product.
+        sum_i v_i log sum_j exp l_ij, v the weights; None if it is not a by-product.
     """
     z = _widened(z)
     suffix = _in_core(parameters, z)
     if suffix is None:
-        return closed_form.statistics(parameters.components().detach(), z), None
+        return closed_form.statistics(parameters.components().detach(), z, weights), None
     sums = _empty_statistics(parameters)
     core_parameters = _CoreParameters(parameters, suffix)
     z = in_memory(z)
+    weights = None if weights is None else in_memory(weights.to(z.dtype))
     total = _call(
         "mixture_sums",
         suffix,
         core_parameters.view,
         z,
+        weights,
         len(z),
         torch.get_num_threads(),
         *sums[:3],

@@ -260,6 +260,7 @@ class BayesianMixturePrior(LearntPrior):
         z: Tensor | Iterable[Tensor],
         encoder: Encoder | None = None,
         *,
+        weights: Tensor | None = None,
         max_iterations: int = 100,
         tolerance: float = 1e-6,
     ) -> list[float]:
@@ -274,6 +275,8 @@ class BayesianMixturePrior(LearntPrior):
         z : Tensor [N, D] or iterable of Tensor [B, D]
             Points; an iterable is read once in each iteration and must be repeatable.
         encoder : callable
+        weights : Tensor [N], optional
+            How many points each counts as, in the order in which they are read; at least 0.
         max_iterations : int
         tolerance : float
             Stop when the objective gains less than this, in nats per point, or falls.
@@ -288,8 +291,11 @@ class BayesianMixturePrior(LearntPrior):
         Raises
         ------
         ValueError
-            If there are no points, or an iterable can be read only once.
+            If there are no points, or an iterable can be read only once, or ``weights`` is not as
+            described.
         """
+        if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
+            raise ValueError("weights must be finite numbers of at least 0, but are not")
         batches = (z,) if isinstance(z, Tensor) else z
         if iter(batches) is batches:
             raise ValueError(
@@ -300,19 +306,25 @@ class BayesianMixturePrior(LearntPrior):
             parameters = self._mixture_parameters(*self._centers(encoder, differentiable=True))
             components = parameters.components()
             sums: Statistics | None = None
-            count, total = 0.0, 0.0
+            count, total, read = 0.0, 0.0, 0
             for batch in batches:
                 if len(batch) == 0:
                     continue
                 points = self._latents(batch)
-                part, part_total = empirical_bayes.statistics(parameters, points)
+                own = None if weights is None else weights[read : read + len(batch)]
+                read += len(batch)
+                if own is not None and len(own) != len(batch):
+                    break
+                part, part_total = empirical_bayes.statistics(parameters, points, own)
                 sums = part if sums is None else sums.plus(part)
                 if part_total is None:
                     lse, _ = components.log_joint_expectation(points)
-                    part_total = float(lse.double().sum())
+                    part_total = float((lse.double() if own is None else lse * own.double()).sum())
                 total += part_total
-                count += len(batch)
-            if sums is None:
+                count += len(batch) if own is None else float(own.sum(dtype=torch.float64))
+            if weights is not None and read != len(weights):
+                raise ValueError(f"weights must be of as many points as z, but has {len(weights)}")
+            if sums is None or count == 0:
                 raise ValueError("z must have at least one point, but is empty")
             sums, (count, total) = summed_over_processes(sums, count, total)
             objective = self._objective(int(count))
