@@ -15,7 +15,7 @@ ROWS = [
     ("cells", "arrays"),
     ("plots",),
     ("metrics",),
-    ("scvi", "models"),
+    ("scvi", "models", "estimators"),
     ("schedules",),
     ("priors",),
     ("clusters",),

@@ -1,6 +1,7 @@
 """vmm_fast: the VampPrior Mixture Model as a drop-in, compiled prior for torch VAEs."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  first: it loads the OpenMP runtime that the compiled core then shares
 
@@ -17,6 +18,9 @@ from vmm_fast.priors import (  # noqa: E402
     VMMPrior,
 )
 
+if TYPE_CHECKING:
+    from vmm_fast.estimators import DirichletMixture as DirichletMixture
+
 __version__ = version("vmm-fast")
 
 __all__ = [
@@ -29,3 +33,12 @@ __all__ = [
     "__version__",
     "ops",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class that needs scikit-learn, which is imported for its users alone."""
+    if name == "DirichletMixture":
+        from vmm_fast.estimators import DirichletMixture
+
+        return DirichletMixture
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,365 @@
+"""The Bayesian Gaussian mixture as an estimator of scikit-learn, for points that exist already.
+
+Points x [N, D] are whitened by their own mean and covariance, z = (x - a) W, and z has the model of
+:class:`vmm_fast.GaussianMixturePrior` with its parameter priors,
+
+    p(x) = |W| sum_c pi_c N(z; m_c, Lambda_c^-1)
+    pi ~ Dirichlet(gamma / C, .., gamma / C), m_c ~ N(0, I), Lambda_c ~ Wishart with mean C^(2/D) I
+
+maximised by exact expectation maximisation (:mod:`vmm_fast.inference.closed_form`). In units of x
+the priors are centered at the mean of the points and have the shape of their covariance, so a fit
+follows changes of units; only k-means, which it starts from, measures distances in those of x.
+Directions in which points do not vary, as those of constant columns, are left out of the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmm_fast._checks import check_choice, check_integer, check_positive
+from vmm_fast._whitening import Batches, Whitening
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
+from vmm_fast.inference.map_objective import wishart_scale
+from vmm_fast.priors import GaussianMixturePrior
+
+try:
+    from sklearn.base import BaseEstimator, ClusterMixin, DensityMixin
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+except ImportError as error:
+    message = "DirichletMixture needs scikit-learn >= 1.6: pip install vmm-fast[cli]"
+    raise ImportError(message) from error
+
+__all__ = ["DirichletMixture"]
+
+STARTS = 256  # points per component that k-means sees, drawn from all of them
+LLOYD = 20  # iterations of k-means
+FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
+# It is cut to see whether arguments are valid, before a fit that would end with the same error.
+_TREE = ClusterTree(Confusion(torch.ones(1, 1, dtype=torch.float64), torch.ones(1).long()))
+
+
+class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
+    """A Bayesian Gaussian mixture that groups its components into clusters.
+
+    It takes arrays of numpy, also memory-mapped ones, and tensors of torch on a CPU, and computes
+    in their dtype, float32 or float64; results are arrays. Points are read in batches: memory does
+    not grow with points x components. See :mod:`vmm_fast.estimators` for the model and what becomes
+    of the units of the points, and :mod:`vmm_fast.clusters` for the clusters.
+
+    Parameters
+    ----------
+    n_components : int, optional
+        Largest number C of components: components without points keep a weight of almost 0.
+        A twentieth of the points unless given, from 10 to 100. There never are more than distinct
+        points.
+    concentration : float or "learnt"
+        gamma. The less, the more weights are almost 0. If it is learnt (from 1), the objective may
+        fall.
+    resolution, separation, n_clusters : optional
+        Where the tree of components is cut into clusters; see
+        :meth:`vmm_fast.clusters.ClusterTree.cut`. There are at most ``n_clusters``.
+    init : "k-means++" or "random"
+        How k-means starts, from whose clusters components start.
+    tol : float
+        A fit ends when an iteration gains less, in nats per point.
+    max_iter : int
+    random_state : int, numpy.random.RandomState or None
+
+    Attributes
+    ----------
+    labels_ : ndarray [N], int64
+        Cluster of each point of the last ``fit`` or ``partial_fit``; the largest cluster is 0.
+    weights_, means_, covariances_ : ndarray [C], [C, D], [C, D, D]
+        Of the components, in units of the points.
+    component_clusters_ : ndarray [C], int64
+        Cluster of each component.
+    tree_ : ClusterTree
+        Tree of the components.
+    objective_ : list of float
+        Log-posterior before each iteration, less a constant, in nats per point. It never falls, up
+        to rounding.
+    converged_ : bool
+    n_iter_, n_features_in_ : int
+
+    Notes
+    -----
+    Stirn & Knowles (2024), arXiv 2402.04412; Dempster, Laird & Rubin (1977). This is maximum a
+    posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture.
+    """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        *,
+        concentration: float | Literal["learnt"] = 1.0,
+        resolution: float | None = None,
+        separation: float | None = None,
+        n_clusters: int | None = None,
+        init: Literal["k-means++", "random"] = "k-means++",
+        tol: float = 1e-3,
+        max_iter: int = 200,
+        random_state: int | np.random.RandomState | None = None,
+    ):
+        self.n_components = n_components
+        self.concentration = concentration
+        self.resolution = resolution
+        self.separation = separation
+        self.n_clusters = n_clusters
+        self.init = init
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+
+    # --- fitting ---
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DirichletMixture:
+        """Fit the mixture to points, by exact expectation maximisation.
+
+        Parameters
+        ----------
+        X : array or Tensor [N, D]
+        y : ignored
+        sample_weight : array [N], optional
+            How many points each counts as.
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, what it must be and what it is.
+        """
+        X = self._points(X, reset=True)
+        weights = None
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            if weights.min() < 0:
+                raise ValueError(f"sample_weight must be at least 0, but is {weights.min()}")
+        self._start(X, weights)
+        batches = Batches(X, self._whitening)
+        own = None if weights is None else torch.from_numpy(weights)
+        self.objective_ = self._prior.fit(
+            batches, weights=own, max_iterations=int(self.max_iter), tolerance=self.tol
+        )
+        self.n_iter_ = len(self.objective_)
+        gains = np.diff(self.objective_)
+        self.converged_ = bool(len(gains) and gains[-1] < self.tol)
+        if not self.converged_:
+            warnings.warn(
+                f"the fit has not converged in {self.max_iter} iterations: raise max_iter or tol",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self._seen = len(X) if weights is None else float(weights.sum())
+        components = self._prior.components().detach()
+        self.tree_ = ClusterTree(Confusion.of(components, batches, own))
+        cut = self._cut(self.tree_)
+        with warnings.catch_warnings():  # there are as many as hold points
+            warnings.filterwarnings("ignore", message="n_clusters is")
+            clusters = find_clusters(components, batches, weights=own, tree=self.tree_, **cut)
+        return self._finish(clusters, X)
+
+    def partial_fit(self, X: Any, y: Any = None) -> DirichletMixture:
+        """Take a step of online expectation maximisation for every 16,384 points, or once.
+
+        The first call starts the mixture and fixes how points are whitened, so its points must be
+        typical ones. Of n points so far, b new ones weigh (b / n)^0.6. After :meth:`fit`, the
+        mixture goes on from there.
+
+        Parameters
+        ----------
+        X : array or Tensor [B, D]
+        y : ignored
+        """
+        first = not hasattr(self, "_prior")
+        X = self._points(X, reset=first)
+        if first:
+            self._start(X, None)
+            self._seen, self.n_iter_ = 0, 0
+        prior = self._prior
+        for z in Batches(X, self._whitening):
+            self._seen += len(z)
+            rate = (len(z) / self._seen) ** FORGETTING
+            prior.options = replace(
+                prior.options, statistics_rate=rate, data_size=max(1, round(self._seen))
+            )
+            prior.update(z)
+            self.n_iter_ += 1
+            components = prior.components().detach()
+            confusion = Confusion.of(components, z)
+            if hasattr(self, "tree_"):
+                old = self.tree_.confusion
+                kept = (1 - rate) * self._seen / (self._seen - len(z))
+                new = rate * self._seen / len(z)
+                confusion = Confusion(
+                    kept * old.sums + new * confusion.sums,
+                    kept * old.counts + new * confusion.counts,
+                )
+            self.tree_ = ClusterTree(confusion)
+        clusters = Clusters(components, self.tree_.cut(**self._cut(self.tree_)))
+        return self._finish(clusters, X)
+
+    def _points(self, X: Any, reset: bool) -> np.ndarray:
+        """Return points as scikit-learn checks them, in float32 or float64, without copying."""
+        if isinstance(X, Tensor):
+            X = X.detach()
+            X = (X.float() if X.dtype in (torch.float16, torch.bfloat16) else X).numpy()
+        points: np.ndarray = validate_data(
+            self,
+            X,
+            dtype=[np.float64, np.float32],
+            reset=reset,
+            ensure_min_samples=2 if reset else 1,
+        )
+        return points
+
+    def _cut(self, tree: ClusterTree) -> dict[str, Any]:
+        """Return where a tree is cut; it may have fewer leaves than clusters are asked for."""
+        number = self.n_clusters
+        if number is not None:
+            number = min(check_integer("n_clusters", number), len(tree.leaves))
+        return {
+            "resolution": self.resolution,
+            "separation": self.separation,
+            "n_clusters": number,
+        }
+
+    def _check(self, points: int, total: float) -> int:
+        """Return the number of components, after checking all arguments of the constructor."""
+        if isinstance(self.concentration, str):
+            check_choice("concentration", self.concentration, ("learnt",))
+        else:
+            check_positive("concentration", self.concentration)
+        check_choice("init", self.init, ("k-means++", "random"))
+        check_positive("tol", self.tol)
+        check_integer("max_iter", self.max_iter)
+        _TREE.cut(**self._cut(_TREE))
+        if self.n_components is None:
+            return min(100, max(10, int(total) // 20), points)
+        if check_integer("n_components", self.n_components) > points:
+            raise ValueError(
+                f"n_components must be at most {points}, the number of points, "
+                f"but is {self.n_components}"
+            )
+        return int(self.n_components)
+
+    def _start(self, X: np.ndarray, weights: np.ndarray | None) -> None:
+        """Set the whitening, and a mixture of the clusters of k-means with one covariance."""
+        own = np.ones(len(X)) if weights is None else weights
+        count = self._check(np.count_nonzero(own), own.sum())
+        random = check_random_state(self.random_state)
+        self._whitening = whitening = Whitening.of(X, own)
+        rows, share = _sample(X, own, STARTS * count, random)
+        count = min(count, len(rows))
+        z = whitening.apply(rows).double().numpy()
+        # In the units of X up to one factor: distances between points are what k-means knows.
+        scale, dim = np.sqrt((whitening.inverse**2).mean()), z.shape[1]
+        means = KMeans(count, init=self.init, n_init=1, max_iter=LLOYD, random_state=random)
+        with warnings.catch_warnings():  # points that are nearly the same do no harm
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            means.fit(z @ whitening.inverse / scale, sample_weight=share)
+        centers = means.cluster_centers_ * scale @ whitening.matrix
+        d = z - centers[means.labels_]
+        mass = np.bincount(means.labels_, share, count)
+        scatter = (share[:, None] * d).T @ d + np.eye(dim) / wishart_scale(count, dim)
+        precision = torch.from_numpy(np.linalg.inv(scatter / (mass.sum() + 1)))
+        learnt = self.concentration == "learnt"
+        dtype = torch.float32 if X.dtype == np.float32 else torch.float64
+        self._prior = GaussianMixturePrior(
+            count,
+            dim,
+            torch.from_numpy(centers).to(dtype),
+            inference="closed-form",
+            map_prior="learnt" if learnt else "fixed",
+            concentration=1.0 if learnt else float(self.concentration),
+            update_every=1,
+        )
+        self._prior.precision_cholesky = torch.linalg.cholesky(precision).expand(count, -1, -1)
+        with torch.no_grad():
+            self._prior.logits.copy_(torch.from_numpy(mass + 1).log())
+
+    def _finish(self, clusters: Clusters, X: np.ndarray) -> DirichletMixture:
+        """Set what users see of a mixture, and the labels of points."""
+        self._clusters = clusters
+        mixture, (offset, _, inverse, _) = clusters.components, self._whitening
+        assert mixture.precision_cholesky is not None
+        covariances = torch.cholesky_inverse(mixture.precision_cholesky.double()).numpy()
+        self.weights_ = mixture.component_weights.numpy()
+        self.means_ = (offset + mixture.centers.double().numpy() @ inverse).astype(X.dtype)
+        self.covariances_ = (inverse.T @ covariances @ inverse).astype(X.dtype)
+        self.component_clusters_ = clusters.of_component.numpy()
+        self.labels_ = self._each(X, lambda z: clusters.assign(z).labels)
+        return self
+
+    # --- after a fit ---
+
+    def _each(self, X: np.ndarray, function: Any) -> np.ndarray:
+        """Return a function of whitened points [B, D] for all points [N, D], batch by batch."""
+        with torch.no_grad():
+            found = torch.cat([function(z) for z in Batches(X, self._whitening)])
+        values: np.ndarray = found.numpy()
+        return values
+
+    def _of(self, X: Any, function: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return self._each(self._points(X, reset=False), function)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the most probable cluster of each point [N], int64."""
+        return self._of(X, lambda z: self._clusters.assign(z).labels)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each cluster [N, G], for each point."""
+        return self._of(X, lambda z: self._clusters.probabilities(z))
+
+    def predict_component(self, X: Any) -> np.ndarray:
+        """Return the most probable component of each point [N], int64."""
+        return self._of(X, lambda z: self._clusters.components.assign(z).labels)
+
+    def predict_component_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each component [N, C], for each point."""
+        return self._of(X, lambda z: self._clusters.components.responsibilities(z))
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return log p(x) of each point [N], in nats."""
+        density = self._of(X, lambda z: self._clusters.components.log_prob(z))
+        return density + density.dtype.type(self._whitening.log_det)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the mean of log p(x) over points, in nats."""
+        return float(self.score_samples(X).mean(dtype=np.float64))
+
+    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Draw points [n_samples, D] from the mixture; return them and their clusters."""
+        check_is_fitted(self)
+        check_integer("n_samples", n_samples)
+        components = self._clusters.components
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+            of = components.component_weights.multinomial(n_samples, replacement=True)
+            z = components.sample(n_samples, of).numpy()
+        x = self._whitening.offset + z @ self._whitening.inverse
+        return x.astype(z.dtype), self._clusters.of_component[of].numpy()
+
+
+def _sample(
+    X: np.ndarray, weights: np.ndarray, size: int, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return distinct points, of all or of about ``size`` that are drawn, and how often each is.
+
+    So a fit to few points starts the same from weighted and from repeated ones, in whatever order.
+    """
+    index, own = np.arange(len(X)), weights
+    if len(X) > size:
+        total = weights.cumsum()
+        drawn = total.searchsorted(random.random_sample(size) * total[-1], side="right")
+        index, own = np.unique(drawn.clip(max=len(X) - 1), return_counts=True)
+    rows, inverse = np.unique(X[index[own > 0]], axis=0, return_inverse=True)
+    return rows, np.bincount(inverse.ravel(), own[own > 0])
