@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench import (
+    estimators,
     gpu,
     integration,
     kills,
@@ -33,7 +34,9 @@ MEASUREMENTS = {
         settings.MEASUREMENT,
         gpu.MEASUREMENT,
         kills.MEASUREMENT,
+        estimators.MEASUREMENT,
     )
 }
-# An atlas takes an hour and gigabytes of disk, scores of clusters hours or days.
+# An atlas takes an hour and gigabytes of disk, scores of clusters hours or days, estimators an
+# hour.
 ALL = ("throughput", "limits", "step", "likelihood", "scvi-step")
