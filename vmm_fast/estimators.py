@@ -15,6 +15,7 @@ Directions in which points do not vary, as those of constant columns, are left o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -253,7 +254,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     def _start(self, X: np.ndarray, weights: np.ndarray | None) -> None:
         """Set the whitening, and a mixture of the clusters of k-means with one covariance."""
         own = np.ones(len(X)) if weights is None else weights
-        count = self._check(np.count_nonzero(own), own.sum())
+        count = self._check(int(np.count_nonzero(own)), own.sum())
         random = check_random_state(self.random_state)
         self._whitening = whitening = Whitening.of(X, own)
         rows, share = _sample(X, own, STARTS * count, random)
@@ -300,14 +301,14 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
 
     # --- after a fit ---
 
-    def _each(self, X: np.ndarray, function: Any) -> np.ndarray:
+    def _each(self, X: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Return a function of whitened points [B, D] for all points [N, D], batch by batch."""
         with torch.no_grad():
             found = torch.cat([function(z) for z in Batches(X, self._whitening)])
         values: np.ndarray = found.numpy()
         return values
 
-    def _of(self, X: Any, function: Any) -> np.ndarray:
+    def _of(self, X: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         check_is_fitted(self)
         return self._each(self._points(X, reset=False), function)
 
@@ -329,8 +330,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Return log p(x) of each point [N], in nats."""
-        density = self._of(X, lambda z: self._clusters.components.log_prob(z))
-        return density + density.dtype.type(self._whitening.log_det)
+        log_det = self._whitening.log_det
+        return self._of(X, lambda z: self._clusters.components.log_prob(z) + log_det)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the mean of log p(x) over points, in nats."""
