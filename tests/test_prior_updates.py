@@ -6,14 +6,12 @@ import pytest
 import torch
 from conftest import ON_GPU
 from support import counted_launches, on_backends, threads
-from test_empirical_bayes import (
-    inferences,
-    points,
-)
+from test_empirical_bayes import inferences, points, random_parameters
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.profiler import ProfilerActivity, profile
 
 from vmm_fast import GaussianMixturePrior, VMMPrior
+from vmm_fast.inference import empirical_bayes
 from vmm_fast.inference.gradient import PrivateAdam
 
 # --- the private Adam ---

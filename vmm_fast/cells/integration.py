@@ -53,8 +53,8 @@ from vmm_fast.cells.writing import (
 from vmm_fast.clusters import Confusion, order_by_size
 from vmm_fast.metrics import ACTIVE_SHARE, agreement
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
-from vmm_fast.scvi.latent_prior_model import LatentPriorModel
 from vmm_fast.scvi.columns import shares_of
+from vmm_fast.scvi.latent_prior_model import LatentPriorModel
 from vmm_fast.scvi.loading import (
     WINDOW,
     CellBatches,

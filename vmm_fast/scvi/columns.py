@@ -58,7 +58,7 @@ def cell_columns(
 
 
 def shares_of(index: Tensor, number: int) -> Tensor:
-    """Return cells' membership in batches or categories [B, number], given the index of each [B]."""
+    """Return the membership in batches or categories [B, number] of cells with an index [B]."""
     of_one = one_hot(index.clamp(min=0), number).float()
     return of_one.where((index != UNKNOWN)[:, None], 1 / number)
 
