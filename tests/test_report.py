@@ -208,7 +208,9 @@ def test_names_are_escaped(page_of):
     adata = cells(batch_key="donor", labels_key="<i>type", path='a"><script>alert(4)</script>')
     bad = {"donor 0": "<script>alert(1)</script>", "donor 1": '"><img src=x onerror=alert(2)>'}
     adata.obs["donor"] = adata.obs["donor"].replace(bad)
-    adata.obs["<i>type"] = adata.obs["type"].replace({"type 0": "</style>&amp; $x_1$ \ud800"})
+    adata.obs["<i>type"] = (
+        adata.obs["type"].astype(object).replace({"type 0": "</style>&amp; $x_1$ \ud800"})
+    )
     adata.obs["vmm_cluster"] = adata.obs["vmm_cluster"].cat.rename_categories(
         {"0": "<svg/onload=3>"}
     )
