@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bench.records import DATA, PLACES, Row, command, environment
 from bench.tables import spread, table, write_text
 from vmm_fast.metrics import clustering_scores, clustering_scores_from_assignment
 from vmm_fast.models import VAE, fit
+from vmm_fast.plots.drawing import PALETTE
 from vmm_fast.priors import Prior
 from vmm_fast.schedules import SCHEDULES
 
@@ -225,20 +227,32 @@ def page(folder: Path) -> list[Path]:
     return [path for prefix in prefixes for path in write_page(folder, prefix)]
 
 
+def _points(record: dict[str, Any], key: str) -> list[tuple[int, float]]:
+    """Return the epochs that have a value of a panel, and the values."""
+    points = []
+    for epoch in record["curve"]:
+        scores = epoch.get("test", {})
+        clusters = {f"clusters {k}": v for k, v in scores.get("clusters", {}).items()}
+        points.append((epoch["epoch"], {**epoch, **scores, **clusters}.get(key)))
+    return [point for point in points if point[1] is not None]
+
+
 def _plot(figure: Figure, records: dict[str, dict[str, Any]]) -> None:
-    """Draw the curves of all runs."""
-    figure.set_size_inches(15, 6.5)
-    for ax, (key, title) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
-        for name, record in records.items():
-            points = []
-            for epoch in record["curve"]:
-                scores = epoch.get("test", {})
-                clusters = {f"clusters {k}": v for k, v in scores.get("clusters", {}).items()}
-                points.append((epoch["epoch"], {**epoch, **scores, **clusters}.get(key)))
-            known = [point for point in points if point[1] is not None]
-            ax.plot(*zip(*known, strict=True) if known else ((), ()), label=name, lw=1.5)
+    """Draw the curves of all runs, in the panels that any run has values of."""
+    curves = {
+        title: {name: _points(record, key) for name, record in records.items()}
+        for key, title in PANELS
+    }
+    curves = {title: found for title, found in curves.items() if any(found.values())}
+    rows = max(1, -(-len(curves) // 2))
+    figure.set_size_inches(8, 2.7 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for (title, found), ax in zip(curves.items(), axes, strict=False):
+        for (name, points), color in zip(found.items(), cycle(PALETTE), strict=False):
+            ax.plot(*zip(*points, strict=True) if points else ((), ()), c=color, label=name, lw=1.5)
         figures.bare(ax, title, "epoch", grid="both")
-    figure.axes[3].legend(fontsize=8, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, frameon=False,
+                  loc="outside lower center", ncols=5)  # fmt: skip
 
 
 MEASUREMENT = Measurement(
