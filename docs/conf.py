@@ -5,6 +5,8 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "vmm_fast"
@@ -79,6 +81,16 @@ def show_formulas(app, what, name, obj, options, lines):
     lines[:] = shown
 
 
+def keep_spreads_together(app, doctree):
+    """Break no line between a mean and its spread: most columns of the results are narrow."""
+    for text in list(doctree.findall(nodes.Text)):
+        if " ± " in text:
+            text.parent.replace(
+                text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"))
+            )
+
+
 def setup(app):
-    """Read docstrings before napoleon does."""
+    """Read docstrings before napoleon does, and pages before they are written."""
     app.connect("autodoc-process-docstring", show_formulas, priority=400)
+    app.connect("doctree-read", keep_spreads_together)
