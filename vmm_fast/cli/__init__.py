@@ -68,7 +68,7 @@ def _complain(message: str, code: int) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="vmm-fast",
-        description="Cluster vectors, images or single cells with a variational autoencoder whose "
+        description="Cluster vectors, images or single cells with a variational autoencoder whose\n"
         "prior is a VampPrior mixture: the number of clusters is found, not given.",
     )
     parser.add_argument("--version", action="version", version=f"vmm-fast {version('vmm-fast')}")

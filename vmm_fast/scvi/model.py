@@ -167,7 +167,8 @@ class VMMSCANVI(ComponentExpression, SCANVI):
         be made with cells that have neither.
         """
         super()._set_indices_and_labels(*args, **kwargs)
-        self.labels_ = np.append(self.labels_, self.unlabeled_category_)
+        if self.adata is not None:
+            self.labels_ = np.append(self.labels_, self.unlabeled_category_)
 
     @torch.inference_mode()
     def predicted_labels(self, means: Tensor) -> np.ndarray:
