@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,15 +97,11 @@ def fit(provider: str, folder: str, components: int, iterations: int) -> dict[st
     from sklearn.metrics import adjusted_rand_score
 
     x, test, of = (np.load(f"{folder}/{name}.npy") for name in ("x", "test", "of"))
-    estimate = {OURS: _ours, "tgmm": _tgmm, "torchgmm": _torchgmm}.get(provider)
+    estimate = ESTIMATES.get(provider, partial(sklearn, provider))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fits that end early, and others' own
         start = time.perf_counter()
-        found = (
-            estimate(x, components, iterations)
-            if estimate is not None
-            else _sklearn(provider, x, components, iterations)
-        )
+        found = estimate(x, components, iterations)
         seconds = time.perf_counter() - start
         peak = alone.resident_bytes("VmHWM")
         labels = found.assign(test)
@@ -117,14 +114,14 @@ def fit(provider: str, folder: str, components: int, iterations: int) -> dict[st
         "seconds": seconds,
         **split,
         "iterations": found.iterations,
-        "log_likelihood": _log_likelihood(found, test),
+        "log_likelihood": log_likelihood(found, test),
         "ari": float(adjusted_rand_score(of, labels)),
         "groups": len(np.unique(labels)),
         "peak_bytes": peak,
     }
 
 
-def _log_likelihood(found: Fit, test: np.ndarray) -> float:
+def log_likelihood(found: Fit, test: np.ndarray) -> float:
     """Return the mean log-density of points under weights, means and covariances, in nats."""
     weights, means, covariances = (torch.as_tensor(x).double() for x in found[2:5])
     scale = torch.linalg.cholesky(covariances)
@@ -132,7 +129,7 @@ def _log_likelihood(found: Fit, test: np.ndarray) -> float:
     return float(mixture.log_prob(torch.from_numpy(test).double()).mean())
 
 
-def _ours(x: np.ndarray, components: int, iterations: int) -> Fit:
+def ours(x: np.ndarray, components: int, iterations: int) -> Fit:
     from vmm_fast import DirichletMixture
 
     model = DirichletMixture(components, tol=TOLERANCE, max_iter=iterations, random_state=0).fit(x)
@@ -140,7 +137,7 @@ def _ours(x: np.ndarray, components: int, iterations: int) -> Fit:
     return Fit([], model.n_iter_, *parameters, model.predict)
 
 
-def _sklearn(provider: str, x: np.ndarray, components: int, iterations: int) -> Fit:
+def sklearn(provider: str, x: np.ndarray, components: int, iterations: int) -> Fit:
     from sklearn import mixture
 
     starts: list[float] = []
@@ -163,7 +160,7 @@ def _sklearn(provider: str, x: np.ndarray, components: int, iterations: int) -> 
     return Fit(starts, model.n_iter_, *parameters, model.predict)
 
 
-def _tgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
+def tgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
     from tgmm import GaussianMixture
 
     # Its tolerance is relative to the mean log-density, for which that of one Gaussian stands.
@@ -175,7 +172,7 @@ def _tgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
     return Fit([], model.n_iter_, *parameters, lambda z: model.predict(torch.from_numpy(z)).numpy())
 
 
-def _torchgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
+def torchgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
     from torchgmm.bayes import GaussianMixture
 
     torch.manual_seed(0)
@@ -191,6 +188,9 @@ def _torchgmm(x: np.ndarray, components: int, iterations: int) -> Fit:
     return Fit(
         [], model.num_iter_, *parameters, lambda z: model.predict(torch.from_numpy(z)).numpy()
     )
+
+
+ESTIMATES = {OURS: ours, "tgmm": tgmm, "torchgmm": torchgmm}
 
 
 # --- rows, targets, table ---
@@ -252,8 +252,8 @@ def tables(rows: Sequence[Row]) -> str:
     """Return a line for each fit."""
     lines = []
     for row in rows:
-        (ours,) = select(rows, provider=OURS, mode=row["mode"], B=row["B"])
-        ratio = f" ({row['seconds'] / ours['seconds']:.3g}x)" * (row is not ours)
+        (base,) = select(rows, provider=OURS, mode=row["mode"], B=row["B"])
+        ratio = f" ({row['seconds'] / base['seconds']:.3g}x)" * (row is not base)
         scores = (
             f"{row[name]:{form}}" if name in row else "-"
             for name, form in (("log_likelihood", ".3f"), ("ari", ".3f"), ("groups", ""))

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from bench import (
     __main__,
     alone,
+    estimators,
     gpu,
     gpu_bound,
     integration,
@@ -83,6 +84,28 @@ def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
     rows = measured(bench, tmp_path, "limits", targets=8)
     assert len(select(rows, axis=None)) == 6 and len(rows) == 6 + 12  # kernels and the peak; axes
     assert len(measured(bench, tmp_path, "step", targets=0)) == 7  # priors
+
+
+def test_estimators(bench, tmp_path, monkeypatch):
+    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
+    monkeypatch.setattr(alone, "run", here)
+    own = {name: module for name, module in estimators.PROVIDERS.items() if module == "sklearn"}
+    monkeypatch.setattr(estimators, "PROVIDERS", own)
+    rows = measured(bench, tmp_path, "estimators", targets=2)
+    few, many = rows[:3], rows[3:]
+    assert [row["provider"] for row in few] == [row["provider"] for row in many] == list(own)
+    assert [row["scaled"] for row in rows] == [False] * 4 + [True] * 2
+    for row, whole in zip(many[1:], few[1:], strict=True):
+        assert row["iterations"] == whole["iterations"] and "log_likelihood" not in row
+        parts = row["start_seconds"] + row["iterations"] * row["iteration_seconds"]
+        assert row["seconds"] == pytest.approx(parts)
+    # Likelihoods are those of the estimators themselves.
+    x, _, held_out, _ = estimators.points(estimators.SYNTHETIC, 400)
+    for name in own:
+        found = estimators.ESTIMATES.get(name, partial(estimators.sklearn, name))(x, 3, 20)
+        own_score = found.assign.__self__.score(held_out)
+        close = 1e-4 if name != estimators.BAYESIAN else 0.05  # which scores with expectations
+        assert estimators.log_likelihood(found, held_out) == pytest.approx(own_score, rel=close)
 
 
 @pytest.mark.slow("trains seven models of scVI")

@@ -185,6 +185,7 @@ def test_batches_lead_to_the_clusters_of_a_whole_fit():
     assert before - 0.1 < whole.score(x) < before
 
 
+@pytest.mark.slow("imports scikit-learn in a process of its own")
 def test_memory_does_not_grow_with_points_times_components():
     """A fit of 40,000 x 200 responsibilities, 64 MB in float64, in less."""
     code = """
