@@ -62,7 +62,7 @@ def points(name: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     """Return points [count, D] and what they are of, then those that are held out."""
     if name == SYNTHETIC:
         random = np.random.default_rng(0)
-        centers = 2 * (10 / DIM) ** 0.5 * random.normal(size=(GROUPS, DIM))
+        centers = 0.5 * random.normal(size=(GROUPS, DIM))
         factors = 0.5 * np.tril(random.normal(size=(GROUPS, DIM, DIM)), -1) / DIM**0.5
         factors += random.uniform(0.5, 1.5, (GROUPS, DIM))[:, :, None] * np.eye(DIM)
         of = random.integers(GROUPS, size=count + HELD_OUT)

@@ -89,6 +89,16 @@ def test_the_objective_never_falls():
     assert gains.min() > -1e-12 and gains[0] > 1e-3
 
 
+def test_a_fit_to_many_points_begins_with_some(monkeypatch):
+    """It needs fewer passes over all points, and ends where a whole one does."""
+    x, _ = blobs(6000, distance=4.0)
+    quick = fitted(x, 4, tol=1e-6)
+    monkeypatch.setattr("vmm_fast.estimators.STARTS", 6000)
+    whole = fitted(x, 4, tol=1e-6)
+    assert quick.n_iter_ < whole.n_iter_ and np.diff(quick.objective_).min() > -1e-12
+    assert quick.score(x) == pytest.approx(whole.score(x), abs=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 def test_clusters_of_separated_gaussians_are_found_among_more_components(dtype, init):

@@ -41,7 +41,7 @@ except ImportError as error:
 
 __all__ = ["DirichletMixture"]
 
-STARTS = 256  # points per component that k-means sees, drawn from all of them
+STARTS = 512  # points per component that a fit starts with, drawn from all of them
 LLOYD = 20  # iterations of k-means
 FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
 # It is cut to see whether arguments are valid, before a fit that would end with the same error.
@@ -89,7 +89,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         Log-posterior before each iteration, less a constant, in nats per point. It never falls, up
         to rounding.
     converged_ : bool
-    n_iter_, n_features_in_ : int
+    n_iter_ : int
+        Iterations over all points, or steps of ``partial_fit``.
+    n_features_in_ : int
 
     Notes
     -----
@@ -252,7 +254,10 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         return int(self.n_components)
 
     def _start(self, X: np.ndarray, weights: np.ndarray | None) -> None:
-        """Set the whitening, and a mixture of the clusters of k-means with one covariance."""
+        """Set the whitening, and a mixture of the clusters of k-means with one covariance.
+
+        Of many points a sample takes the first iterations, which are the most, in little time.
+        """
         own = np.ones(len(X)) if weights is None else weights
         count = self._check(int(np.count_nonzero(own)), own.sum())
         random = check_random_state(self.random_state)
@@ -285,6 +290,13 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         self._prior.precision_cholesky = torch.linalg.cholesky(precision).expand(count, -1, -1)
         with torch.no_grad():
             self._prior.logits.copy_(torch.from_numpy(mass + 1).log())
+        if len(X) > STARTS * count:
+            self._prior.fit(
+                torch.from_numpy(z).to(dtype),
+                weights=torch.from_numpy(share),
+                max_iterations=int(self.max_iter),
+                tolerance=self.tol,
+            )
 
     def _finish(self, clusters: Clusters, X: np.ndarray) -> DirichletMixture:
         """Set what users see of a mixture, and the labels of points."""
