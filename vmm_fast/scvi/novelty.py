@@ -65,7 +65,8 @@ def misfit_of(module: Any, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     outputs = {"z": z, "library": x.sum(1, keepdim=True).log()}
     px = module.generative(**module._get_generative_input(tensors, outputs))["px"]
     misfit = ((x - px.mean).square() / (px.variance + 1e-8)).clamp(max=CLIP).mean(1)
-    return misfit.where(~unknown, 0)
+    found: Tensor = misfit.where(~unknown, 0)
+    return found
 
 
 def novelty_of(cells: Tensor, held_out: Tensor) -> Tensor:
@@ -73,10 +74,9 @@ def novelty_of(cells: Tensor, held_out: Tensor) -> Tensor:
 
     Of n held-out cells [3, n], novelty is at most n / (n + 1).
     """
-    of_cells, of_held_out = (
-        sum(-_tail(x, among, new).log() for x, among in zip(values, held_out, strict=True))
-        for values, new in ((cells, True), (held_out, False))
-    )
+    pairs = list(zip(cells, held_out, strict=True))
+    of_cells = torch.stack([-_tail(x, among, True).log() for x, among in pairs]).sum(0)
+    of_held_out = torch.stack([-_tail(among, among, False).log() for _, among in pairs]).sum(0)
     below = torch.searchsorted(of_held_out.sort().values, of_cells)
     return below.double() / (held_out.shape[1] + 1)
 
