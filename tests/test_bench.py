@@ -102,7 +102,7 @@ def test_estimators(bench, tmp_path, monkeypatch):
     # Likelihoods are those of the estimators themselves.
     x, _, held_out, _ = estimators.points(estimators.SYNTHETIC, 400)
     for name in own:
-        found = estimators.ESTIMATES.get(name, partial(estimators.sklearn, name))(x, 3, 20)
+        found = estimators.ESTIMATES.get(name, partial(estimators.sklearn, name))(x, 3, 200)
         own_score = found.assign.__self__.score(held_out)
         close = 1e-4 if name != estimators.BAYESIAN else 0.05  # which scores with expectations
         assert estimators.log_likelihood(found, held_out) == pytest.approx(own_score, rel=close)

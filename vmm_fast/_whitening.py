@@ -1,4 +1,4 @@
-"""Points whitened by their own mean and covariance, batch by batch."""
+"""Points whitened by their own mean and covariance, batch by batch, and drawn from all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BATCH", "Batches", "Whitening"]
+__all__ = ["BATCH", "Batches", "Whitening", "distinct"]
 
 BATCH = 16_384  # points in memory at once
 LEAST_SPREAD = 1e-6  # eigenvalue of the columns' correlations; smaller ones are rounding noise
@@ -84,3 +84,19 @@ class Batches:
     def __iter__(self) -> Iterator[Tensor]:
         for start in range(0, len(self.X), BATCH):
             yield self.whitening.apply(self.X[start : start + BATCH])
+
+
+def distinct(
+    X: np.ndarray, weights: np.ndarray, size: int, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return distinct points, of all or of about ``size`` that are drawn, and how often each is.
+
+    So a fit to few points starts the same from weighted and from repeated ones, in whatever order.
+    """
+    index, own = np.arange(len(X)), weights
+    if len(X) > size:
+        total = weights.cumsum()
+        drawn = total.searchsorted(random.random_sample(size) * total[-1], side="right")
+        index, own = np.unique(drawn.clip(max=len(X) - 1), return_counts=True)
+    rows, inverse = np.unique(X[index[own > 0]], axis=0, return_inverse=True)
+    return rows, np.bincount(inverse.ravel(), own[own > 0])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vmm_fast._checks import check_choice, check_integer, check_positive
-from vmm_fast._whitening import Batches, Whitening
+from vmm_fast._whitening import Batches, Whitening, distinct
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.map_objective import wishart_scale
 from vmm_fast.priors import GaussianMixturePrior
@@ -44,7 +44,7 @@ __all__ = ["DirichletMixture"]
 STARTS = 512  # points per component that a fit starts with, drawn from all of them
 LLOYD = 20  # iterations of k-means
 FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
-# It is cut to see whether arguments are valid, before a fit that would end with the same error.
+# It is cut to see whether arguments are valid, before a fit that would end with an error.
 _TREE = ClusterTree(Confusion(torch.ones(1, 1, dtype=torch.float64), torch.ones(1).long()))
 
 
@@ -214,13 +214,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         if isinstance(X, Tensor):
             X = X.detach()
             X = (X.float() if X.dtype in (torch.float16, torch.bfloat16) else X).numpy()
-        points: np.ndarray = validate_data(
-            self,
-            X,
-            dtype=[np.float64, np.float32],
-            reset=reset,
-            ensure_min_samples=2 if reset else 1,
-        )
+        options = {"reset": reset, "ensure_min_samples": 2 if reset else 1}
+        points: np.ndarray = validate_data(self, X, dtype=[np.float64, np.float32], **options)
         return points
 
     def _cut(self, tree: ClusterTree) -> dict[str, Any]:
@@ -228,11 +223,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         number = self.n_clusters
         if number is not None:
             number = min(check_integer("n_clusters", number), len(tree.leaves))
-        return {
-            "resolution": self.resolution,
-            "separation": self.separation,
-            "n_clusters": number,
-        }
+        return {"resolution": self.resolution, "separation": self.separation, "n_clusters": number}
 
     def _check(self, points: int, total: float) -> int:
         """Return the number of components, after checking all arguments of the constructor."""
@@ -262,7 +253,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         count = self._check(int(np.count_nonzero(own)), own.sum())
         random = check_random_state(self.random_state)
         self._whitening = whitening = Whitening.of(X, own)
-        rows, share = _sample(X, own, STARTS * count, random)
+        rows, share = distinct(X, own, STARTS * count, random)
         count = min(count, len(rows))
         z = whitening.apply(rows).double().numpy()
         # In the units of X up to one factor: distances between points are what k-means knows.
@@ -291,11 +282,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         with torch.no_grad():
             self._prior.logits.copy_(torch.from_numpy(mass + 1).log())
         if len(X) > STARTS * count:
+            options = {"max_iterations": int(self.max_iter), "tolerance": self.tol}
             self._prior.fit(
-                torch.from_numpy(z).to(dtype),
-                weights=torch.from_numpy(share),
-                max_iterations=int(self.max_iter),
-                tolerance=self.tol,
+                torch.from_numpy(z).to(dtype), weights=torch.from_numpy(share), **options
             )
 
     def _finish(self, clusters: Clusters, X: np.ndarray) -> DirichletMixture:
@@ -360,19 +349,3 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             z = components.sample(n_samples, of).numpy()
         x = self._whitening.offset + z @ self._whitening.inverse
         return x.astype(z.dtype), self._clusters.of_component[of].numpy()
-
-
-def _sample(
-    X: np.ndarray, weights: np.ndarray, size: int, random: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return distinct points, of all or of about ``size`` that are drawn, and how often each is.
-
-    So a fit to few points starts the same from weighted and from repeated ones, in whatever order.
-    """
-    index, own = np.arange(len(X)), weights
-    if len(X) > size:
-        total = weights.cumsum()
-        drawn = total.searchsorted(random.random_sample(size) * total[-1], side="right")
-        index, own = np.unique(drawn.clip(max=len(X) - 1), return_counts=True)
-    rows, inverse = np.unique(X[index[own > 0]], axis=0, return_inverse=True)
-    return rows, np.bincount(inverse.ravel(), own[own > 0])
