@@ -10,7 +10,8 @@ Likelihoods are those of points that are held out, under the weights, means and 
 fit ends with, in nats a point. ARI compares them with the Gaussian or the digit that a point is of,
 for clusters where an estimator has any, else for components. Where scikit-learn would take too
 long, it takes a few iterations, and the time of one counts as often as it needed for fewer points:
-its seconds are ``scaled`` then, and it has neither likelihood nor ARI.
+its seconds are ``scaled`` then, and it has neither likelihood nor ARI. Left out: dpgmm, which draws
+samples and does not converge.
 """
 
 from __future__ import annotations
