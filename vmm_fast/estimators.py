@@ -122,8 +122,6 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         self.max_iter = max_iter
         self.random_state = random_state
 
-    # --- fitting ---
-
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DirichletMixture:
         """Fit the mixture to points, by exact expectation maximisation.
 
@@ -148,9 +146,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         self._start(X, weights)
         batches = Batches(X, self._whitening)
         own = None if weights is None else torch.from_numpy(weights)
-        self.objective_ = self._prior.fit(
-            batches, weights=own, max_iterations=int(self.max_iter), tolerance=self.tol
-        )
+        self.objective_ = self._climb(batches, own)
         self.n_iter_ = len(self.objective_)
         gains = np.diff(self.objective_)
         self.converged_ = bool(len(gains) and gains[-1] < self.tol)
@@ -282,10 +278,13 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         with torch.no_grad():
             self._prior.logits.copy_(torch.from_numpy(mass + 1).log())
         if len(X) > STARTS * count:
-            options = {"max_iterations": int(self.max_iter), "tolerance": self.tol}
-            self._prior.fit(
-                torch.from_numpy(z).to(dtype), weights=torch.from_numpy(share), **options
-            )
+            self._climb(torch.from_numpy(z).to(dtype), torch.from_numpy(share))
+
+    def _climb(self, z: Tensor | Batches, weights: Tensor | None) -> list[float]:
+        """Iterate over whitened points; return the objective before each iteration."""
+        return self._prior.fit(
+            z, weights=weights, max_iterations=int(self.max_iter), tolerance=self.tol
+        )
 
     def _finish(self, clusters: Clusters, X: np.ndarray) -> DirichletMixture:
         """Set what users see of a mixture, and the labels of points."""
@@ -299,8 +298,6 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         self.component_clusters_ = clusters.of_component.numpy()
         self.labels_ = self._each(X, lambda z: clusters.assign(z).labels)
         return self
-
-    # --- after a fit ---
 
     def _each(self, X: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Return a function of whitened points [B, D] for all points [N, D], batch by batch."""
