@@ -96,7 +96,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     Notes
     -----
     Stirn & Knowles (2024), arXiv 2402.04412; Dempster, Laird & Rubin (1977). This is maximum a
-    posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture.
+    posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture. The
+    prior adds about D + 2 covariances of all points to a component's scatter: with some hundred
+    points in 30 dimensions it is wider than by maximum likelihood, and densities are lower.
     """
 
     def __init__(
