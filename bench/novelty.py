@@ -141,17 +141,23 @@ def _told(rows: list[Row]) -> str:
 
 def verdicts(rows: list[Row]) -> list[str]:
     """Return whether novelty is above distance and entropy, in the mean over the data sets."""
-    means = {
-        name: mean(mean(_area(same)) for data in LEFT_OUT if (same := select(found, dataset=data)))
+    groups = {
+        name: [select(rows, method=name, dataset=dataset) for dataset in LEFT_OUT]
         for name in METHODS
-        if (found := select(rows, method=name))
     }
-    return [
-        f"{'met' if means['novelty'] > means[name] else 'MISSED'}: AUROC of novelty "
-        f"{means['novelty']:.3f} above that of the {METHODS[name][0]}, {means[name]:.3f}"
-        for name in ("neighbours", "entropy")
-        if {"novelty", name} <= means.keys()
-    ]
+    seeds = min(len(same) for every in groups.values() for same in every)
+    if not seeds:
+        return ["open: some methods have no rows on some data sets"]
+    means = {name: mean(mean(_area(same)) for same in every) for name, every in groups.items()}
+    found = []
+    for name in ("neighbours", "entropy"):
+        verdict = "met" if means["novelty"] > means[name] else "MISSED"
+        found.append(
+            f"{verdict if seeds >= SEEDS else f'open (seeds: {seeds} of {SEEDS})'}: AUROC of "
+            f"novelty {means['novelty']:.3f} above that of the {METHODS[name][0]}, "
+            f"{means[name]:.3f}"
+        )
+    return found
 
 
 COMPARISON = Comparison(
@@ -168,7 +174,8 @@ COMPARISON = Comparison(
     legend="Three types are left out of training together, and a fifth of the other cells. AUROC: "
     "how well a score tells the cells of one of these types from those other cells, in the mean "
     "over the types; mean and standard deviation over the seeds. The last column has the shares of "
-    "cells with a novelty above .95: of the others, 5 % if it is calibrated, and of the types.",
+    "cells with a novelty above .95: of the others, 5 % if it is calibrated, and of the types. "
+    "What novelty is made of was chosen on seed 0 of these data sets.",
     versions=("scvi-tools",),
     about=lambda rows: f"{rows[0]['cells']:,} cells to train on, {rows[0]['epochs']} epochs",
     verdicts=verdicts,
