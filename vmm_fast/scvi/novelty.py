@@ -39,7 +39,8 @@ def distance_of(z: Tensor, points: Tensor) -> Tensor:
     That a held-out cell may be among them hardly shows in the 15th nearest.
     """
     points = points[:: -(-len(points) // KEPT_CELLS)]
-    return torch.cdist(z, points).kthvalue(min(NEIGHBOURS, len(points))).values
+    number = min(NEIGHBOURS, len(points))
+    return torch.cdist(z, points).topk(number, largest=False).values[:, -1]
 
 
 def misfit_of(module: Any, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
