@@ -57,13 +57,13 @@ def em_step(x, log_joint, mixture, concentration):
     mass, precision = q.sum(0), np.linalg.inv(mixture.covariances_)
     excess = np.maximum(mass + concentration / count - 1, 0)
     weights = excess / excess.sum()
-    prior = np.linalg.inv(scatter)
+    prior = (dim + 2) * np.linalg.inv(scatter)
     means, covariances = [], []
     for c in range(count):
         total = precision[c] @ (q[:, c] @ x) + prior @ mean
         means.append(np.linalg.solve(mass[c] * precision[c] + prior, total))
         d = x - means[c]
-        inverse = (dim + 2) / count ** (2 / dim) * scatter
+        inverse = scatter / count ** (2 / dim)
         covariances.append((inverse + (q[:, c, None] * d).T @ d) / (mass[c] + 1))
     return weights, np.array(means), np.array(covariances)
 

@@ -1,4 +1,4 @@
-"""Points whitened by their own mean and covariance, batch by batch, and drawn from all."""
+"""Points scaled by their own mean and covariance, batch by batch, and drawn from all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ LEAST_SPREAD = 1e-6  # eigenvalue of the columns' correlations; smaller ones are
 class Whitening(NamedTuple):
     """z = (x - offset) matrix, with offset [D], matrix [D, E] and its inverse [E, D] in float64.
 
-    E is less than D where points do not vary in some direction, of which nothing is known.
-    ``log_det`` is log |matrix|.
+    The covariance of z is (E + 2) I: a Wishart prior of E + 2 degrees of freedom then weighs about
+    as much as one point. E is less than D where points do not vary in some direction, of which
+    nothing is known. ``log_det`` is log |matrix|.
     """
 
     offset: np.ndarray
@@ -61,6 +62,7 @@ class Whitening(NamedTuple):
         varies = values > LEAST_SPREAD
         varies[-1] = True  # of points that are all the same
         root, vectors = np.sqrt(values[varies].clip(LEAST_SPREAD)), vectors[:, varies]
+        root /= np.sqrt(len(root) + 2)
         return cls(
             offset,
             vectors / root / scale[:, None],

@@ -1,7 +1,7 @@
 """The Bayesian Gaussian mixture as an estimator of scikit-learn, for points that exist already.
 
-Points x [N, D] are whitened by their own mean and covariance, z = (x - a) W, and z has the model of
-:class:`vmm_fast.GaussianMixturePrior` with its parameter priors,
+Points x [N, D] are scaled by their own mean and covariance: z = (x - a) W has covariance (D + 2) I,
+and the model of :class:`vmm_fast.GaussianMixturePrior` with its parameter priors,
 
     p(x) = |W| sum_c pi_c N(z; m_c, Lambda_c^-1)
     pi ~ Dirichlet(gamma / C, .., gamma / C), m_c ~ N(0, I), Lambda_c ~ Wishart with mean C^(2/D) I
@@ -53,8 +53,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
 
     It takes arrays of numpy, also memory-mapped ones, and tensors of torch on a CPU, and computes
     in their dtype, float32 or float64; results are arrays. Points are read in batches: memory does
-    not grow with points x components. See :mod:`vmm_fast.estimators` for the model and what becomes
-    of the units of the points, and :mod:`vmm_fast.clusters` for the clusters.
+    not grow with points x components. They are scaled by their own covariance first, so that units
+    do not matter. :mod:`vmm_fast.clusters` has the formulas of clusters.
 
     Parameters
     ----------
@@ -97,8 +97,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     -----
     Stirn & Knowles (2024), arXiv 2402.04412; Dempster, Laird & Rubin (1977). This is maximum a
     posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture. The
-    prior adds about D + 2 covariances of all points to a component's scatter: with some hundred
-    points in 30 dimensions it is wider than by maximum likelihood, and densities are lower.
+    prior adds C^(-2/D) times the covariance of all points to a component's scatter, as one point
+    would.
     """
 
     def __init__(
