@@ -146,11 +146,10 @@ def test_a_wait_is_an_error():
         float(x.sum())
 
 
-@inferences
 @pytest.mark.parametrize("every", [1, 2])
-def test_nothing_waits_for_the_device(monkeypatch, inference, every):
+def test_nothing_waits_for_the_device(monkeypatch, every):
     """Except the private Adam, which checks whether the gradients are finite."""
-    prior, encoder, z = small_prior(inference=inference, update_every=every)
+    prior, encoder, z = small_prior(update_every=every)
     leaves, steps = leaves_of(prior, encoder, z), []
     if not ON_GPU:  # where this number of the host's cannot be told from one of the device's
         monkeypatch.setattr(map_objective, "log_wishart_normaliser", lambda *_: 0.0)

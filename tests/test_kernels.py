@@ -242,7 +242,7 @@ for note in first.values():
     print(note.kernel, aot.compiled(note, "sm_90").faults())
 """
     rows = run_compiler(tmp_path, "-c", code).splitlines()
-    assert len(rows) > 15 and all(row.endswith(" []") for row in rows), rows
+    assert len(rows) >= 15 and all(row.endswith(" []") for row in rows), rows
 
 
 ROW = ("backward_kernel", "float32 D=3", "sm_90", 255, 0, 227 * 1024, True, False)
@@ -316,6 +316,6 @@ def test_kernels_compile_within_their_bounds(tmp_path, target, dim):
         for constants, spilled in known.items()
     }
     # Beyond these dimensions plain torch builds components.
-    kernels = 116 if dim <= LARGEST_COMPONENT_DIM else 46
+    kernels = 105 if dim <= LARGEST_COMPONENT_DIM else 46
     of_cuda = target != "gfx942" and "the CUDA kernels of csrc/ are left out" not in printed
     assert re.search(r"(\d+) compilations", printed)[1] == str(kernels + of_cuda)

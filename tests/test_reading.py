@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+CALIBRATED = SimpleNamespace(module=SimpleNamespace(calibrated=True))  # a model that knows novelty
 
 COUNTS = np.random.default_rng(0).poisson(2, (12, 9))
 BARCODES = [f"AAAC-{i}" for i in range(12)]
@@ -200,7 +202,7 @@ def test_cells_find_the_batches_of_a_model_by_text(tmp_path, on_disk):
         adata.obs["batch"] = np.repeat(values, 4)
         adata.write_h5ad(tmp_path / "a.h5ad")
         columns = {"batch": {"batch": np.array(known, dtype=object)}}
-        saved = assignment.SavedModel(None, tmp_path, genes, None, columns)
+        saved = assignment.SavedModel(CALIBRATED, tmp_path, genes, None, columns)
         with CellStore(tmp_path / "a.h5ad") as store:
             found = assignment.match(store if on_disk else adata, saved)
         expected = [0] * 4 + [1] * 4 + [assignment.UNKNOWN] * 4
@@ -212,7 +214,7 @@ def test_cells_with_numbered_genes_are_matched_by_position_with_a_note(tmp_path)
     adata = AnnData(csr_matrix(COUNTS.astype(np.float32)))
     genes = adata.var_names[[3, 1]]
     columns = {"batch": {"_scvi_batch": np.array([0])}}
-    saved = assignment.SavedModel(None, tmp_path, genes, None, columns)
+    saved = assignment.SavedModel(CALIBRATED, tmp_path, genes, None, columns)
     found = assignment.match(adata, saved)
     assert found.notes == notes_on_genes(adata.var_names) and len(found.notes) == 1
     counts = found.counts.read(np.array([0]), np.array([12])).toarray()

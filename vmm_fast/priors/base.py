@@ -358,8 +358,8 @@ class LearntPrior(Prior):
         Raises
         ------
         FloatingPointError
-            If the loss or a gradient is not finite; the prior has not changed then. The closed form
-            on GPUs does not wait for the device: it leaves the prior unchanged without an error.
+            If the loss, a gradient or a sum over points is not finite; the prior has not changed
+            then.
         """
         z = self._latents(q_or_z)
         if self.joint:

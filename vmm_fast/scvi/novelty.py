@@ -53,6 +53,8 @@ def misfit_of(module: Any, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     index = tensors[REGISTRY_KEYS.BATCH_KEY].to(z.device)
     takes_shares = module.batch_representation == "one-hot" and module.use_observed_lib_size
     takes_shares &= module.dispersion != "gene-batch"
+    # Labels play no part, but scvi-tools asks for them.
+    tensors = {REGISTRY_KEYS.LABELS_KEY: torch.zeros_like(index), **tensors}
     unknown = index[:, 0] == UNKNOWN
     if unknown.any():
         shares = shares_of(index[:, 0], module.n_batch)
