@@ -57,13 +57,13 @@ def em_step(x, log_joint, mixture, concentration):
     mass, precision = q.sum(0), np.linalg.inv(mixture.covariances_)
     excess = np.maximum(mass + concentration / count - 1, 0)
     weights = excess / excess.sum()
-    prior = (dim + 2) * np.linalg.inv(scatter)
+    prior = np.linalg.inv(scatter)
     means, covariances = [], []
     for c in range(count):
         total = precision[c] @ (q[:, c] @ x) + prior @ mean
         means.append(np.linalg.solve(mass[c] * precision[c] + prior, total))
         d = x - means[c]
-        inverse = scatter / count ** (2 / dim)
+        inverse = (dim + 2) / count ** (2 / dim) * scatter
         covariances.append((inverse + (q[:, c, None] * d).T @ d) / (mass[c] + 1))
     return weights, np.array(means), np.array(covariances)
 
@@ -83,7 +83,7 @@ def test_an_iteration_is_that_of_the_formulas():
 
 def test_the_objective_never_falls():
     x, _ = blobs(distance=2.0)
-    mixture = fitted(x, 20, tol=1e-7, max_iter=2000)
+    mixture = fitted(x, 20, tol=1e-9, max_iter=1000)
     gains = np.diff(mixture.objective_)
     assert mixture.converged_ and mixture.n_iter_ > 20
     assert gains.min() > -1e-12 and gains[0] > 1e-3
@@ -216,7 +216,7 @@ def test_constant_and_dependent_columns_and_equal_points():
     x, group = blobs()
     wide = np.column_stack([x, np.full(len(x), 7.1), x[:, 0] + x[:, 1]])
     mixture = fitted(wide, 12)
-    assert adjusted_rand_score(group, mixture.labels_) > 0.95
+    assert adjusted_rand_score(group, mixture.labels_) > 0.99
     assert np.isfinite(mixture.score_samples(wide)).all()
     same = fitted(np.full((20, 2), 3.0), 3)
     assert not same.labels_.any() and same.converged_ and len(same.weights_) == 1

@@ -19,8 +19,7 @@ LEAST_SPREAD = 1e-6  # eigenvalue of the columns' correlations; smaller ones are
 class Whitening(NamedTuple):
     """z = (x - offset) matrix, with offset [D], matrix [D, E] and its inverse [E, D] in float64.
 
-    The covariance of z is (E + 2) I: a Wishart prior of E + 2 degrees of freedom then weighs about
-    as much as one point. E is less than D where points do not vary in some direction, of which
+    The covariance of z is I. E is less than D where points do not vary in some direction, of which
     nothing is known. ``log_det`` is log |matrix|.
     """
 
@@ -54,6 +53,11 @@ class Whitening(NamedTuple):
                 "divide it by its largest value"
             )
         offset, scale = shift + mean, np.sqrt(covariance.diagonal().clip(0))
+        if ((scale == 0) & (np.ptp(X[:BATCH], 0) > 0)).any():
+            raise ValueError(
+                "X must have variances above 0 in float64 where values differ, but has some of 0: "
+                "divide it by its largest value"
+            )
         constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(offset)
         scale[constant] = 1
         correlation = covariance / np.outer(scale, scale)
@@ -62,7 +66,6 @@ class Whitening(NamedTuple):
         varies = values > LEAST_SPREAD
         varies[-1] = True  # of points that are all the same
         root, vectors = np.sqrt(values[varies].clip(LEAST_SPREAD)), vectors[:, varies]
-        root /= np.sqrt(len(root) + 2)
         return cls(
             offset,
             vectors / root / scale[:, None],

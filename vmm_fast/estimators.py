@@ -1,7 +1,7 @@
 """The Bayesian Gaussian mixture as an estimator of scikit-learn, for points that exist already.
 
-Points x [N, D] are scaled by their own mean and covariance: z = (x - a) W has covariance (D + 2) I,
-and the model of :class:`vmm_fast.GaussianMixturePrior` with its parameter priors,
+Points x [N, D] are scaled by their own mean and covariance: z = (x - a) W has covariance I, and
+the model of :class:`vmm_fast.GaussianMixturePrior` with its parameter priors,
 
     p(x) = |W| sum_c pi_c N(z; m_c, Lambda_c^-1)
     pi ~ Dirichlet(gamma / C, .., gamma / C), m_c ~ N(0, I), Lambda_c ~ Wishart with mean C^(2/D) I
@@ -60,8 +60,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     ----------
     n_components : int, optional
         Largest number C of components: components without points keep a weight of almost 0.
-        A twentieth of the points unless given, from 10 to 100. There never are more than distinct
-        points.
+        20 unless given, but never more than distinct points. The prior expects each component to
+        fill 1 / C of the volume, so in one or two dimensions few should be offered.
     concentration : float or "learnt"
         gamma. The less, the more weights are almost 0. If it is learnt (from 1), the objective may
         fall.
@@ -97,8 +97,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     -----
     Stirn & Knowles (2024), arXiv 2402.04412; Dempster, Laird & Rubin (1977). This is maximum a
     posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture. The
-    prior adds C^(-2/D) times the covariance of all points to a component's scatter, as one point
-    would.
+    prior adds (D + 2) C^(-2/D) covariances of all points to a component's scatter: components of
+    few points are wider, and densities lower, than by maximum likelihood, and clusters are fewer.
     """
 
     def __init__(
@@ -186,6 +186,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             self._seen, self.n_iter_ = 0, 0
         prior = self._prior
         for z in Batches(X, self._whitening):
+            before = self._seen
             self._seen += len(z)
             rate = (len(z) / self._seen) ** FORGETTING
             prior.options = replace(
@@ -195,9 +196,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             self.n_iter_ += 1
             components = prior.components().detach()
             confusion = Confusion.of(components, z)
-            if hasattr(self, "tree_"):
+            if before and hasattr(self, "tree_"):
                 old = self.tree_.confusion
-                kept = (1 - rate) * self._seen / (self._seen - len(z))
+                kept = (1 - rate) * self._seen / before
                 new = rate * self._seen / len(z)
                 confusion = Confusion(
                     kept * old.sums + new * confusion.sums,
@@ -223,7 +224,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             number = min(check_integer("n_clusters", number), len(tree.leaves))
         return {"resolution": self.resolution, "separation": self.separation, "n_clusters": number}
 
-    def _check(self, points: int, total: float) -> int:
+    def _check(self, points: int) -> int:
         """Return the number of components, after checking all arguments of the constructor."""
         if isinstance(self.concentration, str):
             check_choice("concentration", self.concentration, ("learnt",))
@@ -234,7 +235,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         check_integer("max_iter", self.max_iter)
         _TREE.cut(**self._cut(_TREE))
         if self.n_components is None:
-            return min(100, max(10, int(total) // 20), points)
+            return min(20, points)
         if check_integer("n_components", self.n_components) > points:
             raise ValueError(
                 f"n_components must be at most {points}, the number of points, "
@@ -248,7 +249,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         Of many points a sample takes the first iterations, which are the most, in little time.
         """
         own = np.ones(len(X)) if weights is None else weights
-        count = self._check(int(np.count_nonzero(own)), own.sum())
+        count = self._check(int(np.count_nonzero(own)))
         random = check_random_state(self.random_state)
         self._whitening = whitening = Whitening.of(X, own)
         rows, share = distinct(X, own, STARTS * count, random)
@@ -296,7 +297,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         covariances = torch.cholesky_inverse(mixture.precision_cholesky.double()).numpy()
         self.weights_ = mixture.component_weights.numpy()
         self.means_ = (offset + mixture.centers.double().numpy() @ inverse).astype(X.dtype)
-        self.covariances_ = (inverse.T @ covariances @ inverse).astype(X.dtype)
+        self.covariances_ = inverse.T @ covariances @ inverse  # float32 may not hold them
         self.component_clusters_ = clusters.of_component.numpy()
         self.labels_ = self._each(X, lambda z: clusters.assign(z).labels)
         return self

@@ -321,8 +321,16 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
         rarity[:, done : done + len(z)] = module.rarity(tensors, z, components)
         done += len(z)
 
-    with quiet():
-        z = latent_means(saved.model, batches, progress=progress, found=compare)
-        clusters = assigned(saved.model, z)
+    try:
+        with quiet():
+            z = latent_means(saved.model, batches, progress=progress, found=compare)
+            clusters = assigned(saved.model, z)
+    except ValueError as error:
+        if "near enough" not in str(error):
+            raise
+        raise InputError(
+            "cells must be like those of the training, but some are encoded too far from them "
+            "for a density: look for values of continuous covariates that are far from the training's"
+        ) from error
     clusters[NOVELTY] = module.novelty(rarity).numpy() if module.calibrated else np.nan
     return Found(saved, z, clusters)

@@ -25,11 +25,11 @@ def read_config(path: str, settings: type) -> dict[str, Any]:
 
     where = f"--config {path}"
     try:
-        with open(path, "rb") as file:
-            found = tomllib.load(file)
+        # Windows' editors begin a file with a mark.
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: must be a TOML file, but is none: {error}") from None
     version = found.pop("version", VERSION)
     if version != VERSION or isinstance(version, bool | float):
