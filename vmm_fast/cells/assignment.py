@@ -330,7 +330,7 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
             raise
         raise InputError(
             "cells must be like those of the training, but some are encoded too far from them "
-            "for a density: look for values of continuous covariates that are far from the training's"
+            "for a density: look for continuous covariates that are far from the training's"
         ) from error
     clusters[NOVELTY] = module.novelty(rarity).numpy() if module.calibrated else np.nan
     return Found(saved, z, clusters)
