@@ -196,6 +196,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(providers, "PARAMETER_DENSITIES", wrong)
     with pytest.raises(RuntimeError, match=r"wrong, .* error 0\.01"):
         list(throughput.density_rows(run, PARAMETERS, Size(32, 5, 3)))
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
     monkeypatch.setattr(likelihood, "MODELS", {"Poisson": (lambda x, mean: mean.sum(-1), 1)})
     with pytest.raises(RuntimeError, match="vmm_fast, Poisson"):
         list(likelihood.rows(run))
