@@ -1,4 +1,4 @@
-"""How well cells of types that a model was not trained on are told from others.
+"""Measure how well cells of types that a model was not trained on are told from others.
 
 Some types are left out of training, and a fifth of the other cells. Scores of a method, for all of
 these cells, are compared by the area under the ROC curve, for each of the left-out types by itself.

@@ -217,9 +217,8 @@ def epochs(models: dict[str, Any], batch_size: int, repeats: int) -> dict[str, l
 # --- targets, tables ---
 
 REASON = """\
-Half of a step at 512 cells are the network's own products and a third the log-likelihood; the \
-prior takes a thirtieth to a tenth. A sparse first layer would save a twentieth at most where a \
-tenth of the counts are above 0, and loses where a quarter are."""
+The same network with N(0, I), in this table, takes most of that time: its own products, the \
+log-likelihood and Adam, which the prior does not touch."""
 IMAGE_REASON = """\
 Twice in eight steps the pseudo-inputs are encoded; the closed form sums over the points in each \
 step besides, and builds the mixture anew. Rows of two runs differ by a tenth where the machine is \

@@ -107,7 +107,7 @@ def network():
 @pytest.mark.filterwarnings("ignore")  # of other packages, and that so short trainings give
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_of_a_page_runs(name, folder, request):
-    """In one namespace, block by block, with the commands of the page that has files for them."""
+    """Run a page's blocks in order, in one namespace, and the commands that have files there."""
     if "import lightning" in PAGES[name].read_text():
         pytest.importorskip("lightning", reason="lightning is not installed")
     namespace = network()

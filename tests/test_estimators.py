@@ -69,7 +69,7 @@ def em_step(x, log_joint, mixture, concentration):
 
 
 def test_an_iteration_is_that_of_the_formulas():
-    """From one fit to that of an iteration more: weights, means and covariances in units of x."""
+    """Compare a fit of one more iteration with the formulas, in the units of x."""
     x, _ = blobs(distance=2.0)
     options = {"n_components": 3, "concentration": 0.5, "tol": 1e-12}
     with pytest.warns(ConvergenceWarning, match="converged in"):

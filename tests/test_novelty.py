@@ -1,4 +1,4 @@
-"""How new cells are: uniform for cells such as those of training, near 1 for another type."""
+"""Novelty is uniform for cells such as those of training, and near 1 for another type."""
 
 from functools import cache
 

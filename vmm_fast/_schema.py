@@ -250,7 +250,7 @@ def rules_of(settings: type) -> dict[str, Rule]:
 
 
 class Option(NamedTuple):
-    """How a setting is given on the command line: as one value of a kind, or as several."""
+    """A setting on the command line: one value of a kind, or several."""
 
     rule: Rule
     kind: type

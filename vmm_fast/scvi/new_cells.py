@@ -1,4 +1,4 @@
-"""How new cells are, as methods of models: see :mod:`vmm_fast.scvi.novelty`."""
+"""Methods of models that return how new cells are; see :mod:`vmm_fast.scvi.novelty`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How new cells are to a trained model, by what held-out cells look like to it.
+"""Novelty of cells to a trained model, compared with that of held-out cells.
 
 Three things tell, the first two of a cell's posterior mean z: the prior's density log p(z), the
 distance d to the 15th nearest of the latent means that the model keeps, and the misfit of the
