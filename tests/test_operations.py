@@ -170,7 +170,7 @@ def test_every_backend_gives_what_the_definition_gives(backend, operation):
         for inputs in examples(operation) if dtype == torch.float64 else forms(operation):
             inputs = changed(inputs, lambda x, dtype=dtype: x.to(backend, dtype))
             found = computed(public, operation, inputs)
-            told = operation.shapes(inputs, operation.sizes(inputs))
+            told = operation.shapes(operation.sizes(operation.described(inputs)))
             for name, (shape, kind) in zip(operation.results, told, strict=False):
                 assert found[name].shape == torch.Size(shape)
                 assert found[name].dtype == (kind or dtype)
@@ -362,7 +362,7 @@ def test_compiles_without_graph_breaks(backend, operation):
 def test_errors_name_the_argument(operation):
     """A list, whole numbers, another device, a dimension too many, a point or center too many."""
     inputs = example(operation)
-    told = zip(operation.letters, operation.sizes(inputs), strict=True)
+    told = zip(operation.letters, operation.sizes(operation.described(inputs)), strict=True)
     sizes = {letter: size for letter, size in told if isinstance(letter, str)}
     first = next(iter(operation.arguments))
     for i, (name, argument) in enumerate(operation.arguments.items()):

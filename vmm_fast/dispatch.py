@@ -208,7 +208,7 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
                 shapes = zip(upstream, ctx.shapes, strict=True)
                 upstream = [saved[0].new_zeros(s) if x is None else x for x, s in shapes]
             needed = ctx.needs_input_grad  # a new tuple each time
-            wanted = [needed[i] for i in positions]
+            wanted = tuple([needed[i] for i in positions])
             found, _ = backends.call(operation.backward, (*upstream, *saved, *constants, wanted))
             return _at(positions, found, number_of_tensors + len(constants))
 
@@ -258,17 +258,20 @@ def _define(operation: Operation) -> None:
         return tuple(found) if len(found) > 1 else found[0]
 
     def implementation(*inputs: Any) -> Any:
+        if operation.forward:
+            inputs = (*inputs[:-1], tuple(inputs[-1]))  # torch makes a list of it
         found, _ = backends.call(operation, inputs)
         # The fake promises contiguous results.
         return in_schema([x if x is None else x.contiguous() for x in found], inputs)
 
     def fake(*inputs: Any) -> Any:
         lead = inputs[operation.lead]
-        shapes = operation.shapes(inputs, operation.sizes(inputs))
-        found = [
-            None if shape is None else lead.new_empty(shape, dtype=dtype or lead.dtype)
-            for shape, dtype in shapes
-        ]
+        if operation.forward:
+            like = operation.differentiated(inputs)
+            found = [None if x is None else lead.new_empty(x.shape) for x in like]
+        else:
+            shapes = operation.shapes(operation.sizes(operation.described(inputs)))
+            found = [lead.new_empty(shape, dtype=dtype or lead.dtype) for shape, dtype in shapes]
         return in_schema(found, inputs)
 
     _library.define(_schema(operation))

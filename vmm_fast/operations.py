@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "COUNT_LOG_PROB",
@@ -168,6 +169,12 @@ class Operation:
         return tuple(names.index(name) for name in self.differentiable)
 
     @functools.cached_property
+    def _differentiated(self) -> tuple[int, ...]:
+        """Return the positions, in a backward, of the arguments that it computes gradients of."""
+        positions = self.forward.differentiable_positions if self.forward else ()
+        return tuple(self.lead + i for i in positions)
+
+    @functools.cached_property
     def gradient_positions(self) -> tuple[int, ...]:
         """Return the positions of the results that have a gradient."""
         names = list(self.results)
@@ -238,20 +245,26 @@ class Operation:
 
     @functools.cached_property
     def _dimensions(self) -> tuple[tuple[tuple[int, ...], torch.dtype | None], ...]:
-        """Return dtype, and positions of the sizes among :attr:`letters`, of each output."""
-        return tuple(
-            (tuple(self.letters.index(letter) for letter in output.shapes[0]), output.dtype)
-            for output in self.outputs.values()
-        )
+        """Return positions of the sizes among :attr:`letters`, and dtype, of each output.
 
-    def sizes(self, inputs: Sequence[Any]) -> list[int]:
-        """Return the numbers that :attr:`letters` stand for in these tensors and constants."""
+        A backward has none: its results are like the arguments in :meth:`differentiated`.
+        """
+        outputs = () if self.forward else self.outputs.values()
+        return tuple((tuple(map(self.letters.index, x.shapes[0])), x.dtype) for x in outputs)
+
+    def described(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return tensors' shapes, None where there is no tensor, and the constants."""
+        tensors, constants = inputs[: self.num_tensors], inputs[self.num_tensors :]
+        return [*[None if x is None else x.shape for x in tensors], *constants]
+
+    def sizes(self, given: Sequence[Any]) -> list[int]:
+        """Return the numbers that :attr:`letters` stand for in what :meth:`described` returns."""
         found = []
         for _, places in self._places:
             for i, axis in places:
-                x = inputs[i]
+                x = given[i]
                 if x is not None:
-                    found.append(x if axis is None else x.shape[axis])
+                    found.append(x if axis is None else x[axis])
                     break
         for letter in self.letters[len(found) :]:
             if letter == "C":
@@ -261,21 +274,16 @@ class Operation:
 
     def size(self, letter: str, inputs: Sequence[Any]) -> int:
         """Return the number that one letter stands for; 1 if the operation has no such letter."""
-        sizes = self.sizes(inputs)
+        sizes = self.sizes(self.described(inputs))
         return sizes[self.letters.index(letter)] if letter in self.letters else 1
 
-    def shapes(
-        self, inputs: Sequence[Any], sizes: Sequence[int]
-    ) -> list[tuple[Sequence[int] | None, torch.dtype | None]]:
-        """Return the shapes and dtypes of results and extras.
+    def shapes(self, sizes: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Return the shapes and dtypes of results and extras; None is the dtype of all tensors."""
+        return [(tuple([sizes[k] for k in places]), dtype) for places, dtype in self._dimensions]
 
-        The shape is None for the gradient of an argument that is None. The dtype is None where it
-        is the one that all tensors share.
-        """
-        if self.forward:
-            arguments = (inputs[self.lead + i] for i in self.forward.differentiable_positions)
-            return [(None if x is None else x.shape, None) for x in arguments]
-        return [([sizes[k] for k in dimensions], dtype) for dimensions, dtype in self._dimensions]
+    def differentiated(self, inputs: Sequence[Any]) -> list[Tensor | None]:
+        """Return the arguments that a backward computes the gradients of, from its inputs."""
+        return [inputs[i] for i in self._differentiated]
 
 
 # --- what several operations share ---

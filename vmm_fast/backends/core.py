@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,6 @@ __all__ = ["SUFFIXES", "call", "computes"]
 
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 
-_functions: dict[tuple[Operation, torch.dtype], Callable[..., float | None]] = {}
-
-
-def _function(operation: Operation, dtype: torch.dtype) -> Callable[..., float | None]:
-    key = operation, dtype
-    if key not in _functions:
-        _functions[key] = getattr(_core, operation.name + SUFFIXES[dtype])
-    return _functions[key]
-
 
 @functools.cache
 def computes(operation: Operation) -> bool:
@@ -36,30 +27,58 @@ def computes(operation: Operation) -> bool:
     return hasattr(_core, f"{operation.name}_float32")
 
 
+class _Plan(NamedTuple):
+    """What a call needs besides its tensors.
+
+    Attributes
+    ----------
+    function : callable
+        The core's.
+    flags : tuple of (int, bool)
+        Place among the addresses, and value, of the flags that tell which of two shapes it is.
+    rest : tuple
+        The sizes and flags that follow the addresses.
+    results : tuple of (tuple of int, torch.dtype)
+        Shapes and dtypes of results and extras; empty for gradients.
+    """
+
+    function: Callable[..., float | None]
+    flags: tuple[tuple[int, bool], ...]
+    rest: tuple[Any, ...]
+    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(operation: Operation, dtype: torch.dtype, *given: Any) -> _Plan:
+    """Return the plan for these shapes and constants, which a training loop repeats."""
+    sizes = operation.sizes(given)
+    forms = operation.two_forms  # the last first
+    return _Plan(
+        getattr(_core, operation.name + SUFFIXES[dtype]),
+        tuple((i + 1, given[i] is not None and len(given[i]) == ndim) for i, ndim in forms),
+        (*sizes[: operation.num_told], *[given[i] for i in operation.flag_positions]),
+        tuple((shape, x or dtype) for shape, x in operation.shapes(sizes)),
+    )
+
+
 def call(operation: Operation, inputs: Sequence[Any]) -> tuple[list[Tensor | None], float | None]:
     """Return an operation's results and extras, and the number that the core returns, if any.
 
     Gradients that are not wanted, or of an argument that is None, are None.
     """
-    dtype = inputs[operation.lead].dtype
-    sizes = operation.sizes(inputs)
-    arguments: list[Any] = [
-        0 if x is None else x.data_ptr() for x in inputs[: operation.num_tensors]
-    ]
-    for i, ndim in operation.two_forms:  # the last first
-        x = inputs[i]
-        arguments.insert(i + 1, x is not None and x.ndim == ndim)
-    arguments += sizes[: operation.num_told]
-    arguments += [inputs[i] for i in operation.flag_positions]
-    arguments.append(torch.get_num_threads())
-    results: list[Tensor | None] = []
-    wanted = inputs[-1] if operation.forward and not operation.all_gradients else None
-    for i, (shape, of_result) in enumerate(operation.shapes(inputs, sizes)):
-        if shape is None or (wanted is not None and not wanted[i]):
-            results.append(None)
-            arguments.append(0)
-        else:
-            result = torch.empty(shape, dtype=of_result or dtype)
-            results.append(result)
-            arguments.append(result.data_ptr())
-    return results, _function(operation, dtype)(*arguments)
+    plan = _plan(operation, inputs[operation.lead].dtype, *operation.described(inputs))
+    tensors = inputs[: operation.num_tensors]
+    addresses: list[Any] = [0 if x is None else x.data_ptr() for x in tensors]
+    for place, flag in plan.flags:
+        addresses.insert(place, flag)
+    results: list[Tensor | None]
+    if operation.forward:
+        like = operation.differentiated(inputs)
+        if not operation.all_gradients:
+            like = [x if want else None for x, want in zip(like, inputs[-1], strict=True)]
+        results = [None if x is None else torch.empty_like(x) for x in like]
+    else:
+        results = [torch.empty(shape, dtype=of_result) for shape, of_result in plan.results]
+    of_results = [0 if x is None else x.data_ptr() for x in results]
+    number = plan.function(*addresses, *plan.rest, torch.get_num_threads(), *of_results)
+    return results, number
