@@ -9,7 +9,7 @@ its definition in plain torch, which can be differentiated any number of times.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -22,6 +22,8 @@ from vmm_fast.operations import OPERATIONS, Argument, Operation
 
 __all__ = ["check", "is_transformed", "run"]
 
+_Found = tuple[Sequence[Tensor | None], float | None]
+_Call = Callable[[Operation, Sequence[Any]], _Found]
 _FLOATS = (torch.float32, torch.float64)
 _COMPUTED = (*_FLOATS, torch.float16, torch.bfloat16)
 _MAY_BE_0 = ("B", "G")  # no points, no genes
@@ -153,7 +155,7 @@ def run(operation: Operation, inputs: Sequence[Any]) -> tuple[Any, ...]:
         found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
         return (*found[:shown], None) if isinstance(found, tuple) else (found, None)
     if not in_plain_torch and needs_gradient and operation.differentiable:
-        applied: tuple[Any, ...] = _FUNCTIONS[operation.name].apply(*inputs)
+        applied: tuple[Any, ...] = _function(operation, backends.call, shown).apply(*inputs)
         return applied
     compute = backends.plain.call if in_plain_torch else backends.call
     results, number = compute(operation, inputs)
@@ -170,16 +172,10 @@ def is_transformed() -> bool:
     )
 
 
-def _refuse_second_derivative(name: str) -> None:
-    raise RuntimeError(
-        f"{name} has no second derivative in compiled code; use vmm_fast.reference.{name}, "
-        "which has"
-    )
-
-
-def _function(operation: Operation) -> type[torch.autograd.Function]:
-    """Return an operation's autograd function, which avoids torch's dispatch for its cost."""
-    shown, number_of_tensors = len(operation.results), operation.num_tensors
+@functools.cache
+def _function(operation: Operation, call: _Call, shown: int) -> type[torch.autograd.Function]:
+    """Return an autograd function that computes by ``call`` and returns so many of the outputs."""
+    number_of_tensors = operation.num_tensors
     kept, with_gradient = operation.kept_positions, operation.gradient_positions
     constant = set(range(shown)).difference(with_gradient)
     positions = operation.differentiable_positions
@@ -187,7 +183,7 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
     class Compiled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-            results, number = backends.call(operation, inputs)
+            results, number = call(operation, inputs)
             ctx.save_for_backward(*inputs[:number_of_tensors], *[results[i] for i in kept])
             ctx.constants = inputs[number_of_tensors:]
             ctx.set_materialize_grads(False)
@@ -201,7 +197,10 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
             if torch.is_grad_enabled():  # only under create_graph=True
-                _refuse_second_derivative(operation.name)
+                raise RuntimeError(
+                    f"{operation.name} has no second derivative in compiled code; use "
+                    f"vmm_fast.reference.{operation.name}, which has"
+                )
             saved, constants = ctx.saved_tensors, ctx.constants
             upstream = [gradients[i] for i in with_gradient]
             if len(with_gradient) > 1 and not operation.missing_gradients:
@@ -209,21 +208,14 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
                 upstream = [saved[0].new_zeros(s) if x is None else x for x, s in shapes]
             needed = ctx.needs_input_grad  # a new tuple each time
             wanted = tuple([needed[i] for i in positions])
-            found, _ = backends.call(operation.backward, (*upstream, *saved, *constants, wanted))
-            return _at(positions, found, number_of_tensors + len(constants))
+            found, _ = call(operation.backward, (*upstream, *saved, *constants, wanted))
+            of_inputs: list[Tensor | None] = [None] * (number_of_tensors + len(constants))
+            for i, gradient in zip(positions, found, strict=True):
+                of_inputs[i] = gradient
+            return tuple(of_inputs)
 
     return Compiled
 
-
-def _at(positions: Sequence[int], values: Sequence[Any], length: int) -> tuple[Any, ...]:
-    """Return a tuple of this length: the values at their positions, None at all others."""
-    found = [None] * length
-    for i, value in zip(positions, values, strict=True):
-        found[i] = value
-    return tuple(found)
-
-
-_FUNCTIONS = {x.name: _function(x) for x in OPERATIONS if x.differentiable}
 
 # --- torch.compile ---
 
@@ -248,8 +240,23 @@ def _schema(operation: Operation) -> str:
     return f"{operation.name}({', '.join(given)}) -> {results}"
 
 
+def _call_op(operation: Operation, inputs: Sequence[Any]) -> _Found:
+    """Return what ``backends.call`` does, by torch's op, which :mod:`torch.compile` records."""
+    with torch._C._AutoDispatchBelowAutograd():
+        found = getattr(torch.ops.vmm_fast, operation.name)(*inputs)
+    if not operation.forward:
+        return found if isinstance(found, tuple) else (found,), None
+    gradients = iter(found)
+    like = zip(operation.differentiated(inputs), inputs[-1], strict=True)
+    return [next(gradients) if want and x is not None else None for x, want in like], None
+
+
 def _define(operation: Operation) -> None:
-    """Register an operation's schema, code and result shapes with torch."""
+    """Register an operation's schema, code, result shapes and gradients with torch.
+
+    Kernels of dispatch keys take a fraction of the time of :func:`torch.library.register_fake` and
+    ``register_autograd``, which counts in every import.
+    """
 
     def in_schema(found: Sequence[Any], inputs: Sequence[Any]) -> Any:
         if operation.forward:
@@ -257,14 +264,14 @@ def _define(operation: Operation) -> None:
             return [x for x, want in wanted if want and x is not None]
         return tuple(found) if len(found) > 1 else found[0]
 
-    def implementation(*inputs: Any) -> Any:
+    def compute(*inputs: Any) -> Any:
         if operation.forward:
-            inputs = (*inputs[:-1], tuple(inputs[-1]))  # torch makes a list of it
+            inputs = (*inputs[:-1], tuple(inputs[-1]))  # a list in torch's call
         found, _ = backends.call(operation, inputs)
-        # The fake promises contiguous results.
+        # The shapes promise contiguous results.
         return in_schema([x if x is None else x.contiguous() for x in found], inputs)
 
-    def fake(*inputs: Any) -> Any:
+    def shaped(*inputs: Any) -> Any:
         lead = inputs[operation.lead]
         if operation.forward:
             like = operation.differentiated(inputs)
@@ -274,39 +281,18 @@ def _define(operation: Operation) -> None:
             found = [lead.new_empty(shape, dtype=dtype or lead.dtype) for shape, dtype in shapes]
         return in_schema(found, inputs)
 
+    def differentiable(*inputs: Any) -> Any:
+        function = _function(operation, _call_op, len(operation.outputs))
+        results = function.apply(*inputs)[:-1]
+        return in_schema(results, inputs)
+
     _library.define(_schema(operation))
-    _library.impl(operation.name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vmm_fast::{operation.name}", fake, lib=_library)
-
-
-def _differentiate(operation: Operation) -> None:
-    """Register the backward of an operation with torch."""
-    number_of_tensors = len(operation.tensors)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        output = output if isinstance(output, tuple) else (output,)
-        kept = [output[i] for i in operation.kept_positions]
-        ctx.save_for_backward(*inputs[:number_of_tensors], *kept)
-        ctx.constants = inputs[number_of_tensors:]
-
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        upstream = [gradients[i] for i in operation.gradient_positions]
-        positions = [i for i in operation.differentiable_positions if ctx.needs_input_grad[i]]
-        wanted = [ctx.needs_input_grad[i] for i in operation.differentiable_positions]
-        op = getattr(torch.ops.vmm_fast, operation.backward.name)
-        found = op(*upstream, *ctx.saved_tensors, *ctx.constants, wanted)
-        return _at(positions, found, number_of_tensors + len(ctx.constants))
-
-    def refuse(ctx: Any, *gradients: Tensor) -> None:
-        _refuse_second_derivative(operation.name)
-
-    register = functools.partial(torch.library.register_autograd, lib=_library)
-    register(f"vmm_fast::{operation.name}", backward, setup_context=save)
-    register(f"vmm_fast::{operation.backward.name}", refuse)
+    _library.impl(operation.name, compute, "CompositeExplicitAutograd")
+    _library.impl(operation.name, shaped, "Meta")
+    if operation.differentiable:
+        _library.impl(operation.name, differentiable, "Autograd")
+        _define(operation.backward)
 
 
 for _operation in OPERATIONS:
     _define(_operation)
-    if _operation.differentiable:
-        _define(_operation.backward)
-        _differentiate(_operation)
