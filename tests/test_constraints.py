@@ -56,13 +56,21 @@ def test_constraints_resolve_with_torch_from_the_index(index, python, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("found", "accepted"),
-    [("2.6.0", True), ("2.13.0+cpu", True), ("2.6.0a0+git12", True), ("2.5.1+cu124", False)],
+    ("package", "found", "complaint"),
+    [
+        ("torch", "2.6.0", None),
+        ("torch", "2.13.0+cpu", None),
+        ("torch", "2.6.0a0+git12", None),
+        ("torch", "2.5.1+cu124", "needs torch >= 2.6, but 2.5.1+cu124 is"),
+        ("scvi-tools", "1.5.9", None),
+        ("scvi-tools", "1.4.1", "needs scvi-tools >= 1.4.2, < 1.6, but 1.4.1 is"),
+        ("scvi-tools", "1.6.0", "needs scvi-tools >= 1.4.2, < 1.6, but 1.6.0 is"),
+    ],
 )
-def test_a_package_that_is_too_old_is_named(found, accepted, monkeypatch):
-    monkeypatch.setattr(_checks, "version", {"torch": found}.get)
-    if accepted:
-        _checks.check_version("torch", "2.6")
+def test_a_package_that_is_too_old_or_too_new_is_named(package, found, complaint, monkeypatch):
+    monkeypatch.setattr(_checks, "version", {package: found}.get)
+    if complaint is None:
+        _checks.check_version(package)
     else:
-        with pytest.raises(ImportError, match=re.escape(f"needs torch >= 2.6, but {found} is")):
-            _checks.check_version("torch", "2.6")
+        with pytest.raises(ImportError, match=re.escape(complaint)):
+            _checks.check_version(package)

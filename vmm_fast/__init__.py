@@ -7,7 +7,7 @@ import torch  # noqa: F401  first: it loads the OpenMP runtime that the compiled
 
 from vmm_fast._checks import check_version
 
-check_version("torch", "2.6")
+check_version("torch")
 
 from vmm_fast import ops  # noqa: E402  older versions of torch lack what it calls
 from vmm_fast.mixture import Assignment, Components  # noqa: E402

@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 import operator
 import re
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from typing import Any
 
 __all__ = ["check_choice", "check_integer", "check_positive", "check_version", "number_of"]
 
 
-def check_version(package: str, least: str) -> None:
-    """Raise ImportError unless an installed package has at least this version, such as "2.6"."""
+def check_version(package: str) -> None:
+    """Raise ImportError unless a package has a version that the metadata of vmm_fast asks for.
+
+    The bounds of ``pyproject.toml`` are thereby those of every install, also of one whose packages
+    were changed later.
+    """
+    requirement = next(x for x in requires("vmm-fast") or () if re.match(rf"{package}\b[^-]", x))
+    bounds = sorted(re.findall(r"(>=|<)([\d.]+)", requirement.split(";")[0]), reverse=True)
     found = version(package)
-    numbers, needed = ([*map(int, re.findall(r"\d+", x)), 0, 0][:3] for x in (found, least))
-    if numbers < needed:
-        raise ImportError(f"vmm_fast needs {package} >= {least}, but {found} is installed")
+    numbers = _release(found)
+    if not all((numbers < _release(x)) == (sign == "<") for sign, x in bounds):
+        needed = ", ".join(f"{sign} {x}" for sign, x in bounds)
+        raise ImportError(f"vmm_fast needs {package} {needed}, but {found} is installed")
+
+
+def _release(text: str) -> list[int]:
+    """Return the first three numbers of a version, such as [2, 6, 0] of "2.6.0+cpu"."""
+    return [*map(int, re.findall(r"\d+", text)), 0, 0][:3]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

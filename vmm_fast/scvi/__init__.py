@@ -2,8 +2,8 @@
 
 from vmm_fast._checks import check_version
 
-check_version("scvi-tools", "1.4.2")
-check_version("anndata", "0.11")
+check_version("scvi-tools")
+check_version("anndata")
 
 from vmm_fast.scvi.checkpoints import Checkpoints  # noqa: E402  needs these versions
 from vmm_fast.scvi.latent_prior import LatentPrior  # noqa: E402
