@@ -252,6 +252,8 @@ def test_bad_weights_and_points_after_a_fit_are_named():
     for weights, message in (
         (-1, "sample_weight must be at least 0, but is -1.0"),
         (0, "non-zero"),
+        (1e300, r"sample_weight must sum to at most 9.01e\+15, .* sums to 6e\+301: divide it"),
+        (1e308, "sums to inf"),
     ):
         with pytest.raises(ValueError, match=message):
             DirichletMixture(3).fit(x, sample_weight=np.full(60, weights))
@@ -262,6 +264,50 @@ def test_bad_weights_and_points_after_a_fit_are_named():
         mixture.predict(x[:, :2])
     with pytest.raises(ValueError, match="n_samples must be an integer of at least 1, but is 0"):
         mixture.sample(0)
+
+
+def test_a_failed_fit_changes_nothing(monkeypatch):
+    x, _ = blobs()
+    mixture, fresh = fitted(x, 3), DirichletMixture(3, random_state=0)
+    before = {**vars(mixture)}
+    densities = mixture.score_samples(x)
+    far = np.vstack([x[:40], np.full((1, 3), 1e200)])
+
+    def fails(clusters, z):
+        raise RuntimeError("too late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm_fast.estimators.Clusters.assign", fails)
+        for estimator in (mixture, fresh):
+            for method in (estimator.fit, estimator.partial_fit):
+                with pytest.raises(RuntimeError, match="too late"):
+                    method(x[:100, :2] if method.__name__ == "fit" else x[:100])
+    with pytest.raises(ValueError, match=r"X must be near enough .* but row 40 is too far"):
+        mixture.partial_fit(far)
+    assert vars(mixture).keys() == before.keys()
+    assert all(value is before[name] for name, value in vars(mixture).items())
+    np.testing.assert_array_equal(mixture.score_samples(x), densities)
+    assert vars(fresh) == vars(DirichletMixture(3, random_state=0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_point_that_is_too_far_is_named_by_its_row(dtype, monkeypatch):
+    x, _ = blobs(60, dtype=dtype)
+    mixture = fitted(x, 3)
+    for module in ("estimators", "_whitening"):
+        monkeypatch.setattr(f"vmm_fast.{module}.BATCH", 25)
+    x[43] = np.finfo(dtype).max / 4
+    for method in (mixture.predict, mixture.predict_proba, mixture.score_samples):
+        with pytest.raises(ValueError, match=r"^X must be near enough .* but row 43 is too far$"):
+            method(x)
+
+
+def test_what_fit_alone_knows_is_gone_after_partial_fit():
+    x, _ = blobs()
+    names = {"objective_", "converged_"}
+    online, mixture = DirichletMixture(4).partial_fit(x), fitted(x, 4)
+    assert vars(mixture).keys() - vars(online) == names
+    assert vars(mixture.partial_fit(x)).keys() == vars(online).keys()
 
 
 def test_a_learnt_concentration_follows_the_weights():

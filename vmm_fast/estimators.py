@@ -14,17 +14,21 @@ Directions in which points do not vary, as those of constant columns, are left o
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vmm_fast._checks import check_choice, check_integer, check_positive
-from vmm_fast._whitening import Batches, Whitening, distinct
+from vmm_fast._whitening import BATCH, Batches, Whitening, distinct
 from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.map_objective import wishart_scale
 from vmm_fast.priors import GaussianMixturePrior
@@ -44,8 +48,28 @@ __all__ = ["DirichletMixture"]
 STARTS = 512  # points per component that a fit starts with, drawn from all of them
 LLOYD = 20  # iterations of k-means
 FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
+MOST_WEIGHT = 2.0**53  # of all points: beyond it, float64 cannot count them
 # It is cut to see whether arguments are valid, before a fit that would end with an error.
 _TREE = ClusterTree(Confusion(torch.ones(1, 1, dtype=torch.float64), torch.ones(1).long()))
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _all_or_nothing(method: Method) -> Method:
+    """Return a method whose errors leave the estimator as it was before."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = vars(self).copy()
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return called  # type: ignore[return-value]
 
 
 class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
@@ -87,7 +111,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         Tree of the components.
     objective_ : list of float
         Log-posterior before each iteration, less a constant, in nats per point. It never falls, up
-        to rounding.
+        to rounding. ``partial_fit``, which does not know it, removes it and ``converged_``.
     converged_ : bool
     n_iter_ : int
         Iterations over all points, or steps of ``partial_fit``.
@@ -99,6 +123,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     posteriori estimation, not the variational one of scikit-learn's BayesianGaussianMixture. The
     prior adds (D + 2) C^(-2/D) covariances of all points to a component's scatter: components of
     few points are wider, and densities lower, than by maximum likelihood, and clusters are fewer.
+
+    Densities are those within the directions in which the points of the fit vary: a new point that
+    differs from them in a constant column alone is not less dense.
     """
 
     def __init__(
@@ -124,6 +151,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         self.max_iter = max_iter
         self.random_state = random_state
 
+    @_all_or_nothing
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DirichletMixture:
         """Fit the mixture to points, by exact expectation maximisation.
 
@@ -145,6 +173,13 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64)
             if weights.min() < 0:
                 raise ValueError(f"sample_weight must be at least 0, but is {weights.min()}")
+            with np.errstate(over="ignore"):
+                total = weights.sum()
+            if not total <= MOST_WEIGHT:
+                raise ValueError(
+                    f"sample_weight must sum to at most {MOST_WEIGHT:.3g}, since it says how many "
+                    f"points each counts as, but sums to {total:.3g}: divide it"
+                )
         self._start(X, weights)
         batches = Batches(X, self._whitening)
         own = None if weights is None else torch.from_numpy(weights)
@@ -156,7 +191,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             warnings.warn(
                 f"the fit has not converged in {self.max_iter} iterations: raise max_iter or tol",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self._seen = len(X) if weights is None else float(weights.sum())
         components = self._prior.components().detach()
@@ -167,6 +202,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             clusters = find_clusters(components, batches, weights=own, tree=self.tree_, **cut)
         return self._finish(clusters, X)
 
+    @_all_or_nothing
     def partial_fit(self, X: Any, y: Any = None) -> DirichletMixture:
         """Take a step of online expectation maximisation for every 16,384 points, or once.
 
@@ -184,18 +220,21 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         if first:
             self._start(X, None)
             self._seen, self.n_iter_ = 0, 0
-        prior = self._prior
-        for z in Batches(X, self._whitening):
+        for of_fit in ("objective_", "converged_"):
+            vars(self).pop(of_fit, None)
+        prior = self._prior = deepcopy(self._prior)  # it changes in place
+        for start, z in self._whitened(X):
             before = self._seen
             self._seen += len(z)
             rate = (len(z) / self._seen) ** FORGETTING
             prior.options = replace(
                 prior.options, statistics_rate=rate, data_size=max(1, round(self._seen))
             )
-            prior.update(z)
+            with _naming_rows(start):
+                prior.update(z)
+                components = prior.components().detach()
+                confusion = Confusion.of(components, z)
             self.n_iter_ += 1
-            components = prior.components().detach()
-            confusion = Confusion.of(components, z)
             if before and hasattr(self, "tree_"):
                 old = self.tree_.confusion
                 kept = (1 - rate) * self._seen / before
@@ -304,10 +343,17 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
 
     def _each(self, X: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Return a function of whitened points [B, D] for all points [N, D], batch by batch."""
-        with torch.no_grad():
-            found = torch.cat([function(z) for z in Batches(X, self._whitening)])
-        values: np.ndarray = found.numpy()
+        found = []
+        for start, z in self._whitened(X):
+            with torch.no_grad(), _naming_rows(start):
+                found.append(function(z))
+        values: np.ndarray = torch.cat(found).numpy()
         return values
+
+    def _whitened(self, X: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """Yield whitened points in batches, each with the row of its first point."""
+        for number, z in enumerate(Batches(X, self._whitening)):
+            yield number * BATCH, z
 
     def _of(self, X: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         check_is_fitted(self)
@@ -349,3 +395,18 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             z = components.sample(n_samples, of).numpy()
         x = self._whitening.offset + z @ self._whitening.inverse
         return x.astype(z.dtype), self._clusters.of_component[of].numpy()
+
+
+@contextmanager
+def _naming_rows(start: int) -> Iterator[None]:
+    """Let errors about a row of a batch of whitened points name the row of X."""
+    try:
+        yield
+    except ValueError as error:
+        row = re.match(r"z must be .*, but row (\d+) ", str(error))
+        if row is None:
+            raise
+        raise ValueError(
+            "X must be near enough to the points of the fit for a density in its dtype, but row "
+            f"{start + int(row[1])} is too far"
+        ) from None
