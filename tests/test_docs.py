@@ -108,8 +108,6 @@ def network():
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_of_a_page_runs(name, folder, request):
     """Run a page's blocks in order, in one namespace, and the commands that have files there."""
-    if "import lightning" in PAGES[name].read_text():
-        pytest.importorskip("lightning", reason="lightning is not installed")
     namespace = network()
     if "from vmm_fast.scvi" in PAGES[name].read_text():
         namespace["adata"] = request.getfixturevalue("cells")

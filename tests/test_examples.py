@@ -1,6 +1,7 @@
 """The examples run."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -29,6 +30,16 @@ def example(monkeypatch, capsys):
 def test_own_vae(example):
     pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
     assert ", clusters: " in example("own_vae.py", "2")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_module(example):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
+    sizes = re.search(
+        r"clusters; held-out images in each: \[(.*)\]", example("lightning_module.py", "2")
+    )
+    assert sum(map(int, sizes[1].split(","))) == 297
 
 
 @pytest.fixture
