@@ -19,7 +19,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from vmm_fast import cli
 from vmm_fast.cells import CellStore, assignment, integration, selection, writing
-from vmm_fast.scvi import VMMSCVI, loading
+from vmm_fast.scvi import VMMSCVI, LatentPrior, loading
 
 COLUMNS = list(writing.COLUMNS)
 
@@ -233,6 +233,13 @@ def test_cells_on_disk_are_assigned_as_in_memory(
     novelty = found.obs["vmm_novelty"]
     np.testing.assert_allclose(novelty[:150], model.get_novelty(counts), atol=0.05)
     assert novelty.between(0, 1).all() and novelty.nunique() > 5
+
+
+def test_neighbours_are_sought_once_a_call(trained, tmp_path, monkeypatch):
+    calls, points = [], LatentPrior._points
+    monkeypatch.setattr(LatentPrior, "_points", lambda self: calls.append(1) or points(self))
+    path = written(tmp_path, make_cells(300))  # three mini-batches
+    assert assigned(trained, path, tmp_path / "out.h5ad") == 0 and len(calls) == 1
 
 
 def test_a_model_that_was_saved_before_there_was_novelty(trained, tmp_path, capsys):

@@ -312,13 +312,13 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
     """
     everything = np.array([0]), np.array([cells.counts.n_obs])
     batches = CellBatches(cells.counts, cells.columns, *everything)
-    module, components = saved.model.module, saved.model.module.components().to("cpu")
-    rarity = torch.full((3, batches.number), torch.nan)
+    module = saved.model.module
+    rarity_of, rarity = module.rarity(), torch.full((3, batches.number), torch.nan)
     done = 0
 
     def compare(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> None:
         nonlocal done
-        rarity[:, done : done + len(z)] = module.rarity(tensors, z, components)
+        rarity[:, done : done + len(z)] = rarity_of(tensors, z)
         done += len(z)
 
     try:

@@ -8,7 +8,7 @@ divergence is, by torch's own dispatch, that from the prior. The losses stay as 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from vmm_fast.inference.processes import average_over_processes
 from vmm_fast.mixture import Components
 from vmm_fast.priors import GaussianMixturePrior, Prior, VampPrior, VMMPrior
 from vmm_fast.priors.bayesian_mixture import BayesianMixturePrior
-from vmm_fast.scvi.novelty import KEPT_CELLS, distance_of, novelty_of
+from vmm_fast.scvi.novelty import KEPT_CELLS, distance_of, neighbours_among, novelty_of
 from vmm_fast.scvi.pseudo_cells import Cells, PseudoCells
 
 __all__ = ["PRIORS", "PRIOR_LEARNING_RATE", "LatentPrior", "PosteriorUnderPrior"]
@@ -345,11 +345,18 @@ class LatentPrior(BaseModuleClass):
         """Return how badly cells are decoded from z [B]; 0 here, so that z alone counts."""
         return z.new_zeros(len(z))
 
-    def rarity(self, tensors: dict[str, Tensor], z: Tensor, components: Components) -> Tensor:
-        """Return what tells new cells [3, B], on the CPU: see :mod:`vmm_fast.scvi.novelty`."""
-        misfit, z = self.misfit(tensors, z).cpu(), z.cpu()
-        distance = distance_of(z, self._points())
-        return torch.stack([-components.log_prob(z), distance, misfit])
+    def rarity(self) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        """Return a function of mini-batches and z [B, D]: what tells new cells [3, B], on the CPU.
+
+        See :mod:`vmm_fast.scvi.novelty`. Components and neighbours are those of this moment.
+        """
+        components, points = self.components().to("cpu"), neighbours_among(self._points())
+
+        def rarity_of(tensors: dict[str, Tensor], z: Tensor) -> Tensor:
+            misfit, z = self.misfit(tensors, z).cpu(), z.cpu()
+            return torch.stack([-components.log_prob(z), distance_of(z, points), misfit])
+
+        return rarity_of
 
     def _points(self) -> Tensor:
         points = self.cluster_points.cpu()

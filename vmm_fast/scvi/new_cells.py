@@ -23,7 +23,6 @@ class NewCells:
     adata: Any
     module: Any
     _check_if_trained: Any
-    _components: Any
     _make_data_loader: Any
     _validate_anndata: Any
     get_cluster_tree: Any
@@ -88,10 +87,10 @@ class NewCells:
         if dataloader is None:
             adata = self._validate_anndata(adata)
             dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
-        components, found, number = self._components(), [], 0
+        rarity_of, found, number = self.module.rarity(), [], 0
         for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
-            found.append(self.module.rarity(tensors, outputs["qz"].loc, components))
+            found.append(rarity_of(tensors, outputs["qz"].loc))
             number += found[-1].shape[1]
             if number >= most:
                 break

@@ -26,19 +26,23 @@ from torch import Tensor
 
 from vmm_fast.scvi.columns import UNKNOWN, shares_of
 
-__all__ = ["KEPT_CELLS", "distance_of", "misfit_of", "novelty_of"]
+__all__ = ["KEPT_CELLS", "distance_of", "misfit_of", "neighbours_among", "novelty_of"]
 
 KEPT_CELLS = 4_096  # most held-out cells that novelty is compared with, and most neighbours
 NEIGHBOURS = 15
 CLIP = 100.0  # a single count of a gene that is never seen is not to outweigh all others
 
 
+def neighbours_among(points: Tensor) -> Tensor:
+    """Return those of the latent means [N, D] that count as neighbours, at most KEPT_CELLS."""
+    return points[:: -(-len(points) // KEPT_CELLS)].clone()
+
+
 def distance_of(z: Tensor, points: Tensor) -> Tensor:
-    """Return d [B] of z [B, D], given latent means, of which at most KEPT_CELLS count.
+    """Return d [B] of z [B, D], given the latent means that count as neighbours.
 
     That a held-out cell may be among them hardly shows in the 15th nearest.
     """
-    points = points[:: -(-len(points) // KEPT_CELLS)]
     number = min(NEIGHBOURS, len(points))
     return torch.cdist(z, points).topk(number, largest=False).values[:, -1]
 
