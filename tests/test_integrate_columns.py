@@ -57,6 +57,12 @@ def test_models_with_covariates_and_labels_are_equal_in_memory_and_on_disk(resul
     same_results(results / "memory", results / "disk")
 
 
+def test_predicted_labels_are_in_the_table(results):
+    table = pd.read_csv(results / "disk" / "clusters.csv", dtype=str)
+    assert list(table) == ["cell", "cluster", "probability", "entropy", "component", "label"]
+    assert list(table["label"]) == list(cells_of(results / "disk").obs["vmm_label"])
+
+
 def test_labels_are_learnt_and_the_model_is_the_one_of_the_columns(results):
     found = cells_of(results / "memory")
     label = found.obs["vmm_label"]
@@ -139,7 +145,7 @@ def test_settings_are_those_of_the_models():
     [
         (("categorical", "plate"), "plate: must be a column of obs, which are batch, type, donor"),
         (("categorical", "batch"), "batch: must be another column than that of --batch-key; leave"),
-        (("categorical", "donor", "donor"), "donor: must be another column than that of --cat"),
+        (("categorical", "donor", "donor"), "donor: must be given once, but is given twice; l"),
         (("categorical", "each"), "each: must name groups, but has another value for every cell"),
         (("categorical", "label"), "label: every cell must have a category, 10 of 60 have none"),
         (
@@ -166,6 +172,18 @@ def test_columns_that_cannot_be_used(tmp_path, capsys, options, message, memory)
     assert re.search(f"cells.h5ad: {option} {keys[-1]}: .*{message[-30:]}", error), error
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists() and path.read_bytes() == before
+
+
+def test_a_conflict_of_an_option_and_a_file_names_both(tmp_path, capsys):
+    config, path = tmp_path / "mine.toml", written(tmp_path, with_columns())
+    config.write_text('batch-key = "batch"\nepochs = 1\n')
+    options = ["--config", config, "--categorical-covariates", "batch"]
+    error = complaint(capsys, integrated(path, tmp_path / "out", *options))
+    conflict = "--categorical-covariates batch: must be another column than that of --batch-key"
+    assert f"{conflict}; leave it out (--batch-key as in {config})\n" in error
+    options += ["--batch-key", "batch"]
+    error = complaint(capsys, integrated(path, tmp_path / "out", *options))
+    assert error.endswith(f"{conflict}; leave it out\n")
 
 
 def test_odd_columns_are_noted(tmp_path, capsys):

@@ -94,6 +94,19 @@ def cells(number=240, clusters=4, n_genes=30, seed=0, **settings):
     return adata
 
 
+def planted(adata):
+    """Return a table of marker genes: for each cluster the gene that is much higher in it."""
+    layer = adata.uns["vmm"]["layer"]
+    counts = csr_matrix(adata.layers[layer] if layer else adata.X).toarray()
+    of_cell, rows = adata.obs["vmm_cluster"].astype(str), []
+    for name in of_cell.unique():
+        inside = (of_cell == name).to_numpy()
+        more = counts[inside].mean(0) - counts[~inside].mean(0) if not inside.all() else [0]
+        if max(more) > 5:
+            rows.append((name, adata.var_names[np.argmax(more)]))
+    return pd.DataFrame(rows, columns=["cluster", "gene"])
+
+
 PLANE = report._plane
 
 
@@ -108,6 +121,8 @@ def no_umap():
 @pytest.fixture
 def page_of(tmp_path):
     def write(adata, history=None, **options):
+        if "markers" not in options:
+            options["markers"] = planted(adata)
         write_report(tmp_path / "report.html", adata, history or {}, **options)
         return Page(tmp_path / "report.html")
 
@@ -121,7 +136,7 @@ def full(tmp_path_factory, no_umap):
     scores = {"ari": 0.25, "nmi": 0.5}
     more = {"genes": ["gene0"] * 30, "rate": {"network": 0.1}, "scores": scores}
     adata = cells(batch_key="donor", labels_key="type", **more)
-    write_report(path, adata, HISTORY)
+    write_report(path, adata, HISTORY, planted(adata))
     return path, adata
 
 
@@ -155,6 +170,20 @@ def test_it_says_what_the_cells_are(full):
     assert settings["seed"] == "0" and settings["rate.network"] == "0.1"
     assert settings["genes"].startswith("30 values: gene0, gene0")
     assert "scvi-tools" in settings["page made with"]
+
+
+def test_learnt_labels_are_shown_and_said_to_be_seen(page_of):
+    adata = cells(train_labels="type", scores={"ari": 0.25, "nmi": 0.5}, labels_key="type")
+    adata.obs["vmm_label"] = np.where(adata.obs["vmm_cluster"] == "0", "one", "other")
+    page = page_of(adata)
+    assert "Training saw these labels." in page.text and "did not see" not in page.text
+    assert "Embedding coloured by predicted label, 2 colours" in [a["alt"] for a in page.of("img")]
+    del adata.uns["vmm"]["labels_key"], adata.uns["vmm"]["scores"]
+    table = page_of(adata).tables[0]
+    column = table[0].index("most common predicted label")
+    assert [row[column] for row in table[2:]] == [
+        f"{'one' if row[0] == '0' else 'other'} 100.0 %" for row in table[2:]
+    ]
 
 
 def test_bars_are_the_batches_of_each_cluster(full):
@@ -286,10 +315,7 @@ def test_counts_and_batches_of_any_kind(page_of, change):
         adata.obs["donor"], batches = "only", 1
     page = page_of(adata)
     assert f"{batches} batch" in page.text
-    found = page.tables[0][2][-1]
-    # One gene alone, normalised, is the same in all cells that have it: versions of scanpy differ.
-    if change != "one gene":
-        assert found.startswith("gene0") != (change == "no counts")
+    assert page.tables[0][2][-1] == ("none stands out" if change == "no counts" else "gene0")
     assert ("Clusters in batches" in page.text) == (batches > 1)
 
 
@@ -327,11 +353,12 @@ def test_numbers_are_of_all_cells_where_some_were_drawn(page_of):
     rows = np.concatenate([rows, np.flatnonzero(cluster == names[0])[:3]])
     drawn = AnnData(adata.X[rows], var=adata.var, uns=adata.uns)
     drawn.obsm["X_vmm"] = adata.obsm["X_vmm"][rows]
-    page, full = page_of(drawn, drawn_from=(whole, rows)), page_of(adata)
+    options = {"drawn_from": (whole, rows), "markers": planted(adata)}
+    page, full = page_of(drawn, **options), page_of(adata)
 
     assert "240 cells, 30 genes, 4 batches, 4 clusters of 9 components" in page.text
     assert f"{len(rows)} cells drawn from 240." in page.text
-    assert f"against the others', among the {len(rows)} drawn." in page.text
+    assert f"of one batch, among the {len(rows)} drawn cells; markers.csv has more." in page.text
     assert [row[:-1] for row in page.tables[0]] == [row[:-1] for row in full.tables[0]]
     markers = [row[-1].split(", ")[0] for row in page.tables[0][2:]]
     few = "too few cells drawn"
@@ -344,7 +371,8 @@ def test_numbers_are_of_all_cells_where_some_were_drawn(page_of):
 def test_all_drawn_cells_of_one_cluster(page_of):
     adata = cells()
     rows = np.flatnonzero(adata.obs["vmm_cluster"] == "0")
-    page = page_of(adata[rows].copy(), drawn_from=(adata.obs, rows))
+    some = adata[rows].copy()
+    page = page_of(some, drawn_from=(adata.obs, rows), markers=planted(some))
     found = [row[-1] for row in page.tables[0][2:]]
     assert found == ["none stands out", *["too few cells drawn"] * 3]
 
@@ -402,9 +430,10 @@ def test_what_is_missing_is_named(tmp_path):
     adata = cells()
     adata.obsm["X_vmm"][3, 1] = np.nan
     with pytest.raises(ValueError, match="X_vmm"):
-        write_report(tmp_path / "report.html", adata, HISTORY)
+        write_report(tmp_path / "report.html", adata, HISTORY, planted(adata))
     with pytest.raises(KeyError, match="absent"):
-        write_report(tmp_path / "report.html", cells(labels_key="absent"), HISTORY)
+        labelled = cells(labels_key="absent")
+        write_report(tmp_path / "report.html", labelled, HISTORY, planted(labelled))
     assert not list(tmp_path.iterdir())
 
 

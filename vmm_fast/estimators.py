@@ -128,6 +128,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     differs from them in a constant column alone is not less dense.
     """
 
+    _prior: GaussianMixturePrior
+
     def __init__(
         self,
         n_components: int | None = None,
@@ -221,7 +223,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             self._start(X, None)
             self._seen, self.n_iter_ = 0, 0
         for of_fit in ("objective_", "converged_"):
-            vars(self).pop(of_fit, None)
+            self.__dict__.pop(of_fit, None)
         prior = self._prior = deepcopy(self._prior)  # it changes in place
         for start, z in self._whitened(X):
             before = self._seen

@@ -44,8 +44,10 @@ def training_columns(
                 "it"
             )
         if key in used and option != "--labels-key":
+            twice = "must be given once, but is given twice"
+            fault = f"must be another column than that of {used[key]}"
             raise InputError(
-                f"{option} {key}: must be another column than that of {used[key]}; leave it out"
+                f"{option} {key}: {twice if used[key] == option else fault}; leave it out"
             )
         if key is not None:
             used.setdefault(key, option)

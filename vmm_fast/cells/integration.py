@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from vmm_fast.cells.writing import (
     LABEL,
     cluster_columns,
     write_adata,
+    write_markers,
     write_results,
     write_table,
 )
@@ -74,6 +76,7 @@ except ImportError:  # Windows: peak memory is not told there
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
     "clusters.csv": "cluster, its probability, entropy and component of every cell",
+    "markers.csv": "marker genes of every cluster, with fold changes and probabilities",
     "model": "what VMMSCVI.load (VMMSCANVI.load with labels) and vmm-fast assign take",
     "settings.toml": "the settings: integrate --config settings.toml repeats the run",
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
@@ -295,7 +298,8 @@ def integrate(
     finally:
         if during.bar is not None:
             during.bar.close()
-    return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters)
+    rows = None if on_disk is None else on_disk.rows
+    return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters, rows)
 
 
 @contextmanager
@@ -444,6 +448,15 @@ class Integration:
     held_out: int  # cells
     z: np.ndarray
     clusters: pd.DataFrame
+    rows: np.ndarray | None = None  # of the cells that the model was made with; None for all
+
+    @cached_property
+    def markers(self) -> pd.DataFrame:
+        """Marker genes, as :meth:`vmm_fast.scvi.VMMSCVI.get_marker_genes` returns them."""
+        clusters = self.clusters["vmm_cluster"].array
+        clusters = clusters if self.rows is None else clusters[self.rows]
+        with quiet():
+            return self.model.get_marker_genes(clusters, self.settings.seed)
 
     def record(self, labels: Any) -> dict[str, Any]:
         """Return the record of the run for uns, with scores against the cells' labels if given."""
@@ -506,9 +519,10 @@ class Integration:
                 write_atomically(path, lambda file: shutil.copyfileobj(saved, file))
 
     def write(self, adata: AnnData, folder: Path) -> None:
-        """Write the model, clusters.csv, and the cells with what :meth:`add_to` added."""
+        """Write the model, both tables, and the cells with what :meth:`add_to` added."""
         self.write_model(folder)
-        write_table(folder / "clusters.csv", [(adata.obs_names, self.clusters)])
+        write_markers(folder / "markers.csv", self.markers)
+        write_table(folder / "clusters.csv", self.clusters, [(slice(None), adata.obs_names)])
         with quiet():
             write_adata(folder / "cells.h5ad", adata)
 
@@ -527,6 +541,7 @@ class Integration:
                 obs[key] = store.column(key)
         record = self.record(None if settings.labels_key is None else obs[settings.labels_key])
         self.write_model(folder)
+        write_markers(folder / "markers.csv", self.markers)
         genes = self.model.adata.var_names
         write_results(store, folder, self.z, self.clusters, genes, self.uns(record))
         with quiet():  # of cells that share a name

@@ -29,16 +29,17 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast._files import write_atomically
 from vmm_fast._text import counted
+from vmm_fast.cells.writing import LABEL
 from vmm_fast.clusters import Clusters, ClusterTree
 from vmm_fast.clusters.tree import ranks_by_size
 from vmm_fast.plots import drawing
 from vmm_fast.plots.components import tree_figure
 from vmm_fast.plots.latent import project, scatter, write_where_densest
 from vmm_fast.plots.training import curves_figure
+from vmm_fast.scvi.markers import LEAST_CELLS
 
 EMBEDDED = 100_000  # most cells in the pictures
-TESTED = 500  # most cells of a cluster that its marker genes are sought in
-FEW = 10  # clusters of fewer cells have no marker genes
+TESTED = 500  # most cells of a cluster in the dot plot
 MARKERS = 6  # most marker genes that the table names
 DOTS = 40  # most clusters in the dot plot
 SHOWN = 100  # most batches or labels that are shown apart
@@ -59,6 +60,7 @@ def write_report(
     path: str | os.PathLike[str],
     adata: AnnData,
     history: Mapping[str, Sequence[float]],
+    markers: pd.DataFrame,
     drawn_from: tuple[pd.DataFrame, np.ndarray] | None = None,
     tree: tuple[ClusterTree, Clusters] | None = None,
 ) -> None:
@@ -73,6 +75,8 @@ def write_report(
         obs, obsm and ``uns["vmm"]``. They are left as they are.
     history : mapping of str to sequence of float
         Names as in scvi-tools' ``model.history``, one value an epoch.
+    markers : DataFrame
+        As ``get_marker_genes`` of the model returns them.
     drawn_from : tuple of DataFrame and ndarray of int, optional
         If adata's cells are a sample: obs of all cells, and the rows of it that are in adata. The
         embedding and marker genes are those of the sample, all other numbers those of all cells.
@@ -91,7 +95,7 @@ def write_report(
         with warnings.catch_warnings():
             # Warnings are of cells without counts, and of clusters with nothing to compare.
             warnings.simplefilter("ignore")
-            page = _page(adata, z, obs, rows, history, tree)
+            page = _page(adata, z, obs, rows, history, markers, tree)
     finally:
         torch.set_num_threads(threads)  # scanpy's compiled code changes OpenMP's number
     # Characters that UTF-8 lacks (lone surrogates) must not prevent the page.
@@ -153,22 +157,26 @@ def _page(
     obs: pd.DataFrame,
     rows: np.ndarray,
     history: Mapping[str, Sequence[float]],
+    found: pd.DataFrame,
     tree: tuple[ClusterTree, Clusters] | None,
 ) -> str:
     settings = adata.uns["vmm"]
     seed = int(settings.get("seed", 0))
     rng = np.random.default_rng(seed)
     clusters = _by_size(_groups(obs, "vmm_cluster", "cluster"))
+    keys: tuple[tuple[str, Any], ...]
     keys = (("batch", settings.get("batch_key")), ("label", settings.get("labels_key")))
+    if LABEL in obs:
+        keys += (("predicted label", LABEL),)
     every = {title: _groups(obs, key, title) for title, key in keys if key}
     shown = {
         title: groups if len(groups.names) <= SHOWN else _by_size(groups, SHOWN)
         for title, groups in every.items()
     }
-    batches, labels = shown.get("batch"), shown.get("label")
+    batches, labels = shown.get("batch"), shown.get("label") or shown.get("predicted label")
     probability = obs["vmm_cluster_probability"].to_numpy(dtype=float)
     entropy = obs["vmm_cluster_entropy"].to_numpy(dtype=float)
-    markers = _Markers(adata, clusters, rows, settings.get("layer"), rng)
+    markers = _Markers(adata, clusters, rows, settings.get("layer"), rng, found)
     used = counted(int(settings.get("clusters_used", len(clusters.names))), "cluster")
     if settings.get("components_used"):
         used += f" of {counted(int(settings['components_used']), 'component')}"
@@ -185,9 +193,9 @@ def _page(
         summary=", ".join(sizes),
         embedding=_embedding(z, rows, [clusters, *shown.values()], entropy, seed, rng),
         tree=tree and len(tree[0].leaves) > 1 and _png(tree_figure(*tree)),
-        tested=TESTED,
         drawn=len(rows) if len(rows) < len(obs) else 0,
         key=batches.legend if batches is not None and len(batches.names) <= LISTED else [],
+        common=labels and f"most common {labels.title}",
         clusters=_cluster_rows(clusters, batches, labels, probability, markers),
         dots=markers.dot_plot(),
         shown=DOTS if len(markers.tested) > DOTS else 0,
@@ -200,7 +208,7 @@ def _page(
         labelled=0 if labels is None else int((labels.codes >= 0).sum()),
         curves=_png(curves_figure(curves)) if curves else "",
         epochs=len(curves),
-        few=FEW,
+        few=LEAST_CELLS,
         listed=LISTED,
         settings=[
             *_flat(settings),
@@ -266,7 +274,7 @@ def _group_panel(
     number, legend, names = len(groups.names), groups.legend, None
     if groups.title == "cluster":
         names = groups.names
-    elif groups.title == "label" and number > LISTED:
+    elif groups.title.endswith("label") and number > LISTED:
         # Numbered in the picture, since a long legend is hard to match by colour.
         names = [str(i + 1) for i in range(number)]
         legend = [(f"{n}  {name}", color) for n, (name, color) in zip(names, legend, strict=True)]
@@ -371,7 +379,7 @@ def _where_cells_went(clusters: _Groups, groups: _Groups) -> dict[str, Any]:
 
 
 class _Markers:
-    """Marker genes: each cluster's most overexpressed genes, by scanpy's t-test."""
+    """Marker genes, and their expression in some cells of each cluster."""
 
     def __init__(
         self,
@@ -380,6 +388,7 @@ class _Markers:
         rows: np.ndarray,
         layer: str | None,
         rng: np.random.Generator,
+        found: pd.DataFrame,
     ):
         self.clusters, self.sizes, self.drawn = clusters, clusters.sizes, len(rows)
         self.genes = [str(name) for name in adata.var_names]
@@ -389,32 +398,20 @@ class _Markers:
         cells = np.sort(np.concatenate(chosen))
         counts = adata.layers[layer] if layer else adata.X
         self.codes = codes[cells]
-        # Row numbers stand for gene names, which may occur twice.
         data = AnnData(csr_matrix(counts[cells], dtype=np.float32))
         sc.pp.normalize_total(data, target_sum=1e4)
         sc.pp.log1p(data)
         self.expression = data.X
-        self.tested = np.flatnonzero([len(of_one) >= FEW for of_one in members])
-        self.found: dict[int, list[int]] = {}
-        if len(np.unique(self.codes)) > 1 and len(self.tested):
-            data.obs["cluster"] = pd.Categorical(self.codes.astype(str))
-            sc.tl.rank_genes_groups(
-                data,
-                "cluster",
-                groups=[str(c) for c in self.tested],
-                method="t-test_overestim_var",
-                n_genes=min(MARKERS, data.n_vars),
-                use_raw=False,
-            )
-            for c in self.tested.tolist():
-                table = sc.get.rank_genes_groups_df(data, str(c))
-                clear = (table["pvals_adj"] < 0.05) & (table["logfoldchanges"] > 0)
-                self.found[c] = table["names"][clear].astype(int).tolist()
+        self.tested = np.flatnonzero([len(of_one) >= LEAST_CELLS for of_one in members])
+        best = found.groupby("cluster", observed=True).head(MARKERS)
+        at = adata.var_names.get_indexer(best["gene"])
+        of_cluster = best["cluster"].map(str).to_numpy()
+        self.found = {c: at[of_cluster == name].tolist() for c, name in enumerate(clusters.names)}
 
     def named(self, cluster: int) -> dict[str, Any]:
         """Return the names of a cluster's marker genes, or why there are none."""
         if cluster not in self.tested:
-            few = self.sizes[cluster] < FEW
+            few = self.sizes[cluster] < LEAST_CELLS
             return {"genes": [], "why": "too few cells" if few else "too few cells drawn"}
         genes = [self.genes[g] for g in self.found.get(cluster, ())]
         return {"genes": genes, "why": "" if genes else "none stands out"}

@@ -483,7 +483,8 @@ def write_results(
     write_clustered(store, folder / "cells.h5ad", z, clusters, var, uns)
     write_table(
         folder / "clusters.csv",
-        ((store.obs_names(part.start, part.stop), clusters[part]) for part in _parts(store)),
+        clusters,
+        ((part, store.obs_names(part.start, part.stop)) for part in _parts(store)),
     )
 
 
@@ -537,18 +538,33 @@ def write_clustered(
     )
 
 
-def write_table(path: Path, parts: Iterable[tuple[Any, pd.DataFrame]]) -> None:
-    """Write clusters.csv: a line per cell, in the order of the input.
+def write_markers(path: Path, markers: pd.DataFrame) -> None:
+    """Write markers.csv: a line per marker gene of a cluster."""
+    rows = (
+        [cluster, gene, *(f"{value:.4f}" for value in measured)]
+        for cluster, gene, *measured in markers.itertuples(index=False)
+    )
+    with _explain_write_errors(path):
+        write_atomically(path, as_csv(list(markers), rows), text=True)
 
-    Each part has the names of some cells and their :func:`cluster_columns`.
+
+def write_table(
+    path: Path, clusters: pd.DataFrame, parts: Iterable[tuple[slice, Iterable[str]]]
+) -> None:
+    """Write clusters.csv: a line per cell, in the order of the input, with labels if there are any.
+
+    `clusters` come from :func:`cluster_columns`. Each part is of some of its rows, and has the
+    names of these cells.
     """
     header = ["cell", "cluster", "probability", "entropy", "component"]
+    learnt = [LABEL] if LABEL in clusters else []
     rows = (
-        [cell, cluster, f"{probability:.6f}", f"{entropy:.6f}", component]
-        for cells, clusters in parts
-        for cell, cluster, probability, entropy, component in zip(
-            cells, *(clusters[name] for name in COLUMNS), strict=True
+        [cell, cluster, f"{probability:.6f}", f"{entropy:.6f}", *more]
+        for part, cells in parts
+        for cell, cluster, probability, entropy, *more in zip(
+            cells, *(clusters[name].iloc[part] for name in [*COLUMNS, *learnt]), strict=True
         )
     )
+    header += ["label"] * len(learnt)
     with _explain_write_errors(path):
         write_atomically(path, as_csv(header, rows), text=True)

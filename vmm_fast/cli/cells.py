@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
-from vmm_fast._text import counted
+from vmm_fast._text import counted, joined
 from vmm_fast.cells.settings import Settings, SweepSettings
 from vmm_fast.cli.config import read_config, write_config
 from vmm_fast.cli.options import (
@@ -250,6 +251,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         source = digest(file)
     given = {} if arguments.config is None else read_config(arguments.config, kind)
     names = [f.name for f in fields(kind) if getattr(arguments, f.name, None) is not None]
+    in_config = {f"--{name.replace('_', '-')}" for name in given.keys() - names}
     given |= {name: getattr(arguments, name) for name in names}
     if arguments.resume:
         with _naming(file or EXAMPLE):
@@ -265,7 +267,7 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
             read = reading.example() if file is None else reading.read_cells(file, given["layer"])
             cells, notes = read.adata, notes + read.notes
         on_disk = None
-        with _naming(file or EXAMPLE), quiet():
+        with _naming(file or EXAMPLE), _naming_config(in_config, arguments.config), quiet():
             settings = kind.for_cells(cells, **given)
             if settings.on_disk:
                 training, on_disk, more = selection.training_cells_on_disk(cells, settings)
@@ -327,6 +329,18 @@ def _naming(file: str) -> Iterator[None]:
         if str(error).startswith(tuple(path + end for path in paths for end in (":", os.sep))):
             raise
         raise InputError(f"{file}: {error}") from None
+
+
+@contextmanager
+def _naming_config(options: set[str], config: str) -> Iterator[None]:
+    """Let errors about options that a file of settings gives say so."""
+    try:
+        yield
+    except InputError as error:
+        there = sorted(options & set(re.findall(r"--[a-z-]+", str(error))))
+        if not there:
+            raise
+        raise InputError(f"{error} ({joined(there)} as in {config})") from None
 
 
 def _on_disk(
@@ -413,7 +427,8 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
             if progress:
                 print("drawing the report", file=sys.stderr, flush=True)
             tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
-            report.write_report(folder.path / "report.html", shown, found.history, drawn_from, tree)
+            page, cells = folder.path / "report.html", (shown, found.history, found.markers)
+            report.write_report(page, *cells, drawn_from, tree)
         except KeyboardInterrupt as stop:
             raise type(stop)(f"; go on with: {run.again}") from None
     rows = [

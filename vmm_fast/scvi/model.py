@@ -16,6 +16,7 @@ from torch.distributions import Normal
 
 from vmm_fast._checks import check_integer
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel
+from vmm_fast.scvi.markers import MarkerGenes
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
 from vmm_fast.scvi.training import (
     EmpiricalBayesAdversarialTrainingPlan,
@@ -28,7 +29,7 @@ CHUNK = 16_384  # cells that are classified together
 __all__ = ["VMMPEAKVI", "VMMSCANVI", "VMMSCVI", "VMMTOTALVI", "ComponentExpression"]
 
 
-class ComponentExpression(LatentPriorModel):
+class ComponentExpression(MarkerGenes, LatentPriorModel):
     """A :class:`LatentPriorModel` that decodes to gene expression."""
 
     def get_importance_weights(
