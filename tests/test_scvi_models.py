@@ -29,7 +29,7 @@ from lightning import LightningDataModule  # noqa: E402
 from vmm_fast import Components, cli  # noqa: E402
 from vmm_fast.cells.assignment import find_model  # noqa: E402
 from vmm_fast.clusters import find_clusters  # noqa: E402
-from vmm_fast.scvi import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
+from vmm_fast.scvi import VMMCYTOVI, VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
 from vmm_fast.scvi.saved import check_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,6 +57,14 @@ def open_regions():
     return adata
 
 
+def intensities():
+    """Return transformed and scaled values, which are no counts."""
+    adata = separated_cells()
+    x = np.arcsinh(adata.X.toarray())
+    adata.X = (x / x.max(0)).astype(np.float32)
+    return adata
+
+
 def with_proteins():
     adata = separated_cells()
     random = np.random.default_rng(1)
@@ -72,6 +80,7 @@ MODELS = {
     "SCANVI": (VMMSCANVI, scvi.model.SCANVI, some_labels, LABELS),
     "PEAKVI": (VMMPEAKVI, scvi.model.PEAKVI, open_regions, {}),
     "TOTALVI": (VMMTOTALVI, scvi.model.TOTALVI, with_proteins, PROTEINS),
+    "CYTOVI": (VMMCYTOVI, scvi.external.CYTOVI, intensities, {}),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -106,7 +115,8 @@ def test_the_normal_prior_is_the_stock_model(name, encode_covariates):
     own = {"prior": "normal"}
     if name in ("SCVI", "SCANVI"):
         own["fused_likelihood"] = False
-    for kind, options in ((ours, own), (stock, {})):
+    others = {"prior_mixture": False} if name == "CYTOVI" else {}
+    for kind, options in ((ours, own), (stock, others)):
         model = scvi_model(kind, adata, setup, encode_covariates=encode_covariates, **options)
         tensors, loss_kwargs = batch_of(model), {"kl_weight": 0.7}
         if name == "SCANVI":

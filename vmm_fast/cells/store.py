@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vmm_fast._text import joined
 from vmm_fast.cells import frames
 from vmm_fast.cells.elements import lacks_chunks, left_out, read_var
 from vmm_fast.cells.formats import visible
+from vmm_fast.cells.obsm import StoredRows
 from vmm_fast.cells.reading import (
     check_shape,
     check_unique,
@@ -116,14 +117,14 @@ class CellStore:
             )
         self._lock = threading.RLock()
         self._open: OrderedDict[Path, _Open] = OrderedDict()
-        self._shards: list[_Shard] = []
+        self.shards: list[_Shard] = []
         self.others: list[str] = []
         self.notes: list[str] = []
         try:
             for file in self.files:
                 if kind == "shards":
                     kind_of(file)
-                self._shards.append(self._read_shard(file))
+                self.shards.append(self._read_shard(file))
             self._unite()
         except BaseException:
             self.close()
@@ -131,24 +132,24 @@ class CellStore:
 
     def _unite(self) -> None:
         """Set what all files together have: sizes, and columns of obs."""
-        self._starts = np.cumsum([0] + [shard.n_obs for shard in self._shards])
+        self._starts = np.cumsum([0] + [shard.n_obs for shard in self.shards])
         self.n_obs, self.n_vars = int(self._starts[-1]), len(self.var_names)
         try:
             check_shape(self.n_obs, self.n_vars)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
-        self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self._shards))
-        names = [set(shard.dtypes) for shard in self._shards]
+        self.nbytes = 8 * (self.n_obs + 1 + sum(shard.values for shard in self.shards))
+        names = [set(shard.dtypes) for shard in self.shards]
         self.dtypes = {
-            key: frames.common_dtype([shard.dtypes[key] for shard in self._shards])
-            for key in self._shards[0].dtypes
+            key: frames.common_dtype([shard.dtypes[key] for shard in self.shards])
+            for key in self.shards[0].dtypes
             if all(key in those for those in names)
         }
         self._mixed = {
             key
             for key in self.dtypes
             if frames.of_text(self.dtypes[key])
-            and not all(frames.of_text(shard.dtypes[key]) for shard in self._shards)
+            and not all(frames.of_text(shard.dtypes[key]) for shard in self.shards)
         }
         every = set().union(*names)
         # For each column that only some files have: the first file that lacks it.
@@ -214,6 +215,10 @@ class CellStore:
                 kind = ".zarr" if file.is_dir() else ".h5ad"
                 raise InputError(f"{file}: {unreadable(error, kind)}") from None
 
+    def reading(self, shard: _Shard) -> AbstractContextManager[_Open]:
+        """Provide the opened file of a shard, unless it has changed."""
+        return self._reading(shard.file, shard.stamp)
+
     def _stamp(self, file: Path) -> tuple[tuple[int, int], ...]:
         """Return times and sizes of files, which differ if the counts or the file have changed."""
         places = [file]
@@ -230,7 +235,7 @@ class CellStore:
             stamp = self._stamp(file)
             layers = group.get("layers", ())
             usual = self._preferred
-            if not self._shards and self.layer is None and usual is not None and usual in layers:
+            if not self.shards and self.layer is None and usual is not None and usual in layers:
                 self.layer = usual
             if self.layer is not None and self.layer not in layers:
                 raise InputError(
@@ -289,12 +294,12 @@ class CellStore:
             dtype = data.dtype if indptr is not None else matrix.dtype
             if dtype.kind not in "iuf":
                 raise CannotStream(f"{self._where} must hold counts, holds {dtype}")
-            if not self._shards:
+            if not self.shards:
                 index = group["obs"].attrs["_index"]
                 self.var = var.set_axis(genes.rename(var.index.name), axis=0)
                 self.index_name = None if index == "_index" else str(index)
             if len(more := var.columns.difference(self.var.columns, sort=False)):
-                first = self._shards[0].file.name
+                first = self.shards[0].file.name
                 notes = [*notes, f"columns of var that {first} lacks are left out: {joined(more)}"]
             self.notes += [note for note in notes if note not in self.notes]
             return _Shard(file, stamp, n_obs, values, indptr, dtypes, self._take_genes(genes))
@@ -307,7 +312,7 @@ class CellStore:
 
     def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
         """Return the columns of a shard's genes in the store; None if the order is the same."""
-        if not self._shards:
+        if not self.shards:
             check_unique(genes)
             self.var_names = genes
         if genes.equals(self.var_names):
@@ -348,10 +353,9 @@ class CellStore:
         InputError
             If values are not counts, or a file has changed, vanished or is damaged.
         """
-        runs = list(self._runs(np.atleast_1d(starts), np.atleast_1d(stops)))
         lengths, parts = [np.zeros(1, np.int64)], []
-        for shard, start, stop in runs:
-            with self._reading(shard.file, shard.stamp) as opened:
+        for shard, start, stop in self.runs(np.atleast_1d(starts), np.atleast_1d(stops)):
+            with self.reading(shard) as opened:
                 length, part = self._slice(shard, opened, start, stop)
                 self._check(shard, opened.group, start, length, part, dtype)
             if shard.take is not None:
@@ -366,7 +370,7 @@ class CellStore:
             at += len(values)
         return csr_matrix((data, indices, indptr), (len(indptr) - 1, self.n_vars))
 
-    def _runs(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[_Shard, int, int]]:
+    def runs(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[_Shard, int, int]]:
         """Yield runs as shard, start and stop: adjacent ones joined, then cut between shards."""
         if len(starts) and not ((starts >= 0) & (starts <= stops) & (stops <= self.n_obs)).all():
             raise ValueError(f"runs must lie within the {self.n_obs} cells")
@@ -381,7 +385,7 @@ class CellStore:
             while start < stop:
                 first, end = int(self._starts[number]), int(self._starts[number + 1])
                 if start < end:
-                    yield self._shards[number], start - first, min(stop, end) - first
+                    yield self.shards[number], start - first, min(stop, end) - first
                 start, number = max(start, min(stop, end)), number + 1
 
     def _slice(self, shard: _Shard, opened: _Open, start: int, stop: int) -> tuple[Any, Any]:
@@ -439,8 +443,8 @@ class CellStore:
     def obs_names(self, start: int, stop: int) -> np.ndarray:
         """Return the names of cells start to stop, str [stop - start]; they may be repeated."""
         parts = [np.empty(0, object)]
-        for shard, first, last in self._runs(np.array([start]), np.array([stop])):
-            with self._reading(shard.file, shard.stamp) as opened:
+        for shard, first, last in self.runs(np.array([start]), np.array([stop])):
+            with self.reading(shard) as opened:
                 parts.append(frames.read_index(opened.group["obs"], first, last))
         return np.concatenate(parts)
 
@@ -460,8 +464,8 @@ class CellStore:
 
     def _slices(self, key: str, start: int, stop: int) -> list[Any]:
         dtype, parts = self.dtypes[key], []
-        for shard, first, last in self._runs(np.array([start]), np.array([stop])):
-            with self._reading(shard.file, shard.stamp) as opened:
+        for shard, first, last in self.runs(np.array([start]), np.array([stop])):
+            with self.reading(shard) as opened:
                 part = frames.read_slice(opened.group["obs"], key, shard.dtypes[key], first, last)
             parts.append(frames.cast(part, dtype, key in self._mixed))
         return parts
@@ -505,7 +509,13 @@ class CellStore:
 
     # --- both ---
 
-    def sample(self, number: int, keys: Sequence[str] = (), seed: int = 0) -> AnnData:
+    def obsm(self, key: str) -> StoredRows:
+        """Return counts in obsm, such as those of proteins, whose rows are read from disk."""
+        return StoredRows(self, key)
+
+    def sample(
+        self, number: int, keys: Sequence[str] = (), seed: int = 0, *, obsm: Sequence[str] = ()
+    ) -> AnnData:
         """Return a random sample of the cells, drawn in runs, to make a model with.
 
         Parameters
@@ -515,6 +525,8 @@ class CellStore:
         keys : sequence of str
             Columns of obs to include, as categories; also categories of cells that are not drawn.
         seed : int
+        obsm : sequence of str
+            Arrays of obsm to include; see :meth:`obsm`.
 
         Returns
         -------
@@ -530,7 +542,8 @@ class CellStore:
         names = np.concatenate([self.obs_names(*pair) for pair in pairs])
         obs = self.columns(keys).iloc[rows].set_axis(pd.Index(names))
         var = pd.DataFrame(index=self.var_names)
-        return AnnData(self.read(starts, stops), obs, var, uns={"rows": rows})
+        more = {key: self.obsm(key)[rows] for key in obsm}
+        return AnnData(self.read(starts, stops), obs, var, uns={"rows": rows}, obsm=more)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,14 @@ from vmm_fast.scvi.checkpoints import Checkpoints  # noqa: E402  needs these ver
 from vmm_fast.scvi.latent_prior import LatentPrior  # noqa: E402
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel  # noqa: E402
 from vmm_fast.scvi.loading import CellDataModule, MemoryCells  # noqa: E402
-from vmm_fast.scvi.model import VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
-from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE  # noqa: E402
+from vmm_fast.scvi.model import VMMCYTOVI, VMMPEAKVI, VMMSCANVI, VMMSCVI, VMMTOTALVI  # noqa: E402
+from vmm_fast.scvi.module import (  # noqa: E402
+    VMMPEAKVAE,
+    VMMSCANVAE,
+    VMMTOTALVAE,
+    VMMVAE,
+    VMMCytoVAE,
+)
 from vmm_fast.scvi.training import (  # noqa: E402
     EmpiricalBayes,
     EmpiricalBayesAdversarialTrainingPlan,
@@ -19,6 +25,7 @@ from vmm_fast.scvi.training import (  # noqa: E402
 )
 
 __all__ = [
+    "VMMCYTOVI",
     "VMMPEAKVAE",
     "VMMPEAKVI",
     "VMMSCANVAE",
@@ -36,4 +43,5 @@ __all__ = [
     "LatentPrior",
     "LatentPriorModel",
     "MemoryCells",
+    "VMMCytoVAE",
 ]

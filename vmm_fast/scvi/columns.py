@@ -144,8 +144,14 @@ def _codes(name: str, values: pd.Series, categories: np.ndarray, unlabelled: Any
 
 def check_columns(columns: Mapping[str, np.ndarray], registry: Mapping[str, Any]) -> None:
     """Raise ValueError unless the columns of a data module are those of a model."""
-    if registry["field_registries"].get(REGISTRY_KEYS.PROTEIN_EXP_KEY):
-        raise ValueError("datamodule must be None for a model of proteins: CellDataModule has none")
+    proteins = registry["field_registries"].get(REGISTRY_KEYS.PROTEIN_EXP_KEY, {})
+    number = len(proteins.get("state_registry", {}).get("column_names", ()))
+    given = columns.get(REGISTRY_KEYS.PROTEIN_EXP_KEY, np.empty((0, 0))).shape[1]
+    if given != number:
+        raise ValueError(
+            f"datamodule must have counts of the {number} proteins that the model was set up with, "
+            f"but has those of {given}"
+        )
     for key, names in registered_columns(registry).items():
         values = columns.get(key, np.empty((0, 0)))
         if values.shape[1] != len(names):

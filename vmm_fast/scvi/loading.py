@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -216,7 +216,8 @@ def _tensors(counts: csr_matrix, columns: dict[str, np.ndarray]) -> dict[str, Te
     """Return a mini-batch as scvi-tools' loaders do: dense counts, indices and numbers."""
     found = {REGISTRY_KEYS.X_KEY: torch.from_numpy(counts.toarray())}
     for key, values in columns.items():
-        dtype = np.float32 if key == REGISTRY_KEYS.CONT_COVS_KEY else np.int64
+        measured = key in (REGISTRY_KEYS.CONT_COVS_KEY, REGISTRY_KEYS.PROTEIN_EXP_KEY)
+        dtype = np.float32 if measured else np.int64
         found[key] = torch.from_numpy(values.astype(dtype))
     return found
 
@@ -250,6 +251,8 @@ class CellDataModule(LightningDataModule):
     categorical : ndarray of int [cells, number of categorical covariates], optional
         Index of each cell's category.
     continuous : ndarray of float [cells, number of continuous covariates], optional
+    proteins : ndarray or StoredRows [cells, number of proteins], optional
+        Their counts, in memory or what :meth:`vmm_fast.cells.CellStore.obsm` returns.
     genes : ndarray of int, optional
         Columns to take; all by default.
     batch_size : int
@@ -264,7 +267,7 @@ class CellDataModule(LightningDataModule):
     n_train, n_val : int
         Number of training cells, and of held-out cells.
     columns : dict of str to ndarray
-        Batches, labels and covariates by scvi-tools' keys; the model must have the same.
+        Batches, labels, covariates and proteins by scvi-tools' keys; the model must have the same.
     batch_size, seed : int
         Those that were given.
     """
@@ -277,6 +280,7 @@ class CellDataModule(LightningDataModule):
         labels: np.ndarray | None = None,
         categorical: np.ndarray | None = None,
         continuous: np.ndarray | None = None,
+        proteins: Any = None,
         genes: np.ndarray | None = None,
         batch_size: int = 128,
         held_out: float = 0.1,
@@ -286,6 +290,8 @@ class CellDataModule(LightningDataModule):
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), but is {held_out!r}")
         self.columns = cell_columns(batches, labels, categorical, continuous)
+        if proteins is not None:
+            self.columns[REGISTRY_KEYS.PROTEIN_EXP_KEY] = proteins
         for key, values in self.columns.items():
             if len(values) != cells.n_obs:
                 raise ValueError(

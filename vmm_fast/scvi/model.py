@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scvi.external import CYTOVI
 from scvi.model import PEAKVI, SCANVI, SCVI, TOTALVI
 from scvi.model._utils import _get_batch_code_from_category
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.distributions import Normal
 from vmm_fast._checks import check_integer
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel
 from vmm_fast.scvi.markers import MarkerGenes
-from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE
+from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, VMMCytoVAE
 from vmm_fast.scvi.training import (
     EmpiricalBayesAdversarialTrainingPlan,
     EmpiricalBayesSemiSupervisedTrainingPlan,
@@ -26,7 +27,7 @@ from vmm_fast.scvi.training import (
 
 CHUNK = 16_384  # cells that are classified together
 
-__all__ = ["VMMPEAKVI", "VMMSCANVI", "VMMSCVI", "VMMTOTALVI", "ComponentExpression"]
+__all__ = ["VMMCYTOVI", "VMMPEAKVI", "VMMSCANVI", "VMMSCVI", "VMMTOTALVI", "ComponentExpression"]
 
 
 class ComponentExpression(MarkerGenes, LatentPriorModel):
@@ -203,13 +204,40 @@ class VMMPEAKVI(LatentPriorModel, PEAKVI):
     _training_plan_cls = EmpiricalBayesTrainingPlan
 
 
-class VMMTOTALVI(LatentPriorModel, TOTALVI):
+class _FromDataModule(TOTALVI):
+    """TOTALVI whose ``train`` takes a ``datamodule``, as those of other models do."""
+
+    def train(self, *args: Any, datamodule: Any = None, **kwargs: Any) -> Any:
+        if datamodule is None:
+            return super().train(*args, **kwargs)
+        # TOTALVI's default, which counts the cells that the model was made with.
+        kwargs.setdefault("n_steps_kl_warmup", int(0.75 * datamodule.n_obs))
+        self._data_splitter_cls = lambda *_, **__: datamodule
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del self._data_splitter_cls
+
+
+class VMMTOTALVI(LatentPriorModel, _FromDataModule):
     """:class:`scvi.model.TOTALVI` with a mixture prior, for genes and proteins of the same cells.
 
     It has the methods of TOTALVI, and those for clusters; parameters are those of
     :class:`LatentPriorModel`. Pseudo-cells have genes and proteins. ``train`` has TOTALVI's
-    warm-up, which is counted in steps.
+    warm-up, which is counted in steps, and takes a :class:`CellDataModule` with ``proteins``.
     """
 
     _module_cls = VMMTOTALVAE
+    _training_plan_cls = EmpiricalBayesAdversarialTrainingPlan
+
+
+class VMMCYTOVI(LatentPriorModel, CYTOVI):
+    """:class:`scvi.external.CYTOVI` with a mixture prior, for cytometry.
+
+    It has the methods of CYTOVI, and those for clusters; parameters are those of
+    :class:`LatentPriorModel`, and CYTOVI's own mixture, ``prior_mixture``, is left out. Intensities
+    must be above -1, as scaled ones are.
+    """
+
+    _module_cls = VMMCytoVAE
     _training_plan_cls = EmpiricalBayesAdversarialTrainingPlan

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from scvi import REGISTRY_KEYS
+from scvi.external.cytovi import CytoVAE
 from scvi.module import PEAKVAE, SCANVAE, TOTALVAE, VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
@@ -21,7 +22,7 @@ from vmm_fast.scvi.latent_prior import LatentPrior
 from vmm_fast.scvi.loading import LEAST_BATCH
 from vmm_fast.scvi.novelty import misfit_of
 
-__all__ = ["VMMPEAKVAE", "VMMSCANVAE", "VMMTOTALVAE", "VMMVAE"]
+__all__ = ["VMMPEAKVAE", "VMMSCANVAE", "VMMTOTALVAE", "VMMVAE", "VMMCytoVAE"]
 
 
 class _PerCell:
@@ -327,3 +328,24 @@ class VMMTOTALVAE(LatentPrior, TOTALVAE):
             raise NotImplementedError("the marginal likelihood is there for prior='normal' alone")
         stock: float = super().marginal_ll(*args, **kwargs)
         return stock
+
+
+class VMMCytoVAE(LatentPrior, CytoVAE):
+    """CytoVI's module with a learnt prior; see :class:`vmm_fast.scvi.VMMCYTOVI`."""
+
+    def __init__(self, n_input: int, *args: Any, **kwargs: Any):
+        mask = kwargs.get("encoder_marker_mask")
+        self._n_features = n_input if mask is None else int(mask.sum())
+        super().__init__(n_input, *args, **{**kwargs, "prior_mixture": False})
+
+    @property
+    def n_features(self) -> int:
+        """Number of markers that are encoded."""
+        return self._n_features
+
+    def features(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the intensities [B, G] of the markers that are encoded."""
+        x: Tensor = self._get_inference_input(tensors)["x"]
+        if (x <= -1).any():
+            raise ValueError(f"intensities must be above -1 for pseudo-cells, but one is {x.min()}")
+        return x

@@ -1,0 +1,64 @@
+"""Arrays of obsm on disk, such as the counts of proteins, of which some rows are read at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vmm_fast._errors import InputError
+from vmm_fast.cells import frames
+from vmm_fast.cells.reading import describe_choices, not_counts
+
+if TYPE_CHECKING:
+    from vmm_fast.cells.store import CellStore
+
+
+class StoredRows:
+    """Counts in obsm of a :class:`CellStore`; ``stored[index]`` reads rows as float32 [rows, n].
+
+    Raises
+    ------
+    InputError
+        If a file lacks the array, or it is no dense array of numbers, or has another width than in
+        the first file. Reading raises it, too, for values that are no counts.
+    """
+
+    def __init__(self, store: CellStore, key: str):
+        self._store, self._key, self._where = store, f"obsm/{key}", f"obsm[{key!r}]"
+        self.shape = (store.n_obs, -1)
+        for shard in store.shards:
+            with store.reading(shard) as opened:
+                there = opened.group.get("obsm", {})
+                if key not in there:
+                    raise InputError(
+                        f"{self._where} must be an element of obsm, {describe_choices(there)}"
+                    )
+                found, kind = there[key], frames.encoding_of(there[key])
+                if kind != "array" or found.ndim != 2 or found.dtype.kind not in "iuf":
+                    raise InputError(
+                        f"{self._where} must be a dense array of counts [cells, n], but is a "
+                        f"{kind}; a table's .to_numpy() is one"
+                    )
+                if self.shape[1] not in (-1, found.shape[1]):
+                    raise InputError(
+                        f"{self._where} must have {self.shape[1]} columns as in the first file, "
+                        f"but has {found.shape[1]}"
+                    )
+                self.shape = (store.n_obs, found.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows in the order that is asked for; consecutive ones are read together."""
+        order = np.argsort(rows)
+        found, at = np.empty((len(rows), self.shape[1]), np.float32), 0
+        for shard, start, stop in self._store.runs(rows[order], rows[order] + 1):
+            with self._store.reading(shard) as opened:
+                part = opened[self._key][start:stop]
+                if wrong := not_counts(part.reshape(-1), np.float32):
+                    raise InputError(f"{self._where} must hold counts, {wrong[1]}")
+            found[order[at : at + len(part)]] = part
+            at += len(part)
+        return found
