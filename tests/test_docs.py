@@ -1,5 +1,6 @@
-"""The code of README and the site runs, on small data; their commands and links lead somewhere."""
+"""The code of README, site and docstrings runs, on small data; links lead somewhere."""
 
+import doctest
 import importlib
 import re
 import shlex
@@ -29,6 +30,13 @@ SLOW = {
     "docs/tutorials/labels.md": "trains two models",
     "docs/tutorials/query.md": "trains two models",
 }
+
+
+EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(ROOT.glob("vmm_fast/**/*.py"))
+    if ">>> " in path.read_text()
+]
 
 
 class Block(NamedTuple):
@@ -117,6 +125,20 @@ def test_python_of_a_page_runs(name, folder, request):
             exec(compile(lines, str(PAGES[name]), "exec"), namespace)
         elif name == RUN:
             assert {cli.main(arguments) for arguments in commands(block.code)} == {0}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
+    """A reader who has imported what the example is of, numpy and torch gets what it shows."""
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("vmm_fast.scvi"):
+        pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    module = importlib.import_module(name)
+    own = {key: x for key, x in vars(module).items() if getattr(x, "__module__", None) == name}
+    for example in doctest.DocTestFinder().find(module, globs={"np": np, "torch": torch, **own}):
+        torch.manual_seed(0)
+        assert doctest.DocTestRunner().run(example).failed == 0, example.name
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -66,7 +66,7 @@ def write_atomically(
 
     Examples
     --------
-    >>> write_atomically("report.txt", lambda file: file.write("done"), text=True)  # doctest: +SKIP
+    >>> write_atomically("report.txt", lambda file: file.write("done"), text=True)
     """
     target = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(target)

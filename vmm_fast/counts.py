@@ -73,6 +73,14 @@ def poisson_log_prob(counts: Tensor, mean: Tensor | SoftmaxMean) -> Tensor:
     ValueError
         If shapes or devices do not fit, or sparse indices lie outside the shape; the GPU kernels,
         which do not wait for the device, do not check the indices.
+
+    Examples
+    --------
+    >>> counts, mean = torch.tensor([[0.0, 3.0]]), torch.tensor([[0.5, 2.0]])
+    >>> poisson_log_prob(counts, mean)
+    tensor([-2.2123])
+    >>> poisson_log_prob(counts, SoftmaxMean(mean.log(), library_size=mean.sum(1)))
+    tensor([-2.2123])
     """
     return _log_prob(counts, mean, {})
 
@@ -98,6 +106,12 @@ def nb_log_prob(counts: Tensor, mean: Tensor | SoftmaxMean, inverse_dispersion: 
     ------
     TypeError, ValueError
         As :func:`poisson_log_prob`.
+
+    Examples
+    --------
+    >>> counts, mean = torch.tensor([[0.0, 3.0]]), torch.tensor([[0.5, 2.0]])
+    >>> nb_log_prob(counts, mean, inverse_dispersion=torch.tensor([1.0, 10.0]))
+    tensor([-2.2103])
     """
     return _log_prob(counts, mean, {"inverse_dispersion": inverse_dispersion})
 
@@ -126,6 +140,12 @@ def zinb_log_prob(
     ------
     TypeError, ValueError
         As :func:`poisson_log_prob`.
+
+    Examples
+    --------
+    >>> counts, mean = torch.tensor([[0.0, 3.0]]), torch.tensor([[0.5, 2.0]])
+    >>> zinb_log_prob(counts, mean, torch.ones(2), dropout_logits=torch.zeros(1, 2))
+    tensor([-3.1905])
     """
     more = {"inverse_dispersion": inverse_dispersion, "dropout_logits": dropout_logits}
     return _log_prob(counts, mean, more)

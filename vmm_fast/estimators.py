@@ -126,6 +126,16 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
 
     Densities are those within the directions in which the points of the fit vary: a new point that
     differs from them in a constant column alone is not less dense.
+
+    Examples
+    --------
+    >>> points = np.random.default_rng(0).normal(size=(400, 2))
+    >>> points[:100] += 9
+    >>> mixture = DirichletMixture(4, random_state=0).fit(points)
+    >>> np.bincount(mixture.labels_)
+    array([300, 100])
+    >>> mixture.predict_proba(points[:1]).round(2)
+    array([[0., 1.]])
     """
 
     _prior: GaussianMixturePrior

@@ -5,14 +5,12 @@ mutual information (AMI), from hard assignments alone, so that no [N, C] matrix 
 
 Models, in nats, with N data points, posteriors q(z|x_n) and prior p(z):
 
-- ELBO surgery (Hoffman & Johnson, "ELBO surgery: yet another way to carve up the variational
-  evidence lower bound", NIPS workshop 2016). With the aggregated posterior q(z) = 1/N sum_n
-  q(z|x_n),
+- ELBO surgery (Hoffman & Johnson, "ELBO surgery", NIPS workshop 2016). With the aggregated
+  posterior q(z) = 1/N sum_n q(z|x_n),
 
       1/N sum_n KL(q(z|x_n) || p(z))  =  I_q(n; z)  +  KL(q(z) || p(z)),    I_q(n; z) <= log N
 
-- the importance-weighted bound (Burda, Grosse & Salakhutdinov, "Importance weighted autoencoders",
-  ICLR 2016, equation 8),
+- the importance-weighted bound (Burda, Grosse & Salakhutdinov, ICLR 2016, equation 8),
 
       log p(x) >= E[log 1/S sum_s p(x|z_s) p(z_s) / q(z_s|x)],    z_s ~ q(z|x)
 
@@ -163,6 +161,12 @@ def clustering_scores_from_assignment(
         does not fit.
     ImportError
         If scikit-learn is not installed (``pip install vmm-fast[cli]``).
+
+    Examples
+    --------
+    >>> scores = clustering_scores_from_assignment([0, 0, 1, 1, 2], ["a", "a", "b", "b", "b"])
+    >>> scores.accuracy_majority, scores.accuracy_one_to_one
+    (1.0, 0.8)
     """
     clusters, cluster_of, sizes = _codes(labels, "labels")
     classes, class_of, _ = _codes(true_labels, "true_labels")

@@ -156,6 +156,17 @@ class Components:
     ------
     ValueError
         If shapes do not fit, or both ``precision_cholesky`` and ``scale`` are None.
+
+    Examples
+    --------
+    >>> centers, weights = torch.tensor([[-2.0], [2.0]]), torch.tensor([0.25, 0.75])
+    >>> components = Components(centers, weights.log(), torch.ones(2, 1, 1))
+    >>> components.log_prob(torch.zeros(1, 1))
+    tensor([-2.9189])
+    >>> components.assign(torch.tensor([[1.0]])).probability
+    tensor([0.9939])
+    >>> components.distribution().mean
+    tensor([1.])
     """
 
     centers: Tensor

@@ -112,6 +112,13 @@ def whitened_components(
     Stirn & Knowles (2024), arXiv 2402.04412, equations of the prior. With P = s^T L and
     I + P^T P = U U^T, U upper triangular, the marginal A is L U^-T: nothing ill-conditioned is
     inverted. Arithmetic is in float64.
+
+    Examples
+    --------
+    >>> log_weights, eye = torch.tensor([0.25, 0.75]).log(), torch.eye(1).expand(2, 1, 1)
+    >>> whitening, offsets = whitened_components(log_weights, eye, None, num_centers=2)
+    >>> offsets  # log pi - 1/2 log 2 pi
+    tensor([-2.3052, -1.2066])
     """
     if precision_cholesky is None and scale is None:
         raise ValueError("precision_cholesky and scale must not both be None")
@@ -199,6 +206,15 @@ def mixture_log_prob(
     Notes
     -----
     The online log-sum-exp is that of Milakov & Gimelshein (2018), arXiv 1805.02867.
+
+    Examples
+    --------
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    >>> lse, expected = mixture_log_prob(torch.tensor([[0.0], [1.0]]), *mixture)
+    >>> lse
+    tensor([0.1931, 0.1269])
+    >>> lse - expected  # entropy of the assignment: log 2 half way between two centers
+    tensor([0.6931, 0.3653])
     """
     operation = operations.MIXTURE_LOG_PROB
     lse, expected, _ = run(operation, check(operation, (z, centers, whitening, offsets, transpose)))
@@ -234,6 +250,13 @@ def mixture_kl(
     ------
     TypeError, ValueError
         As the module says, and for a scale that is not finite and positive.
+
+    Examples
+    --------
+    >>> offsets = torch.full((2,), 0.5).log() - 0.5 * np.log(2 * np.pi)
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), offsets)
+    >>> mixture_kl(torch.ones(1, 1), *mixture, False, scale=torch.full((1, 1), 0.5))
+    tensor([0.7594])
     """
     operation = operations.MIXTURE_KL
     inputs = check(operation, (z, centers, whitening, offsets, scale, transpose))
@@ -265,6 +288,13 @@ def mixture_statistics(
     ------
     TypeError, ValueError
         As the module says.
+
+    Examples
+    --------
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    >>> counts, sums, squares = mixture_statistics(torch.tensor([[-1.0], [1.5]]), *mixture)
+    >>> counts
+    tensor([0.9282, 1.0718])
     """
     operation = operations.MIXTURE_STATISTICS
     inputs = check(operation, (z, centers, whitening, offsets, transpose))
@@ -300,6 +330,13 @@ def mixture_log_joint(
     ------
     TypeError, ValueError
         As the module says.
+
+    Examples
+    --------
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    >>> mixture_log_joint(torch.tensor([[0.0], [1.0]]), *mixture)
+    tensor([[-0.5000, -0.5000],
+            [-2.0000,  0.0000]])
     """
     mixture = (z, centers, whitening, offsets)
     operation = operations.MIXTURE_LOG_JOINT
@@ -326,6 +363,13 @@ def mixture_responsibilities(
     ------
     TypeError, ValueError
         As the module says.
+
+    Examples
+    --------
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    >>> mixture_responsibilities(torch.tensor([[0.0], [1.0]]), *mixture)
+    tensor([[0.5000, 0.5000],
+            [0.1192, 0.8808]])
     """
     mixture = (z, centers, whitening, offsets)
     operation = operations.MIXTURE_RESPONSIBILITIES
@@ -373,6 +417,12 @@ def mixture_assign(
     ------
     TypeError, ValueError
         As the module says.
+
+    Examples
+    --------
+    >>> mixture = (torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1), torch.zeros(2))
+    >>> mixture_assign(torch.tensor([[-1.0], [1.0]]), *mixture)[:2]  # labels and probabilities
+    (tensor([0, 1]), tensor([0.8808, 0.8808]))
     """
     mixture = (z, centers, whitening, offsets)
     return _grouped(operations.MIXTURE_ASSIGN, mixture, transpose, pseudo_inputs_per_component)[:3]

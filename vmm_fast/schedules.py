@@ -36,6 +36,11 @@ def learning_rate_share(schedule: str, step: int, steps: int) -> float:
     ------
     ValueError
         For an unknown schedule.
+
+    Examples
+    --------
+    >>> [round(learning_rate_share("cosine", step, steps=100), 3) for step in (0, 4, 52, 99)]
+    [0.125, 1.0, 0.502, 0.02]
     """
     check_choice("schedule", schedule, SCHEDULES)
     if schedule == "constant":

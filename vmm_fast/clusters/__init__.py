@@ -189,6 +189,19 @@ def find_clusters(
         processes of ``torch.distributed``, and each of them must call this function.
     resolution, separation, n_clusters
         Where to cut; see :meth:`ClusterTree.cut`.
+
+    Examples
+    --------
+    >>> from vmm_fast import Components
+    >>> centers = torch.tensor([[-4.0], [-3.5], [4.0]])
+    >>> components = Components(centers, torch.full((3,), 1 / 3).log(), torch.ones(3, 1, 1))
+    >>> clusters = find_clusters(components, torch.cat([centers - 0.5, centers + 0.5]))
+    >>> clusters
+    Clusters(2 of 3 components)
+    >>> clusters.of_component
+    tensor([0, 0, 1])
+    >>> clusters.assign(torch.tensor([[3.0]])).labels
+    tensor([1])
     """
     if not isinstance(points, Iterable):
         kind = type(points).__name__

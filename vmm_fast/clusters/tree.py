@@ -126,6 +126,17 @@ class ClusterTree:
     ------
     ValueError
         If no component has a point, or the sums cannot be of points.
+
+    Examples
+    --------
+    >>> from vmm_fast import Components
+    >>> centers = torch.tensor([[-4.0], [-3.5], [4.0]])
+    >>> components = Components(centers, torch.full((3,), 1 / 3).log(), torch.ones(3, 1, 1))
+    >>> tree = ClusterTree(Confusion.of(components, torch.cat([centers - 0.5, centers + 0.5])))
+    >>> tree.heights.round(3)  # confusion of both merges
+    array([0.49, 0.  ])
+    >>> tree.cut(n_clusters=2)
+    tensor([0, 0, 1])
     """
 
     confusion: Confusion

@@ -51,6 +51,11 @@ class RandomShifts:
     share : float
         Largest shift as a share of height and of width, rounded down to whole pixels: by default
         a picture of 8 x 8 does not move.
+
+    Examples
+    --------
+    >>> RandomShifts((28, 28))(torch.rand(5, 28, 28)).shape  # by up to two pixels
+    torch.Size([5, 28, 28])
     """
 
     def __init__(self, shape: int | Sequence[int], share: float = 1 / 14) -> None:

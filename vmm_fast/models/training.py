@@ -164,6 +164,14 @@ def fit(
     -----
     The caller's random number generators and the model's mode are what they were before, also after
     an exception or Ctrl-C.
+
+    Examples
+    --------
+    >>> from vmm_fast.models import VAE
+    >>> model, x = VAE(input_shape=4, latent_dim=2, hidden=(16,)), torch.randn(256, 4)
+    >>> history = fit(model, x[64:], x[:64], epochs=2, batch_size=64)
+    >>> len(history), history.best_epoch in (1, 2)
+    (2, True)
     """
     _check_arguments(epochs, batch_size, learning_rate, patience, min_delta, seed, x_val)
     check_choice("schedule", schedule, SCHEDULES)

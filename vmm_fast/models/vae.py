@@ -128,6 +128,15 @@ class VAE(nn.Module):
     running average of sigma^2 (as batch normalisation does): a plain mean over the first 20
     batches, then an exponential one. Evaluation mode uses that average, hence the likelihood of one
     sample does not depend on its neighbours there. It is 1 before the first training batch.
+
+    Examples
+    --------
+    >>> model = VAE(input_shape=(8, 8), latent_dim=2, hidden=(32,))
+    >>> x = torch.rand(5, 8, 8)
+    >>> model.elbo(x).elbo.shape
+    torch.Size([5])
+    >>> model.encode(x).mean.shape
+    torch.Size([5, 2])
     """
 
     def __init__(

@@ -41,6 +41,14 @@ class GaussianMixturePrior(BayesianMixturePrior):
     ------
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
+
+    Examples
+    --------
+    >>> prior = GaussianMixturePrior(2, latent_dim=1, centers=torch.tensor([[-3.0], [3.0]]))
+    >>> prior.assign(torch.tensor([[-2.5], [4.0]])).labels
+    tensor([0, 1])
+    >>> prior.distribution().mean
+    tensor([0.])
     """
 
     def __init__(

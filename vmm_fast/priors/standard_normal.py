@@ -33,6 +33,12 @@ class StandardNormalPrior(Prior):
     ------
     ValueError
         If ``latent_dim`` is no integer of at least 1.
+
+    Examples
+    --------
+    >>> q = torch.distributions.Normal(torch.ones(1, 2), torch.ones(1, 2))
+    >>> StandardNormalPrior(2).kl(q)
+    tensor([1.])
     """
 
     def __init__(self, latent_dim: int):

@@ -43,6 +43,15 @@ class VampPrior(LearntPrior):
     ------
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
+
+    Examples
+    --------
+    >>> network = torch.nn.Linear(5, 2)
+    >>> def encoder(x):
+    ...     return torch.distributions.Normal(network(x), 0.1)
+    >>> prior = VampPrior(torch.randn(10, 5), latent_dim=2)
+    >>> prior.components(encoder)
+    Components(10 components, 10 centers, 2 dimensions)
     """
 
     def __init__(

@@ -88,6 +88,18 @@ class VMMPrior(BayesianMixturePrior):
     -----
     The encoder is called on the pseudo-inputs in the mode it is in: in training mode, running
     statistics of a batch normalisation see them too.
+
+    Examples
+    --------
+    >>> x, network = torch.randn(100, 5), torch.nn.Linear(5, 2)  # in place of data and your network
+    >>> def encoder(x):
+    ...     return torch.distributions.Normal(network(x), 0.1)
+    >>> prior = VMMPrior(x[:10], latent_dim=2, data_size=len(x))
+    >>> prior.kl(encoder(x), encoder).shape  # a term of the loss, for each point
+    torch.Size([100])
+    >>> prior.update(encoder(x), encoder)  # after the optimizer's step
+    >>> prior.assign(encoder(x).mean, encoder).labels.shape
+    torch.Size([100])
     """
 
     def __init__(

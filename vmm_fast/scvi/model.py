@@ -139,6 +139,19 @@ class VMMSCVI(ComponentExpression, SCVI):
 
     It has the methods of SCVI, and those for clusters; parameters are those of
     :class:`LatentPriorModel`. Its encoder sees batches and covariates, SCVI's does not.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> counts = np.random.default_rng(0).poisson(2.0, (200, 30)).astype(np.float32)
+    >>> adata = anndata.AnnData(counts)
+    >>> VMMSCVI.setup_anndata(adata)
+    >>> model = VMMSCVI(adata, n_components=10)
+    >>> model.train(2, enable_progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (200, 10)
+    >>> model.get_clusters().shape
+    (200,)
     """
 
     _module_cls = VMMVAE
