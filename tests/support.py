@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import re
 import resource
 from unittest import mock
 
@@ -335,8 +336,8 @@ def prior_steps(model):
 
 
 def complaint(capsys, code, expected_code=2):
-    """Return the single line on stderr with which a command failed; there must be no traceback."""
-    error = capsys.readouterr().err
+    """Return the single line with which a command failed, after any lines of progress."""
+    error = re.sub(r"\A(epoch .*\n)*", "", capsys.readouterr().err)
     assert code == expected_code, error
     assert error.startswith("vmm-fast: ") and error.count("\n") == 1, error
     return error

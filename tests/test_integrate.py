@@ -93,7 +93,9 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--components", 8]
     assert integrated(h5ad, out, *options) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    first, *_, last = shown.err.splitlines()  # no bar where stderr is no terminal
+    assert re.fullmatch(r"epoch 1/\d+, ELBO -\d+\.\d, warm-up, 0:\d\d min left", first)
+    assert re.fullmatch(r"epoch (\d+)/\1, ELBO -\d+\.\d, \d components?, 0:00 min left", last)
     assert "60 cells x 20 genes, 2 batches, trained on the 15 genes" in shown.out
     assert re.search(r"^ARI, by type +-?\d\.\d{3}$", shown.out, re.MULTILINE)
     assert re.search(r"^components with any cell +\d of 8$", shown.out, re.MULTILINE)

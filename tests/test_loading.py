@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -284,6 +285,7 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
 
 def test_the_bar_tells_where_training_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integration, "BAR_SECONDS", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     cells, _, chosen = prepared(False, tmp_path)
     integration.integrate(cells, chosen, accelerator="cpu", progress=True)
     lines = capsys.readouterr().err.replace("\r", "\n").split("\n")

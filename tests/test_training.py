@@ -592,6 +592,7 @@ def test_argument_errors(arguments, error, message):
 def test_progress_fits_a_terminal(capsys, monkeypatch):
     pytest.importorskip("tqdm", reason="tqdm is not installed")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(make_model(), progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -601,6 +602,16 @@ def test_progress_fits_a_terminal(capsys, monkeypatch):
         assert text in last
     run(make_model(), epochs=1)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_of_a_log_is_a_line_for_each_tenth(capsys):
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    run(make_model(), epochs=25, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"epoch {done}/25" for done in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)
+    ]
+    assert all(re.search(r", ELBO -?\d.*, KL \d.* rows/s, \d:\d\d min left$", x) for x in lines)
 
 
 def test_progress_without_tqdm(monkeypatch):

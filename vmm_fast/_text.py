@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,14 @@ def joined(names: Sequence[Any], most: int = 20) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(str(name)[:100] for name in names[:most]) + more
+
+
+def print_progress(done: int, epochs: int, seconds: float, text: str) -> None:
+    """Print a line on stderr if an epoch completes another tenth of all: progress for a log."""
+    if 10 * done // epochs > 10 * (done - 1) // epochs:
+        left = round(seconds / done * (epochs - done))
+        line = f"epoch {done}/{epochs}, {text}, {left // 60}:{left % 60:02d} min left"
+        print(line, file=sys.stderr, flush=True)
 
 
 # What files begin with that are no text in UTF-8, what they are, and what to do.

@@ -39,7 +39,7 @@ from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
 from vmm_fast._schema import check, list_of, number, table, whole
 from vmm_fast._stopping import Terminated
-from vmm_fast._text import counted
+from vmm_fast._text import counted, print_progress
 from vmm_fast.cells.preparing import cells_bar
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.selection import OnDisk, counts_in
@@ -120,7 +120,7 @@ def measured(name: str, value: Any) -> None:
 
 
 class _Progress(Callback):
-    """A callback that records the history of training and shows the bar.
+    """A callback that records the history of training and shows progress.
 
     Checkpoints contain the history.
     """
@@ -151,7 +151,7 @@ class _Progress(Callback):
         self._since = self._shown = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.progress:
+        if self.progress and sys.stderr.isatty():
             self.bar = _bar(trainer.num_training_batches * trainer.max_epochs, trainer.global_step)
 
     def on_train_batch_end(
@@ -168,12 +168,7 @@ class _Progress(Callback):
         if "elbo_train" in self.history:
             parts.append(f"ELBO {-self.history['elbo_train'][-1]:.1f}")
         parts.append(f"{speed} cells/s")
-        module = trainer.lightning_module.module
-        if module.warming_up:
-            parts.append("warm-up")
-        else:
-            used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-            parts.append(counted(used, "component"))
+        parts.append(_used(trainer))
         if resource is not None:
             parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
@@ -190,12 +185,24 @@ class _Progress(Callback):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}")
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
+        if self.progress and self.bar is None:
+            text = f"ELBO {-loss:.1f}, {_used(trainer)}"
+            print_progress(self.epoch, trainer.max_epochs, self.elapsed, text)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             self.stopped_by = type(exception)
         elif isinstance(exception, SIGTERMException):
             self.stopped_by = Terminated
+
+
+def _used(trainer: Any) -> str:
+    """Return the number of components in use, or that the prior is not in use yet."""
+    module = trainer.lightning_module.module
+    if module.warming_up:
+        return "warm-up"
+    used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
+    return counted(used, "component")
 
 
 def integrate(
@@ -226,7 +233,7 @@ def integrate(
     accelerator : str
         Lightning's.
     progress : bool
-        Show a bar on stderr.
+        Show progress on stderr: a bar on a terminal, else a line in every tenth of the epochs.
 
     Raises
     ------

@@ -165,7 +165,7 @@ def _run(
             checkpoint=checkpoint,
             # A run that was stopped in its first epoch has no checkpoint yet: it starts again.
             resume=resume and checkpoint is not None and checkpoint.exists(),
-            progress=sys.stderr is not None and sys.stderr.isatty(),
+            progress=sys.stderr is not None,
         )
         metrics = clustering.metrics()
         clustering.write_table(folder.path / "clusters.csv")

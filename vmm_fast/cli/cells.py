@@ -403,7 +403,7 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
         changeable=("epochs", "labels_key", *CUT),
     )
     folder, settings = run.folder, run.settings
-    progress = sys.stderr is not None and sys.stderr.isatty()
+    progress = sys.stderr is not None
     with folder, nullcontext() if run.on_disk is None else run.cells:
         try:
             found = integration.integrate(
@@ -424,7 +424,7 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
             write_config(folder.path / "settings.toml", arguments.command, settings)
-            if progress:
+            if progress and sys.stderr.isatty():
                 print("drawing the report", file=sys.stderr, flush=True)
             tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
             page, cells = folder.path / "report.html", (shown, found.history, found.markers)

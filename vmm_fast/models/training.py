@@ -14,6 +14,7 @@ unbroken one (same machine, versions and thread count).
 import copy
 import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from vmm_fast._schema import (
     weights_of,
     whole,
 )
+from vmm_fast._text import print_progress
 from vmm_fast.inference.gradient import check_adam_state, check_same_settings
 from vmm_fast.models.noise import noise_state, own_random_state, seed_noise, set_noise_state
 from vmm_fast.models.vae import VAE
@@ -138,7 +140,7 @@ def fit(
     resume : bool
         Go on from `checkpoint`.
     progress : bool
-        Show a bar on stderr (needs tqdm).
+        Show progress on stderr (needs tqdm): a bar on a terminal, else a line in every tenth.
     on_epoch_end : callable, optional
         Called with the epoch's dict (see `History`) after the checkpoint was written. It may draw
         random numbers and switch the model to evaluation mode without changing the training.
@@ -200,7 +202,7 @@ def fit(
             if resume:
                 assert path is not None
                 run.load(path)
-            with _progress_bar(epochs, run, progress) as show:
+            with _progress(epochs, run, progress) as show:
                 while run.epoch < epochs and (patience is None or run.stale < patience):
                     record = run.one_epoch(min_delta)
                     if path is not None:
@@ -555,9 +557,7 @@ def _checkpoint_path(checkpoint: str | os.PathLike[str] | None, resume: bool) ->
 
 
 @contextmanager
-def _progress_bar(
-    epochs: int, run: _Run, wanted: bool
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _progress(epochs: int, run: _Run, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a function that shows an epoch's record on a line that fits into 80 columns."""
     if not wanted:
         yield lambda record: None
@@ -570,6 +570,7 @@ def _progress_bar(
     bar = tqdm(
         total=epochs,
         initial=run.epoch,
+        disable=not sys.stderr.isatty(),
         bar_format="epoch {n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}",
         dynamic_ncols=True,
     )
@@ -580,8 +581,11 @@ def _progress_bar(
         if record["components_active"] is not None:
             active = record["components_active"]
             fields.append("1 component" if active == 1 else f"{active} components")
-        fields.append(f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s, ")
-        bar.set_description_str(", ".join(fields), refresh=False)
+        fields.append(f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s")
+        if bar.disable:
+            seconds = sum(epoch["seconds"] for epoch in run.history)
+            print_progress(run.epoch, epochs, seconds, ", ".join(fields))
+        bar.set_description_str(", ".join([*fields, ""]), refresh=False)
         bar.update()
 
     with bar:
