@@ -12,8 +12,9 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from vmm_fast.clusters import Clusters, ClusterTree
 from vmm_fast.clusters.tree import ranks_by_size
 from vmm_fast.plots import drawing
 from vmm_fast.plots.components import tree_figure
-from vmm_fast.plots.latent import project, scatter, write_where_densest
+from vmm_fast.plots.latent import matched_colors, project, scatter, write_where_densest
 from vmm_fast.plots.training import curves_figure
 from vmm_fast.scvi.markers import LEAST_CELLS
 
@@ -109,11 +110,12 @@ class _Groups:
     title: str
     names: list[str]
     codes: np.ndarray
+    palette: Sequence[Any] = tuple(drawing.PALETTE)
 
     @property
     def colors(self) -> list[str]:
         """A colour for each name; the last, at index -1, is for cells without a category."""
-        return [*map(to_hex, drawing.distinct_colors(len(self.names))), MISSING]
+        return [*map(to_hex, islice(cycle(self.palette), len(self.names))), MISSING]
 
     def counts_in(self, other: _Groups) -> np.ndarray:
         """Return the number of cells in each pair of groups, [groups, groups of other + 1].
@@ -173,6 +175,16 @@ def _page(
         title: groups if len(groups.names) <= SHOWN else _by_size(groups, SHOWN)
         for title, groups in every.items()
     }
+    # A label has the colour of its cluster, a batch none of either.
+    own = drawing.distinct_colors(len(clusters.names))
+    taken = set(clusters.colors)
+    for title in {"label", "predicted label"} & shown.keys():
+        shared = shown[title].counts_in(clusters)[:, :-1]
+        shown[title] = replace(shown[title], palette=matched_colors(shared, own))
+        taken.update(shown[title].colors)
+    if "batch" in shown:
+        others = [color for color in drawing.PALETTE if color not in taken]
+        shown["batch"] = replace(shown["batch"], palette=others or drawing.PALETTE)
     batches, labels = shown.get("batch"), shown.get("label") or shown.get("predicted label")
     probability = obs["vmm_cluster_probability"].to_numpy(dtype=float)
     entropy = obs["vmm_cluster_entropy"].to_numpy(dtype=float)

@@ -13,7 +13,7 @@ from vmm_fast.clusters.tree import ranks_by_size
 from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.plots import drawing
 
-__all__ = ["plot_latent", "project", "scatter", "write_where_densest"]
+__all__ = ["matched_colors", "plot_latent", "project", "scatter", "write_where_densest"]
 
 
 def plot_latent(
@@ -79,7 +79,9 @@ def plot_latent(
 
     if labels is not None:
         classes, class_of = np.unique(labels, return_inverse=True)
-        colors = _matched(class_of, group_of, colors)
+        shared = np.zeros((len(classes), len(colors)))
+        np.add.at(shared, (class_of, group_of), 1)
+        colors = matched_colors(shared, colors)
         scatter(axes[1], plane, class_of, colors, order)
         axes[1].set_title("true labels")
         if len(classes) <= 30:
@@ -218,11 +220,12 @@ def _legend(ax: Any, names: list[str], colors: Any) -> None:
         text.set_parse_math(False)
 
 
-def _matched(class_of: np.ndarray, group_of: np.ndarray, colors: list[Any]) -> list[Any]:
-    """Return a colour for each class: that of the group that holds most of it, each used once."""
-    shared = np.zeros((class_of.max() + 1, len(colors)))
-    np.add.at(shared, (class_of, group_of), 1)
-    found: dict[int, Any] = {}
+def matched_colors(shared: np.ndarray, colors: list[Any]) -> list[Any]:
+    """Return a colour for each class: that of the group that holds most of it, each used once.
+
+    ``shared`` [classes, groups] is the number of points that a class and a group have together.
+    """
+    shared, found = shared.copy(), {}
     shared[:, [color == drawing.INACTIVE for color in colors]] = 0
     while shared.any():
         kind, group = np.unravel_index(shared.argmax(), shared.shape)
