@@ -1,5 +1,6 @@
 """The code of README, site and docstrings runs, on small data; links lead somewhere."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -153,6 +154,30 @@ def test_links_of_a_page_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[name].read_text()):
         if not target.startswith("http"):
             assert (PAGES[name].parent / target).exists(), target
+
+
+def texts_of(source):
+    """Yield the texts of a module, with "…" for the fields of f-strings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [x.value if isinstance(x, ast.Constant) else "…" for x in node.values]
+            yield "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+ERRORS = re.findall(r"^`(.+)`\n: ", PAGES["docs/errors.md"].read_text(), re.MULTILINE)
+
+
+def test_errors_are_those_that_the_package_raises():
+    texts = {text for path in ROOT.glob("vmm_fast/**/*.py") for text in texts_of(path.read_text())}
+
+    def is_raised(message):
+        pattern = re.compile(".*".join(map(re.escape, message.split("…"))))
+        return any(map(pattern.search, texts))
+
+    assert len(ERRORS) > 20 and [x for x in ERRORS if not is_raised(x)] == []
 
 
 def test_pictures_are_small():

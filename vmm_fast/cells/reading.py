@@ -240,7 +240,7 @@ def example() -> LoadedCells:
         stored = pbmc68k_reduced()
     depth = stored.obs["n_counts"].to_numpy()[:, None]
     counts = np.rint(np.expm1(stored.raw.X.toarray()) * depth / 1e4)
-    kept = stored.obs[["bulk_labels", "phase"]].copy()
+    kept = stored.obs[["bulk_labels", "phase", "percent_mito"]].copy()
     return LoadedCells(AnnData(csr_matrix(counts, dtype=np.float32), kept, stored.raw.var.copy()))
 
 
