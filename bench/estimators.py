@@ -41,7 +41,12 @@ SYNTHETIC, MNIST = "synthetic", "mnist"
 DIM, GROUPS, HELD_OUT = 30, 20, 10_000
 TOLERANCE = 1e-3  # nats a point
 MOST_ITERATIONS, FEW_ITERATIONS = 500, 3
-REASON = "The reason is not known yet. Next: a profile of a fit."
+REASON = (
+    "The prior adds (D + 2) C^(-2/D) covariances of all points to each component's scatter: 25 at "
+    "D = 30 and C = 50, and MNIST's components are that much wider. A weaker prior on points of "
+    "unit variance raises the likelihood and leaves one Gaussian in many clusters. Next: a prior "
+    "whose strength is chosen on held-out points."
+)
 
 
 class Plan(NamedTuple):

@@ -48,6 +48,9 @@ __all__ = ["DirichletMixture"]
 STARTS = 512  # points per component that a fit starts with, drawn from all of them
 LLOYD = 20  # iterations of k-means
 FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
+# Where the tree is cut: in embeddings, whose components are fewer and overlap more than those of a
+# prior that a network has adapted to, the usual cut makes more clusters.
+RESOLUTION, SEPARATION = 1.0, 0.05
 MOST_WEIGHT = 2.0**53  # of all points: beyond it, float64 cannot count them
 # It is cut to see whether arguments are valid, before a fit that would end with an error.
 _TREE = ClusterTree(Confusion(torch.ones(1, 1, dtype=torch.float64), torch.ones(1).long()))
@@ -84,14 +87,14 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     ----------
     n_components : int, optional
         Largest number C of components: components without points keep a weight of almost 0.
-        20 unless given, but never more than distinct points. The prior expects each component to
-        fill 1 / C of the volume, so in one or two dimensions few should be offered.
+        20 unless given, but never more than distinct points.
     concentration : float or "learnt"
         gamma. The less, the more weights are almost 0. If it is learnt (from 1), the objective may
         fall.
     resolution, separation, n_clusters : optional
         Where the tree of components is cut into clusters; see
-        :meth:`vmm_fast.clusters.ClusterTree.cut`. There are at most ``n_clusters``.
+        :meth:`vmm_fast.clusters.ClusterTree.cut`. There are at most ``n_clusters``; else the
+        resolution is 1 and the separation 0.05, unless given.
     init : "k-means++" or "random"
         How k-means starts, from whose clusters components start.
     tol : float
@@ -273,7 +276,9 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         number = self.n_clusters
         if number is not None:
             number = min(check_integer("n_clusters", number), len(tree.leaves))
-        return {"resolution": self.resolution, "separation": self.separation, "n_clusters": number}
+        cut = {"resolution": self.resolution, "separation": self.separation, "n_clusters": number}
+        usual = {"resolution": RESOLUTION, "separation": SEPARATION} if number is None else {}
+        return cut | {name: value for name, value in usual.items() if cut[name] is None}
 
     def _check(self, points: int) -> int:
         """Return the number of components, after checking all arguments of the constructor."""
