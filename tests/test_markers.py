@@ -62,6 +62,9 @@ def test_planted_genes_are_found_and_no_others(model):
 def test_the_same_cells_are_drawn_again_and_small_clusters_left_out(model):
     table = model.get_marker_genes(model.adata.obs["type"])
     pd.testing.assert_frame_equal(table, model.get_marker_genes(model.adata.obs["type"]))
+    for _, genes in table.groupby("cluster"):
+        rank = 100 * genes["probability"].round(1) + genes["log2_fold_change"]
+        assert rank.is_monotonic_decreasing
     few = np.where(np.arange(600) < markers.LEAST_CELLS - 1, "few", "many")
     empty = model.get_marker_genes(few)
     assert list(empty) == list(table) and not len(empty)
@@ -71,6 +74,7 @@ def test_the_same_cells_are_drawn_again_and_small_clusters_left_out(model):
         model.get_marker_genes(few[:9])
 
 
+@pytest.mark.slow("trains to the end")
 def test_integrate_writes_the_table(tmp_path):
     path = written(tmp_path, planted(300))
     options = ["--batch-key", "batch", "--epochs", 25, "--learning-rate", 0.01, "--memory", 0]
