@@ -197,24 +197,23 @@ def write_page(folder: Path, prefix: str) -> list[Path]:
     paths = sorted(folder.glob(f"{prefix}-*.json"))
     records = {p.stem.removeprefix(f"{prefix}-"): json.loads(p.read_text()) for p in paths}
     written = [figures.draw(folder / f"{prefix}.png", lambda figure: _plot(figure, records))]
-    ended = [record for record in records.values() if record["final"] is not None]
-    ended = [record for record in ended if "clusters" in record["final"]["test"]]
+    ended = {n: r for n, r in records.items() if r["final"] is not None}
+    ended = {n: r for n, r in ended.items() if "clusters" in r["final"]["test"]}
     if not ended:
         return written
     lines = []
-    for record in ended:
+    for name, record in ended.items():
         final, minutes = record["final"]["test"], record["curve"][-1]["seconds_since_start"] / 60
-        scores = [final["clusters"][name] for name in COLUMNS] + [final["nmi"]]
+        scores = [final["clusters"][score] for score in COLUMNS] + [final["nmi"]]
         cells = [spread([score]) for score in scores]
-        lines.append(
-            [f"`{record['command']}`", *cells, str(final["components_active"]), f"{minutes:.0f}"]
-        )
+        cells += [str(final["components_active"]), f"{minutes:.0f}", f"`{record['command']}`"]
+        lines.append([name, *cells])
     names = ("date", "revision", "python", "torch", "cpu")
-    about = ", ".join(f"{name} {ended[0][name]}" for name in names)
+    about = ", ".join(f"{name} {next(iter(ended.values()))[name]}" for name in names)
     heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
     text = ["# Clusters of images", "", about, "", LEGEND, ""]
     text += [
-        table(["command", *heads, "minutes"], lines),
+        table(["run", *heads, "minutes", "command"], lines),
         f"![Scores against epochs]({prefix}.png)",
     ]
     return [*written, write_text(folder / f"{prefix}.md", "\n".join((*text, "")))]

@@ -149,6 +149,22 @@ def test_commands_of_a_page_are_understood(name):
         cli._parser().parse_args(arguments)
 
 
+def test_commands_on_the_example_name_columns_that_it_has():
+    pytest.importorskip("scanpy", reason="scanpy is not installed")
+    from vmm_fast.cells import reading
+
+    named = set()
+    for name in PAGES:
+        for arguments in commands("".join(b.code for b in blocks(name) if b.language == "sh")):
+            given = vars(cli._parser().parse_args(arguments))
+            if given.get("example"):
+                for key in ("batch_key", "labels_key", "train_labels"):
+                    named |= {given[key]} - {None}
+                for key in ("categorical_covariates", "continuous_covariates"):
+                    named.update(given[key] or ())
+    assert named == {"bulk_labels", "phase", "percent_mito"} <= set(reading.example().adata.obs)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_of_a_page_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[name].read_text()):

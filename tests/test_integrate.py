@@ -199,7 +199,7 @@ def test_the_example_needs_no_file(tmp_path, capsys, monkeypatch):
 
 def test_the_example_is_of_counts():
     adata = reading.example().adata
-    assert adata.shape == (700, 765) and "bulk_labels" in adata.obs
+    assert adata.shape == (700, 765) and list(adata.obs) == ["bulk_labels", "phase", "percent_mito"]
     assert (adata.X.data == np.rint(adata.X.data)).all() and adata.X.max() == 259
 
 
