@@ -206,14 +206,14 @@ def write_page(folder: Path, prefix: str) -> list[Path]:
         final, minutes = record["final"]["test"], record["curve"][-1]["seconds_since_start"] / 60
         scores = [final["clusters"][score] for score in COLUMNS] + [final["nmi"]]
         cells = [spread([score]) for score in scores]
-        cells += [str(final["components_active"]), f"{minutes:.0f}", f"`{record['command']}`"]
-        lines.append([name, *cells])
+        lines.append([name, *cells, str(final["components_active"]), f"{minutes:.0f}"])
     names = ("date", "revision", "python", "torch", "cpu")
     about = ", ".join(f"{name} {next(iter(ended.values()))[name]}" for name in names)
     heads = ["clusters", "one-to-one", "accuracy", "NMI", "ARI", "NMI of components", "components"]
     text = ["# Clusters of images", "", about, "", LEGEND, ""]
     text += [
-        table(["run", *heads, "minutes", "command"], lines),
+        table(["run", *heads, "minutes"], lines),
+        "\n".join(["```sh", *(record["command"] for record in ended.values()), "```", ""]),
         f"![Scores against epochs]({prefix}.png)",
     ]
     return [*written, write_text(folder / f"{prefix}.md", "\n".join((*text, "")))]
