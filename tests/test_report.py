@@ -198,6 +198,14 @@ def test_bars_are_the_batches_of_each_cluster(full):
         assert said == {donor: f"{100 * share:.1f}" for donor, share in shares.items()}
 
 
+def test_a_label_has_the_colour_of_its_cluster_and_a_batch_that_of_none(full):
+    legend = r'<li title="([^"]*)"><i class="swatch" style="background:(#\w+)">'
+    colors = dict(re.findall(legend, full[0].read_text()))
+    for name, clusters in full[1].obs.groupby("type")["vmm_cluster"]:
+        assert colors[name] == colors[clusters.value_counts().idxmax()]
+    assert len(set(colors.values())) == 4 + 3  # clusters and donors
+
+
 def test_scores_are_those_of_the_run(full):
     page = Page(full[0])
     (scores,) = [table for table in page.tables if table[0][0] == "score"]
