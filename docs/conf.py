@@ -35,6 +35,7 @@ nitpick_ignore_regex = [
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"  # names of methods fit beside the page without the class'
 napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False

@@ -91,7 +91,7 @@ class VMMPrior(BayesianMixturePrior):
 
     Examples
     --------
-    >>> x, network = torch.randn(100, 5), torch.nn.Linear(5, 2)  # in place of data and your network
+    >>> x, network = torch.randn(100, 5), torch.nn.Linear(5, 2)
     >>> def encoder(x):
     ...     return torch.distributions.Normal(network(x), 0.1)
     >>> prior = VMMPrior(x[:10], latent_dim=2, data_size=len(x))
