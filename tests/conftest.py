@@ -42,14 +42,23 @@ def pytest_pycollect_makeitem():
     return found
 
 
+OURS = r"(bench|support|test_\w+|vmm_fast)(\.|$)"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Give torch one thread before each test, and before its fixtures, which tests may share.
+    """Give torch one thread, and refuse what is deprecated, before a test and fixtures it shares.
 
     Problems are small: threads would cost more than they give, most of all on a busy machine. Code
     that numba compiles changes the number, which changes the last bits of results.
+
+    Tests ignore warnings of other packages' own calls. Those of our calls name our modules.
     """
     torch.set_num_threads(1)
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("error", category=category, module=OURS)  # pytest undoes it
+    # Advice, not a deprecation: how cells with proteins are registered is the user's choice.
+    warnings.filterwarnings("ignore", message="We recommend using setup_mudata")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""Imports between the package's rooms run one way, and need no POSIX."""
+"""Imports run one way between the package's rooms and need no POSIX; calls are not deprecated."""
 
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,11 @@ print(resumed == straight and first == straight[:1])
     out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert out.stdout == "True\n", out.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_deprecated_call_of_ours_is_an_error_though_others_are_ignored(category):
+    with pytest.raises(category):
+        warnings.warn("named here", category, stacklevel=1)
+    warnings.warn_explicit("named elsewhere", category, "scvi/model.py", 1, "scvi.model")
