@@ -320,6 +320,7 @@ CHECKS = (
 
 @every_operation
 @on_backends("core", "triton")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own use
 def test_opcheck(backend, operation):
     """Schema, fake and autograd, as torch checks them."""
     inputs = on_device(example(operation), backend)
