@@ -238,7 +238,7 @@ def test_a_step_with_options_of_scvi(options):
     assert found.module._latest is None  # the batch's graph is not kept
     found.is_trained = True
     found.module.eval()
-    assert np.isfinite(found.get_elbo())
+    assert np.isfinite(float(found.get_elbo()))
     # Components are of q's mean, of which the latent of "ln" is the softmax.
     means, _ = found.get_latent_representation(return_dist=True)
     labels = found.module.components().assign(torch.from_numpy(means)).labels
