@@ -21,8 +21,10 @@ TOOLS = ["hypothesis", "mpmath", "pytest", "pytest-timeout", "pytest-xdist"]
 
 KERNEL_TESTS = ["ops", "operations", "components", "counts", "empirical_bayes", "stick_breaking"]
 CELLS_TOOLS = ["huggingface-hub", "loompy", "requests"]
-CELLS_TESTS = ["scvi", "scvi_models", "integrate", "integrate_on_disk", "assign", "prepare"]
-CELLS_TESTS += ["store", "elements", "formats", "reading", "report", "loading", "folder", "sweep"]
+CELLS_TESTS = ["scvi", "scvi_models", "scanvi", "markers", "novelty", "abundance"]
+CELLS_TESTS += ["integrate", "integrate_on_disk", "integrate_columns", "cell_columns", "assign"]
+CELLS_TESTS += ["prepare", "store", "elements", "formats", "reading", "report", "loading"]
+CELLS_TESTS += ["folder", "proteins_on_disk", "sweep"]
 
 
 def run(session, requirements, tests=(), build=(), **compilers):
