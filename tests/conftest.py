@@ -59,6 +59,8 @@ def pytest_runtest_setup():
         warnings.filterwarnings("error", category=category, module=OURS)  # pytest undoes it
     # Advice, not a deprecation: how cells with proteins are registered is the user's choice.
     warnings.filterwarnings("ignore", message="We recommend using setup_mudata")
+    # Tests write the second format of zarr on purpose, as long as anndata can.
+    warnings.filterwarnings("ignore", message="zarr v3 will become the only option")
 
 
 @pytest.fixture(autouse=True)

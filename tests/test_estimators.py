@@ -251,7 +251,7 @@ def test_bad_weights_and_points_after_a_fit_are_named():
     x, _ = blobs(60)
     for weights, message in (
         (-1, "sample_weight must be at least 0, but is -1.0"),
-        (0, "non-zero"),
+        (0, "non-zero|above 0 for some point"),
         (1e300, r"sample_weight must sum to at most 9.01e\+15, .* sums to 6e\+301: divide it"),
         (1e308, "sums to inf"),
     ):
@@ -264,6 +264,17 @@ def test_bad_weights_and_points_after_a_fit_are_named():
         mixture.predict(x[:, :2])
     with pytest.raises(ValueError, match="n_samples must be an integer of at least 1, but is 0"):
         mixture.sample(0)
+
+
+def test_a_point_of_weight_0_is_not_there():
+    x, _ = blobs()
+    more = np.vstack([x, np.full((1, 3), 1e15)])
+    alone, beside = (
+        DirichletMixture(4, random_state=0).fit(points, sample_weight=weights)
+        for points, weights in ((x, np.ones(len(x))), (more, np.append(np.ones(len(x)), 0)))
+    )
+    np.testing.assert_array_equal(beside.means_, alone.means_)
+    np.testing.assert_array_equal(beside.labels_[:-1], alone.labels_)
 
 
 def test_a_failed_fit_changes_nothing(monkeypatch):

@@ -557,11 +557,17 @@ def test_results_of_an_earlier_run(trained, tmp_path, capsys):
     for option in ("--labels-key", "--batch-key"):
         error = complaint(capsys, integrated(again, tmp_path / "out", option, "vmm_cluster"))
         assert f"{option} vmm_cluster: must be another column" in error
+    adata = cells_of(trained)
+    adata.obs["vmm_label"], adata.obs["vmm_novelty"] = "old", 0.5
+    again = written(tmp_path, adata)
     capsys.readouterr()
     options = ("--layer", "counts", "--epochs", 1, "--clusters", 1)
-    assert integrated(again, tmp_path / "out", *options) == 0
-    assert "clusters of an earlier run" in capsys.readouterr().out
-    assert "dendrogram_vmm_cluster" not in cells_of(tmp_path / "out").uns
+    for out, where in (("memory", ()), ("disk", ("--memory", 0))):
+        assert integrated(again, tmp_path / out, *options, *where) == 0
+        assert "results of an earlier run" in capsys.readouterr().out
+        found = cells_of(tmp_path / out)
+        assert "dendrogram_vmm_cluster" not in found.uns
+        assert not {"vmm_label", "vmm_novelty"} & set(found.obs)
 
 
 def test_a_full_disk_before_the_model_is_written(h5ad, tmp_path, capsys, monkeypatch):

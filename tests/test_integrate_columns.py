@@ -3,7 +3,6 @@
 import json
 import re
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +10,7 @@ from support import assigned, cells_of, complaint, integrated, make_cells, writt
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
+import anndata
 from test_integrate import resume, same_results, stop
 
 from vmm_fast import cli

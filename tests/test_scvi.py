@@ -247,7 +247,7 @@ def test_a_step_with_options_of_scvi(options):
         expression = found.get_component_expression(n_samples=2, library_size=library_size)
         assert expression.shape == (12, 40) and np.isfinite(expression).all(axis=None)
     if found.module.use_observed_lib_size:
-        assert expression.sum(1).mean() > 10  # counts
+        assert expression.sum(axis=1).mean() > 10  # counts
     if options.get("latent_distribution") == "ln":
         assert not np.allclose(means, found.get_latent_representation())
         with pytest.raises(NotImplementedError, match="latent_distribution='normal' alone"):

@@ -190,13 +190,18 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
                 raise ValueError(f"sample_weight must be at least 0, but is {weights.min()}")
             with np.errstate(over="ignore"):
                 total = weights.sum()
+            if total == 0:  # scikit-learn before 1.8 takes it
+                raise ValueError("sample_weight must be above 0 for some point, but is 0 for all")
             if not total <= MOST_WEIGHT:
                 raise ValueError(
                     f"sample_weight must sum to at most {MOST_WEIGHT:.3g}, since it says how many "
                     f"points each counts as, but sums to {total:.3g}: divide it"
                 )
-        self._start(X, weights)
-        batches = Batches(X, self._whitening)
+        points = X
+        if weights is not None and not weights.all():  # what counts 0 times is not there
+            points, weights = X[weights > 0], weights[weights > 0]
+        self._start(points, weights)
+        batches = Batches(points, self._whitening)
         own = None if weights is None else torch.from_numpy(weights)
         self.objective_ = self._climb(batches, own)
         self.n_iter_ = len(self.objective_)

@@ -35,13 +35,12 @@ from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.selection import EARLIER, make_adata, notes_on_cell_names
 from vmm_fast.cells.store import CellStore, notes_on_omissions
-from vmm_fast.cells.writing import write_adata, write_clustered
+from vmm_fast.cells.writing import NOVELTY, RESERVED, write_adata, write_clustered
 from vmm_fast.scvi.columns import UNKNOWN, registered_columns
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells
 from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 from vmm_fast.scvi.saved import check_model
 
-NOVELTY = "vmm_novelty"  # a column of obs
 NOT_CALIBRATED = (
     f"obs[{NOVELTY!r}] is NaN: the model was saved before models had novelty; load it with its "
     "cells, call calibrate_novelty() and save it again"
@@ -164,12 +163,12 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
     source: CellSource
     if isinstance(cells, CellStore):
         source, more = cells, notes_on_omissions("obs and var", ["counts", *cells.others])
-        earlier = "vmm_cluster" in cells.dtypes or "obsm/X_vmm" in cells.others
+        earlier = set(RESERVED) & cells.dtypes.keys() or "obsm/X_vmm" in cells.others
     else:
         if layer is None and saved.layer in cells.layers:
             layer = saved.layer
         source = MemoryCells(csr_matrix(counts_of(cells, layer, np.float32), dtype=np.float32))
-        earlier = "vmm_cluster" in cells.obs or "X_vmm" in cells.obsm
+        earlier = set(RESERVED) & set(cells.obs) or "X_vmm" in cells.obsm
     at, notes = _genes(cells.var_names, saved.genes)
     columns, of_columns = _columns(cells, saved.columns)
     notes = [*notes_on_genes(cells.var_names), *notes, *of_columns]

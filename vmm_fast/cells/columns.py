@@ -14,7 +14,7 @@ from vmm_fast._text import counted, joined
 from vmm_fast.cells.reading import column
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore
-from vmm_fast.cells.writing import COLUMNS, LABEL
+from vmm_fast.cells.writing import RESERVED
 
 CONSTANT = "has one value alone, as a covariate it tells nothing"
 LARGE = 100.0  # a continuous covariate beyond this is worth a note
@@ -38,7 +38,7 @@ def training_columns(
     ]
     used: dict[str, str] = {}
     for option, key in (*trained_with, ("--labels-key", settings.labels_key)):
-        if key in (*COLUMNS, LABEL):
+        if key in RESERVED:
             raise InputError(
                 f"{option} {key}: must be another column, results are written to this one; rename "
                 "it"

@@ -46,6 +46,7 @@ from vmm_fast.cells.selection import OnDisk, counts_in
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.writing import (
     LABEL,
+    RESERVED,
     cluster_columns,
     write_adata,
     write_markers,
@@ -572,8 +573,9 @@ def dendrogram(model: LatentPriorModel, clusters: pd.DataFrame) -> dict[str, Any
 
 
 def set_clusters(adata: AnnData, z: np.ndarray, clusters: pd.DataFrame) -> None:
-    """Add the embedding z [cells, D] and its clusters to the cells; remove any earlier tree."""
+    """Add the embedding z [cells, D] and its clusters to the cells; remove those of before."""
     adata.uns.pop(DENDROGRAM, None)
     adata.obsm["X_vmm"] = z
+    adata.obs = adata.obs.drop(columns=set(RESERVED) & set(adata.obs) - set(clusters))
     for key, values in clusters.items():
         adata.obs[key] = values.array

@@ -17,12 +17,12 @@ from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore, notes_on_omissions
-from vmm_fast.cells.writing import ROWS
+from vmm_fast.cells.writing import RESERVED, ROWS
 from vmm_fast.scvi.loading import window_of
 
 MANY_GENES = 10_000  # where selecting some is worth a note
 SAMPLE = 20_000  # cells drawn from disk for pseudo-cells, the choice of genes and the report
-EARLIER = "obs has the clusters of an earlier run, the results have this one's instead"
+EARLIER = "obs has results of an earlier run, this one's stand in their place"
 
 
 class OnDisk(NamedTuple):
@@ -51,7 +51,7 @@ def training_cells(adata: AnnData, settings: Settings) -> tuple[AnnData, list[st
     Raises InputError if the values are not counts, or a key is missing or cannot be used.
     """
     counts = csr_matrix(counts_of(adata, settings.layer, np.float32), dtype=np.float32)
-    notes = [EARLIER] if "vmm_cluster" in adata.obs else []
+    notes = [EARLIER] if set(RESERVED) & set(adata.obs) else []
     notes += notes_on_genes(adata.var_names)
     obs, of_columns = training_columns(adata, settings)
     notes += of_columns
@@ -75,7 +75,7 @@ def training_cells_on_disk(
     Every cell is read once, so that errors and notes come before training. See
     :func:`training_cells`.
     """
-    notes = [EARLIER] if "vmm_cluster" in store.dtypes else []
+    notes = [EARLIER] if set(RESERVED) & store.dtypes.keys() else []
     notes += notes_on_genes(store.var_names)
     every, of_columns = training_columns(store, settings)
     notes += of_columns

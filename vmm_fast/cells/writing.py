@@ -34,6 +34,8 @@ from vmm_fast.cells.store import CellStore
 # Columns of obs in the results.
 COLUMNS = ("vmm_cluster", "vmm_cluster_probability", "vmm_cluster_entropy", "vmm_component")
 LABEL = "vmm_label"  # another one, if labels were learnt
+NOVELTY = "vmm_novelty"  # one of assigned cells
+RESERVED = (*COLUMNS, LABEL, NOVELTY)
 CHUNK = 1 << 15  # values
 FILTERS = {"compression": "lzf", "shuffle": True, "fletcher32": True}
 ROWS = 1 << 14  # most cells that are written together
@@ -281,7 +283,7 @@ def _writable(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame
     name = found.index.name
     same = name in found and found.index.equals(pd.Index(found[name]))
     # The columns of results are added to obs later.
-    if (name in found and not same) or (where == "obs" and name in COLUMNS):
+    if (name in found and not same) or (where == "obs" and name in RESERVED):
         notes.append(f"the index of {where} loses its name, {name!r}, which is a column's")
         found.index = found.index.rename(None)  # a copy: `frame` has the old one
     if not all(isinstance(name, str) for name in found.index):
@@ -518,7 +520,9 @@ def write_clustered(
     `clusters` come from :func:`cluster_columns`, `uns` is that of the file. Raises InputError if
     the disk is too small or fills up, or a file of the store has changed.
     """
-    kept = [key for key in store.dtypes if key not in clusters]
+    stale = set(RESERVED) - set(clusters)
+    dtypes = {key: kind for key, kind in store.dtypes.items() if key not in stale}
+    kept = [key for key in dtypes if key not in clusters]
 
     def fill(writer: H5adWriter) -> None:
         for part in _parts(store):
@@ -530,7 +534,7 @@ def write_clustered(
         path,
         store.n_obs,
         var,
-        store.dtypes | dict(clusters.dtypes),
+        dtypes | dict(clusters.dtypes),
         fill,
         latent=z.shape[1],
         index_name=store.index_name,

@@ -252,7 +252,7 @@ class CellDataModule(LightningDataModule):
         Index of each cell's category.
     continuous : ndarray of float [cells, number of continuous covariates], optional
     proteins : ndarray or StoredRows [cells, number of proteins], optional
-        Their counts, in memory or what :meth:`vmm_fast.cells.CellStore.obsm` returns.
+        Their counts, in memory or what ``CellStore.obsm`` returns.
     genes : ndarray of int, optional
         Columns to take; all by default.
     batch_size : int

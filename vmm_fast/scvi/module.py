@@ -208,9 +208,11 @@ class VMMSCANVAE(VMMVAE, SCANVAE):
         generated = self.with_fused_likelihood(generative_outputs)
         outputs = (tensors, inference_outputs, generated, kl_weight)
         labels = tensors[REGISTRY_KEYS.LABELS_KEY]
-        # scvi-tools' plan gives the mini-batch itself if it has every key.
-        among_them = labelled_tensors is None or labelled_tensors is tensors
         labelled = labels[:, 0] < self.n_labels
+        # scvi-tools' plan gives the mini-batch itself, or a copy of it, if it has every key.
+        among_them = labelled_tensors is None or bool(
+            (labelled_tensors[REGISTRY_KEYS.LABELS_KEY] >= self.n_labels).any()
+        )
         if self.prior is None:
             if among_them:
                 some = classification_ratio is not None and int(labelled.sum()) >= LEAST_BATCH
