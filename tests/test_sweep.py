@@ -123,3 +123,12 @@ def test_batch_mixing():
     assert sweep.batch_mixing(z, batches) == pytest.approx(1, abs=0.05)
     apart = z + 20 * (batches == "a")[:, None] - 20 * (batches == "b")[:, None]
     assert sweep.batch_mixing(apart, batches) == 0
+
+
+def test_settings_of_an_integration_that_a_sweep_replaces_are_noted(tmp_path, capsys, runs):
+    config = tmp_path / "settings.toml"
+    config.write_text("batch-size = 77\nseed = 3\n")
+    run(written(tmp_path), tmp_path / "out", "--config", str(config))
+    told = f"note: {config}: a sweep has settings of its own in place of batch-size\n"
+    assert told in capsys.readouterr().out
+    assert [settings.seed for settings in runs] == [3, 3, 3]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PRIORS = ("vmm", "gmm", "vamp")  # N(0, I) has no clusters
 LIKELIHOODS = ("zinb", "nb", "poisson")
+REPLACED = ("batch_size", "prior_learning_rate")  # of which a sweep tries several
 KEY = optional(text)
 KEYS = optional(list_of(text, least=1))
 
@@ -85,7 +86,7 @@ class SweepSettings(Settings):
     def of_runs(self) -> Iterator[tuple[Settings, float]]:
         """Yield the settings of every run, and its ratio."""
         common = asdict(self)
-        for name in ("batch_sizes", "ratios", "batch_size", "prior_learning_rate"):
+        for name in ("batch_sizes", "ratios", *REPLACED):
             del common[name]
         sizes, ratios = dict.fromkeys(self.batch_sizes), dict.fromkeys(self.ratios)
         for size, ratio in itertools.product(sizes, ratios):

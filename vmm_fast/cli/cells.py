@@ -26,7 +26,7 @@ from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._text import counted, joined
-from vmm_fast.cells.settings import Settings, SweepSettings
+from vmm_fast.cells.settings import REPLACED, Settings, SweepSettings
 from vmm_fast.cli.config import read_config, write_config
 from vmm_fast.cli.options import (
     CUT,
@@ -250,6 +250,9 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         place.must_not_hold(file)
         source = digest(file)
     given = {} if arguments.config is None else read_config(arguments.config, kind)
+    if command == "sweep" and (unused := [name for name in REPLACED if given.pop(name, None)]):
+        what = joined([name.replace("_", "-") for name in unused])
+        notes.append(f"{arguments.config}: a sweep has settings of its own in place of {what}")
     names = [f.name for f in fields(kind) if getattr(arguments, f.name, None) is not None]
     in_config = {f"--{name.replace('_', '-')}" for name in given.keys() - names}
     given |= {name: getattr(arguments, name) for name in names}
