@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from support import TRAIN, integrated, scvi_model, written
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
@@ -61,7 +62,10 @@ def test_planted_genes_are_found_and_no_others(model):
 
 def test_the_same_cells_are_drawn_again_and_small_clusters_left_out(model):
     table = model.get_marker_genes(model.adata.obs["type"])
+    before = torch.get_rng_state()
     pd.testing.assert_frame_equal(table, model.get_marker_genes(model.adata.obs["type"]))
+    model.get_marker_genes()
+    assert torch.equal(torch.get_rng_state(), before)
     for _, genes in table.groupby("cluster"):
         rank = 100 * genes["probability"].round(1) + genes["log2_fold_change"]
         assert rank.is_monotonic_decreasing

@@ -374,6 +374,9 @@ def test_minified_data():
     found.minify_adata(use_latent_qzm_key="X_latent_qzm", use_latent_qzv_key="X_latent_qzv")
     np.testing.assert_allclose(found.get_latent_representation(), latents)
     np.testing.assert_array_equal(found.get_clusters(), labels)
+    for of_counts in (found.get_novelty, found.get_marker_genes):
+        with pytest.raises(ValueError, match="does not support minified data"):
+            of_counts()
 
 
 # --- optimizers ---

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
+from scvi.utils import unsupported_if_adata_minified
 
 __all__ = ["LEAST_CELLS", "MarkerGenes"]
 
@@ -38,11 +39,13 @@ class MarkerGenes:
 
     adata: Any
     module: Any
+    device: torch.device
     _check_if_trained: Any
     _make_data_loader: Any
     get_clusters: Any
     get_var_names: Any
 
+    @unsupported_if_adata_minified
     def get_marker_genes(self, clusters: Any = None, seed: int = 0) -> pd.DataFrame:
         """Return the genes that are higher in each cluster than in the other cells.
 
@@ -68,7 +71,12 @@ class MarkerGenes:
             ``share_of_others``, of cells that express the gene.
         """
         self._check_if_trained(warn=False)
-        of_cell = pd.Categorical(self.get_clusters() if clusters is None else clusters)
+        # Loaders and modules draw from the global generators, whose state is the caller's.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return self._marker_genes(self.get_clusters() if clusters is None else clusters, seed)
+
+    def _marker_genes(self, clusters: Any, seed: int) -> pd.DataFrame:
+        of_cell = pd.Categorical(clusters)
         if len(of_cell) != self.adata.n_obs:
             raise ValueError(
                 f"clusters must be of the model's {self.adata.n_obs} cells, but are of "
