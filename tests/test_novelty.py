@@ -5,13 +5,14 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from support import TRAIN, scvi_model, separated_cells
+from support import TRAIN, batch_of, scvi_model, separated_cells
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 from scipy.sparse import csr_matrix
 
 from vmm_fast.scvi import VMMSCVI, CellDataModule
+from vmm_fast.scvi.columns import UNKNOWN
 from vmm_fast.scvi.loading import MemoryCells
 from vmm_fast.scvi.novelty import novelty_of
 
@@ -24,6 +25,33 @@ def test_novelty_is_the_share_of_held_out_cells_that_fit_better():
     cells = torch.tensor([[-1.0, 2.0, 3.0, 9.0], [-1.0, 0.0, 1.0, 9.0]])
     # Each counted among five: 1 x 1, 3/5 x 1, 2/5 x 4/5, 1/5 x 1/5.
     assert novelty_of(cells, held_out).tolist() == pytest.approx([0, 1 / 5, 1 / 5, 4 / 5])
+
+
+def test_novelty_without_a_misfit_is_uniform_too():
+    random = torch.Generator().manual_seed(0)
+    cells, held_out = torch.randn(2, 3, 2000, generator=random)
+    cells[2, ::2] = torch.nan
+    found = novelty_of(cells, held_out)
+    assert found[::2].mean() == pytest.approx(0.5, abs=0.03)
+    torch.testing.assert_close(found[::2], novelty_of(cells[:2, ::2], held_out[:2]))
+    torch.testing.assert_close(found[1::2], novelty_of(cells[:, 1::2], held_out))
+    held_out[2, 500:] = torch.nan
+    torch.testing.assert_close(novelty_of(cells, held_out)[::2], found[::2])
+    expected = novelty_of(cells[:, 1::2], held_out[:, :500])
+    torch.testing.assert_close(novelty_of(cells, held_out)[1::2], expected)
+    held_out[2] = torch.nan
+    torch.testing.assert_close(novelty_of(cells, held_out), novelty_of(cells[:2], held_out[:2]))
+
+
+def test_cells_of_an_unknown_category_have_no_misfit():
+    model = scvi_model(VMMSCVI, setup={"categorical_covariate_keys": ["donor"]}, n_components=12)
+    tensors, module = batch_of(model), model.module.eval()
+    z = torch.zeros(50, 4)
+    known = module.misfit(tensors, z)
+    tensors["extra_categorical_covs"][::2] = UNKNOWN
+    found = module.misfit(tensors, z)
+    assert found[::2].isnan().all() and torch.equal(found[1::2], known[1::2])
+    assert known.isfinite().all()
 
 
 @cache

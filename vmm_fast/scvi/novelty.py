@@ -13,7 +13,8 @@ combined as by Fisher (1925, Statistical Methods for Research Workers, section 2
     t = -log P(log p(z') <= log p(z)) - log P(d' >= d) - log P(s' >= s)
 
 Novelty is the share of held-out cells with a smaller t. It is uniform in [0, 1] for cells such as
-the held-out ones, whatever the three depend on.
+the held-out ones, whatever the three depend on. Cells that cannot be decoded, because the model
+lacks their batch or category, have no misfit; the others' t is without it, too, for them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def distance_of(z: Tensor, points: Tensor) -> Tensor:
 def misfit_of(module: Any, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     """Return s [B] of cells whose counts are decoded from z [B, D] by a module such as VAE.
 
-    Return 0 for cells of an unknown category of a covariate, and for those of an unknown batch if
+    Return NaN for cells of an unknown category of a covariate, and for those of an unknown batch if
     the decoder takes no shares of batches.
     """
     x = tensors[REGISTRY_KEYS.X_KEY].to(z)
@@ -72,15 +73,26 @@ def misfit_of(module: Any, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     outputs = {"z": z, "library": x.sum(1, keepdim=True).log()}
     px = module.generative(**module._get_generative_input(tensors, outputs))["px"]
     misfit = ((x - px.mean).square() / (px.variance + 1e-8)).clamp(max=CLIP).mean(1)
-    found: Tensor = misfit.where(~unknown, 0)
+    found: Tensor = misfit.masked_fill(unknown, torch.nan)
     return found
 
 
 def novelty_of(cells: Tensor, held_out: Tensor) -> Tensor:
     """Return the novelty [B] of cells, given -log p(z), d and s [3, B], and those of others.
 
-    Of n held-out cells [3, n], novelty is at most n / (n + 1).
+    Cells whose s is NaN are compared by the other two. Of n held-out cells [3, n], novelty is at
+    most n / (n + 1).
     """
+    decoded = held_out[:, ~held_out[-1].isnan()]
+    blind = cells[-1].isnan() | (decoded.shape[1] == 0)
+    found = cells.new_empty(cells.shape[1], dtype=torch.float64)
+    found[~blind] = _share_below(cells[:, ~blind], decoded)
+    found[blind] = _share_below(cells[:-1, blind], held_out[:-1])
+    return found
+
+
+def _share_below(cells: Tensor, held_out: Tensor) -> Tensor:
+    """Return the share of held-out cells [k, n] that have a smaller t than cells [k, B]."""
     pairs = list(zip(cells, held_out, strict=True))
     of_cells = torch.stack([-_tail(x, among, True).log() for x, among in pairs]).sum(0)
     of_held_out = torch.stack([-_tail(among, among, False).log() for _, among in pairs]).sum(0)
