@@ -90,6 +90,20 @@ def test_held_out_cells_are_those_that_novelty_is_compared_with():
     torch.testing.assert_close(model.module.novelty_cells, kept)
 
 
+def test_indices_of_no_cells_are_refused_and_masks_taken():
+    model, _, _ = trained()
+    kept = model.module.novelty_cells.clone()
+    for method in (model.get_novelty, model.calibrate_novelty, model.get_clusters):
+        for none in ([], np.zeros(model.adata.n_obs, bool)):
+            with pytest.raises(ValueError, match="indices must name a cell or more, but are empty"):
+                method(indices=none)
+    mask = np.isin(np.arange(model.adata.n_obs), model.validation_indices)
+    model.calibrate_novelty(indices=mask)
+    order = [x[:, x[0].argsort()] for x in (model.module.novelty_cells, kept)]
+    torch.testing.assert_close(*order)
+    model.module.novelty_cells.copy_(kept)
+
+
 def test_a_loaded_model_has_the_same_novelty(tmp_path):
     model, query, _ = trained()
     model.save(tmp_path / "model", save_anndata=True)

@@ -148,6 +148,8 @@ class LatentPriorModel(NewCells, BaseModelClass):
             if isinstance(cells, CellDataModule):
                 elsewhere = cells.held_out_cells(KEPT_CELLS)
             held_out = self.validation_indices if cells is None else None
+            if held_out is not None and not len(held_out):
+                held_out = None
             self.calibrate_novelty(indices=held_out, dataloader=elsewhere)
         return found
 
@@ -289,6 +291,20 @@ class LatentPriorModel(NewCells, BaseModelClass):
                 part = adata if modality is None else adata.mod[modality]
                 _check_genes(part.var_names.astype(str), genes)
         return super()._validate_anndata(adata, copy_if_view)
+
+    def _make_data_loader(self, adata: Any, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's own loader of some cells.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells in ``indices``, of which no method has anything to return.
+        """
+        if indices is not None and not len(np.arange(adata.n_obs)[indices]):
+            raise ValueError(
+                "indices must name a cell or more, but are empty; None means all cells"
+            )
+        return super()._make_data_loader(adata, indices, *args, **kwargs)
 
     def _genes(self) -> dict[str | None, pd.Index]:
         """Return the model's gene names by modality; the key is None for an AnnData."""

@@ -41,7 +41,7 @@ class NewCells:
         """
         if dataloader is None:
             number = (self.adata if adata is None else adata).n_obs
-            chosen = np.arange(number) if indices is None or not len(indices) else indices
+            chosen = np.arange(number)[slice(None) if indices is None else indices]
             indices = np.sort(np.random.default_rng(0).permutation(chosen)[:KEPT_CELLS]).tolist()
         self.module.keep_novelty(
             self._rarity(adata, indices, batch_size, dataloader, most=KEPT_CELLS)
