@@ -8,9 +8,10 @@ from support import scvi_model, separated_cells
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import scvi
+from scipy.sparse import csr_matrix
 from test_scvi_models import LABELS, learnt, logs, some_labels, train  # noqa: F401  logs: a fixture
 
-from vmm_fast.scvi import VMMSCANVI, VMMSCVI
+from vmm_fast.scvi import VMMSCANVI, VMMSCVI, CellDataModule, MemoryCells
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,3 +66,32 @@ def test_query_cells_of_a_new_batch_without_labels(tmp_path):
     assert len(mapped.predict()) == len(mapped.get_clusters()) == query.n_obs
     centers = [each.module.components().centers for each in (mapped, model)]
     torch.testing.assert_close(*centers, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("Unknown", "but holds none; 0 of 240 cells have one, .*unknown .'Unknown'"),
+        ("T", "but holds 'T' alone; 120 of 240 cells have one"),
+    ],
+)
+def test_fewer_than_two_labels_are_refused(label, message):
+    adata = separated_cells()
+    adata.obs["label"] = np.where(np.arange(240) % 2, label, "Unknown")
+    with pytest.raises(
+        ValueError, match=r"obs\['label'\] must hold two labels or more, " + message
+    ):
+        scvi_model(VMMSCANVI, adata, LABELS, n_components=12)
+
+
+def test_a_data_module_must_label_some_cells_unless_they_are_query_cells():
+    model = learnt("SCANVI", epochs=20)
+    obs = model.adata.obs.assign(label="Unknown")
+    cells = CellDataModule(MemoryCells(csr_matrix(model.adata.X)), **model.encode_obs(obs))
+    with pytest.raises(ValueError, match="some cells in 'label', but labels none of 240 cells"):
+        model.train(1, datamodule=cells)
+    query = model.adata.copy()
+    query.obs["label"] = "Unknown"
+    mapped = VMMSCANVI.load_query_data(query, model, accelerator="cpu")
+    mapped.train(1, datamodule=cells, accelerator="cpu", enable_progress_bar=False, logger=False)
+    assert mapped.get_clusters().shape == (240,)

@@ -142,8 +142,13 @@ def _codes(name: str, values: pd.Series, categories: np.ndarray, unlabelled: Any
     return codes
 
 
-def check_columns(columns: Mapping[str, np.ndarray], registry: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the columns of a data module are those of a model."""
+def check_columns(
+    columns: Mapping[str, np.ndarray], registry: Mapping[str, Any], learns_labels: bool = False
+) -> None:
+    """Raise ValueError unless the columns of a data module are those of a model.
+
+    A model that learns labels needs some; one of query cells (scArches) does not.
+    """
     proteins = registry["field_registries"].get(REGISTRY_KEYS.PROTEIN_EXP_KEY, {})
     number = len(proteins.get("state_registry", {}).get("column_names", ()))
     given = columns.get(REGISTRY_KEYS.PROTEIN_EXP_KEY, np.empty((0, 0))).shape[1]
@@ -179,4 +184,11 @@ def check_columns(columns: Mapping[str, np.ndarray], registry: Mapping[str, Any]
                 raise ValueError(
                     f"datamodule must have the labels that the model was set up with, {name!r}, "
                     "but has none; model.encode_obs(obs) gives them"
+                )
+            state = registry["field_registries"][key]["state_registry"]
+            unknown = state.get("unlabeled_category")
+            if learns_labels and unknown is not None and (categories[of_one] == unknown).all():
+                raise ValueError(
+                    f"datamodule must label some cells in {name!r}, but labels none of "
+                    f"{counted(len(of_one), 'cell')}: all are {unknown!r}"
                 )

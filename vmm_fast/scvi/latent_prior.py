@@ -225,6 +225,12 @@ class LatentPrior(BaseModuleClass):
         assert self.prior is not None
         return not any(p.requires_grad for p in self.prior.parameters())
 
+    @property
+    def learns_labels(self) -> bool:
+        """Return whether the whole classifier, if any, is learnt; query mapping freezes some."""
+        parameters = self.named_parameters()
+        return all(p.requires_grad for name, p in parameters if name.startswith("classifier."))
+
     def kl(self, q: PosteriorUnderPrior) -> Tensor:
         """Return KL(q || prior) [B] in nats, estimated from q's sample.
 

@@ -119,7 +119,7 @@ class LatentPriorModel(NewCells, BaseModelClass):
         """
         cells = kwargs.get("datamodule")
         if isinstance(cells, CellDataModule):
-            check_columns(cells.columns, self.registry)
+            check_columns(cells.columns, self.registry, self.module.learns_labels)
         moves = self.module.prior is not None and not self.module.frozen
         elsewhere = cells if hasattr(cells, "__iter__") else None
         if moves and elsewhere is None and self.adata is None:

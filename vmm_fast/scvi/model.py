@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from vmm_fast._checks import check_integer
+from vmm_fast._text import counted
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel
 from vmm_fast.scvi.markers import MarkerGenes
 from vmm_fast.scvi.module import VMMPEAKVAE, VMMSCANVAE, VMMTOTALVAE, VMMVAE, VMMCytoVAE
@@ -174,14 +175,31 @@ class VMMSCANVI(ComponentExpression, SCANVI):
     _module_cls = VMMSCANVAE
     _training_plan_cls = EmpiricalBayesSemiSupervisedTrainingPlan
     labels_: np.ndarray
+    original_label_key: str
+    unlabeled_category_: Any
+    _label_mapping: np.ndarray
+    _labeled_indices: np.ndarray
 
     def _set_indices_and_labels(self, *args: Any, **kwargs: Any) -> None:
         """Keep the cells' labels, and the unlabelled category behind them.
 
         SCANVI takes that category for a label unless it finds it here, or every label: a model may
         be made with cells that have neither.
+
+        Raises
+        ------
+        ValueError
+            If there are not two labels or more, which a classifier needs.
         """
         super()._set_indices_and_labels(*args, **kwargs)
+        known = [x for x in self._label_mapping if x != self.unlabeled_category_]
+        if len(known) < 2:
+            held = f"{known[0]!r} alone" if known else "none"
+            raise ValueError(
+                f"obs[{self.original_label_key!r}] must hold two labels or more, but holds {held}; "
+                f"{len(self._labeled_indices):,} of {counted(len(self.labels_), 'cell')} have one, "
+                f"labels of the others are unknown ({self.unlabeled_category_!r})"
+            )
         if self.adata is not None:
             self.labels_ = np.append(self.labels_, self.unlabeled_category_)
 
