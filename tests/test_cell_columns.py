@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support import COVARIATES, TRAIN, separated_cells
+from support import COVARIATES, TRAIN, scvi_model, separated_cells
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -104,6 +104,8 @@ def test_columns_that_do_not_fit_the_model():
 
     refused("must have the categorical covariates .*, donor, but has 0 columns", categorical=None)
     refused("must have the continuous covariates .*, age, but has 0 columns", continuous=None)
+    wrong = np.where(np.arange(240) > 6, np.nan, whole["continuous"][:, 0])[:, None]
+    refused("'age'. must hold a finite number .*233 have none, .* cell 7$", continuous=wrong)
     refused("must have the labels .*'cluster', but has none", labels=None)
     refused("indices from 0 to 2 for 'donor', .* 1 to 3", categorical=whole["categorical"] + 1)
     refused("must have the batches .*, 2, but has 1", batches=0 * whole["batches"])
@@ -121,3 +123,24 @@ def test_columns_that_do_not_fit_the_model():
         model.encode_obs(adata.obs.drop(columns="age"))
     obs = adata.obs.assign(cluster=adata.obs["cluster"].where(adata.obs["cluster"] != "Unknown"))
     np.testing.assert_array_equal(model.encode_obs(obs)["labels"], whole["labels"])
+
+
+def test_continuous_covariates_must_be_there_and_finite():
+    setup = {"continuous_covariate_keys": ["age"]}
+    adata = separated_cells()
+    holes = adata.copy()
+    holes.obs.loc[["7", "9"], "age"] = np.nan
+    message = r"obs\['age'\] must hold a finite number .* but 2 have none, .* is cell 7$"
+    with pytest.raises(ValueError, match=message):
+        scvi_model(VMMSCVI, holes.copy(), setup, n_components=12).train(1)
+    model = scvi_model(VMMSCVI, adata, setup, n_components=12)
+    model.train(1, **TRAIN)
+    without = adata.copy()
+    del without.obs["age"]
+    for ask in (model.get_clusters, model.get_latent_representation):
+        with pytest.raises(ValueError, match=message):
+            ask(holes.copy())
+        with pytest.raises(ValueError, match="obs must have the column 'age' of the model"):
+            ask(without.copy())
+    with pytest.raises(ValueError, match="obs must have the column 'age' of the model"):
+        VMMSCVI.load_query_data(without, model)

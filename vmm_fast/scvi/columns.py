@@ -20,6 +20,8 @@ __all__ = [
     "UNKNOWN",
     "cell_columns",
     "check_columns",
+    "check_continuous",
+    "check_names",
     "encode_obs",
     "registered_columns",
     "shares_of",
@@ -98,8 +100,7 @@ def encode_obs(registry: Mapping[str, Any], obs: pd.DataFrame) -> dict[str, np.n
             if name == f"_scvi_{key}":  # none was given, so that all cells are alike
                 parts.append(np.zeros(len(obs), np.int8))
                 continue
-            if name not in obs:
-                raise ValueError(f"obs must have the column {name!r} of the model, but lacks it")
+            _check_name(name, obs)
             if categories is None:
                 parts.append(_numbers(name, obs[name]))
                 continue
@@ -111,14 +112,37 @@ def encode_obs(registry: Mapping[str, Any], obs: pd.DataFrame) -> dict[str, np.n
     return found
 
 
+def check_names(registry: Mapping[str, Any], cells: Any) -> None:
+    """Raise ValueError unless an AnnData or MuData has the continuous covariates of a model."""
+    modalities = registry["setup_args"].get("modalities") or {}
+    modality = modalities.get("continuous_covariate_keys")
+    for name in registered_columns(registry)[REGISTRY_KEYS.CONT_COVS_KEY]:
+        _check_name(name, (cells if modality is None else cells.mod[modality]).obs)
+
+
+def check_continuous(registry: Mapping[str, Any], manager: Any) -> None:
+    """Raise ValueError unless the continuous covariates of registered cells are finite numbers."""
+    if names := list(registered_columns(registry)[REGISTRY_KEYS.CONT_COVS_KEY]):
+        table = manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
+        for name, values in zip(names, np.asarray(table).T, strict=True):
+            _numbers(name, pd.Series(values, manager.adata.obs_names))
+
+
+def _check_name(name: str, obs: pd.DataFrame) -> None:
+    if name not in obs:
+        raise ValueError(f"obs must have the column {name!r} of the model, but lacks it")
+
+
 def _numbers(name: str, values: pd.Series) -> np.ndarray:
     try:
         numbers = np.asarray(values, np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"obs[{name!r}] must hold numbers, but holds {values.dtype}") from None
-    if wrong := int((~np.isfinite(numbers)).sum()):
+    wrong = ~np.isfinite(numbers)
+    if wrong.any():
         raise ValueError(
-            f"obs[{name!r}] must hold a finite number for every cell, but {wrong:,} have none"
+            f"obs[{name!r}] must hold a finite number for every cell, but {wrong.sum():,} have "
+            f"none, the first of which is cell {values.index[wrong][0]}"
         )
     return numbers
 
@@ -168,6 +192,7 @@ def check_columns(
             )
         for (name, categories), of_one in zip(names.items(), values.T, strict=True):
             if categories is None:
+                _numbers(name, pd.Series(of_one))
                 continue
             number = int(of_one.max(initial=-1)) + 1
             if key == REGISTRY_KEYS.BATCH_KEY and number != len(categories):

@@ -21,7 +21,12 @@ from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
 from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.mixture import Components
 from vmm_fast.scvi.abundance import AggregatedPosterior
-from vmm_fast.scvi.columns import check_columns, encode_obs
+from vmm_fast.scvi.columns import (
+    check_columns,
+    check_continuous,
+    check_names,
+    encode_obs,
+)
 from vmm_fast.scvi.loading import CellDataModule
 from vmm_fast.scvi.new_cells import NewCells
 from vmm_fast.scvi.novelty import KEPT_CELLS
@@ -113,13 +118,16 @@ class LatentPriorModel(NewCells, BaseModelClass):
         ------
         ValueError
             If there are fewer cells than pseudo-cells, or no AnnData to take them from, or if the
-            batches, labels or covariates of a :class:`CellDataModule` are not the AnnData's.
+            batches, labels or covariates of a :class:`CellDataModule` are not the AnnData's, or a
+            continuous covariate has no finite number for some cell.
         RuntimeError
             If there are several processes, and another one fails or is killed.
         """
         cells = kwargs.get("datamodule")
         if isinstance(cells, CellDataModule):
             check_columns(cells.columns, self.registry, self.module.learns_labels)
+        elif cells is None and self.adata is not None:
+            check_continuous(self.registry, self.adata_manager)
         moves = self.module.prior is not None and not self.module.frozen
         elsewhere = cells if hasattr(cells, "__iter__") else None
         if moves and elsewhere is None and self.adata is None:
@@ -265,32 +273,38 @@ class LatentPriorModel(NewCells, BaseModelClass):
         """
         if isinstance(reference_model, str) and not trust:
             check_saved(reference_model)
-        model = super().load_query_data(adata, reference_model, **kwargs)
         reference = (
             cls.load_registry(reference_model, trust=True)
             if isinstance(reference_model, str)
             else reference_model.registry
         )
+        if adata is not None:
+            check_names(reference, adata)
+        model = super().load_query_data(adata, reference_model, **kwargs)
         order_category_weights(
             model.module, numbers_of_categories(reference), numbers_of_categories(model.registry)
         )
         return model
 
     def _validate_anndata(self, adata: Any = None, copy_if_view: bool = True) -> Any:
-        """Check cells as the model's own method does, and that they have the model's genes.
+        """Check cells as the model's own method does, and their genes and covariates.
 
         The model's own method matches genes by position, whatever their names.
 
         Raises
         ------
         ValueError
-            If the cells have other genes than the model, or have them in another order.
+            If the cells have other genes than the model, or have them in another order, or lack
+            finite numbers of a continuous covariate.
         """
         if adata is not None and adata is not self.adata:
             for modality, genes in self._genes().items():
                 part = adata if modality is None else adata.mod[modality]
                 _check_genes(part.var_names.astype(str), genes)
-        return super()._validate_anndata(adata, copy_if_view)
+            check_names(self.registry, adata)
+        adata = super()._validate_anndata(adata, copy_if_view)
+        check_continuous(self.registry, self.get_anndata_manager(adata, required=True))
+        return adata
 
     def _make_data_loader(self, adata: Any, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the model's own loader of some cells.
