@@ -106,3 +106,27 @@ def test_the_model_is_the_one_of_memory(shards, monkeypatch, tmp_path):
         message = f"counts of the 6 proteins that the model was set up with, .* those of {number}"
         with pytest.raises(ValueError, match=message):
             disk.train(1, datamodule=CellDataModule(store, **batches, proteins=wrong))
+
+
+def of_one_cell(value):
+    return lambda x: np.where(np.arange(240)[:, None] == 7, value, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_one_cell(np.nan), "must hold counts, but has nan in cell 7$"),
+        (of_one_cell(-1), "must hold counts, but has -1 in cell 7$"),
+        (of_one_cell(0.5), "must hold counts, but has 0.5 in cell 7$"),
+        (lambda x: x > 3, "must hold counts, but holds bool"),
+        (lambda x: x[:, 0], r"a dense array .* is a ndarray of 1 dimensions; "),
+        (pd.DataFrame, r"a dense array .* is a DataFrame; \.to_numpy\(\)"),
+        (csr_matrix, r"a dense array .* is a csr_matrix; .* \.toarray\(\)"),
+    ],
+)
+def test_proteins_in_memory_must_be_counts(change, message):
+    adata = with_proteins()
+    cells, batches = MemoryCells(csr_matrix(adata.X)), np.zeros(240, int)
+    CellDataModule(cells, batches, proteins=adata.obsm["protein"])
+    with pytest.raises(ValueError, match="proteins " + ".*" + message):
+        CellDataModule(cells, batches, proteins=change(adata.obsm["protein"]))

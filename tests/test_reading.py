@@ -16,11 +16,12 @@ import zarr
 from anndata import AnnData
 from scipy.sparse import csc_matrix, csr_matrix
 
+from vmm_fast._checks import not_counts
 from vmm_fast._errors import InputError
 from vmm_fast.cells import assignment, frames, selection
 from vmm_fast.cells.names import find_names, notes_on_genes
 from vmm_fast.cells.preparing import prepare
-from vmm_fast.cells.reading import not_counts, read_cells
+from vmm_fast.cells.reading import read_cells
 from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore
 

@@ -8,7 +8,20 @@ import re
 from importlib.metadata import requires, version
 from typing import Any
 
-__all__ = ["check_choice", "check_integer", "check_positive", "check_version", "number_of"]
+import numpy as np
+
+__all__ = [
+    "MOST",
+    "check_choice",
+    "check_integer",
+    "check_positive",
+    "check_version",
+    "not_counts",
+    "number_of",
+]
+
+MOST = 2**31 - 1  # largest count, since counts are stored as int32
+SINGLE = 2**24  # float32 holds every whole number up to this
 
 
 def check_version(package: str) -> None:
@@ -64,3 +77,32 @@ def check_integer(name: str, value: int) -> int:
     if number < 1:
         raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
     return number
+
+
+def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
+    """Return the position and description of the first value that is not a count, or None.
+
+    With a dtype, such as the float32 of models, that dtype must hold every value exactly.
+    """
+    if values.dtype.kind == "u" and values.dtype.itemsize < 4:
+        return None
+    if values.dtype == np.float16:  # in which the bounds below would be infinite
+        values = values.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        right = (values >= 0) & (values <= MOST)  # False for NaN
+        if values.dtype.kind == "f":
+            right &= values == np.floor(values)
+    if right.all() and dtype is not None and values.max(initial=0) > SINGLE:
+        right = values.astype(dtype) == values
+    if right.all():
+        return None
+    at = int(right.argmin())
+    value = float(values[at])
+    if SINGLE < value <= MOST and value.is_integer():
+        rounded = int(np.asarray(value, dtype))
+        return at, f"has {int(value):,} (of which {np.dtype(dtype)} would make {rounded:,})"
+    text = f"{value:.6g}"
+    if float(text).is_integer() and not value.is_integer():  # 1.9999999 must not appear as 2
+        text = str(values[at])
+    beyond = f" (beyond {MOST:,})" if MOST < value < np.inf else ""
+    return at, f"has {text}{beyond}"

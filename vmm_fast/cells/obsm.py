@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vmm_fast._checks import not_counts
 from vmm_fast._errors import InputError
 from vmm_fast.cells import frames
-from vmm_fast.cells.reading import describe_choices, not_counts
+from vmm_fast.cells.reading import describe_choices
 
 if TYPE_CHECKING:
     from vmm_fast.cells.store import CellStore

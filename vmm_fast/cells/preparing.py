@@ -13,9 +13,10 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
+from vmm_fast._checks import MOST
 from vmm_fast._errors import InputError
 from vmm_fast.cells.frames import STRINGS
-from vmm_fast.cells.reading import MOST, counts_of, kind_of, read_cells
+from vmm_fast.cells.reading import counts_of, kind_of, read_cells
 from vmm_fast.cells.store import CannotStream, CellStore, list_other_elements, notes_on_omissions
 from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 

@@ -22,6 +22,7 @@ from anndata import AnnData, read_h5ad
 from anndata.io import read_zarr
 from scipy.sparse import csr_matrix, issparse
 
+from vmm_fast._checks import not_counts
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted, joined
 from vmm_fast.cells.elements import read_elements, summarize_error
@@ -36,8 +37,6 @@ from vmm_fast.cells.formats import (
 from vmm_fast.cells.names import GENES, find_names, numbered
 
 CHUNK = 1 << 22  # values that are checked together
-MOST = 2**31 - 1  # largest count, since counts are stored as int32
-SINGLE = 2**24  # float32 holds every whole number up to this
 SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
@@ -319,35 +318,6 @@ def _no_counts(matrix: Any, adata: AnnData, dtype: Any = None) -> str | None:
                 place += f", gene {adata.var_names[gene]!r}"
             return f"{wrong[1]} in {place}"
     return None
-
-
-def not_counts(values: np.ndarray, dtype: Any = None) -> tuple[int, str] | None:
-    """Return the position and description of the first value that is not a count, or None.
-
-    With a dtype, such as the float32 of models, that dtype must hold every value exactly.
-    """
-    if values.dtype.kind == "u" and values.dtype.itemsize < 4:
-        return None
-    if values.dtype == np.float16:  # in which the bounds below would be infinite
-        values = values.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        right = (values >= 0) & (values <= MOST)  # False for NaN
-        if values.dtype.kind == "f":
-            right &= values == np.floor(values)
-    if right.all() and dtype is not None and values.max(initial=0) > SINGLE:
-        right = values.astype(dtype) == values
-    if right.all():
-        return None
-    at = int(right.argmin())
-    value = float(values[at])
-    if SINGLE < value <= MOST and value.is_integer():
-        rounded = int(np.asarray(value, dtype))
-        return at, f"has {int(value):,} (of which {np.dtype(dtype)} would make {rounded:,})"
-    text = f"{value:.6g}"
-    if float(text).is_integer() and not value.is_integer():  # 1.9999999 must not appear as 2
-        text = str(values[at])
-    beyond = f" (beyond {MOST:,})" if MOST < value < np.inf else ""
-    return at, f"has {text}{beyond}"
 
 
 def _place(matrix: Any, at: int) -> tuple[int, int]:

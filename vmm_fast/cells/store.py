@@ -21,6 +21,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
+from vmm_fast._checks import not_counts
 from vmm_fast._errors import InputError
 from vmm_fast._text import joined
 from vmm_fast.cells import frames
@@ -34,7 +35,6 @@ from vmm_fast.cells.reading import (
     kind_of,
     names_of_genes,
     no_column,
-    not_counts,
     notes_on_chunks,
     open_zarr,
     unreadable,

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning import LightningDataModule
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
-from vmm_fast._checks import check_integer
+from vmm_fast._checks import check_integer, not_counts
 from vmm_fast.scvi.columns import cell_columns
 
 __all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
@@ -222,6 +223,27 @@ def _tensors(counts: csr_matrix, columns: dict[str, np.ndarray]) -> dict[str, Te
     return found
 
 
+def _checked(proteins: Any) -> Any:
+    """Return proteins, or raise ValueError if they are in memory and are no array of counts."""
+    dense = isinstance(proteins, np.ndarray)
+    if isinstance(proteins, pd.DataFrame) or issparse(proteins) or (dense and proteins.ndim != 2):
+        shape = f" of {proteins.ndim} dimensions" if dense else ""
+        raise ValueError(
+            "proteins must be a dense array of counts [cells, n], but is a "
+            f"{type(proteins).__name__}{shape}; .to_numpy() of a table is one, and .toarray() of a "
+            "sparse matrix"
+        )
+    if dense:
+        if proteins.dtype.kind not in "iuf":
+            raise ValueError(f"proteins must hold counts, but holds {proteins.dtype}")
+        for start in range(0, len(proteins), WINDOW):
+            part = proteins[start : start + WINDOW]
+            if wrong := not_counts(part.reshape(-1), np.float32):
+                cell = start + wrong[0] // part.shape[1]
+                raise ValueError(f"proteins must hold counts, but {wrong[1]} in cell {cell}")
+    return proteins
+
+
 class CellDataModule(LightningDataModule):
     """Cells in memory or on disk, for ``train(datamodule=..)`` of scvi-tools' models.
 
@@ -262,6 +284,11 @@ class CellDataModule(LightningDataModule):
     seed : int
         Determines which cells are held out, and the order of the others.
 
+    Raises
+    ------
+    ValueError
+        If a column is not of all cells, or if proteins in memory are no counts.
+
     Attributes
     ----------
     n_train, n_val : int
@@ -291,7 +318,7 @@ class CellDataModule(LightningDataModule):
             raise ValueError(f"held_out must be in [0, 1), but is {held_out!r}")
         self.columns = cell_columns(batches, labels, categorical, continuous)
         if proteins is not None:
-            self.columns[REGISTRY_KEYS.PROTEIN_EXP_KEY] = proteins
+            self.columns[REGISTRY_KEYS.PROTEIN_EXP_KEY] = _checked(proteins)
         for key, values in self.columns.items():
             if len(values) != cells.n_obs:
                 raise ValueError(
