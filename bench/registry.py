@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench import (
+    abundance,
     estimators,
     gpu,
     integration,
@@ -35,6 +36,7 @@ MEASUREMENTS = {
         gpu.MEASUREMENT,
         kills.MEASUREMENT,
         estimators.MEASUREMENT,
+        abundance.MEASUREMENT,
     )
 }
 # An atlas takes an hour and gigabytes of disk, scores of clusters hours or days, estimators an

@@ -7,12 +7,10 @@ glibc.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -154,10 +152,7 @@ def peak_memory(provider: str, B: int, J: int, D: int) -> dict[str, Any]:
     density = {"vmm_fast": providers.vmm_fast_whitened, "matmul": providers.matmul}[provider]
     gradient_call(density, problems.whitened(Size(256, 4, D)))()  # loads libraries
     call = gradient_call(density, problems.whitened(Size(B, J, D)))
-    # Pages that are free but not given back would hide what the call takes.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = alone.resident_bytes("VmRSS")
+    before = alone.start_peak()
     start = time.perf_counter()
     samples = [sampler(call)(1)]
     while len(samples) < MAX_CALLS and time.perf_counter() - start < SECONDS:

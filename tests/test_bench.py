@@ -108,6 +108,19 @@ def test_estimators(bench, tmp_path, monkeypatch):
         assert estimators.log_likelihood(found, held_out) == pytest.approx(own_score, rel=close)
 
 
+@pytest.mark.filterwarnings("ignore")  # scvi-tools' own
+def test_abundance(bench, tmp_path, monkeypatch):
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
+    monkeypatch.setattr(alone, "run", here)
+    rows = measured(bench, tmp_path, "abundance", targets=3)
+    assert [(row["provider"], row["J"]) for row in rows] == [
+        *(("scvi-tools", 1_000), ("vmm_fast", 1_000), ("vmm_fast", 10_000), ("vmm_fast", 20_000))
+    ]
+    assert [row.get("difference", 1) < 1e-5 for row in rows] == [False, True, False, False]
+    assert "| 1,000 | vmm_fast | " in (tmp_path / "speed.md").read_text()
+
+
 @pytest.mark.slow("trains seven models of scVI")
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
 def test_likelihoods_and_steps_of_scvi(bench, tmp_path, monkeypatch):

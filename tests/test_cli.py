@@ -571,7 +571,7 @@ def test_help_and_version(capsys, monkeypatch):
         shown = capsys.readouterr().out
         assert shown and max(map(len, shown.splitlines())) <= 80
         # It fits on a screen, with an example.
-        assert len(shown.splitlines()) <= 50
+        assert len(shown.splitlines()) <= 48
         assert len(arguments) == 1 or f"\n  vmm-fast {arguments[0]} " in shown
 
 

@@ -31,7 +31,7 @@ class AggregatedPosterior(MixtureDistribution):
     """
 
     def __init__(self, means: Tensor, scales: Tensor):
-        log_weights = means.new_full((len(means),), -math.log(len(means)))
+        log_weights = means.new_full((1,), -math.log(len(means))).expand(len(means))
         super().__init__(Components(means, log_weights, scale=scales))
 
     def log_prob(self, value: Tensor) -> Tensor:
