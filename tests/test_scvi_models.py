@@ -369,6 +369,13 @@ def test_a_weight_that_the_user_sets_is_kept():
     assert train(model).module.prior.data_size is None
 
 
+def test_cytovi_s_own_mixture_is_left_out():
+    summary = learnt("CYTOVI")._model_summary_string
+    assert "MoG prior: False," in summary and "Prior: vmm" in summary
+    with pytest.raises(ValueError, match=r"prior_mixture must be False, but is True: .*'gmm'"):
+        made("CYTOVI", prior_mixture=True)
+
+
 @every_model
 def test_the_prior_moves_once_a_batch_after_the_warmup(name):
     options = {"adversarial_classifier": True} if name == "TOTALVI" else {}

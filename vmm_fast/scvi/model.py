@@ -262,7 +262,19 @@ class VMMTOTALVI(LatentPriorModel, _FromDataModule):
     _training_plan_cls = EmpiricalBayesAdversarialTrainingPlan
 
 
-class VMMCYTOVI(LatentPriorModel, CYTOVI):
+class _WithoutMixture(CYTOVI):
+    """CYTOVI without its own mixture, which it has by default."""
+
+    def __init__(self, adata: Any, *, prior_mixture: bool | None = False, **kwargs: Any):
+        if prior_mixture:
+            raise ValueError(
+                f"prior_mixture must be False, but is {prior_mixture!r}: CYTOVI's own mixture is "
+                "left out; prior='gmm' is one"
+            )
+        super().__init__(adata, prior_mixture=False, **kwargs)
+
+
+class VMMCYTOVI(LatentPriorModel, _WithoutMixture):
     """:class:`scvi.external.CYTOVI` with a mixture prior, for cytometry.
 
     It has the methods of CYTOVI, and those for clusters; parameters are those of
