@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,14 @@ def test_a_package_that_is_too_old_or_too_new_is_named(package, found, complaint
     else:
         with pytest.raises(ImportError, match=re.escape(complaint)):
             _checks.check_version(package)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(_checks, "version", missing)
+    with pytest.raises(
+        ImportError, match=r"needs scvi-tools >= 1\.4\.2, < 1\.6.*none is installed"
+    ):
+        _checks.check_version("scvi-tools")

@@ -579,3 +579,19 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(
         *(torch.autograd.grad(f(x, noise), parameters) for f in (compiled, step))
     )
+
+
+@pytest.mark.parametrize("make", LEARNT.values(), ids=LEARNT)
+def test_results_lie_where_the_prior_does(make):
+    """Whatever torch's default device is."""
+    encoder, prior, x = Encoder(), make(), inputs()
+    z = encoder(x).mean.detach()
+    found = []
+    for where in ("cpu", "meta"):
+        one = copy.deepcopy(prior)
+        with torch.device(where):
+            kl = one.kl(encoder(x), encoder, z=z)
+            one.update(z, encoder)
+            labels = one.clusters(z, encoder).assign(z).labels
+        found.append([kl.detach(), *one.parameters(), labels])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

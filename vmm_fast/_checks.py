@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from importlib.metadata import requires, version
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,15 @@ def check_version(package: str) -> None:
     """
     requirement = next(x for x in requires("vmm-fast") or () if re.match(rf"{package}\b[^-]", x))
     bounds = sorted(re.findall(r"(>=|<)([\d.]+)", requirement.split(";")[0]), reverse=True)
-    found = version(package)
+    needed = f"vmm_fast needs {package} {', '.join(f'{sign} {x}' for sign, x in bounds)}"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        python = " (for Python 3.11 or newer)" if sys.version_info < (3, 11) else ""
+        raise ImportError(f"{needed}{python}, but none is installed") from None
     numbers = _release(found)
     if not all((numbers < _release(x)) == (sign == "<") for sign, x in bounds):
-        needed = ", ".join(f"{sign} {x}" for sign, x in bounds)
-        raise ImportError(f"vmm_fast needs {package} {needed}, but {found} is installed")
+        raise ImportError(f"{needed}, but {found} is installed")
 
 
 def _release(text: str) -> list[int]:

@@ -141,7 +141,7 @@ class Scaling:
 
 def _mean(x: Tensor, center: Tensor | None = None) -> Tensor:
     """Return column means in float64, of x or of (x - center)^2, without a float64 copy of x."""
-    total = torch.zeros(x.shape[1:], dtype=torch.float64)
+    total = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
     for rows in x.split(CHUNK):
         total += (rows.double() if center is None else (rows.double() - center).square()).sum(0)
     return total / len(x)

@@ -78,7 +78,8 @@ def call(operation: Operation, inputs: Sequence[Any]) -> tuple[list[Tensor | Non
             like = [x if want else None for x, want in zip(like, inputs[-1], strict=True)]
         results = [None if x is None else torch.empty_like(x) for x in like]
     else:
-        results = [torch.empty(shape, dtype=of_result) for shape, of_result in plan.results]
+        # The device by default may be another.
+        results = [torch.empty(shape, dtype=x, device="cpu") for shape, x in plan.results]
     of_results = [0 if x is None else x.data_ptr() for x in results]
     number = plan.function(*addresses, *plan.rest, torch.get_num_threads(), *of_results)
     return results, number

@@ -257,7 +257,7 @@ class _Shares:
             return
         kept: list[tuple[Tensor, Tensor | None]] = []
         total = read = 0
-        own = torch.zeros(self.components.num_components, dtype=torch.int64)
+        own = torch.zeros(self.components.num_components, dtype=torch.int64, device="cpu")
         sums: Tensor | None = None  # of the first points, enough to compare with the tree's
         for part in parts_of(self.points, self.components):
             shared = self.components.responsibilities(part)

@@ -252,7 +252,9 @@ class ClusterTree:
         """
         if not 0 < _as_float(level) < 1:
             raise ValueError(f"level must be in (0, 1), but is {level!r}")
-        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        z = math.sqrt(2) * float(
+            torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu"))
+        )
         _, p, n, *_ = self._merges
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)

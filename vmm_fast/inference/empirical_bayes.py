@@ -94,8 +94,8 @@ class MixtureParameters(NamedTuple):
         fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in learnt))
         suffix = _in_core(self)
         if suffix and fixed:
-            log_weights = torch.empty(self.logits.shape, dtype=self.logits.dtype)
-            precision = torch.empty(self.raw_precision.shape, dtype=self.logits.dtype)
+            log_weights = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
+            precision = torch.empty_like(self.raw_precision, memory_format=torch.contiguous_format)
             view = _CoreParameters(self, suffix).view
             threads = torch.get_num_threads()
             _call("constrained", suffix, view, threads, precision, log_weights)
@@ -329,7 +329,8 @@ def _map_gradients_in_core(
     with_sums: bool,
 ) -> tuple[float, dict[int, Tensor], Statistics | None]:
     """Return the loss, the gradients by the ids of the parameters, and the sums."""
-    gradients = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in wanted}
+    dense = torch.contiguous_format
+    gradients = {id(x): torch.empty_like(x, memory_format=dense) for x in wanted}
     suffix = SUFFIXES[z.dtype]
     core_parameters = _CoreParameters(parameters, suffix)
     z = in_memory(z)
@@ -390,7 +391,7 @@ def _empty_statistics(parameters: MixtureParameters) -> Statistics:
     centers = parameters.centers.detach()
     total, dim = centers.shape
     shapes = ((total,), (total, dim), (total, dim, dim))
-    n, s, m = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    n, s, m = (torch.empty(shape, dtype=torch.float64, device="cpu") for shape in shapes)
     return Statistics(n, s, m, centers)
 
 

@@ -203,7 +203,7 @@ class PrivateAdam:
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the step count and moments of a parameter, zeros before its first step."""
         return self._adam.state.get(parameter) or {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),  # as torch's own
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -71,7 +71,8 @@ def wishart_scale(num_components: int, latent_dim: int) -> float:
 def log_wishart_normaliser(num_components: int, latent_dim: int) -> float:
     """Return the log-normaliser of the Wishart density: D df / 2 log 2 v + log Gamma_D(df / 2)."""
     df = latent_dim + 2
-    log_gamma = torch.special.multigammaln(torch.tensor(df / 2, dtype=torch.float64), latent_dim)
+    half = torch.tensor(df / 2, dtype=torch.float64, device="cpu")
+    log_gamma = torch.special.multigammaln(half, latent_dim)
     scale = wishart_scale(num_components, latent_dim)
     return 0.5 * df * latent_dim * math.log(2 * scale) + float(log_gamma)
 
