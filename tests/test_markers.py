@@ -81,7 +81,7 @@ def test_the_same_cells_are_drawn_again_and_small_clusters_left_out(model):
 @pytest.mark.slow("trains to the end")
 def test_integrate_writes_the_table(tmp_path):
     path = written(tmp_path, planted(300))
-    options = ["--batch-key", "batch", "--epochs", 25, "--learning-rate", 0.01, "--memory", 0]
+    options = ["--batch-key", "batch", "--epochs", 60, "--learning-rate", 0.01, "--memory", 0]
     options += ["--components", 12, "--clusters", 3, "--batch-size", 32]
     assert integrated(path, tmp_path / "out", *options) == 0
     table = pd.read_csv(tmp_path / "out" / "markers.csv", dtype={"cluster": str, "gene": str})
