@@ -94,8 +94,8 @@ class MixtureParameters(NamedTuple):
         fixed = fixed or not (torch.is_grad_enabled() and any(x.requires_grad for x in learnt))
         suffix = _in_core(self)
         if suffix and fixed:
-            log_weights = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
-            precision = torch.empty_like(self.raw_precision, memory_format=torch.contiguous_format)
+            log_weights = _empty(self.logits)
+            precision = _empty(self.raw_precision)
             view = _CoreParameters(self, suffix).view
             threads = torch.get_num_threads()
             _call("constrained", suffix, view, threads, precision, log_weights)
@@ -156,6 +156,11 @@ def _alike(parameters: MixtureParameters, z: Tensor | None) -> bool:
         and all(x.device == logits.device and x.dtype == logits.dtype for x in (*stored, *given))
         and all(x.is_contiguous() and not x.is_neg() for x in stored)  # written in place
     )
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Return a contiguous tensor like another, to be filled."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _widened(z: Tensor) -> Tensor:
@@ -329,8 +334,7 @@ def _map_gradients_in_core(
     with_sums: bool,
 ) -> tuple[float, dict[int, Tensor], Statistics | None]:
     """Return the loss, the gradients by the ids of the parameters, and the sums."""
-    dense = torch.contiguous_format
-    gradients = {id(x): torch.empty_like(x, memory_format=dense) for x in wanted}
+    gradients = {id(x): _empty(x) for x in wanted}
     suffix = SUFFIXES[z.dtype]
     core_parameters = _CoreParameters(parameters, suffix)
     z = in_memory(z)
