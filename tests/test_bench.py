@@ -69,9 +69,18 @@ def measured(bench, folder, part, targets):
     return rows
 
 
-def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
-    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Let measurements that take a process of their own take this one."""
+
+    def here(function, threads, **arguments):
+        return function(**arguments)
+
     monkeypatch.setattr(alone, "run", here)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_throughput_limits_and_training_steps(bench, tmp_path):
     rows = measured(bench, tmp_path, "throughput", targets=8)
     modes = {row["mode"]: [] for row in rows}
     for row in rows:
@@ -86,9 +95,8 @@ def test_throughput_limits_and_training_steps(bench, tmp_path, monkeypatch):
     assert len(measured(bench, tmp_path, "step", targets=0)) == 7  # priors
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_estimators(bench, tmp_path, monkeypatch):
-    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
-    monkeypatch.setattr(alone, "run", here)
     own = {name: module for name, module in estimators.PROVIDERS.items() if module == "sklearn"}
     monkeypatch.setattr(estimators, "PROVIDERS", own)
     rows = measured(bench, tmp_path, "estimators", targets=2)
@@ -109,10 +117,9 @@ def test_estimators(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # scvi-tools' own
-def test_abundance(bench, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("in_this_process")
+def test_abundance(bench, tmp_path):
     pytest.importorskip("scvi", reason="scvi-tools is not installed")
-    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
-    monkeypatch.setattr(alone, "run", here)
     rows = measured(bench, tmp_path, "abundance", targets=3)
     assert [(row["provider"], row["J"]) for row in rows] == [
         *(("scvi-tools", 1_000), ("vmm_fast", 1_000), ("vmm_fast", 10_000), ("vmm_fast", 20_000))

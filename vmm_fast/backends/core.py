@@ -28,7 +28,7 @@ def computes(operation: Operation) -> bool:
 
 
 class _Plan(NamedTuple):
-    """What a call needs besides its tensors.
+    """The function of the core, and what a call passes it besides tensors.
 
     Attributes
     ----------
