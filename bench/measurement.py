@@ -34,7 +34,10 @@ CASE = ("mode", "threads", "B", "J", "D", "genes", "density", "cells")
 
 
 class Check(NamedTuple):
-    """A measured value next to its limit, and why it is missed where it is."""
+    """A measured value next to what is asked, and why it is missed where it is.
+
+    ``bound`` is the value that this machine would allow at best, where it is known.
+    """
 
     target: str
     case: str
@@ -43,6 +46,7 @@ class Check(NamedTuple):
     at_least: bool = True
     unit: str = "x"
     reason: str = "The reason is not known yet. Next: a profile of these cases."
+    bound: float | None = None
 
     @property
     def met(self) -> bool:
@@ -53,6 +57,11 @@ class Check(NamedTuple):
     def measured(self) -> str:
         """The value with its unit."""
         return _with_unit(self.value, self.unit)
+
+    @property
+    def at_best(self) -> str:
+        """The machine's bound with its unit, in brackets, or nothing."""
+        return "" if self.bound is None else f" ({_with_unit(self.bound, self.unit)})"
 
     @property
     def asked(self) -> str:

@@ -21,7 +21,7 @@ from bench import (
     gpu_bound,
     integration,
     likelihood,
-    limits,
+    peak,
     peers,
     providers,
     records,
@@ -86,7 +86,9 @@ def test_throughput_limits_and_training_steps(bench, tmp_path):
     for row in rows:
         modes[row["mode"]].append(row["provider"])
     without_peer = [mode for mode, found in modes.items() if set(found) == {"vmm_fast"}]
-    assert len(modes) == 8 and without_peer == ["call overhead", "memory"]
+    assert len(modes) == 9 and without_peer == ["memory"]
+    bounds = [check for check in MEASUREMENTS["throughput"].checks(rows) if check.bound]
+    assert [check.case for check in bounds] == ["(32, 5, 3)", "geometric mean", "(1, 1, 1)"]
     (row,) = select(rows, mode="memory")
     # Neither interpreter and libraries nor a number for each (point, component, D).
     assert 0 < row["peak_bytes"] < 4 * row["B"] * row["J"] * row["D"] / 2
@@ -245,9 +247,9 @@ def test_time_beside_a_part_operations_and_density_of_counts_by_hand(monkeypatch
     for part, left in ((2.0, 12.0), (7.0, 2.0)):  # a disturbed part leaves a tenth
         assert Less(5.0, part).sample(4) == pytest.approx(left)
     # D = 2: A d takes 3 multiply-adds, its squares 2; M takes 2 products w d and 3 multiply-adds.
-    assert limits.operations("log_prob", Size(1, 1, 2), 1) == 2 * 5
-    assert limits.operations("log_prob, backward", Size(1, 1, 2), 1) == 2 * (5 + 5 + 3 + 5 + 3)
-    assert limits.operations("statistics", Size(7, 3, 2), 4) == 2 * (21 * 5 + 4 * (5 + 3))
+    assert peak.operations("log_prob", Size(1, 1, 2), 1) == 2 * 5
+    assert peak.operations("log_prob, backward", Size(1, 1, 2), 1) == 2 * (5 + 5 + 3 + 5 + 3)
+    assert peak.operations("statistics", Size(7, 3, 2), 4) == 2 * (21 * 5 + 4 * (5 + 3))
     counts, *_ = likelihood.problem(200, 100, 0.1)
     assert float((counts > 0).float().mean()) == pytest.approx(0.1, abs=0.02)
 
@@ -286,6 +288,12 @@ def test_targets_of_rows_by_hand():
     # scikit-learn is scaled linearly to the size that we ran.
     rows += throughput("E- and M-step", {"vmm_fast": 1e-3, "GaussianMixture": 1.2}, B=50_000)
     rows += throughput("E- and M-step", {"vmm_fast": 2.0}, B=1_000_000)
+    # An empty call takes 1 s, what a pair needs at D = 10 two at the peak's rate.
+    needed = 2 * 256 * 100 * (65 + 65 + 55 + 65 + 11)
+    bound = throughput("FMA peak", {"machine": 4.0}, operations=2 * needed)
+    bound += throughput("call overhead", {"empty autograd function": 1.0})
+    bounded = MEASUREMENTS["throughput"].checks([*rows[4:7], *bound])
+    assert [check.at_best for check in bounded] == 2 * [" (2x)"]  # 6 s of 1 + 2
     # The memory of the largest size, in MiB.
     for size, mib in ((9, 9), (900, 2048)):
         rows += throughput("memory", {"vmm_fast": 1.0}, B=size, peak_bytes=mib * 2**20)

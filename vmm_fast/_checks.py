@@ -25,17 +25,18 @@ MOST = 2**31 - 1  # largest count, since counts are stored as int32
 SINGLE = 2**24  # float32 holds every whole number up to this
 
 
-def check_version(package: str) -> None:
+def check_version(package: str, found: str | None = None) -> None:
     """Raise ImportError unless a package has a version that the metadata of vmm_fast asks for.
 
-    The bounds of ``pyproject.toml`` are thereby those of every install, also of one whose packages
-    were changed later.
+    The version is that of the installed package, unless one is given. The bounds of
+    ``pyproject.toml`` are thereby those of every install, also of one whose packages were changed
+    later.
     """
     requirement = next(x for x in requires("vmm-fast") or () if re.match(rf"{package}\b[^-]", x))
     bounds = sorted(re.findall(r"(>=|<)([\d.]+)", requirement.split(";")[0]), reverse=True)
     needed = f"vmm_fast needs {package} {', '.join(f'{sign} {x}' for sign, x in bounds)}"
     try:
-        found = version(package)
+        found = found or version(package)
     except PackageNotFoundError:
         python = " (for Python 3.11 or newer)" if sys.version_info < (3, 11) else ""
         raise ImportError(f"{needed}{python}, but none is installed") from None
