@@ -117,6 +117,10 @@ def _principal_components(adata: AnnData) -> np.ndarray:
 
 METHODS: dict[str, tuple[str, Method]] = {
     "vmm": ("VMM", trained("VMMSCVI", prior="vmm")),
+    "vmm-every": (
+        "VMM, a step in every call",
+        trained("VMMSCVI", prior="vmm", prior_kwargs={"update_every": 1}),
+    ),
     "vmm-own": ("VMM, own epochs", trained("VMMSCVI", own_epochs=True, prior="vmm")),
     "vmm-plain": (
         "VMM, encoder without batches",
