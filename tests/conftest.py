@@ -25,7 +25,12 @@ pytest.register_assert_rewrite("support")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run; how long one takes depends on the machine.
-hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("fixed")
 
 
