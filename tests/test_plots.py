@@ -274,16 +274,19 @@ def test_training_curves(tmp_path, figures):
     check_picture(tmp_path / "a.png", 10.8, 5.6)
     titles = {ax.get_title(): ax for ax in figures[0].axes}
     assert list(titles) == [
-        "ELBO",
-        "log-likelihood",
-        "KL divergence",
+        "ELBO: log-likelihood less KL",
+        "log-likelihood of the decoded data",
+        "KL divergence from the prior",
         "active components",
-        "concentration",
-        "decoder scale",
+        "concentration of the weights",
+        "decoder's standard deviation",
     ]
     scales = {title: ax.get_yscale() for title, ax in titles.items()}
-    assert scales == {**dict.fromkeys(titles, "linear"), "concentration": "log"}
-    train, validation = titles["ELBO"].lines
+    assert scales == {**dict.fromkeys(titles, "linear"), "concentration of the weights": "log"}
+    elbo, *_, active, _, _ = titles.values()
+    assert [text.get_text() for text in elbo.get_legend().get_texts()] == ["training", "held out"]
+    assert active.get_ylabel() == "over 0.2 % of the points each"
+    train, validation = elbo.lines
     np.testing.assert_allclose(train.get_xdata(), range(1, 31))
     np.testing.assert_allclose(train.get_ydata(), [row["train_elbo"] for row in history()])
     np.testing.assert_allclose(
@@ -307,7 +310,7 @@ def test_wild_first_epochs_do_not_flatten_the_curve(tmp_path, figures):
     plot_training_curves(rows, tmp_path / "a.png")
     assert figures[0].axes[0].get_ylim()[0] > -200
     titles = [ax.get_title() for ax in figures[0].axes]
-    assert titles[0] == "ELBO (first epochs lie outside)" and titles[3] == "active components"
+    assert titles[0].endswith("\n(the first epochs lie outside)") and "\n" not in titles[3]
 
 
 @pytest.mark.parametrize("ending", ["pdf", "svg", "PNG"])
@@ -400,3 +403,4 @@ def test_the_tree_shows_how_sure_each_merge_between_clusters_is():
     np.testing.assert_allclose(shown, np.transpose(tree.interval())[-2:].clip(1e-4), rtol=1e-6)
     assert max(y for bar in bars for _, y in bar) < ax.get_ylim()[1]
     assert "95 % intervals" in ax.get_xlabel()
+    assert ax.get_title() == "3 clusters of 9 non-empty components"

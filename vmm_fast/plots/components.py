@@ -289,5 +289,6 @@ def tree_figure(tree: ClusterTree, clusters: Clusters) -> Any:
         labelpad=24,
     )
     ax.set_ylabel("confusion")
-    ax.set_title(f"{count} components, {counted(clusters.num_clusters, 'cluster')}")
+    non_empty = counted(count, "non-empty component")
+    ax.set_title(f"{counted(clusters.num_clusters, 'cluster')} of {non_empty}")
     return figure

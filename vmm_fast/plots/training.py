@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.plots import drawing
 
 __all__ = ["curves_figure", "plot_training_curves"]
 
 
-# title, unit, and the keys of the history with their names
-_CURVES: list[tuple[str, str, list[tuple[str, str]]]] = [
-    ("ELBO", "nats", [("train_elbo", "training"), ("validation_elbo", "validation")]),
-    (
-        "log-likelihood",
-        "nats",
-        [("train_log_likelihood", "training"), ("validation_log_likelihood", "validation")],
-    ),
-    ("KL divergence", "nats", [("train_kl", "training"), ("validation_kl", "validation")]),
-    ("active components", "", [("components_active", "")]),
-    ("concentration", "", [("concentration", "")]),
-    ("decoder scale", "", [("scale", "")]),
-]
+_OF_POINTS = "nats per point"
+# the name in the history, the title, and the label of the y axis
+_QUANTITIES = (
+    ("elbo", "ELBO: log-likelihood less KL", _OF_POINTS),
+    ("log_likelihood", "log-likelihood of the decoded data", _OF_POINTS),
+    ("kl", "KL divergence from the prior", _OF_POINTS),
+    ("components_active", "active components", f"over {100 * ACTIVE_SHARE:g} % of the points each"),
+    ("concentration", "concentration of the weights", "low: few large components"),
+    ("scale", "decoder's standard deviation", "of the scaled data"),
+)
+_SPLITS = (("train_", "training"), ("validation_", "held out"))
 
 
 def plot_training_curves(
@@ -50,15 +49,16 @@ def plot_training_curves(
 def curves_figure(history: Sequence[Mapping[str, float]]) -> Any:
     """Return the figure of :func:`plot_training_curves`."""
     epochs = np.array([row.get("epoch", i) for i, row in enumerate(history)], dtype=float)
-    panels = []
-    for title, unit, keys in _CURVES:
-        curves = [(name, _column(history, key)) for key, name in keys]
+    panels, keys = [], []
+    for quantity, title, unit in _QUANTITIES:
+        splits = _SPLITS if unit == _OF_POINTS else (("", ""),)
+        keys += [split + quantity for split, _ in splits]
+        curves = [(name, _column(history, split + quantity)) for split, name in splits]
         curves = [(name, y) for name, y in curves if np.isfinite(y).any()]
         if curves:
-            panels.append((title, unit, curves))
+            panels.append((quantity, title, unit, curves))
     if not panels:
-        known = ", ".join(key for _, _, keys in _CURVES for key, _ in keys)
-        raise ValueError(f"history must hold a finite value of at least one of {known}")
+        raise ValueError(f"history must hold a finite value of at least one of {', '.join(keys)}")
 
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -66,21 +66,21 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Any:
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax, (title, unit, curves) in zip(axes.flat, panels, strict=False):
+    for ax, (quantity, title, unit, curves) in zip(axes.flat, panels, strict=False):
         for name, y in curves:
             # A curve of one point would have no line.
             marker = "o" if np.isfinite(y).sum() == 1 else ""
-            color = drawing.SECONDARY if name == "validation" else drawing.PRIMARY
+            color = drawing.SECONDARY if name == "held out" else drawing.PRIMARY
             ax.plot(epochs, y, color=color, label=name, linewidth=1.4, marker=marker, zorder=2)
         values = np.stack([y for _, y in curves])
-        factors = title == "concentration" and np.nanmax(values) > 10 * np.nanmin(values) > 0
+        factors = quantity == "concentration" and np.nanmax(values) > 10 * np.nanmin(values) > 0
         if factors:
             ax.set_yscale("log")
         hidden = not factors and _limit_to_later_epochs(ax, values)
-        ax.set_title(f"{title} (first epochs lie outside)" if hidden else title)
+        ax.set_title(title + "\n(the first epochs lie outside)" * hidden)
         ax.set_ylabel(unit)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
-        if title == "active components":
+        if quantity == "components_active":
             ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         drawing.tidy(ax)
         if len(curves) > 1:
