@@ -337,7 +337,8 @@ def prior_steps(model):
 
 def complaint(capsys, code, expected_code=2):
     """Return the single line with which a command failed, after any lines of progress."""
-    error = re.sub(r"\A(epoch .*\n)*", "", capsys.readouterr().err)
+    progress = r"\A((epoch|embedding|writing|drawing) .*\n)*"
+    error = re.sub(progress, "", capsys.readouterr().err)
     assert code == expected_code, error
     assert error.startswith("vmm-fast: ") and error.count("\n") == 1, error
     return error

@@ -129,7 +129,9 @@ def test_demo(tmp_path, capsys, monkeypatch, pictures):
     demo = ["demo", "--epochs", "2", "--seed", "3", "--out"]
     assert cli.main([*demo, str(out)]) == 0
     shown = capsys.readouterr()
-    lines = r"(epoch \d/2, ELBO -?\d+\.\d, KL .*\d component.* rows/s, \d:\d\d min left\n){2}"
+    lines = (
+        r"(epoch \d/2, ELBO -?\d.*, KL .* active components?, \d:\d\d min left\n){2}drawing .*\n"
+    )
     assert re.fullmatch(lines, shown.err)  # no bar where stderr is no terminal
     assert "100 images of 28 x 28 values, with 10 true labels" in shown.out
     for title in ("accuracy, one cluster a label", "accuracy, by majority", "NMI", "ARI", "KL"):

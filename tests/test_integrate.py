@@ -93,12 +93,13 @@ def test_integrate(h5ad, tmp_path, capsys, with_report):
     options = ["--batch-key", "batch", "--labels-key", "type", "--genes", 15, "--components", 8]
     assert integrated(h5ad, out, *options) == 0
     shown = capsys.readouterr()
-    first, *_, last = shown.err.splitlines()  # no bar where stderr is no terminal
+    first, *_, last, embedding, report = shown.err.splitlines()  # no bar: stderr is no terminal
+    assert (embedding, report[-18:]) == ("embedding the cells", "drawing the report")
     assert re.fullmatch(r"epoch 1/\d+, ELBO -\d+\.\d, warm-up, 0:\d\d min left", first)
-    assert re.fullmatch(r"epoch (\d+)/\1, ELBO -\d+\.\d, \d components?, 0:00 min left", last)
+    assert re.fullmatch(r"epoch (\d+)/\1, ELBO -\d.*, \d active components?, 0:00 min left", last)
     assert "60 cells x 20 genes, 2 batches, trained on the 15 genes" in shown.out
     assert re.search(r"^ARI, by type +-?\d\.\d{3}$", shown.out, re.MULTILINE)
-    assert re.search(r"^components with any cell +\d of 8$", shown.out, re.MULTILINE)
+    assert re.search(r"^non-empty components +\d of 8$", shown.out, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == FILES
     assert h5ad.read_bytes() == before
 
@@ -211,7 +212,7 @@ def test_the_example(tmp_path, capsys, monkeypatch, with_report):
     assert "700 cells x 765 genes" in capsys.readouterr().out
     page = (tmp_path / "pbmc68k-vmm" / "report.html").read_text()
     assert "UMAP of the 10 latent dimensions" in page
-    assert re.search(r"700 cells, 765 genes, 1 batch, \d+ clusters? of \d+ components?", page)
+    assert re.search(r"700 cells, 765 genes, 1 batch, \d+ clusters? of \d+ non-empty components?", page)
     assert page.count("<img ") == 5  # cluster, label, entropy, tree, curves
 
 

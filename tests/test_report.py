@@ -154,7 +154,7 @@ def test_the_tree_is_shown_where_it_is_one(page_of):
 def test_it_says_what_the_cells_are(full):
     path, adata = full
     page = Page(path)
-    assert "240 cells, 30 genes, 3 batches, 4 clusters of 9 components" in page.text
+    assert "240 cells, 30 genes, 3 batches, 4 clusters of 9 non-empty components" in page.text
     assert "Plot of the 5 latent dimensions" in page.text
     table = page.tables[0]
     sizes = adata.obs["vmm_cluster"].value_counts()
@@ -364,7 +364,7 @@ def test_numbers_are_of_all_cells_where_some_were_drawn(page_of):
     options = {"drawn_from": (whole, rows), "markers": planted(adata)}
     page, full = page_of(drawn, **options), page_of(adata)
 
-    assert "240 cells, 30 genes, 4 batches, 4 clusters of 9 components" in page.text
+    assert "240 cells, 30 genes, 4 batches, 4 clusters of 9 non-empty components" in page.text
     assert f"{len(rows)} cells drawn from 240." in page.text
     assert f"of one batch, among the {len(rows)} drawn cells; markers.csv has more." in page.text
     assert [row[:-1] for row in page.tables[0]] == [row[:-1] for row in full.tables[0]]

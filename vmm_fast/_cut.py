@@ -22,7 +22,7 @@ class Cut:
         If there are to be more clusters than components.
     """
 
-    components: Annotated[int, whole(1), "C", "Gaussians at most (default: 10 to 100, by size)"]
+    components: Annotated[int, whole(1), "C", "components at most (default: 10 to 100, by size)"]
     resolution: Annotated[
         float | None, optional(AT_LEAST_0), "R", "higher gives more clusters (default: 2)"
     ] = None

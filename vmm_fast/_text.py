@@ -26,6 +26,12 @@ def print_progress(done: int, epochs: int, seconds: float, text: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def print_step(text: str) -> None:
+    """Print on stderr, if there is one, what is done next."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
 # What files begin with that are no text in UTF-8, what they are, and what to do.
 _NOT_UTF8 = (
     (b"\x1f\x8b", "compressed by gzip: unpack it"),

@@ -39,7 +39,7 @@ from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
 from vmm_fast._schema import check, list_of, number, table, whole
 from vmm_fast._stopping import Terminated
-from vmm_fast._text import counted, print_progress
+from vmm_fast._text import counted, print_progress, print_step
 from vmm_fast.cells.preparing import cells_bar
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.selection import OnDisk, counts_in
@@ -160,21 +160,23 @@ class _Progress(Callback):
     ) -> None:
         now = time.monotonic()
         if self.bar is not None and now - self._shown >= BAR_SECONDS:
-            self._show(trainer, len(batch[REGISTRY_KEYS.X_KEY]), now)
+            self._show(trainer)
+            self._shown = now
 
-    def _show(self, trainer: Any, cells: int, now: float) -> None:
-        steps = trainer.global_step - self.bar.n
-        speed = self.bar.format_sizeof(steps * cells / (now - self._shown))
+    def _show(self, trainer: Any) -> None:
         parts = [f"epoch {self.epoch + 1}/{trainer.max_epochs}"]
         if "elbo_train" in self.history:
             parts.append(f"ELBO {-self.history['elbo_train'][-1]:.1f}")
-        parts.append(f"{speed} cells/s")
-        parts.append(_used(trainer))
+        parts.append(_active(trainer))
         if resource is not None:
             parts.append(f"{_peak_memory():.1f} GiB")
         self.bar.set_description_str(", ".join(parts), refresh=False)
-        self.bar.update(steps)
-        self._shown = now
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is, so that other lines may follow."""
+        if self.bar is not None:
+            self.bar.close()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.epoch += 1
@@ -187,7 +189,7 @@ class _Progress(Callback):
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
         if self.progress and self.bar is None:
-            text = f"ELBO {-loss:.1f}, {_used(trainer)}"
+            text = f"ELBO {-loss:.1f}, {_active(trainer)}"
             print_progress(self.epoch, trainer.max_epochs, self.elapsed, text)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -197,13 +199,13 @@ class _Progress(Callback):
             self.stopped_by = Terminated
 
 
-def _used(trainer: Any) -> str:
-    """Return the number of components in use, or that the prior is not in use yet."""
+def _active(trainer: Any) -> str:
+    """Return the number of active components, or that the prior is not in use yet."""
     module = trainer.lightning_module.module
     if module.warming_up:
         return "warm-up"
-    used = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-    return counted(used, "component")
+    active = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
+    return counted(active, "active component")
 
 
 def integrate(
@@ -286,6 +288,9 @@ def integrate(
                 for name, values in during.history.items()
             }
             seconds = during.elapsed
+            during.close()
+            if progress:
+                print_step("embedding the cells")
             z = latent_means(model, loading.all_cells())
             clusters = _find_clusters(model, z, settings)
     except SystemExit:
@@ -304,8 +309,7 @@ def integrate(
         message = f"a distribution's parameter is nan or inf in epoch {during.epoch + 1}"
         raise FloatingPointError(message) from None
     finally:
-        if during.bar is not None:
-            during.bar.close()
+        during.close()
     rows = None if on_disk is None else on_disk.rows
     return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters, rows)
 

@@ -191,7 +191,7 @@ def _page(
     markers = _Markers(adata, clusters, rows, settings.get("layer"), rng, found)
     used = counted(int(settings.get("clusters_used", len(clusters.names))), "cluster")
     if settings.get("components_used"):
-        used += f" of {counted(int(settings['components_used']), 'component')}"
+        used += f" of {counted(int(settings['components_used']), 'non-empty component')}"
     sizes = (
         counted(len(obs), "cell"),
         counted(adata.n_vars, "gene"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest
-from vmm_fast._text import counted
+from vmm_fast._text import counted, print_step
 from vmm_fast.arrays.clustering import Settings, train
 from vmm_fast.arrays.data import Data, Scaling, make_data, read
 from vmm_fast.cli.options import (
@@ -171,6 +171,7 @@ def _run(
         clustering.write_table(folder.path / "clusters.csv")
         clustering.write_model(folder.path / "model.pt")
         clustering.write_metrics(folder.path / "metrics.json", metrics)
+        print_step("drawing pictures")
         clustering.write_pictures(folder.path)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"; go on with: {again}" if again else "") from None
@@ -193,7 +194,7 @@ def _print_results(metrics: dict[str, Any], folder: Path) -> None:
     seconds, components = round(metrics["training_seconds"]), metrics["settings"]["components"]
     rows += [
         ("clusters", str(metrics["clusters"])),
-        ("components with any row", f"{metrics['components_used']} of {components}"),
+        ("non-empty components", f"{metrics['components_used']} of {components}"),
         (f"ELBO, {held_out}", f"{metrics['validation_elbo']:.2f} nats"),
         (f"KL, {held_out}", f"{metrics['validation_kl']:.2f} nats"),
         ("epochs, best of them", f"{metrics['epochs']}, {metrics['best_epoch']}"),

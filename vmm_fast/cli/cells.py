@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
-from vmm_fast._text import counted, joined
+from vmm_fast._text import counted, joined, print_step
 from vmm_fast.cells.settings import REPLACED, Settings, SweepSettings
 from vmm_fast.cli.config import read_config, write_config
 from vmm_fast.cli.options import (
@@ -406,7 +406,6 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
         changeable=("epochs", "labels_key", *CUT),
     )
     folder, settings = run.folder, run.settings
-    progress = sys.stderr is not None
     with folder, nullcontext() if run.on_disk is None else run.cells:
         try:
             found = integration.integrate(
@@ -418,8 +417,9 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
                 # A run that was stopped before its first checkpoint starts again.
                 resume=arguments.resume and folder.checkpoint.exists(),
                 accelerator=arguments.accelerator,
-                progress=progress,
+                progress=sys.stderr is not None,
             )
+            print_step("writing the cells, finding marker genes, drawing the report")
             if run.on_disk is None:
                 record = found.add_to(run.cells)
                 found.write(run.cells, folder.path)
@@ -427,8 +427,6 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 record, shown, drawn_from = found.write_on_disk(run.on_disk, folder.path)
             write_config(folder.path / "settings.toml", arguments.command, settings)
-            if progress and sys.stderr.isatty():
-                print("drawing the report", file=sys.stderr, flush=True)
             tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
             page, cells = folder.path / "report.html", (shown, found.history, found.markers)
             report.write_report(page, *cells, drawn_from, tree)
@@ -442,7 +440,7 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = round(record["training_seconds"])
     rows += [
         ("clusters", str(record["clusters_used"])),
-        ("components with any cell", f"{record['components_used']} of {settings.components}"),
+        ("non-empty components", f"{record['components_used']} of {settings.components}"),
         (
             f"ELBO, {counted(record['held_out_cells'], 'cell')} held out",
             f"{record['held_out_elbo']:.2f} nats",

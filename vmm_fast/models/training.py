@@ -2,7 +2,7 @@
 
 Each step encodes its batch once:
 
-    variational step        Adam on the network raises mean ELBO(x); prior parameters stand still
+    variational step        Adam on the network raises mean ELBO(x); prior parameters are fixed
     empirical-Bayes step    prior.update(z, encode) with the z of the same forward pass
 
 Batches come from a generator of their own, so that one seed gives the same batches whatever the
@@ -40,7 +40,7 @@ from vmm_fast._schema import (
     weights_of,
     whole,
 )
-from vmm_fast._text import print_progress
+from vmm_fast._text import counted, print_progress
 from vmm_fast.inference.gradient import check_adam_state, check_same_settings
 from vmm_fast.models.noise import noise_state, own_random_state, seed_noise, set_noise_state
 from vmm_fast.models.vae import VAE
@@ -380,7 +380,7 @@ class _Run:
 
     @torch.no_grad()
     def validate(self, x_val: Tensor) -> tuple[list[float], int]:
-        """Return the mean ELBO, log-likelihood and KL, and the number of components in use."""
+        """Return the mean ELBO, log-likelihood and KL, and the number of active components."""
         model = self.model
         model.eval()
         prior = self.stand_in((self.epoch + 1) * self.steps - 1)
@@ -579,9 +579,7 @@ def _progress(epochs: int, run: _Run, wanted: bool) -> Iterator[Callable[[dict[s
         of = "train" if record["validation_elbo"] is None else "validation"
         fields = [f"ELBO {record[f'{of}_elbo']:.1f}", f"KL {record[f'{of}_kl']:.1f}"]
         if record["components_active"] is not None:
-            active = record["components_active"]
-            fields.append("1 component" if active == 1 else f"{active} components")
-        fields.append(f"{tqdm.format_sizeof(len(run.x_train) / record['seconds'])} rows/s")
+            fields.append(counted(record["components_active"], "active component"))
         if bar.disable:
             seconds = sum(epoch["seconds"] for epoch in run.history)
             print_progress(run.epoch, epochs, seconds, ", ".join(fields))
