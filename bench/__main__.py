@@ -13,8 +13,8 @@ from bench.measurement import OPTIONS
 from bench.registry import ALL, MEASUREMENTS
 
 
-def main() -> int:
-    """Parse the command line and run what it names; return the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of vmm_fast.")
     parts = parser.add_subparsers(dest="part", required=True)
 
@@ -28,8 +28,12 @@ def main() -> int:
     options = {k: v for name in ALL for k, v in MEASUREMENTS[name].options.items()}
     add("all", f"{', '.join(ALL)}, one after the other", options)
     add("report", "pages and pictures from the results that are there", {"--out": OPTIONS["--out"]})
+    return parser
 
-    args = parser.parse_args()
+
+def main() -> int:
+    """Parse the command line and run what it names; return the exit status."""
+    args = parser().parse_args()
     if args.part == "report":
         written = report.write(Path(args.out))
         if not written:

@@ -5,6 +5,8 @@ import doctest
 import importlib
 import re
 import shlex
+from importlib.metadata import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +17,18 @@ from support import separated_cells
 from torch import nn
 from torch.distributions import Normal
 
-from vmm_fast import cli
+from vmm_fast import cli, operations
+from vmm_fast._errors import InputError
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]}
+FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = {str(p.relative_to(ROOT)): p for p in [*FIRST, *ROOT.glob("docs/**/*.md")]}
 FENCED = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INDENTED = re.compile(r"^    (vmm-fast .*)$", re.MULTILINE)
+INDENTED = re.compile(r"^    ((?:\.venv/bin/)?(?:vmm-fast|make|pip) .*)$", re.MULTILINE)
+INLINE = re.compile(r"`((?:make|pip install|python -m bench) [a-z.'][^`]*)`")
+NAMED = re.compile(
+    r"`((?!docs/_build)(?:bench|csrc|docs|examples|kernels|tests|vmm_fast)/[a-z0-9_./-]+)`"
+)
 RUN = "docs/start/file.md"  # its commands run, too
 TRAINED = "docs/tutorials/tree.md"  # two epochs give one cluster, whose tree has nothing to cut
 SLOW = {
@@ -54,10 +62,15 @@ def blocks(name):
     return [Block(*m.groups(), text[: m.start()].count("\n") + 2) for m in FENCED.finditer(text)]
 
 
+def split(shell):
+    """Return program and arguments of every line of shell."""
+    lines = [shlex.split(x, comments=True) for x in shell.replace("\\\n", " ").splitlines()]
+    return [(Path(words[0]).name, words[1:]) for words in lines if words]
+
+
 def commands(shell):
     """Return the arguments of every ``vmm-fast`` command of some lines of shell."""
-    lines = [shlex.split(x, comments=True) for x in shell.replace("\\\n", " ").splitlines()]
-    return [words[1:] for words in lines if words[:1] == ["vmm-fast"]]
+    return [arguments for program, arguments in split(shell) if program == "vmm-fast"]
 
 
 WITH_PYTHON = [
@@ -142,11 +155,81 @@ def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
         assert doctest.DocTestRunner().run(example).failed == 0, example.name
 
 
+def check_make(targets):
+    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {target for target in targets if "=" not in target} <= set(known)
+
+
+def check_pip(arguments):
+    extras = set(metadata("vmm-fast").get_all("Provides-Extra"))
+    assert arguments[0] == "install"
+    for wanted in re.findall(r"^\.\[(.*)\]$", "\n".join(arguments), re.MULTILINE):
+        assert set(wanted.split(",")) <= extras
+
+
+def check_python(arguments):
+    if arguments[:2] == ["-m", "bench"]:
+        from bench.__main__ import parser
+
+        parser().parse_args(arguments[2:])
+    else:
+        assert arguments[0].endswith(".py")
+
+
+CHECKS = {
+    "vmm-fast": lambda arguments: cli._parser().parse_args(arguments),
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+    "torchrun": list,
+    "sbatch": list,
+}
+
+
+def check_command(program, arguments):
+    """Fail unless a program would understand its arguments and find the repository's files."""
+    CHECKS[program](arguments)
+    for before, word in pairwise(["", *arguments]):
+        if before == "-c" or ("/" in word and (ROOT / word.split("/")[0]).is_dir()):
+            assert (ROOT / word).is_file(), word
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_of_a_page_are_understood(name):
-    shell = "".join(block.code for block in blocks(name) if block.language == "sh")
-    for arguments in commands(shell + "\n".join(INDENTED.findall(PAGES[name].read_text()))):
-        cli._parser().parse_args(arguments)
+    text = PAGES[name].read_text()
+    shell = [block.code for block in blocks(name) if block.language == "sh"]
+    for command in split("\n".join([*shell, *INDENTED.findall(text), *INLINE.findall(text)])):
+        check_command(*command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make demos",
+        "pip install '.[cli,cells]'",
+        "pip install -c constraint.txt .",
+        "python -m bench spead",
+        "python -m bench step --thread two",
+        "python examples/absent.py",
+        "vmm-fast integrate CELLS --label-column type",
+        "vmm-slow integrate --example",
+    ],
+)
+def test_a_command_that_would_fail_is_found(line):
+    with pytest.raises((AssertionError, InputError, KeyError, SystemExit)):
+        check_command(*split(line)[0])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_exist(name):
+    for path in NAMED.findall(PAGES[name].read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_operation_has_a_section():
+    headings = re.findall(r"^### (.*)$", PAGES["docs/inside.md"].read_text(), re.MULTILINE)
+    named = [name for heading in headings for name in heading.split(", ")]
+    assert [name for name in named if "_" in name] == [x.name for x in operations.OPERATIONS]
 
 
 def test_commands_on_the_example_name_columns_that_it_has():
