@@ -1,11 +1,11 @@
-"""Stacks of Python, compiler and packages that the tests are run on.
+"""Run the tests on other versions of Python and of the packages, and with other compilers.
 
     nox --list                      # all of them
-    nox -s core-3.12 cells-3.12     # the newest packages that fit: all but cells; cells
-    nox -s clang no-openmp          # the core, built otherwise
+    nox -s core-3.12 cells-3.12     # newest packages: all tests but those of cells; these
+    nox -s clang no-openmp          # the core, built by clang and without OpenMP
     nox -s core-3.12 -- -k kl       # with options of pytest's
 
-``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` brings torch without CUDA's gigabytes.
+``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` installs torch without CUDA.
 """
 
 import nox

@@ -9,7 +9,7 @@ resident memory is the step's. Seconds are without the import of libraries.
 - integrate: ``vmm-fast integrate``, one epoch from disk, embedding and clusters written; and of
   this the training alone.
 - EM iteration: exact EM of the trained prior over the embedding, which lies on disk; pseudo-cells
-  and network stand still.
+  and network are held fixed.
 - training epoch: stock SCVI and VMMSCVI in memory, in turns, CPU seconds on one thread; Lightning,
   loader and logging included, the warm-up under N(0, I) left out.
 - shuffling: the loss of cells of the same batches that no atlas has, after the same number of steps

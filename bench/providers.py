@@ -1,4 +1,4 @@
-"""Everybody who computes a mixture's density or its expectation-maximisation step.
+"""Packages that compute a mixture's density or its expectation-maximisation step.
 
 A provider of a density is a function from a :class:`bench.problems.Whitened` or
 :class:`bench.problems.Parameters` to log p(z) [B] that torch differentiates. A provider of the EM

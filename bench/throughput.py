@@ -1,4 +1,4 @@
-"""How fast densities, gradients and empirical-Bayes steps are, next to everybody else's.
+"""How fast densities, gradients and empirical-Bayes steps are, next to those of other packages.
 
 Every provider's result is compared with float64 before it is timed, and providers take turns. The
 memory is that of one forward with backward in a process that does nothing else, for Linux with
@@ -362,7 +362,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def plot(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draw how many times longer than vmm_fast everybody takes."""
+    """Draw how many times longer than vmm_fast each provider takes."""
     figure.set_size_inches(15, 7.5)
     for ax, mode in zip(figure.subplots(2, 3, sharey=True).flat, SHOWN, strict=True):
         found = relative(rows, "vmm_fast", mode=mode)

@@ -1,4 +1,4 @@
-// The empirical-Bayes step: the prior's own parameters move, the network stands still.
+// The empirical-Bayes step: the prior's own parameters move, the network is held fixed.
 //
 // J = C K centers m_j with S_j = s_j s_j^T, j = c K + k, of which component c's K share a weight
 // pi_c and a precision Lambda_c = L_c L_c^T. What is stored and moved is

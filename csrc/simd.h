@@ -80,13 +80,13 @@ inline Vec<double> max<double>(Vec<double> a, Vec<double> b) {
 }
 #endif
 
-// The lesser; a NaN in a comes through.
+// The smaller of two; NaN if a is NaN.
 template <class T>
 Vec<T> min(Vec<T> a, Vec<T> b) {
   return b < a ? b : a;
 }
 
-// One instruction, for all that it looks like a loop.
+// The compiler makes one instruction of this loop.
 inline Vec<double> sqrt(Vec<double> x) {
   for (int lane = 0; lane < Simd<double>::lanes; lane++) x[lane] = __builtin_sqrt(x[lane]);
   return x;

@@ -61,7 +61,7 @@ def main(epochs: int) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            prior.update(z, encoder)  # 3. the prior learns, the network stands still
+            prior.update(z, encoder)  # 3. the prior learns, the network is held fixed
             total += loss.item() * len(batch)
         if epoch % 10 == 9 or epoch == epochs - 1:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Imports run one way between the package's rooms and need no POSIX; calls are not deprecated."""
+"""Imports run one way between the package's parts and need no POSIX; calls are not deprecated."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vmm_fast"
-# From the applications down to what computes. A room imports from those after it, not from its
+# From the applications down to what computes. A part imports from those after it, not from its
 # neighbours in one row and not from those before it.
 ROWS = [
     ("cli",),
@@ -30,13 +30,13 @@ ROWS = [
 ]
 # ``Components.clusters`` is where users look for them.
 EXCEPTIONS = {("mixture", "clusters")}
-RANKS = {room: rank for rank, row in enumerate(ROWS) for room in row}
+RANKS = {part: rank for rank, row in enumerate(ROWS) for part in row}
 NAMES = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py", ".pyi")}
 SHARED = {name for name in NAMES if name.startswith("_") and name not in RANKS}
 
 
-def room_of(name):
-    """Return a module's room, or None if every room may import it: files, errors, texts."""
+def part_of(name):
+    """Return a module's part, or None if every part may import it: files, errors, texts."""
     parts = name.split(".")
     return parts[1] if parts[0] == "vmm_fast" and len(parts) > 1 and parts[1] in RANKS else None
 
@@ -55,12 +55,12 @@ def imports_of(source):
                 yield node.module
 
 
-def test_every_room_has_its_place():
+def test_every_part_has_its_place():
     assert set(RANKS) - {"kernels"} == NAMES - SHARED
 
 
-def of_no_room(module):
-    """Return whether an import hides the room: what the root exports stands in a room, too."""
+def of_no_part(module):
+    """Return whether an import hides the part: what the root exports stands in a part, too."""
     parts = module.split(".")
     at_root = parts[0] == "vmm_fast" and (len(parts) == 1 or parts[1] not in SHARED | set(RANKS))
     return at_root or module == "a relative import"
@@ -70,38 +70,38 @@ def of_no_room(module):
     "line",
     ["import vmm_fast", "from vmm_fast import VMMPrior", "from . import ops", "from .ops import x"],
 )
-def test_an_import_that_hides_its_room_is_found(line):
-    assert list(map(of_no_room, imports_of(line))) == [True]
-    assert not any(map(of_no_room, imports_of("from vmm_fast import ops, _core; import os")))
+def test_an_import_that_hides_its_part_is_found(line):
+    assert list(map(of_no_part, imports_of(line))) == [True]
+    assert not any(map(of_no_part, imports_of("from vmm_fast import ops, _core; import os")))
 
 
-@pytest.mark.parametrize("room", [x for x in RANKS if not x.startswith("_")])
-def test_a_room_imports_from_those_below(room):
+@pytest.mark.parametrize("part", [x for x in RANKS if not x.startswith("_")])
+def test_a_part_imports_from_those_below(part):
     """Nor from its neighbours in a row."""
-    folder = PACKAGE.parent / room if room == "kernels" else PACKAGE / room
-    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+    folder = PACKAGE.parent / part if part == "kernels" else PACKAGE / part
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
     for path in paths:
         if path.name == "aot.py":  # a tool that compiles what the package launches
             continue
         modules = list(imports_of(path.read_text()))
-        assert not list(filter(of_no_room, modules)), path.name
-        for other in map(room_of, modules):
-            below = other in (None, room) or RANKS[other] > RANKS[room]
-            assert below or (room, other) in EXCEPTIONS, f"{path.name} imports from {other}"
+        assert not list(filter(of_no_part, modules)), path.name
+        for other in map(part_of, modules):
+            below = other in (None, part) or RANKS[other] > RANKS[part]
+            assert below or (part, other) in EXCEPTIONS, f"{path.name} imports from {other}"
 
 
 @pytest.mark.parametrize(
-    ("rooms", "after"),
+    ("parts", "after"),
     [("vmm_fast.cli, vmm_fast.arrays", "torch"), ("vmm_fast.cells.integration", "scvi")],
 )
-def test_what_windows_lacks_is_not_needed(rooms, after, tmp_path):
+def test_what_windows_lacks_is_not_needed(parts, after, tmp_path):
     """Models train, and write checkpoints, whatever other packages import for themselves."""
     pytest.importorskip(after)
     code = f"""
 import signal, sys, {after}
 del signal.SIGHUP
 sys.modules.update(dict.fromkeys(["fcntl", "resource"]))
-import torch, vmm_fast, {rooms}
+import torch, vmm_fast, {parts}
 from vmm_fast.models import VAE, fit
 x = torch.randn(60, 3)
 def elbos(epochs, resume=False):

@@ -1,4 +1,4 @@
-"""Settings of ``vmm-fast integrate`` and ``sweep``: each is said once, here.
+"""Settings of ``vmm-fast integrate`` and ``sweep``: each is declared once, here.
 
 A field has its rule and, if it is an option, what stands for its value in the help, and its help.
 The command line, ``--config``, run.json and the record in uns all follow from these.

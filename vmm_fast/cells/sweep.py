@@ -1,4 +1,4 @@
-"""The two knobs between fine clusters and well-mixed batches: batch size and prior learning ratio.
+"""Runs over batch sizes and prior learning ratios, which trade fine clusters for mixed batches.
 
 There is one run of :func:`vmm_fast.cells.integration.integrate` for every pair of a batch size and
 a ratio: the prior's learning rate over the network's. The results of finished runs are kept, so

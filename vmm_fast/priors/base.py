@@ -174,7 +174,7 @@ class Prior(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has nothing to learn")
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Take one empirical-Bayes step: the prior moves, the network stands still.
+        """Take one empirical-Bayes step: the prior moves, the network is held fixed.
 
         Parameters
         ----------
@@ -344,7 +344,7 @@ class LearntPrior(Prior):
         return self._since.kept if reusable and self._keeps_mixture() else None
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
-        """Take an empirical-Bayes step if it is due: the prior moves, the network stands still.
+        """Take an empirical-Bayes step if it is due: the prior moves, the network is held fixed.
 
         It is the step of ``update_every`` calls, of which the first takes it. Nothing happens with
         ``joint=True``.
