@@ -212,7 +212,9 @@ def test_the_example(tmp_path, capsys, monkeypatch, with_report):
     assert "700 cells x 765 genes" in capsys.readouterr().out
     page = (tmp_path / "pbmc68k-vmm" / "report.html").read_text()
     assert "UMAP of the 10 latent dimensions" in page
-    assert re.search(r"700 cells, 765 genes, 1 batch, \d+ clusters? of \d+ non-empty components?", page)
+    assert re.search(
+        r"700 cells, 765 genes, 1 batch, \d+ clusters? of \d+ non-empty components?", page
+    )
     assert page.count("<img ") == 5  # cluster, label, entropy, tree, curves
 
 
@@ -305,7 +307,7 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "bro ken"
     options = ["--batch-key", "batch", "--epochs", 4, "--seed", 1, "--batch-size", 16]
     assert integrated(h5ad, whole, *options) == 0
-    real = integration._Progress.on_train_epoch_end
+    real = integration.Progress.on_train_epoch_end
 
     def stopped(self, *args):
         real(self, *args)
@@ -316,7 +318,7 @@ def test_resume_equals_an_unbroken_run(h5ad, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     code, word = STOPS[on]
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Progress, "on_train_epoch_end", stopped)
+        patch.setattr(integration.Progress, "on_train_epoch_end", stopped)
         error = complaint(capsys, integrated(h5ad, broken, *options), code)
     again = f"vmm-fast integrate {h5ad} --out '{broken}' --resume --accelerator cpu"
     assert f"{word}; go on with: {again}" in error
@@ -349,7 +351,7 @@ torch.set_num_threads(1)
 from vmm_fast import cli
 from vmm_fast.cells import integration
 integration.CHECKPOINT_SECONDS = 0
-real = integration._Progress.on_train_epoch_end
+real = integration.Progress.on_train_epoch_end
 def wait_to_be_stopped(self, *args):
     real(self, *args)
     if self.epoch == 3:  # N(0, I) still stands in for the prior
@@ -358,7 +360,7 @@ def wait_to_be_stopped(self, *args):
         # On SIGTERM Lightning ends the run after the step.
         while time.monotonic() < until and not pathlib.Path("go on").exists():
             time.sleep(0.05)
-integration._Progress.on_train_epoch_end = wait_to_be_stopped
+integration.Progress.on_train_epoch_end = wait_to_be_stopped
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -411,7 +413,7 @@ def test_existing_results_stay_until_others_take_their_place(finished, capsys, m
     out, source = finished
     before = contents(out)
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
+        patch.setattr(integration.Progress, "on_train_epoch_end", stop)
         complaint(capsys, integrated(source, out, "--overwrite", "--seed", 3), 130)
     after = contents(out)
     changed = {str(name) for name in before if after.get(name) != before[name]}

@@ -209,7 +209,7 @@ def test_a_labelled_run_is_resumed(tmp_path, capsys, monkeypatch):
     options = [*OPTIONS, "--batch-size", 16]
     assert integrated(path, whole, *options) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
+        patch.setattr(integration.Progress, "on_train_epoch_end", stop)
         complaint(capsys, integrated(path, broken, *options, "--checkpoint-steps", 3), 130)
     assert resume(path, broken) == 0
     same_results(whole, broken)

@@ -94,7 +94,7 @@ def test_a_run_on_disk_is_resumed_on_disk(h5ad, tmp_path, capsys, monkeypatch):
     options = ["--batch-size", 16, "--memory", 0]
     assert integrated(h5ad, whole, *options) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Progress, "on_train_epoch_end", stop)
+        patch.setattr(integration.Progress, "on_train_epoch_end", stop)
         error = complaint(capsys, integrated(h5ad, broken, *options, "--checkpoint-steps", 3), 130)
     assert f"go on with: vmm-fast integrate {h5ad} --out {broken} --resume" in error
     assert (broken / "checkpoint.ckpt").exists()
@@ -147,13 +147,13 @@ def test_cells_on_disk_that_cannot_be_used(shards, tmp_path, capsys, monkeypatch
 
 def test_a_file_that_vanishes_while_training(h5ad, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loading, "WINDOW", 16)
-    real = integration._Progress.on_train_batch_end
+    real = integration.Progress.on_train_batch_end
 
     def vanish(self, *args):
         real(self, *args)
         h5ad.unlink(missing_ok=True)
 
-    monkeypatch.setattr(integration._Progress, "on_train_batch_end", vanish)
+    monkeypatch.setattr(integration.Progress, "on_train_batch_end", vanish)
     error = complaint(capsys, integrated(h5ad, tmp_path / "out", "--memory", 0, "--batch-size", 8))
     assert f"{h5ad}: " in error and not (tmp_path / "out" / "cells.h5ad").exists()
 

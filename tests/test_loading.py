@@ -238,7 +238,7 @@ def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(
         )
 
     whole = run()
-    real = integration._Progress.on_train_batch_end
+    real = integration.Progress.on_train_batch_end
     for stop in stops:
 
         def stopped(self, trainer, *args, stop=stop):
@@ -247,10 +247,10 @@ def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(
                 raise KeyboardInterrupt
 
         kept = {"checkpoint": tmp_path / f"{stop}.ckpt", "checkpoint_steps": 2}
-        monkeypatch.setattr(integration._Progress, "on_train_batch_end", stopped)
+        monkeypatch.setattr(integration.Progress, "on_train_batch_end", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(**kept)
-        monkeypatch.setattr(integration._Progress, "on_train_batch_end", real)
+        monkeypatch.setattr(integration.Progress, "on_train_batch_end", real)
         resumed = run(**kept, resume=kept["checkpoint"].exists())
         torch.testing.assert_close(
             resumed.model.module.state_dict(), whole.model.module.state_dict(), rtol=0, atol=0
@@ -284,7 +284,7 @@ def test_what_the_model_is_made_with_need_not_be_all(tmp_path):
 
 
 def test_the_bar_tells_where_training_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(integration, "BAR_SECONDS", 0)
+    monkeypatch.setattr("vmm_fast.cells.training.BAR_SECONDS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     cells, _, chosen = prepared(False, tmp_path)
     integration.integrate(cells, chosen, accelerator="cpu", progress=True)

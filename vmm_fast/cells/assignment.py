@@ -1,12 +1,14 @@
-"""Assigning new cells to the clusters of a trained model, without training.
+"""Assigning new cells to the clusters of a trained model.
 
 Genes are matched by name. A cell of a batch that the model knows is encoded as of that batch, one
 of a new batch as of all known batches in equal shares: the model knows nothing about a new batch,
-so none is preferred. Categories of covariates are taken likewise.
+so none is preferred. Categories of covariates are taken likewise. Weights for new ones can be
+trained first (:mod:`vmm_fast.cells.mapping`); what the model knows stays as it was.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +32,12 @@ from vmm_fast.cells.integration import (
     latent_means,
     set_clusters,
 )
+from vmm_fast.cells.mapping import OfCells, map_cells
 from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
-from vmm_fast.cells.selection import EARLIER, make_adata, notes_on_cell_names
+from vmm_fast.cells.selection import EARLIER, cells_of_each_category, notes_on_cell_names
+from vmm_fast.cells.settings import usual_epochs
 from vmm_fast.cells.store import CellStore, notes_on_omissions
 from vmm_fast.cells.writing import NOVELTY, RESERVED, write_adata, write_clustered
 from vmm_fast.scvi.columns import UNKNOWN, registered_columns
@@ -101,18 +105,8 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
     layer = setup["layer"]
     try:
         columns = registered_columns(registry)
-        # Some models cannot be made without cells: enough for each category are.
-        named = [pair for of_key in columns.values() for pair in of_key.items()]
-        number = max(len(categories) for _, categories in named if categories is not None)
-        obs = pd.DataFrame(
-            {
-                key: np.zeros(number) if categories is None else np.resize(categories, number)
-                for key, categories in named
-            }
-        ).set_index(pd.RangeIndex(number).map(str))
-        counts = csr_matrix(np.ones((number, len(genes)), dtype=np.float32))
         with quiet():
-            cells = make_adata(counts, obs, genes, layer)
+            cells = cells_of_each_category(columns, genes, layer)
             model = kinds[name].load(str(folder), cells, trust=True)
     except MemoryError:
         raise
@@ -143,8 +137,9 @@ def find_model(path: str, *, trust: bool = False, **cut: Any) -> SavedModel:
 class MatchedCells(NamedTuple):
     """Cells with the genes of a model, ready to be assigned, and notes on how they were matched.
 
-    ``columns`` has the index of each cell's batch and of its categories, UNKNOWN if the model does
-    not know it, and its numbers; see :func:`vmm_fast.scvi.columns.cell_columns`.
+    ``columns`` has the index of each cell's batch and of its categories, and its numbers; see
+    :func:`vmm_fast.scvi.columns.cell_columns`. Those that the model does not know are counted on
+    from those that it knows.
     """
 
     counts: CellSource
@@ -152,12 +147,14 @@ class MatchedCells(NamedTuple):
     notes: list[str]
 
 
-def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None) -> MatchedCells:
+def match(
+    cells: AnnData | CellStore, saved: SavedModel, layer: str | None = None, train: bool = False
+) -> MatchedCells:
     """Return cells with the model's genes, batches and covariates.
 
     Counts are those of ``layer``, by default the model's layer if the cells have it, else X; a
-    store has its own. Raises InputError if the cells do not fit the model. The values of a store
-    are checked later, when they are read.
+    store has its own. ``train`` says what notes say of new batches. Raises InputError if the cells
+    do not fit the model. The values of a store are checked later, when they are read.
     """
     more: list[str] = []
     source: CellSource
@@ -170,7 +167,7 @@ def match(cells: AnnData | CellStore, saved: SavedModel, layer: str | None = Non
         source = MemoryCells(csr_matrix(counts_of(cells, layer, np.float32), dtype=np.float32))
         earlier = set(RESERVED) & set(cells.obs) or "X_vmm" in cells.obsm
     at, notes = _genes(cells.var_names, saved.genes)
-    columns, of_columns = _columns(cells, saved.columns)
+    columns, of_columns = _columns(cells, saved.columns, train)
     notes = [*notes_on_genes(cells.var_names), *notes, *of_columns]
     notes += [*([EARLIER] if earlier else []), *notes_on_cell_names(cells), *more]
     notes += [] if saved.model.module.calibrated else [NOT_CALIBRATED]
@@ -208,7 +205,7 @@ class _OfGenes:
 
 
 def _columns(
-    cells: AnnData | CellStore, registered: dict[str, dict[str, np.ndarray | None]]
+    cells: AnnData | CellStore, registered: dict[str, dict[str, np.ndarray | None]], train: bool
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return a model's batches and covariates of the cells, and notes; labels play no part."""
     found: dict[str, np.ndarray] = {}
@@ -229,7 +226,8 @@ def _columns(
                     )
                 parts.append(numbers_of(column_of(cells, name, name), f"{name!r} of obs:"))
             else:
-                codes, more = _codes(cells, name, what, pd.Index(categories, dtype=object))
+                known = pd.Index(categories, dtype=object)
+                codes, more = _codes(cells, name, what, known, train)
                 parts.append(codes)
                 notes += more
         if parts:
@@ -242,32 +240,49 @@ def _has(cells: AnnData | CellStore, key: str) -> bool:
 
 
 def _codes(
-    cells: AnnData | CellStore, key: str, what: str, known: pd.Index
+    cells: AnnData | CellStore, key: str, what: str, known: pd.Index, train: bool
 ) -> tuple[np.ndarray, list[str]]:
     """Return the index of each cell's batch or category in the model, and notes.
 
-    Without that column all cells are of an unknown one.
+    Unknown ones are counted on. Without that column all cells are of an unknown one.
     """
     several = "batches" if what == "batch" else "categories"
-    how = f", whose cells are encoded as of all known {several} in equal shares"
+    how = f"cells are encoded as of all known {several} in equal shares"
+    how = f", whose {'weights are trained' if train else how}"
     n_obs = cells.n_obs
     if not _has(cells, key):
         note = f"obs has no {key!r}, the model's {several}: all cells are taken as of a new {what}"
-        return np.full(n_obs, UNKNOWN, dtype=np.int32), [note + how]
+        return np.full(n_obs, len(known), dtype=np.int32), [note + how]
     given = column_of(cells, key, key)
     if missing := int((given.codes < 0).sum()):
         raise InputError(
             f"{key!r} of obs: every cell must have a {what}, {missing:,} of {n_obs:,} have none"
         )
     at = frames.find(given.categories, known)
-    codes = np.where(at < 0, UNKNOWN, at).astype(np.int32)[given.codes]
-    new = [str(given.categories[i]) for i in pd.unique(given.codes) if at[i] < 0]
+    unknown = [i for i in pd.unique(given.codes) if at[i] < 0]
+    at[unknown] = len(known) + np.arange(len(unknown))
+    codes, new = at.astype(np.int32)[given.codes], [str(given.categories[i]) for i in unknown]
     if not new:
         return codes, []
-    unknown = "that the model does not know"
-    are = f"a {what} {unknown}" if len(new) == 1 else f"{len(new)} {several} {unknown}"
+    are = f"a {what}" if len(new) == 1 else f"{len(new)} {several}"
     where = "" if what == "batch" else f" of {key!r}"
-    return codes, [f"{are}{where}: {joined(new, 5)}{how}"]
+    return codes, [f"{are} that the model does not know{where}: {joined(new, 5)}{how}"]
+
+
+def _of_known(
+    columns: dict[str, np.ndarray], registered: dict[str, dict[str, np.ndarray | None]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return columns in which what the model does not know is UNKNOWN, and which cells have that.
+
+    These cells are rows in ascending order.
+    """
+    found, new = dict(columns), np.zeros(len(columns[REGISTRY_KEYS.BATCH_KEY]), dtype=bool)
+    for key in {REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY} & columns.keys():
+        numbers = [len(known) for known in registered[key].values() if known is not None]
+        unknown = columns[key] >= numbers
+        found[key] = np.where(unknown, UNKNOWN, columns[key])
+        new |= unknown.any(1)
+    return found, np.flatnonzero(new)
 
 
 # --- their clusters ---
@@ -278,12 +293,13 @@ class Found:
     """Assigned cells: the model, and the cells' embedding z [cells, D], clusters and novelty.
 
     Clusters are columns of obs, as :func:`vmm_fast.cells.integration.assigned` returns them, and
-    novelty is one more.
+    novelty is one more. ``trained`` tells the epochs and cells that new weights were trained with.
     """
 
     saved: SavedModel
     z: np.ndarray
     clusters: pd.DataFrame
+    trained: dict[str, int]
 
     def write(self, cells: AnnData | CellStore, path: Path) -> None:
         """Write the cells with embedding and clusters to an .h5ad file, whole or not at all.
@@ -292,7 +308,7 @@ class Found:
         written. Raises InputError if the disk is too small or fills up, or a file of the store has
         changed.
         """
-        uns = {"vmm": {"model": str(self.saved.folder.resolve())}}
+        uns: dict[str, Any] = {"vmm": {"model": str(self.saved.folder.resolve()), **self.trained}}
         uns |= dendrogram(self.saved.model, self.clusters)
         if isinstance(cells, CellStore):
             write_clustered(cells, path, self.z, self.clusters, cells.var, uns)
@@ -303,26 +319,30 @@ class Found:
                 write_adata(path, cells)
 
 
-def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) -> Found:
+def assign(
+    cells: MatchedCells, saved: SavedModel, *, train: int | None = None, progress: bool = False
+) -> Found:
     """Return the embedding of cells from :func:`match`, their clusters and their novelty.
 
-    With `progress` a bar is shown on stderr. Raises InputError if cells on disk can no longer be
-    read, or their values are not counts.
+    With `train`, weights of batches and categories that the model does not know are trained first,
+    for so many epochs, or for as many as is usual if it is 0; other cells are where they would be
+    without. With `progress` it is shown on stderr. Raises InputError if cells on disk can no longer
+    be read, or their values are not counts, and what :func:`vmm_fast.cells.mapping.map_cells`
+    raises.
     """
-    everything = np.array([0]), np.array([cells.counts.n_obs])
-    batches = CellBatches(cells.counts, cells.columns, *everything)
-    module = saved.model.module
-    rarity_of, rarity = module.rarity(), torch.full((3, batches.number), torch.nan)
-    done = 0
-
-    def compare(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> None:
-        nonlocal done
-        rarity[:, done : done + len(z)] = rarity_of(tensors, z)
-        done += len(z)
-
+    trained: dict[str, int] = {}
+    bar = progress and sys.stderr.isatty()
+    columns, rows = _of_known(cells.columns, saved.columns)
+    new = OfCells(cells.counts, rows), {key: x[rows] for key, x in cells.columns.items()}
     try:
+        if train is not None:
+            epochs = train or usual_epochs(max(1, len(rows)))
+            trained = {"epochs": epochs, "trained_cells": len(rows)}
+            mapped = map_cells(*new, saved, epochs, progress=progress)
         with quiet():
-            z = latent_means(saved.model, batches, progress=progress, found=compare)
+            z, rarity = _embedded(saved.model, cells.counts, columns, bar)
+            if trained:
+                z[rows], rarity[:, rows] = _embedded(mapped, *new, bar)
             clusters = assigned(saved.model, z)
     except ValueError as error:
         if "near enough" not in str(error):
@@ -331,5 +351,22 @@ def assign(cells: MatchedCells, saved: SavedModel, *, progress: bool = False) ->
             "cells must be like those of the training, but some are encoded too far from them "
             "for a density: look for continuous covariates that are far from the training's"
         ) from error
+    module = saved.model.module
     clusters[NOVELTY] = module.novelty(rarity).numpy() if module.calibrated else np.nan
-    return Found(saved, z, clusters)
+    return Found(saved, z, clusters, trained)
+
+
+def _embedded(
+    model: VMMSCVI | VMMSCANVI, counts: CellSource, columns: dict[str, np.ndarray], progress: bool
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Return z [cells, D] of cells, and their ``rarity`` [3, cells]."""
+    batches = CellBatches(counts, columns, np.array([0]), np.array([counts.n_obs]))
+    rarity_of, rarity = model.module.rarity(), torch.full((3, batches.number), torch.nan)
+    done = 0
+
+    def compare(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> None:
+        nonlocal done
+        rarity[:, done : done + len(z)] = rarity_of(tensors, z)
+        done += len(z)
+
+    return latent_means(model, batches, progress=progress, found=compare), rarity

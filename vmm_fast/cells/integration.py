@@ -9,15 +9,10 @@ many cells they hold, so "0" is the largest.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-import signal
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -26,24 +21,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scvi
 import torch
 from anndata import AnnData
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from vmm_fast._errors import InputError
 from vmm_fast._files import write_atomically
 from vmm_fast._schema import check, list_of, number, table, whole
-from vmm_fast._stopping import Terminated
-from vmm_fast._text import counted, print_progress, print_step
+from vmm_fast._text import print_step
 from vmm_fast.cells.preparing import cells_bar
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.selection import OnDisk, counts_in
 from vmm_fast.cells.settings import Settings
+from vmm_fast.cells.training import Progress, training
 from vmm_fast.cells.writing import (
     LABEL,
     RESERVED,
@@ -54,7 +47,7 @@ from vmm_fast.cells.writing import (
     write_table,
 )
 from vmm_fast.clusters import Confusion, order_by_size
-from vmm_fast.metrics import ACTIVE_SHARE, agreement
+from vmm_fast.metrics import agreement
 from vmm_fast.scvi.checkpoints import CheckpointFile, Checkpoints
 from vmm_fast.scvi.columns import shares_of
 from vmm_fast.scvi.latent_prior_model import LatentPriorModel
@@ -69,11 +62,6 @@ from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 from vmm_fast.scvi.module import VMMVAE
 from vmm_fast.scvi.pseudo_cells import Cells
 
-try:
-    import resource
-except ImportError:  # Windows: peak memory is not told there
-    resource = None  # type: ignore[assignment]
-
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
     "clusters.csv": "cluster, its probability, entropy and component of every cell",
@@ -83,7 +71,6 @@ RESULTS = {
     "report.html": "embedding, clusters, marker genes, curves and settings; for a browser",
 }
 CHECKPOINT_SECONDS = 30  # between two checkpoints
-BAR_SECONDS = 0.5  # between two updates of the progress bar
 DENDROGRAM = "dendrogram_vmm_cluster"  # the key of uns where scanpy looks for it
 
 
@@ -97,7 +84,7 @@ class _CheckpointFile(CheckpointFile):
         try:
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
             check(
-                str(path), checkpoint["callbacks"], table({_Progress.__qualname__: check_progress})
+                str(path), checkpoint["callbacks"], table({Progress.__qualname__: check_progress})
             )
         except ValueError as error:
             raise InputError(f"{error}; start the run again with --overwrite") from None
@@ -105,7 +92,7 @@ class _CheckpointFile(CheckpointFile):
 
 
 def check_progress(name: str, state: Any) -> None:
-    """Raise ValueError unless a value is a state of :class:`_Progress`."""
+    """Raise ValueError unless a value is a state of :class:`Progress`."""
     seconds = number("of at least 0", lambda x: x >= 0)
     table({"seconds": seconds, "epoch": whole(), "history": table({})}, None)(name, state)
     epochs = state["epoch"]
@@ -118,94 +105,6 @@ def measured(name: str, value: Any) -> None:
     """Raise ValueError unless a value is a number; the loss of held-out cells may be any."""
     if not isinstance(value, float):
         raise ValueError(f"{name} must be a number, but is {value!r}")
-
-
-class _Progress(Callback):
-    """A callback that records the history of training and shows progress.
-
-    Checkpoints contain the history.
-    """
-
-    def __init__(self, progress: bool) -> None:
-        self.progress = progress
-        self.bar: Any = None
-        self.history: dict[str, list[float]] = {}
-        self.seconds = 0.0
-        self.epoch = 0
-        self.stopped_by: type[KeyboardInterrupt] | None = None
-        self._since = self._shown = time.monotonic()
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, including those before the run was stopped and resumed."""
-        return self.seconds + time.monotonic() - self._since
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self.elapsed, "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history, self.seconds, self.epoch = (
-            state[name] for name in ("history", "seconds", "epoch")
-        )
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._since = self._shown = time.monotonic()
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.progress and sys.stderr.isatty():
-            self.bar = _bar(trainer.num_training_batches * trainer.max_epochs, trainer.global_step)
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.monotonic()
-        if self.bar is not None and now - self._shown >= BAR_SECONDS:
-            self._show(trainer)
-            self._shown = now
-
-    def _show(self, trainer: Any) -> None:
-        parts = [f"epoch {self.epoch + 1}/{trainer.max_epochs}"]
-        if "elbo_train" in self.history:
-            parts.append(f"ELBO {-self.history['elbo_train'][-1]:.1f}")
-        parts.append(_active(trainer))
-        if resource is not None:
-            parts.append(f"{_peak_memory():.1f} GiB")
-        self.bar.set_description_str(", ".join(parts), refresh=False)
-        self.bar.update(trainer.global_step - self.bar.n)
-
-    def close(self) -> None:
-        """Leave the bar as it is, so that other lines may follow."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.epoch += 1
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        # Lightning's own mean over an epoch is lost if a run is stopped within it; the ELBO is not.
-        metrics = {name: x for name, x in metrics.items() if not name.startswith("train_")}
-        loss = metrics["elbo_train"]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch}")
-        for name, value in metrics.items():
-            self.history.setdefault(name, []).append(value)
-        if self.progress and self.bar is None:
-            text = f"ELBO {-loss:.1f}, {_active(trainer)}"
-            print_progress(self.epoch, trainer.max_epochs, self.elapsed, text)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            self.stopped_by = type(exception)
-        elif isinstance(exception, SIGTERMException):
-            self.stopped_by = Terminated
-
-
-def _active(trainer: Any) -> str:
-    """Return the number of active components, or that the prior is not in use yet."""
-    module = trainer.lightning_module.module
-    if module.warming_up:
-        return "warm-up"
-    active = int((module.components().log_weights.exp() > ACTIVE_SHARE).sum())
-    return counted(active, "active component")
 
 
 def integrate(
@@ -247,88 +146,51 @@ def integrate(
     KeyboardInterrupt
         On Ctrl-C, and one of :mod:`vmm_fast._stopping` on SIGTERM and SIGHUP.
     """
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    during = _Progress(progress)
+    during = Progress(progress)
     callbacks: list[Callback] = [during]
     if checkpoint is not None:
         # Called after `during`, so that the history in it includes the epoch that has ended.
         callbacks.append(
             Checkpoints(checkpoint, seconds=CHECKPOINT_SECONDS, steps=checkpoint_steps)
         )
-    try:
-        with torch.random.fork_rng(devices=[]), quiet(), _in_one_process():
-            scvi.settings.seed = settings.seed
-            model = _model(cells, settings)
-            counts: CellSource = MemoryCells(counts_in(cells, settings.layer))
-            obs, genes = cells.obs, None
-            if on_disk is not None:
-                counts, obs, genes = on_disk.store, on_disk.obs, on_disk.genes
-            loading = CellDataModule(
-                counts,
-                **model.encode_obs(obs),
-                genes=genes,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-            )
-            model.train(
-                settings.epochs,
-                datamodule=loading,
-                accelerator=accelerator,
-                devices=1,
-                plan_kwargs={"lr": settings.learning_rate},
-                check_val_every_n_epoch=1,
-                enable_progress_bar=False,
-                logger=False,
-                callbacks=callbacks,
-                plugins=[_CheckpointFile(), LightningEnvironment()],
-                ckpt_path=checkpoint if resume else None,
-            )
-            model.history_ = {
-                name: pd.DataFrame({name: values}).rename_axis("epoch")
-                for name, values in during.history.items()
-            }
-            seconds = during.elapsed
-            during.close()
-            if progress:
-                print_step("embedding the cells")
-            z = latent_means(model, loading.all_cells())
-            clusters = _find_clusters(model, z, settings)
-    except SystemExit:
-        # On Ctrl-C Lightning exits and disables further Ctrl-C; on SIGTERM it exits with status 0.
-        if during.stopped_by is None:
-            raise
-        signal.signal(signal.SIGINT, on_interrupt)
-        raise during.stopped_by from None
-    except InputError:
-        raise
-    except ValueError as error:
-        # torch's distributions, or the mixture, refuse parameters that are nan or infinite.
-        refusals = ("to satisfy the constraint", "no positive-definite covariance")
-        if not any(text in str(error) for text in refusals):
-            raise
-        message = f"a distribution's parameter is nan or inf in epoch {during.epoch + 1}"
-        raise FloatingPointError(message) from None
-    finally:
+    with training(during, settings.seed):
+        model = _model(cells, settings)
+        counts: CellSource = MemoryCells(counts_in(cells, settings.layer))
+        obs, genes = cells.obs, None
+        if on_disk is not None:
+            counts, obs, genes = on_disk.store, on_disk.obs, on_disk.genes
+        loading = CellDataModule(
+            counts,
+            **model.encode_obs(obs),
+            genes=genes,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        model.train(
+            settings.epochs,
+            datamodule=loading,
+            accelerator=accelerator,
+            devices=1,
+            plan_kwargs={"lr": settings.learning_rate},
+            check_val_every_n_epoch=1,
+            enable_progress_bar=False,
+            logger=False,
+            callbacks=callbacks,
+            plugins=[_CheckpointFile(), LightningEnvironment()],
+            ckpt_path=checkpoint if resume else None,
+        )
+        model.history_ = {
+            name: pd.DataFrame({name: values}).rename_axis("epoch")
+            for name, values in during.history.items()
+        }
+        seconds = during.elapsed
         during.close()
+        if progress:
+            print_step("embedding the cells")
+        z = latent_means(model, loading.all_cells())
+        clusters = _find_clusters(model, z, settings)
     rows = None if on_disk is None else on_disk.rows
     return Integration(model, settings, during.history, seconds, loading.n_val, z, clusters, rows)
-
-
-@contextmanager
-def _in_one_process() -> Iterator[None]:
-    """Let Lightning train in one process, however many tasks SLURM has started.
-
-    Lightning takes a job of the name "interactive" for one whose processes are started by hand.
-    """
-    before = os.environ.get("SLURM_JOB_NAME")
-    os.environ["SLURM_JOB_NAME"] = "interactive"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SLURM_JOB_NAME"]
-        else:
-            os.environ["SLURM_JOB_NAME"] = before
 
 
 def _model(cells: AnnData, settings: Settings) -> VMMSCVI | VMMSCANVI:
@@ -351,25 +213,6 @@ def _model(cells: AnnData, settings: Settings) -> VMMSCVI | VMMSCANVI:
         prior_kwargs={"learning_rate": settings.prior_learning_rate},
         gene_likelihood=settings.likelihood,
     )
-
-
-def _bar(steps: int, initial: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=steps,
-        initial=initial,
-        bar_format="{desc} |{bar}| ETA {remaining}",
-        dynamic_ncols=True,
-        mininterval=0,  # it is looked at seldom enough
-        miniters=1,
-    )
-
-
-def _peak_memory() -> float:
-    """Return the peak memory of this process so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +132,25 @@ def make_adata(counts: Any, obs: Any, genes: Any, layer: str | None) -> AnnData:
     if layer is None:
         return AnnData(counts, obs, var)
     return AnnData(obs=obs, var=var, layers={layer: counts})
+
+
+def cells_of_each_category(
+    columns: Mapping[str, Mapping[str, np.ndarray | None]], genes: Any, layer: str | None
+) -> AnnData:
+    """Return cells that show every category of a model's columns, all of their counts 1.
+
+    Some models cannot be made without cells; these are enough. ``columns`` are as
+    :func:`vmm_fast.scvi.columns.registered_columns` returns them.
+    """
+    named = [pair for of_key in columns.values() for pair in of_key.items()]
+    number = max(len(categories) for _, categories in named if categories is not None)
+    obs = pd.DataFrame(
+        {
+            key: np.zeros(number) if categories is None else np.resize(categories, number)
+            for key, categories in named
+        }
+    ).set_index(pd.RangeIndex(number).map(str))
+    return make_adata(csr_matrix(np.ones((number, len(genes)), np.float32)), obs, genes, layer)
 
 
 def counts_in(adata: AnnData, layer: str | None) -> Any:

@@ -67,9 +67,15 @@ class Settings(Cut):
         than components.
         """
         number = cells.n_obs
-        # At most as many steps as by scvi-tools' default: 400 epochs of 20,000 cells.
-        epochs = max(1, min(100, round(400 * 20_000 / number)))
-        return cls._filled(given, number, "cells", number, epochs=epochs)
+        return cls._filled(given, number, "cells", number, epochs=usual_epochs(max(1, number)))
+
+
+def usual_epochs(cells: int) -> int:
+    """Return how many epochs to train for by default.
+
+    There are at most as many steps as by scvi-tools' default: 400 epochs of 20,000 cells.
+    """
+    return max(1, min(100, round(400 * 20_000 / cells)))
 
 
 @dataclass(frozen=True, kw_only=True)

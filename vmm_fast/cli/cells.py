@@ -36,6 +36,7 @@ from vmm_fast.cli.options import (
     add_settings,
     at_least_0,
     cut_of,
+    file_to_write,
     must_exist,
     note_few,
     print_files,
@@ -50,8 +51,9 @@ EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input fil
 ASSIGN = """\
 Genes are matched by name; up to 5 % of the model's may be missing and are taken
 as 0. Cells of a batch, or of a category of a covariate, that the model does not
-know are encoded as of all that it knows, in equal shares. The results have all
-that CELLS has; of cells that stay on disk, obs and var alone.
+know are encoded as of all that it knows, in equal shares, or with weights of
+their own (--train). The results have all that CELLS has; of cells that stay on
+disk, obs and var alone.
 """
 SWEEP = """\
 The table has, for every run: clusters of over 0.2 % of the cells; the ELBO of
@@ -112,7 +114,7 @@ def add_commands(commands: Any) -> None:
         "assign",
         help="put new cells into the clusters of a trained model",
         usage="vmm-fast assign MODEL CELLS [options]",
-        description="Put new cells into the clusters of a trained model. Nothing is trained.\n\n"
+        description="Put new cells into the clusters of a trained model. It does not change.\n\n"
         "  vmm-fast assign cells-vmm new.h5ad --out new-vmm.h5ad",
         epilog=ASSIGN,
     )
@@ -123,6 +125,14 @@ def add_commands(commands: Any) -> None:
         ("--out", "FILE.h5ad", str, "(default: CELLS's name with -vmm.h5ad, here)"),
         ("--layer", "NAME", str, "with the counts (default: the model's, else X)"),
         memory,
+    )
+    assign.add_argument(
+        "--train",
+        metavar="EPOCHS",
+        nargs="?",
+        const=0,
+        type=whole(1),
+        help="learn weights of new batches first (default: 100; less from 80,000 cells)",
     )
     add_settings(assign, Cut, ("components",), usual="default: the model's")
     _add_json(assign)
@@ -504,46 +514,21 @@ def _check_accelerator(name: str) -> None:
         raise InputError(f"--accelerator {name}: torch finds none on this machine")
 
 
-def _out_file(arguments: argparse.Namespace, suffix: str) -> Path:
-    """Return the .h5ad file to write, after checking that it can and may be written."""
-    file = arguments.file
-    out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
-    if out.suffix != ".h5ad":
-        raise InputError(f"--out {out}: must end in .h5ad")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: must lie in a folder that can be written to")
-    if out.exists() and not out.is_file():
-        raise InputError(
-            f"--out {out}: must be a file, but is {'a folder' if out.is_dir() else 'none'}"
-        )
-    if out.exists() and os.path.exists(file) and out.samefile(file):
-        raise InputError(f"--out {out}: is the input, which is never written to")
-    if Path(file).resolve() in out.resolve().parents:
-        raise InputError(f"--out {out}: lies in the input, which is never written to")
-    if out.exists() and not arguments.overwrite:
-        raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
-    try:  # the folder's permissions allow it, but the disk may be read-only
-        with tempfile.TemporaryFile(dir=out.resolve().parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: must lie in a folder that can be written to: {error.strerror or error}"
-        ) from None
-    return out
-
-
 def _assign(arguments: argparse.Namespace) -> dict[str, Any]:
     file = arguments.file
     cut = cut_of(vars(arguments))
     cut["n_clusters"] = cut.pop("clusters")
     folder_of_model(arguments.model)  # raises if there is none
     must_exist(file)
-    out = _out_file(arguments, "-vmm")
+    out = file_to_write(arguments, "-vmm")
     _require_scvi()
-    from vmm_fast.cells import assignment, reading, writing
+    from vmm_fast.cells import assignment, mapping, reading, writing
     from vmm_fast.cells.quiet import quiet
 
+    train: int | None = arguments.train
     model = assignment.find_model(arguments.model, trust=arguments.trust, **cut)
+    if train is not None:
+        mapping.check_can_be_trained(model)
     cells, notes = _on_disk(file, arguments.layer, arguments.memory, preferred=model.layer)
     with ExitStack() as opened:
         if cells is not None:
@@ -552,26 +537,27 @@ def _assign(arguments: argparse.Namespace) -> dict[str, Any]:
             read = reading.read_cells(file, arguments.layer or model.layer)
             cells, notes = read.adata, notes + read.notes
         with _naming(file):
-            matched = assignment.match(cells, model, arguments.layer)
+            matched = assignment.match(cells, model, arguments.layer, train is not None)
             print(_size(cells))
             with quiet():
                 more = writing.notes_on_writing(cells)
             notes += matched.notes + more
             for note in notes:
                 print(f"note: {note}", flush=True)
-            progress = sys.stderr is not None and sys.stderr.isatty()
-            found = assignment.assign(matched, model, progress=progress)
+            progress = sys.stderr is not None
+            found = assignment.assign(matched, model, train=train, progress=progress)
         found.write(cells, out)
     clusters = len(found.clusters["vmm_cluster"].cat.categories)
     probability = float(found.clusters["vmm_cluster_probability"].median())
     print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
     sizes = {"cells": cells.n_obs, "genes": cells.n_vars, "clusters_used": clusters}
+    sizes |= found.trained
     return {"out": str(out), **sizes, "median_probability": probability, "notes": notes}
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     must_exist(arguments.file)
-    out = _out_file(arguments, "-prepared")
+    out = file_to_write(arguments, "-prepared")
     _require_scvi()
     from vmm_fast.cells import preparing
 

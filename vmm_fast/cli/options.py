@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
@@ -132,6 +133,34 @@ def must_exist(file: str) -> None:
     """Raise InputError unless a file or folder exists."""
     if not os.path.exists(file):
         raise InputError(f"{file}: no such file or folder")
+
+
+def file_to_write(arguments: argparse.Namespace, suffix: str) -> Path:
+    """Return the .h5ad file to write, after checking that it can and may be written."""
+    file = arguments.file
+    out = Path(arguments.out or f"{Path(file).resolve().stem}{suffix}.h5ad")
+    if out.suffix != ".h5ad":
+        raise InputError(f"--out {out}: must end in .h5ad")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: must lie in a folder that can be written to")
+    if out.exists() and not out.is_file():
+        raise InputError(
+            f"--out {out}: must be a file, but is {'a folder' if out.is_dir() else 'none'}"
+        )
+    if out.exists() and os.path.exists(file) and out.samefile(file):
+        raise InputError(f"--out {out}: is the input, which is never written to")
+    if Path(file).resolve() in out.resolve().parents:
+        raise InputError(f"--out {out}: lies in the input, which is never written to")
+    if out.exists() and not arguments.overwrite:
+        raise InputError(f"--out {out}: exists; choose another, or replace it by --overwrite")
+    try:  # the folder's permissions allow it, but the disk may be read-only
+        with tempfile.TemporaryFile(dir=out.resolve().parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: must lie in a folder that can be written to: {error.strerror or error}"
+        ) from None
+    return out
 
 
 def note_few(asked: int | None, found: int, what: str) -> None:

@@ -167,11 +167,15 @@ def _codes(name: str, values: pd.Series, categories: np.ndarray, unlabelled: Any
 
 
 def check_columns(
-    columns: Mapping[str, np.ndarray], registry: Mapping[str, Any], learns_labels: bool = False
+    columns: Mapping[str, np.ndarray],
+    registry: Mapping[str, Any],
+    learns_labels: bool = False,
+    query: bool = False,
 ) -> None:
     """Raise ValueError unless the columns of a data module are those of a model.
 
-    A model that learns labels needs some; one of query cells (scArches) does not.
+    A model that learns labels needs some. A model of query cells (scArches) does not need cells of
+    every batch: some are those of the reference model.
     """
     proteins = registry["field_registries"].get(REGISTRY_KEYS.PROTEIN_EXP_KEY, {})
     number = len(proteins.get("state_registry", {}).get("column_names", ()))
@@ -195,7 +199,7 @@ def check_columns(
                 _numbers(name, pd.Series(of_one))
                 continue
             number = int(of_one.max(initial=-1)) + 1
-            if key == REGISTRY_KEYS.BATCH_KEY and number != len(categories):
+            if key == REGISTRY_KEYS.BATCH_KEY and number != len(categories) and not query:
                 raise ValueError(
                     "datamodule must have the batches that the model's AnnData has categories of, "
                     f"{len(categories)}, but has {number}"

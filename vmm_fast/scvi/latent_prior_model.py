@@ -124,11 +124,12 @@ class LatentPriorModel(NewCells, BaseModelClass):
             If there are several processes, and another one fails or is killed.
         """
         cells = kwargs.get("datamodule")
+        query = self.module.prior is not None and self.module.frozen
         if isinstance(cells, CellDataModule):
-            check_columns(cells.columns, self.registry, self.module.learns_labels)
+            check_columns(cells.columns, self.registry, self.module.learns_labels, query)
         elif cells is None and self.adata is not None:
             check_continuous(self.registry, self.adata_manager)
-        moves = self.module.prior is not None and not self.module.frozen
+        moves = self.module.prior is not None and not query
         elsewhere = cells if hasattr(cells, "__iter__") else None
         if moves and elsewhere is None and self.adata is None:
             raise ValueError(
@@ -268,8 +269,8 @@ class LatentPriorModel(NewCells, BaseModelClass):
 
         scvi-tools' own method puts the weights of new categories behind all others. Covariates
         behind one with new categories then get the weights of another covariate. Here the new
-        weights stand next to those of their covariate. See :meth:`load` for ``trust``, if
-        ``reference_model`` is a folder.
+        weights stand next to those of their covariate, and start at the mean of these instead of
+        at random. See :meth:`load` for ``trust``, if ``reference_model`` is a folder.
         """
         if isinstance(reference_model, str) and not trust:
             check_saved(reference_model)

@@ -27,20 +27,24 @@ def numbers_of_categories(registry: dict[str, Any]) -> list[int]:
 def order_category_weights(module: torch.nn.Module, before: list[int], now: list[int]) -> None:
     """Move the weights of new categories next to those of their covariate, in every layer.
 
-    ``before`` and ``now`` are the numbers of categories in the reference model and in this one.
+    They start at the mean of the known ones, 0 if there are none: a new category begins as one of
+    which nothing is known, and leaves others as they were. ``before`` and ``now`` are the numbers
+    of categories in the reference model and in this one.
     """
     for layers in (m for m in module.modules() if isinstance(m, FCLayers)):
         # With batch embeddings, batches have no columns here.
         skipped = next((k for k in (0, 1) if layers.n_cat_list == now[k:]), None)
         if skipped is None:
             continue
-        known, added = sum(before[skipped:]), 0
-        order, at = [], 0
-        for old, new in zip(before[skipped:], now[skipped:], strict=True):
-            order += [*range(at, at + old)]
-            order += [*range(known + added, known + added + new - old)]
-            at, added = at + old, added + new - old
+        number = sum(now[skipped:])
         for i, layer in enumerate(layers.fc_layers):
-            if order and layers.inject_into_layer(i):
-                weight = layer[0].weight
-                weight[:, -len(order) :] = weight[:, -len(order) :][:, order]
+            if not number or not layers.inject_into_layer(i):
+                continue
+            weight = layer[0].weight
+            known = weight[:, weight.shape[1] - number :].clone()
+            parts = []
+            for old, new in zip(before[skipped:], now[skipped:], strict=True):
+                own, known = known[:, :old], known[:, old:]
+                start = own.mean(1, keepdim=True) if old else known.new_zeros(len(known), 1)
+                parts += [own, start.expand(-1, new - old)]
+            weight[:, weight.shape[1] - number :] = torch.cat(parts, 1)
