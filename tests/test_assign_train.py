@@ -61,7 +61,10 @@ def test_a_new_batch_is_trained_and_known_cells_stay(trained, tmp_path, capsys, 
         shown = capsys.readouterr()
         how = "weights are trained" if options else "cells are encoded as of all known batches in"
         assert f"note: a batch that the model does not know: b3, whose {how}" in shown.out
-        elbo = [float(x) for x in re.findall(r"^epoch .*ELBO ([-.0-9]+), 8 active comp", shown.err, re.M)]
+        elbo = [
+            float(x)
+            for x in re.findall(r"^epoch .*ELBO ([-.0-9]+), 8 active comp", shown.err, re.M)
+        ]
         assert len(elbo) == (10 if options else 0) and elbo[-1:] >= elbo[:1]
     plain, found = results["plain"], results["trained"]
     new = (query.obs["batch"] == "b3").to_numpy()

@@ -65,6 +65,7 @@ def test_constraints_resolve_with_torch_from_the_index(index, python, tmp_path):
         ("torch", "2.5.1+cu124", "needs torch >= 2.6, but 2.5.1+cu124 is"),
         ("scvi-tools", "1.5.9", None),
         ("scvi-tools", "1.4.1", "needs scvi-tools >= 1.4.2, < 1.6, but 1.4.1 is"),
+        ("torch", None, "needs torch >= 2.6, but None is"),
         ("scvi-tools", "1.6.0", "needs scvi-tools >= 1.4.2, < 1.6, but 1.6.0 is"),
     ],
 )
@@ -81,6 +82,10 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(package):
         raise PackageNotFoundError(package)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(_checks, "requires", missing)
+        with pytest.raises(ImportError, match=r"must be installed.*: pip install \."):
+            _checks.check_version("torch")
     monkeypatch.setattr(_checks, "version", missing)
     with pytest.raises(
         ImportError, match=r"needs scvi-tools >= 1\.4\.2, < 1\.6.*none is installed"

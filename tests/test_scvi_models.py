@@ -558,6 +558,7 @@ def test_a_model_without_an_adata_trains_from_batches(tmp_path):
     with pytest.raises(ValueError, match="registry must be None for VMMTOTALVI, which takes none"):
         VMMTOTALVI(registry=made.registry)
     found.train(max_epochs=2, datamodule=cells, **TRAIN)
+    assert found.module.prior.data_size == made.adata.n_obs
     started = found.module.prior.pseudo_inputs
     assert started.started and started().log_counts.std() > 0.1
     made.module.load_state_dict(found.module.state_dict())

@@ -22,6 +22,7 @@ from torch.distributions import Independent, Normal
 from torch.func import functional_call
 
 from vmm_fast import VMMPrior
+from vmm_fast.priors import base
 
 EVERY = 3
 MAKERS = {
@@ -175,6 +176,33 @@ def test_no_gradient_is_lost_or_doubled(per_update):
         assert prior._since.reused < EVERY
 
 
+@pytest.mark.parametrize("kind", ["each", "looked at", "first skipped", "others skipped"])
+def test_gradients_count_where_they_come(kind):
+    """A loss without a backward pass owes nothing and pays nothing."""
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY, learning_rate=1e-30), inputs()
+    z = encoder(x).mean.detach()
+
+    def gradient(kl):
+        return torch.autograd.grad(kl.sum(), encoder.linear.weight)[0]
+
+    mixture = prior.components(encoder)
+    through_q = gradient(mixture.detach().kl(encoder(x), z))
+    whole = gradient(mixture.kl(encoder(x), z)) - through_q
+    total, backwards = torch.zeros_like(whole), 0
+    for number in range(4 * EVERY + 1):
+        kl = prior.kl(encoder(x), encoder, z)
+        first = number % EVERY == 1
+        skipped = "first skipped" if first else "others skipped"
+        if kind != skipped:
+            total += gradient(kl) - through_q
+            backwards += 1
+        if kind == "looked at":
+            prior.kl(encoder(x), encoder, z).mean().item()
+        prior.update(z, encoder)
+    torch.testing.assert_close(total, (backwards - prior._since.reused) * whole, **TIGHT)
+    assert prior._since.reused < EVERY or kind == "first skipped"
+
+
 def test_an_exact_fit_and_a_loaded_state_count_at_once():
     encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
     z = encoder(x).mean.detach()
@@ -243,15 +271,81 @@ def test_without_update_every_mixture_is_new():
     ],
     ids=["logits", "precisions", "in place", "replica"],
 )
-def test_a_change_from_outside_counts_at_once(change):
+@pytest.mark.parametrize("calls", range(EVERY))
+def test_a_change_from_outside_counts_at_once(change, calls):
     encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
-    for _ in range(2):
+    for _ in range(1 + calls):
         network_step(encoder, prior, x)
         prior.update(encoder(x), encoder)
     change(prior)
     fresh = prior.components(encoder).detach()
     expected = fresh.kl(encoder(x), encoder(x).mean).detach()
     torch.testing.assert_close(network_step(encoder, prior, x), expected, **TIGHT)
+
+
+def copied_state(prior):
+    return copy.deepcopy(prior.state_dict())
+
+
+class Given(torch.nn.Module):
+    """Pseudo-inputs that are a module's parameter and buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.u = torch.nn.Parameter(inputs(8))
+        self.register_buffer("shift", torch.zeros(INPUTS).double())
+
+    def forward(self):
+        return self.u + self.shift
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda prior: prior.logits,
+        lambda prior: prior.pseudo_inputs,
+        lambda prior: prior.pseudo_inputs.u,
+        lambda prior: prior.pseudo_inputs.shift,
+    ],
+    ids=["logits", "pseudo-inputs", "parameter of a module", "buffer of a module"],
+)
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda prior, z, encoder: prior,
+        lambda prior, z, encoder: prior.update(z, encoder) or prior,
+        lambda prior, z, encoder: prior.double(),
+        lambda prior, z, encoder: copy.deepcopy(prior),
+        lambda prior, z, encoder: (
+            prior.load_state_dict(copy.deepcopy(prior.state_dict())) and prior
+        ),
+    ],
+    ids=["nothing", "update", "cast", "copy", "state"],
+)
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_a_change_in_place_is_seen_whatever_follows(what, then, inference, request):
+    encoder, x = Encoder(), inputs()
+    start = Given() if "module" in request.node.callspec.id else inputs(8)
+    prior = VMMPrior(start, D, update_every=EVERY, inference=inference).double()
+    z = encoder(x).mean.detach()
+    prior.update(z, encoder)
+    prior.kl(encoder(x), encoder, z)
+    with torch.no_grad():
+        what(prior).add_(torch.linspace(-1, 1, what(prior).shape[-1]))
+    prior = then(prior, z, encoder)
+    expected = prior.components(encoder).detach().kl(encoder(x), z)
+    torch.testing.assert_close(prior.kl(encoder(x), encoder, z), expected, **TIGHT)
+
+
+def test_a_process_without_a_mixture_lets_all_build_one(monkeypatch):
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    monkeypatch.setattr(base, "number_of_processes", lambda: 2)
+    having = []
+    monkeypatch.setattr(base, "sum_over_processes", lambda x: having.extend(x) or 2)
+    mixture = prior.components(encoder).detach()
+    assert base._averaged(mixture, x.device) is None  # this one has, the other has not
+    assert base._averaged(None, x.device) is None
+    assert having == [1, 0]  # each takes part in the exchange
 
 
 def test_the_mixture_is_cast_with_the_prior():
@@ -308,6 +402,8 @@ def test_a_state_of_a_version_without_cycles_takes_a_step_in_every_call():
 def test_update_every_is_a_number_of_calls(value):
     with pytest.raises(ValueError, match="update_every must be an integer of at least 1"):
         vmm(update_every=value)
+    with pytest.raises(AttributeError, match="update_every must be given when the prior is made"):
+        vmm().update_every = value
 
 
 @makers

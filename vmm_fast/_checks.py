@@ -32,7 +32,12 @@ def check_version(package: str, found: str | None = None) -> None:
     ``pyproject.toml`` are thereby those of every install, also of one whose packages were changed
     later.
     """
-    requirement = next(x for x in requires("vmm-fast") or () if re.match(rf"{package}\b[^-]", x))
+    try:
+        stated = requires("vmm-fast") or ()
+    except PackageNotFoundError:
+        message = "vmm_fast must be installed, but only its source is there: pip install ."
+        raise ImportError(message) from None
+    requirement = next(x for x in stated if re.match(rf"{package}\b[^-]", x))
     bounds = sorted(re.findall(r"(>=|<)([\d.]+)", requirement.split(";")[0]), reverse=True)
     needed = f"vmm_fast needs {package} {', '.join(f'{sign} {x}' for sign, x in bounds)}"
     try:
@@ -40,7 +45,7 @@ def check_version(package: str, found: str | None = None) -> None:
     except PackageNotFoundError:
         python = " (for Python 3.11 or newer)" if sys.version_info < (3, 11) else ""
         raise ImportError(f"{needed}{python}, but none is installed") from None
-    numbers = _release(found)
+    numbers = _release(str(found))  # which is None where its metadata are damaged
     if not all((numbers < _release(x)) == (sign == "<") for sign, x in bounds):
         raise ImportError(f"{needed}, but {found} is installed")
 

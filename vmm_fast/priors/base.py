@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,11 @@ from vmm_fast.clusters import Clusters, find_clusters
 from vmm_fast.dispatch import is_transformed
 from vmm_fast.inference.closed_form import Statistics
 from vmm_fast.inference.gradient import PrivateAdam
-from vmm_fast.inference.processes import average_over_processes, number_of_processes
+from vmm_fast.inference.processes import (
+    average_over_processes,
+    number_of_processes,
+    sum_over_processes,
+)
 from vmm_fast.mixture import (
     Assignment,
     Components,
@@ -256,8 +259,8 @@ class _SinceStep:
     kept : Components or None
         The mixture of the first ``kl`` after the step, without gradients.
     reused : int
-        Calls of ``kl`` that took the kept mixture again, since one last built a mixture: the
-        gradients through it that are still to come.
+        Gradients of calls of ``kl`` that took the kept mixture again, since a gradient last went
+        through a mixture to the encoder: those through it that are still to come.
     reusable : bool
         Whether ``update`` has been called since the last ``kl``. If not, nothing says that the kept
         mixture is recent.
@@ -302,20 +305,46 @@ class LearntPrior(Prior):
         """
         if not self._keeps_mixture():
             return super().kl(q, encoder, z)
-        kept, since = self._kept_mixture(), self._since
-        since.reusable = False
+        kept = self._kept_mixture()
+        self._since.reusable = False
         if kept is not None:
             found = kept.kl(self._check_posterior(q), z)
-            since.reused += 1
+            if found.requires_grad:
+                found.register_hook(self._owe)
             return found
-        components = self.components(encoder)
-        if since.reused:
-            components = components.map(partial(_weighted, weight=1 + since.reused))
+        components = self.components(encoder).map(self._weighted())
+        if not components.centers.requires_grad:  # free ones, or a network that stands still
+            self._since.reused = 0
         found = components.kl(self._check_posterior(q), z)
         # Copied: a posterior's scale may be a parameter of the network, which moves in place.
         self._keep(components.detach().map(torch.clone))
-        since.reused = 0
         return found
+
+    def _owe(self, gradient: Tensor) -> None:
+        """Count a gradient that did not go through the mixture."""
+        self._since.reused += 1
+
+    def _weighted(self) -> Callable[[Tensor], Tensor]:
+        """Return the function that makes gradients of a mixture's tensors count for all owed.
+
+        They are counted when the gradient comes: a loss that is only looked at owes and pays none.
+        """
+        weights: list[int] = []
+
+        def weigh(gradient: Tensor) -> Tensor:
+            if not weights:  # the mixture's first tensor
+                weights.append(1 + self._since.reused)
+                self._since.reused = 0
+            return weights[0] * gradient
+
+        def view(x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                return x
+            x = x.view_as(x)
+            x.register_hook(weigh)
+            return x
+
+        return view
 
     def _keep(self, mixture: Components | None) -> None:
         """Let the following calls of kl take a mixture, as long as no parameter changes."""
@@ -323,8 +352,18 @@ class LearntPrior(Prior):
         self._versions = self._parameter_versions()
 
     def _parameter_versions(self) -> list[int]:
-        """Return a number for each own parameter that any change in place raises."""
-        return [x._version for x in self._parameters.values() if x is not None]
+        """Return a number for each parameter, and each buffer of pseudo-inputs that are a module.
+
+        Any change in place raises it.
+        """
+        tensors: list[Tensor] = [x for x in self._parameters.values() if x is not None]
+        for child in self.children():
+            tensors += [*child.parameters(), *child.buffers()]
+        return [x._version for x in tensors]
+
+    def _recent(self) -> Components | None:
+        """Return the mixture that is kept, None if the prior has changed since."""
+        return self._since.kept if self._versions == self._parameter_versions() else None
 
     def _keeps_mixture(self) -> bool:
         """Return whether kl keeps the mixture between two empirical-Bayes steps."""
@@ -340,8 +379,7 @@ class LearntPrior(Prior):
 
     def _kept_mixture(self) -> Components | None:
         """Return the mixture that the next kl takes again, None if it builds one."""
-        reusable = self._since.reusable and self._versions == self._parameter_versions()
-        return self._since.kept if reusable and self._keeps_mixture() else None
+        return self._recent() if self._since.reusable and self._keeps_mixture() else None
 
     def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
         """Take an empirical-Bayes step if it is due: the prior moves, the network is held fixed.
@@ -369,8 +407,8 @@ class LearntPrior(Prior):
             self._take_step(z, encoder)
             since.calls, since.kept = 0, None
         else:
-            if since.calls == 1 and since.kept is not None:  # as in all processes
-                self._keep(_averaged(since.kept))
+            kept = self._recent()
+            self._keep(_averaged(kept, z.device) if since.calls == 1 else kept)
             self._follow(z, encoder)
         since.calls += 1
         since.reusable = True
@@ -384,10 +422,14 @@ class LearntPrior(Prior):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearntPrior:
         """Move and cast as a module does, the mixture that kl keeps too."""
+        kept = self._recent()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._since.kept is not None:
-            self._keep(self._since.kept.map(fn))
+        self._keep(None if kept is None else kept.map(fn))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of."""
+        return self.__dict__ | {"_since": replace(self._since, kept=self._recent())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose parameters' versions are counted from 0 again."""
@@ -396,6 +438,8 @@ class LearntPrior(Prior):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a parameter has changed, the mixture is built anew."""
+        if name in ("learning_rate", "update_every"):  # nothing would follow
+            raise AttributeError(f"{name} must be given when the prior is made")
         super().__setattr__(name, value)
         if any(name in self.__dict__.get(kind, {}) for kind in ("_parameters", "_modules")):
             self._forget_mixture()
@@ -451,7 +495,7 @@ class LearntPrior(Prior):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the private optimizer's state, the options and what kl keeps."""
         private = {} if self._adam is None else self._adam.state_dict()
-        kept = self._since.kept
+        kept = self._recent()
         since = vars(self._since) | {"kept": None if kept is None else kept.state_dict()}
         return {**private, "options": vars(self.options).copy(), "since_step": since}
 
@@ -561,22 +605,17 @@ class LearntPrior(Prior):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _weighted(x: Tensor, weight: int) -> Tensor:
-    """Return a view of a tensor whose gradient counts so many times."""
-    if not x.requires_grad:
-        return x
-    view = x.view_as(x)
-    view.register_hook(lambda gradient: weight * gradient)
-    return view
-
-
-def _averaged(mixture: Components) -> Components:
+def _averaged(mixture: Components | None, device: torch.device) -> Components | None:
     """Return the mean over all processes, whose encoders may have running statistics of their own.
 
-    All processes must have one prior, and go on with it from the checkpoint of one.
+    All processes must have one prior, and go on with it from the checkpoint of one. It is None
+    unless all have a mixture: one may have had no batch.
     """
     if number_of_processes() == 1:
         return mixture
+    having = torch.full((), float(mixture is not None), device=device)
+    if sum_over_processes([having]) != having or mixture is None:
+        return None
     mixture = mixture.map(torch.clone)
     average_over_processes(x for x in (mixture.centers, mixture.scale) if x is not None)
     return mixture

@@ -33,8 +33,8 @@ def _number_of_cells(cells: Any) -> int | None:
     """Return the number of training cells, or None if the user's data module does not tell."""
     if isinstance(cells, CellDataModule):
         return cells.n_train
-    indices = getattr(cells, "train_idx", None)  # scvi-tools' own
-    return None if indices is None else len(indices)
+    indices = getattr(cells, "train_idx", None)  # scvi-tools' own, of cells in memory
+    return getattr(cells, "n_obs", None) if indices is None else len(indices)  # and of others
 
 
 class EmpiricalBayes(LightningModule):
