@@ -26,16 +26,17 @@ costs next to nothing; against N(0, I): 1.
 """
 
 
-def target_table(found: Iterable[tuple[str, Check]]) -> str:
-    """Return each target with what was measured on each machine."""
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
+def target_tables(found: Iterable[tuple[str, Check]]) -> str:
+    """Return a table of the targets for each machine: one with a column each would be too wide."""
+    lines: dict[str, list[tuple[str, ...]]] = {}
     for machine, check in found:
         shown = check.measured if check.met else f"**{check.measured}**"
-        line = lines.setdefault((check.target, check.case, check.asked), {})
-        line[machine] = shown + check.at_best
-    machines = list(dict.fromkeys(name for line in lines.values() for name in line))
-    cells = ([*key, *(line.get(name, "") for name in machines)] for key, line in lines.items())
-    return table(("work", "(B, J, D)", "asked", *machines), cells)
+        line = (check.target, check.case, check.asked, shown + check.at_best)
+        lines.setdefault(machine, []).append(line)
+    head = ("work", "case", "asked", "measured")
+    return "\n".join(
+        f"## Targets on {name}\n\n{table(head, cells)}" for name, cells in lines.items()
+    )
 
 
 def missed(found: Iterable[Check]) -> str:
@@ -71,7 +72,7 @@ def speed(parts: Iterable[tuple[Measurement, list[Row]]]) -> str:
     ]
     text = "# Speed\n\nOnly ratios within one table mean anything: the machines are shared. "
     text += "What is bold misses its target. In brackets is what the machine allows, where it is "
-    text += f"known ([how](#bounds)).\n\n{target_table(found)}\n{BOUNDS}"
+    text += f"known ([how](#bounds)).\n\n{target_tables(found)}\n{BOUNDS}"
     if reasons := missed(check for _, check in found):
         text += f"\n## What is missed\n\n{reasons}"
     return text + "".join(_section(*part) for part in parts)

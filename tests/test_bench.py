@@ -25,11 +25,12 @@ from bench import (
     peers,
     providers,
     records,
+    report,
     runner,
     settings,
     throughput,
 )
-from bench.measurement import TOLERANCE, Less, Run, relative
+from bench.measurement import TOLERANCE, Check, Less, Run, relative
 from bench.problems import Size, whitened
 from bench.records import RESULTS, command, read_rows, select
 from bench.registry import ALL, MEASUREMENTS
@@ -318,6 +319,15 @@ def test_targets_of_rows_by_hand():
         checks = list(MEASUREMENTS[name].checks(select(rows, part=name)))
         assert [check.value for check in checks] == pytest.approx(np.abs(expected))
         assert [check.met for check in checks] == [value > 0 for value in expected]
+
+
+def test_targets_have_a_table_for_each_machine():
+    slow, fast = Check("a step", "B = 1", 2.0, 1.5, at_least=False, bound=1.0), Check("x", "", 9, 8)
+    head = "| work | case | asked | measured |\n| --- | --- | --- | --- |\n"
+    assert report.target_tables([("one", slow), ("two", fast), ("one", fast)]) == (
+        f"## Targets on one\n\n{head}| a step | B = 1 | at most 1.5x | **2x** (1x) |\n"
+        f"| x |  | at least 8x | 9x |\n\n## Targets on two\n\n{head}| x |  | at least 8x | 9x |\n"
+    )
 
 
 def test_gpu_measures_every_part(bench, tmp_path, monkeypatch):
