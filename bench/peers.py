@@ -234,8 +234,8 @@ def score(
 # --- page ---
 
 LEGEND = """\
-Mean and standard deviation over the seeds. *Clusters* are those of the training images, *over
-0.2 %* those that hold more of them than that. *Accuracy* gives each cluster a label of its own, the
+Mean and standard deviation over the seeds. *Clusters* are those of the training images, *active*
+those that hold more than 0.2 % of them. *Accuracy* gives each cluster a label of its own, the
 best way; clusters beyond the number of labels count as wrong. Test images are scored where a method
 can assign new ones, else those that it was trained on. *Same network* is the network and the
 training of the first row; packages have their own. *Seconds* are of the processor, for one thread;
@@ -252,7 +252,7 @@ def compare(part: str, title: str, methods: dict[str, Method], **fields: Any) ->
         "number": lambda rows: rows[0]["number"],
         "scored images": lambda rows: rows[0]["scored"],
         "clusters": _spread("clusters", 1),
-        "over 0.2 %": _spread("clusters_active", 1),
+        "active": _spread("clusters_active", 1),
         "accuracy": _spread("accuracy_one_to_one", 3),
         "NMI": _spread("nmi", 3),
         "ARI": _spread("ari", 3),

@@ -177,7 +177,7 @@ def rows(run: Run) -> Iterator[Row]:
 PANELS = (
     ("accuracy", "accuracy of components (most probable point)"),
     ("nmi", "NMI of components"),
-    ("components_active", "components over 0.2 %"),
+    ("components_active", "active components"),
     ("validation_elbo", "validation ELBO (nats)"),
     ("clusters accuracy_one_to_one", "accuracy of clusters (one a class)"),
     ("clusters nmi", "NMI of clusters"),
@@ -189,7 +189,7 @@ LEGEND = """\
 Scores of the test images; labels score and choose nothing. Clusters are groups of components, found
 in the training images. *One-to-one* lets each cluster be one class at most; *accuracy* is the
 paper's rule: the label of a cluster's most probable image. *Components* are the NMI of the
-components themselves and how many hold over 0.2 %."""
+components themselves and how many hold over 0.2 % of the images."""
 
 
 def write_page(folder: Path, prefix: str) -> list[Path]:

@@ -13,7 +13,7 @@ from bench.records import Row, select
 from vmm_fast import VMMPrior
 from vmm_fast.priors import Prior
 
-# Within which the clusters (a share of their mean) and the NMI shall be, whatever is offered.
+# For any number of components, clusters (a share of their mean) and NMI must stay within these.
 CLUSTERS_WITHIN, NMI_WITHIN = 0.2, 0.03
 
 
@@ -68,7 +68,7 @@ CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
 }
 METHODS = {
     "usual": Method("as `vmm-fast cluster` has them", False, ours()),
-    **_varied("components", "{} components offered", (10, 20, 50, 100, 200, 500)),
+    **_varied("components", "{} components", (10, 20, 50, 100, 200, 500)),
     **_varied("batch_size", "batches of {}", (64, 128, 256, 512, 1024)),
     **_varied("epochs", "{} epochs at most", (50, 100, 200, 400)),
     **{name: Method(title, False, ours(make)) for name, (title, make) in CHANGED_PRIORS.items()},
