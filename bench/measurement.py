@@ -36,7 +36,7 @@ CASE = ("mode", "threads", "B", "J", "D", "genes", "density", "cells")
 class Check(NamedTuple):
     """A measured value next to what is asked, and why it is missed where it is.
 
-    ``bound`` is the value that this machine would allow at best, where it is known.
+    ``bound`` is the value that would be left if our part cost nothing but what it needs.
     """
 
     target: str
@@ -60,7 +60,7 @@ class Check(NamedTuple):
 
     @property
     def at_best(self) -> str:
-        """The machine's bound with its unit, in brackets, or nothing."""
+        """The bound with its unit, in brackets, or nothing."""
         return "" if self.bound is None else f" ({_with_unit(self.bound, self.unit)})"
 
     @property

@@ -17,11 +17,14 @@ ABOUT = ("date", "revision", "cpu", "instruction_set", "openmp", "python", "torc
 BOUNDS = """\
 ## Bounds
 
-- Densities: multiply-adds of a pair at the peak's rate (`bench/peak.py`), and an empty autograd \
-function, forward and backward.
-- Call overhead: that empty autograd function.
-- Training steps and epochs against stock SCVI: the same network under N(0, I), for which a prior \
-costs next to nothing; against N(0, I): 1.
+In brackets is what would be left if our part cost nothing but what it cannot do without, on this \
+machine and in the same run; noise may go below it.
+
+- Densities: multiply-adds of a pair, those of today's kernels, at the peak's rate \
+(`bench/peak.py`), and an empty autograd function in Python, forward and backward.
+- Call overhead: that empty autograd function. Only a function in C++ would be below it.
+- Training steps and epochs against stock SCVI: our network and likelihood under N(0, I); against \
+N(0, I): 1.
 - Shares of the peak: 100 %.
 """
 
@@ -71,8 +74,8 @@ def speed(parts: Iterable[tuple[Measurement, list[Row]]]) -> str:
         for check in measurement.checks(run)
     ]
     text = "# Speed\n\nOnly ratios within one table mean anything: the machines are shared. "
-    text += "What is bold misses its target. In brackets is what the machine allows, where it is "
-    text += f"known ([how](#bounds)).\n\n{target_tables(found)}\n{BOUNDS}"
+    text += "What is bold misses its target. In brackets is the bound, where there is one "
+    text += f"([which](#bounds)).\n\n{target_tables(found)}\n{BOUNDS}"
     if reasons := missed(check for _, check in found):
         text += f"\n## What is missed\n\n{reasons}"
     return text + "".join(_section(*part) for part in parts)
