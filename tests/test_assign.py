@@ -165,11 +165,12 @@ def in_small_parts(monkeypatch):
 
 
 def notes_of(capsys):
-    """Return the notes, without those about what is kept where."""
+    """Return the notes but that on coarse novelty, and those about what is kept where."""
     shown = capsys.readouterr()
     assert shown.err == ""
     notes = [line for line in shown.out.splitlines() if line.startswith("note: ")]
     of_disk = [note for note in notes if "stay on disk" in note or "alone are kept" in note]
+    notes = [note for note in notes if "is coarse" not in note]
     return [note for note in notes if note not in of_disk], of_disk
 
 
@@ -240,6 +241,18 @@ def test_neighbours_are_sought_once_a_call(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(LatentPrior, "_points", lambda self: calls.append(1) or points(self))
     path = written(tmp_path, make_cells(300))  # three mini-batches
     assert assigned(trained, path, tmp_path / "out.h5ad") == 0 and len(calls) == 1
+
+
+def test_a_novelty_that_few_cells_calibrate_is_noted(trained, tmp_path, capsys, monkeypatch):
+    note = "obs['vmm_novelty'] is coarse: it is compared with that of 6 held-out cells, in steps of"
+    for few, expected in ((7, [f"note: {note} 0.14"]), (6, [])):
+        monkeypatch.setattr(assignment, "FEW", few)
+        out = tmp_path / "out.h5ad"
+        assert assigned(trained, written(tmp_path, make_query(100)), out, "--overwrite") == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [line for line in shown if "coarse" in line] == expected
+        found = anndata.read_h5ad(out).obs["vmm_novelty"]
+        np.testing.assert_allclose(found * 7, np.rint(found * 7), atol=1e-9)
 
 
 def test_a_model_that_was_saved_before_there_was_novelty(trained, tmp_path, capsys):

@@ -49,6 +49,11 @@ NOT_CALIBRATED = (
     f"obs[{NOVELTY!r}] is NaN: the model was saved before models had novelty; load it with its "
     "cells, call calibrate_novelty() and save it again"
 )
+COARSE = (
+    f"obs[{NOVELTY!r}] is coarse: it is compared with that of {{}} held-out cells, in steps of "
+    "{:.2g}"
+)
+FEW = 100  # held-out cells
 MOST_MISSING = 0.05  # share of the model's genes that may be taken as 0
 
 
@@ -170,7 +175,9 @@ def match(
     columns, of_columns = _columns(cells, saved.columns, train)
     notes = [*notes_on_genes(cells.var_names), *notes, *of_columns]
     notes += [*([EARLIER] if earlier else []), *notes_on_cell_names(cells), *more]
-    notes += [] if saved.model.module.calibrated else [NOT_CALIBRATED]
+    held_out = int(saved.model.module.novelty_cells[0].isfinite().sum())
+    if held_out < FEW:
+        notes.append(COARSE.format(held_out, 1 / (held_out + 1)) if held_out else NOT_CALIBRATED)
     return MatchedCells(_OfGenes(source, at), columns, notes)
 
 

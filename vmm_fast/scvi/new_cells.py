@@ -37,7 +37,8 @@ class NewCells:
         """Keep what novelty is compared with, of up to 4,096 cells that are not new.
 
         :meth:`train` calls this at its end with the held-out cells, or if there are none with cells
-        that it trained on, which fit the model better than others can. See :meth:`get_novelty`.
+        that it trained on, which fit the model better than others can. With fewer than 100, novelty
+        is coarse. See :meth:`get_novelty`.
         """
         if dataloader is None:
             number = (self.adata if adata is None else adata).n_obs
@@ -61,7 +62,8 @@ class NewCells:
         neighbours in the latent space, and how well counts are decoded
         (:mod:`vmm_fast.scvi.novelty`): uniform for cells such as those, near 1 for other types of
         cells. Also cells of other quality, or of a batch that the model does not know, fit it less
-        well. See :meth:`get_cluster_probabilities` for the parameters.
+        well. With n held-out cells it has steps of 1 / (n + 1) and is at most n / (n + 1): coarse,
+        if n is below 100. See :meth:`get_cluster_probabilities` for the parameters.
 
         Raises
         ------
