@@ -144,3 +144,21 @@ def test_continuous_covariates_must_be_there_and_finite():
             ask(without.copy())
     with pytest.raises(ValueError, match="obs must have the column 'age' of the model"):
         VMMSCVI.load_query_data(without, model)
+
+
+def test_a_column_that_cells_lack_is_named(tmp_path):
+    model = scvi_model(VMMSCVI, separated_cells(), COVARIATES, n_components=12)
+    model.train(1, **TRAIN)
+    model.save(tmp_path / "model")
+    for column in ("batch", "donor", "age"):
+        without = separated_cells()
+        del without.obs[column]
+        message = f"obs must have the column '{column}' of the model, but lacks it"
+        for give in (
+            model.get_clusters,
+            lambda cells: VMMSCVI.load(tmp_path / "model", cells),
+            lambda cells: VMMSCVI.load_query_data(cells, str(tmp_path / "model")),
+        ):
+            with pytest.raises(ValueError, match=message):
+                give(without.copy())
+    assert VMMSCVI.load(tmp_path / "model", separated_cells()).get_clusters().shape == (240,)

@@ -113,11 +113,19 @@ def encode_obs(registry: Mapping[str, Any], obs: pd.DataFrame) -> dict[str, np.n
 
 
 def check_names(registry: Mapping[str, Any], cells: Any) -> None:
-    """Raise ValueError unless an AnnData or MuData has the continuous covariates of a model."""
+    """Raise ValueError unless an AnnData or MuData has the batches and covariates of a model."""
     modalities = registry["setup_args"].get("modalities") or {}
-    modality = modalities.get("continuous_covariate_keys")
-    for name in registered_columns(registry)[REGISTRY_KEYS.CONT_COVS_KEY]:
-        _check_name(name, (cells if modality is None else cells.mod[modality]).obs)
+    columns = registered_columns(registry)
+    for argument, key in (
+        ("batch_key", REGISTRY_KEYS.BATCH_KEY),
+        ("categorical_covariate_keys", REGISTRY_KEYS.CAT_COVS_KEY),
+        ("continuous_covariate_keys", REGISTRY_KEYS.CONT_COVS_KEY),
+    ):
+        modality = modalities.get(argument)
+        obs = (cells if modality is None else cells.mod[modality]).obs
+        for name in columns.get(key, {}):
+            if name != f"_scvi_{key}":  # all cells are alike
+                _check_name(name, obs)
 
 
 def check_continuous(registry: Mapping[str, Any], manager: Any) -> None:

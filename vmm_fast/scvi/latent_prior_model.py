@@ -228,13 +228,19 @@ class LatentPriorModel(NewCells, BaseModelClass):
         Raises
         ------
         ValueError
-            If the file is damaged, or could run code when it is read.
+            If the file is damaged, or could run code when it is read, or if the cells lack a column
+            that the model was trained with.
         """
+        given = inspect.signature(super().load).bind(dir_path, *args, **kwargs).arguments
         if not trust:
-            given = inspect.signature(super().load).bind(dir_path, *args, **kwargs).arguments
             check_saved(dir_path, given.get("prefix"), given.get("backup_url"))
         datamodule = kwargs.pop("datamodule", None)
-        model = super().load(dir_path, *args, **kwargs)
+        try:
+            model = super().load(dir_path, *args, **kwargs)
+        except KeyError:
+            if cells := given.get("adata"):
+                check_names(cls.load_registry(dir_path, given.get("prefix"), trust=True), cells)
+            raise
         if datamodule is not None:
             model._datamodule = datamodule
         return model
