@@ -195,6 +195,30 @@ def test_batches_lead_to_the_clusters_of_a_whole_fit():
     assert before - 0.1 < whole.score(x) < before
 
 
+def test_parameters_that_a_mixture_began_with_must_stay():
+    x, _ = blobs(60)
+    for start in ("fit", "partial_fit"):
+        mixture = getattr(DirichletMixture(3, random_state=0), start)(x)
+        mixture.set_params(resolution=5, tol=1, random_state=None).partial_fit(x)
+        for name, was, now in (("n_components", 3, 4), ("concentration", 1.0, "learnt")):
+            message = f"{name} must be {was!r}, as when the mixture began, but is {now!r}"
+            with pytest.raises(ValueError, match=message):
+                mixture.set_params(**{name: now}).partial_fit(x)
+            mixture.set_params(**{name: was})
+        assert mixture.set_params(n_components=4).fit(x).partial_fit(x).means_.shape == (4, 3)
+
+
+def test_components_follow_points_that_lie_elsewhere():
+    x = np.random.default_rng(0).normal(size=(500, 2))
+    mixture = DirichletMixture(20, random_state=0).partial_fit(x)
+    for _ in range(10):
+        mixture.partial_fit(x + 7)
+    assert np.abs(mixture.weights_ @ mixture.means_ - 7).max() < 0.3
+    assert set(mixture.predict(x)).isdisjoint(mixture.predict(x + 7))
+    with pytest.warns(UserWarning, match=r"lies 2\d(\.\d)? of their standard dev"):
+        mixture.partial_fit(x + 20)
+
+
 @pytest.mark.slow("imports scikit-learn in a process of its own")
 def test_memory_does_not_grow_with_points_times_components():
     """A fit of 40,000 x 200 responsibilities, 64 MB in float64, in less."""

@@ -15,6 +15,7 @@ Directions in which points do not vary, as those of constant columns, are left o
 from __future__ import annotations
 
 import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ __all__ = ["DirichletMixture"]
 
 STARTS = 512  # points per component that a fit starts with, drawn from all of them
 LLOYD = 20  # iterations of k-means
+FIXED = ("n_components", "concentration")  # from when a mixture begins
+FAR = 10.0  # standard deviations of the first points
 FORGETTING = 0.6  # of old batches by a new one (Cappe & Moulines 2009, section 3)
 # Where the tree is cut: in embeddings, whose components are fewer and overlap more than those of a
 # prior that a network has adapted to, the usual cut makes more clusters.
@@ -230,20 +233,43 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         typical ones. Of n points so far, b new ones weigh (b / n)^0.6. After :meth:`fit`, the
         mixture goes on from there.
 
+        As in scikit-learn's MiniBatchKMeans, components follow points that lie elsewhere. But the
+        parameter priors keep the scale of the first ones, and hold back means of points that are
+        far by it: a warning says if they are over 10 standard deviations away. ``n_components`` and
+        ``concentration`` are fixed by the first call; where the tree is cut may change.
+
         Parameters
         ----------
         X : array or Tensor [B, D]
         y : ignored
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, what it must be and what it is.
         """
         first = not hasattr(self, "_prior")
         X = self._points(X, reset=first)
         if first:
             self._start(X, None)
             self._seen, self.n_iter_ = 0, 0
+        for name, before in self._began_with.items():
+            if (now := getattr(self, name)) != before:
+                raise ValueError(
+                    f"{name} must be {before!r}, as when the mixture began, but is {now!r}; "
+                    "fit begins anew"
+                )
         for of_fit in ("objective_", "converged_"):
             self.__dict__.pop(of_fit, None)
         prior = self._prior = deepcopy(self._prior)  # it changes in place
         for start, z in self._whitened(X):
+            away = float(z.double().square().mean().sqrt())
+            if FAR < away < math.inf:  # others are named by their rows
+                warnings.warn(
+                    f"X should be like the points of the first call, but lies {away:.3g} of their "
+                    "standard deviations away: means lag behind; fit begins anew",
+                    stacklevel=3,
+                )
             before = self._seen
             self._seen += len(z)
             rate = (len(z) / self._seen) ** FORGETTING
@@ -310,6 +336,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         Of many points a sample takes the first iterations, which are the most, in little time.
         """
         own = np.ones(len(X)) if weights is None else weights
+        self._began_with = {name: getattr(self, name) for name in FIXED}
         count = self._check(int(np.count_nonzero(own)))
         random = check_random_state(self.random_state)
         self._whitening = whitening = Whitening.of(X, own)
