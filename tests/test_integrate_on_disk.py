@@ -173,7 +173,7 @@ def test_the_report_of_cells_on_disk_has_the_numbers_of_all(
     shown = capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text().replace("</td>\n", "</td>")
     page = page.replace("</th>\n", "</th>")
-    assert "60 cells, 20 genes, 2 batches, 5 clusters of 5 components" in page
+    assert "60 cells, 20 genes, 2 batches, 5 clusters of 5 non-empty components" in page
     assert "15 cells drawn from 60" in page
 
     table = pd.read_csv(tmp_path / "out" / "clusters.csv")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -26,7 +27,8 @@ from vmm_fast.cells.settings import Settings
 from vmm_fast.cells.store import CellStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CALIBRATED = SimpleNamespace(module=SimpleNamespace(calibrated=True))  # a model that knows novelty
+# A model that knows novelty.
+CALIBRATED = SimpleNamespace(module=SimpleNamespace(novelty_cells=torch.zeros(3, 200)))
 
 COUNTS = np.random.default_rng(0).poisson(2, (12, 9))
 BARCODES = [f"AAAC-{i}" for i in range(12)]
@@ -206,7 +208,7 @@ def test_cells_find_the_batches_of_a_model_by_text(tmp_path, on_disk):
         saved = assignment.SavedModel(CALIBRATED, tmp_path, genes, None, columns)
         with CellStore(tmp_path / "a.h5ad") as store:
             found = assignment.match(store if on_disk else adata, saved)
-        expected = [0] * 4 + [1] * 4 + [assignment.UNKNOWN] * 4
+        expected = [0] * 4 + [1] * 4 + [2] * 4  # the third is the first that is not known
         assert found.columns["batch"][:, 0].tolist() == expected
         assert "a batch that the model does not know" in found.notes[0]
 
