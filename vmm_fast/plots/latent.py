@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from vmm_fast._text import counted
-from vmm_fast.clusters.tree import ranks_by_size
 from vmm_fast.metrics import ACTIVE_SHARE
 from vmm_fast.plots import drawing
 
@@ -67,9 +66,8 @@ def plot_latent(
     axes = figure.subplots(1, 1 if labels is None else 2, squeeze=False)[0]
     groups, group_of, counts = np.unique(cluster_of, return_inverse=True, return_counts=True)
     active = counts > ACTIVE_SHARE * len(plane)
-    ranks = ranks_by_size(counts)  # the largest cluster takes the first colour
-    palette = drawing.distinct_colors(int(active.sum()))
-    colors = [palette[r] if a else drawing.INACTIVE for r, a in zip(ranks, active, strict=True)]
+    palette = iter(drawing.distinct_colors(int(active.sum())))  # by number, as in the tree
+    colors = [next(palette) if a else drawing.INACTIVE for a in active]
     scatter(axes[0], plane, group_of, colors, order)
     write_where_densest(axes[0], plane, group_of, [str(g) for g in groups], np.flatnonzero(active))
     title = counted(len(groups), "cluster")
