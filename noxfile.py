@@ -21,6 +21,11 @@ TOOLS = ["hypothesis", "mpmath", "pytest", "pytest-timeout", "pytest-xdist"]
 
 KERNEL_TESTS = ["ops", "operations", "components", "counts", "empirical_bayes", "stick_breaking"]
 CELLS_TOOLS = ["huggingface-hub", "loompy", "requests"]
+ANNBATCH = [
+    "annbatch==0.2.2; python_version >= '3.12'",
+    "dask[array]",
+    "zarrs",
+]  # 0.3 breaks SCVI too
 CELLS_TESTS = ["scvi", "scvi_models", "scanvi", "markers", "novelty", "abundance"]
 CELLS_TESTS += ["integrate", "integrate_on_disk", "integrate_columns", "cell_columns", "assign"]
 CELLS_TESTS += ["prepare", "store", "elements", "formats", "reading", "report", "loading"]
@@ -54,7 +59,7 @@ def core_oldest(session):
 @nox.session(python=PYTHONS[1:])
 def cells(session):
     """Test models of scvi-tools and files of cells."""
-    run(session, [".[cli,scvi]", *CELLS_TOOLS], CELLS_TESTS)
+    run(session, [".[cli,scvi]", *CELLS_TOOLS, *ANNBATCH], [*CELLS_TESTS, "annbatch"])
 
 
 @nox.session(name="cells-oldest", python=PYTHONS[1:])
