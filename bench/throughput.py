@@ -1,4 +1,4 @@
-"""How fast densities, gradients and empirical-Bayes steps are, next to those of other packages.
+"""Speed of densities, gradients and empirical-Bayes steps, next to that of other packages.
 
 Every provider's result is compared with float64 before it is timed, and providers take turns. The
 memory is that of one forward with backward in a process that does nothing else, for Linux with
