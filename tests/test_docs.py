@@ -109,6 +109,11 @@ def cells(folder, monkeypatch):
     adata.obsm["protein_expression"] = random.poisson(5.0, (adata.n_obs, 6)).astype(np.float32)
     for name in ("cells", "atlas", "cite-seq"):
         adata.write_h5ad(f"{name}.h5ad")
+    from anndata import AnnData
+    from mudata import MuData
+
+    proteins = AnnData(adata.obsm["protein_expression"], adata.obs[[]])
+    MuData({"rna": adata, "prot": proteins}).write("cite-seq.h5mu")
     return adata
 
 

@@ -448,7 +448,7 @@ def bad_files(folder):
         ("b.h5ad", b"\xff\xfegarbage" * 99, "is damaged or no .h5ad file"),
         ("c.h5", b"\xff\xfegarbage" * 99, "is damaged or no .h5 file"),
         ("d.loom", b"\xff\xfegarbage" * 99, "is damaged or no .loom file"),
-        ("e.csv", b"1,2", "must be a .h5ad, .h5 or .loom file .* ends in .csv"),
+        ("e.csv", b"1,2", "must be a .h5ad, .h5mu, .h5 or .loom file .* ends in .csv"),
         ("f", b"1,2", "has no suffix"),
         ("g.h5ad", written(folder).read_bytes()[:-5000], "is damaged or no .h5ad file"),
     ):

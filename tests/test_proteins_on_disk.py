@@ -1,4 +1,4 @@
-"""Genes and proteins from disk: the rows of obsm, and a model that is the one of memory."""
+"""Genes and proteins from disk: rows of obsm or of another modality; the model of memory."""
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,8 @@ from support import TRAIN, scvi_model, separated_cells
 pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
 import scvi
+from anndata import AnnData
+from mudata import MuData
 from scipy.sparse import csr_matrix
 
 from vmm_fast._errors import InputError
@@ -89,14 +91,28 @@ def trained(cells, some, columns, proteins):
     return model
 
 
-def test_the_model_is_the_one_of_memory(shards, monkeypatch, tmp_path):
+@pytest.fixture(params=["obsm", ".h5mu"])
+def stored(request, shards, tmp_path):
+    """Return the cells, a store of them, and their proteins on disk."""
+    adata, store = shards
+    if request.param == "obsm":
+        yield adata, store, store.obsm("protein")
+        return
+    proteins = AnnData(csr_matrix(adata.obsm["protein"]), obs=adata.obs[[]])
+    MuData({"rna": adata, "prot": proteins}).write(tmp_path / "cells.h5mu")
+    with CellStore(tmp_path / "cells.h5mu", modality="rna") as store:
+        yield adata, store, store.other_modality("prot")
+
+
+def test_the_model_is_the_one_of_memory(stored, monkeypatch, tmp_path):
     monkeypatch.setattr(scvi.settings, "logging_dir", tmp_path / "logs")
     monkeypatch.setattr(CellStore, "run", 1)  # the order of cells in memory
-    adata, store = shards
-    some = store.sample(240, ["batch"], obsm=["protein"])
+    adata, store, proteins = stored
+    some = store.sample(240, ["batch"])
+    some.obsm["protein"] = proteins[some.uns["rows"]]
     batches = {"batches": store.column("batch").codes}
     memory = trained(MemoryCells(csr_matrix(adata.X)), some.copy(), batches, adata.obsm["protein"])
-    disk = trained(store, some, batches, store.obsm("protein"))
+    disk = trained(store, some, batches, proteins)
     states = (model.module.state_dict() for model in (disk, memory))
     torch.testing.assert_close(*states, rtol=0, atol=0)
     np.testing.assert_array_equal(disk.get_clusters(), memory.get_clusters())

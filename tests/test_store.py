@@ -336,7 +336,7 @@ BAD_FILES = {
     "nothing.h5ad": (lambda p: None, "no such file or folder"),
     "empty.h5ad": (lambda p: p.write_bytes(b""), "is empty"),
     "other.h5ad": (lambda p: p.write_bytes(b"no" * 99), "is damaged or no .h5ad file"),
-    "cells.csv": (lambda p: p.write_text("1,2"), "must be a .h5ad, .h5 or .loom file"),
+    "cells.csv": (lambda p: p.write_text("1,2"), "must be a .h5ad, .h5mu, .h5 or .loom file"),
     "folder": (lambda p: p.mkdir(), "a folder without matrix.mtx.* and .h5ad files"),
     "cut.h5ad": (lambda p: os.truncate(written(p), 50_000), "is damaged or no .h5ad"),
     "none.h5ad": (lambda p: written(p, make_cells()[:0].copy()), "has 0 cells and 20 genes"),

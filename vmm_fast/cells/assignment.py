@@ -26,6 +26,7 @@ from vmm_fast._folder import folder_of_model
 from vmm_fast._text import joined
 from vmm_fast.cells import frames
 from vmm_fast.cells.columns import column_of, numbers_of
+from vmm_fast.cells.elements import notes_on_omissions
 from vmm_fast.cells.integration import (
     assigned,
     dendrogram,
@@ -38,7 +39,7 @@ from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.selection import EARLIER, cells_of_each_category, notes_on_cell_names
 from vmm_fast.cells.settings import usual_epochs
-from vmm_fast.cells.store import CellStore, notes_on_omissions
+from vmm_fast.cells.store import CellStore
 from vmm_fast.cells.writing import NOVELTY, RESERVED, write_adata, write_clustered
 from vmm_fast.scvi.columns import UNKNOWN, registered_columns
 from vmm_fast.scvi.loading import CellBatches, CellSource, MemoryCells

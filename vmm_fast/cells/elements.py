@@ -6,7 +6,7 @@ that names it, if it cannot be read, does not fit the cells or genes, or is nest
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -247,3 +247,23 @@ def lacks_chunks(matrix: Any, width: int) -> bool:
         if not part.any() and len(inside) - 1 < len(part):
             return True
     return False
+
+
+def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]:
+    """Return the names of the elements that cells have besides these counts, obs and var.
+
+    `element` returns the element of a name, such as "obsm", or None; `counts` is "X" or
+    "layers/NAME".
+    """
+    found = [name for name in ("X", "raw") if element(name) is not None]
+    for name in ("layers", "obsm", "obsp", "varm", "varp"):
+        # From anndata 0.13 on, X is a layer, too, and has no name there.
+        found += [f"{name}/{key}" for key in element(name) or () if key is not None]
+    if len(element("uns") or ()):
+        found.append("uns")
+    return [name for name in found if name != counts]
+
+
+def notes_on_omissions(kept: str, others: Sequence[str]) -> list[str]:
+    """Return a note that names the elements that a result leaves out, if there are any."""
+    return [f"{kept} alone are kept, not {joined(others)}"] if others else []

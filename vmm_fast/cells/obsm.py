@@ -1,4 +1,4 @@
-"""Arrays of obsm on disk, such as the counts of proteins, of which some rows are read at once."""
+"""Counts on disk beside those of genes, such as proteins', of which some rows are read at once."""
 
 from __future__ import annotations
 
@@ -62,4 +62,44 @@ class StoredRows:
                     raise InputError(f"{self._where} must hold counts, {wrong[1]}")
             found[order[at : at + len(part)]] = part
             at += len(part)
+        return found
+
+
+class OtherModality:
+    """Counts of another modality of a :class:`CellStore`'s cells, read as :class:`StoredRows` are.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the cells and the features, such as proteins.
+    names : pandas.Index
+        Those of the features.
+
+    Raises
+    ------
+    InputError
+        If it has other cells, or in another order.
+    """
+
+    def __init__(self, store: CellStore, other: CellStore):
+        self._counts, self.shape, self.names = other, (other.n_obs, other.n_vars), other.var_names
+        if store.n_obs != other.n_obs or not all(
+            np.array_equal(store.obs_names(*part), other.obs_names(*part))
+            for part in (
+                (at, min(at + frames.ROWS, len(self))) for at in range(0, len(self), frames.ROWS)
+            )
+        ):
+            raise InputError(
+                f"{store.path}: modalities must have the same cells in the same order, but have "
+                "not; keep those that both have"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows in the order that is asked for; consecutive ones are read together."""
+        order = np.argsort(rows)
+        found = np.empty((len(rows), self.shape[1]), np.float32)
+        found[order] = self._counts.read(rows[order], rows[order] + 1).toarray()
         return found

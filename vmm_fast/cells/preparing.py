@@ -15,9 +15,10 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast._checks import MOST
 from vmm_fast._errors import InputError
+from vmm_fast.cells.elements import list_other_elements, notes_on_omissions
 from vmm_fast.cells.frames import STRINGS
-from vmm_fast.cells.reading import counts_of, kind_of, read_cells
-from vmm_fast.cells.store import CannotStream, CellStore, list_other_elements, notes_on_omissions
+from vmm_fast.cells.reading import ANNDATA, counts_of, kind_of, read_cells
+from vmm_fast.cells.store import CannotStream, CellStore
 from vmm_fast.cells.writing import ROWS, H5adWriter, notes_on_writing, write_h5ad
 
 VALUES = 1 << 23  # approximate number of values that are in memory together
@@ -40,17 +41,19 @@ def prepare(
     path: Path,
     out: Path,
     layer: str | None = None,
+    modality: str | None = None,
     *,
     progress: bool = False,
     tell: Callable[[str], object] = str,
 ) -> Prepared:
     """Write counts, obs and var of cells to one .h5ad, whole or not at all.
 
-    A file that :class:`CellStore` reads is read in parts; all others are read into memory. `tell`
-    is called with each note, on what is changed or left out, before anything is written. Raises
-    InputError if the cells cannot be read, values are not counts, or the disk is too small.
+    Of a file of several modalities one is taken. A file that :class:`CellStore` reads is read in
+    parts; all others are read into memory. `tell` is called with each note, on what is changed or
+    left out, before anything is written. Raises InputError if the cells cannot be read, values are
+    not counts, or the disk is too small.
     """
-    source, notes = _open(path, layer)
+    source, notes = _open(path, layer, modality)
     step = min(ROWS, max(1, VALUES // max(1, source.nbytes // 8 // source.n_obs)))
     columns = {"var": source.var, "dtypes": source.dtypes, "index_name": source.index_name}
 
@@ -88,16 +91,18 @@ def prepare(
         return Prepared(source.n_obs, source.n_vars, size, notes)
 
 
-def _open(path: Path, layer: str | None) -> tuple[CellStore | _InMemory, list[str]]:
+def _open(
+    path: Path, layer: str | None, modality: str | None
+) -> tuple[CellStore | _InMemory, list[str]]:
     kind = kind_of(path)
-    if kind in (".h5ad", ".zarr", "shards"):
+    if kind in (*ANNDATA, "shards"):
         try:
-            store = CellStore(path, layer)
+            store = CellStore(path, layer, modality=modality)
             return store, store.notes
         except CannotStream:
             if kind == "shards":
                 raise
-    cells = read_cells(str(path), layer)
+    cells = read_cells(str(path), layer, modality)
     try:
         source = _InMemory(cells.adata, layer)
     except InputError as error:

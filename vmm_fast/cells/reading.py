@@ -37,7 +37,8 @@ from vmm_fast.cells.formats import (
 from vmm_fast.cells.names import GENES, find_names, numbered
 
 CHUNK = 1 << 22  # values that are checked together
-SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
+SUFFIXES = (".h5ad", ".h5mu", ".zarr", ".h5", ".loom")
+ANNDATA = (".h5ad", ".h5mu", ".zarr")  # kinds whose elements anndata reads
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LoadedCells:
     notes: list[str] = field(default_factory=list)
 
 
-def read_cells(path: str, layer: str | None = None) -> LoadedCells:
+def read_cells(path: str, layer: str | None = None, modality: str | None = None) -> LoadedCells:
     """Read a file or folder of cells into memory.
 
     Parameters
@@ -59,6 +60,8 @@ def read_cells(path: str, layer: str | None = None) -> LoadedCells:
     layer : str, optional
         Layer with the counts, if there is one; default X. Any other element that cannot be read is
         left out.
+    modality : str, optional
+        The one to read of a file of several: ``.h5mu``, or a ``.zarr`` folder of MuData.
 
     Raises
     ------
@@ -69,10 +72,12 @@ def read_cells(path: str, layer: str | None = None) -> LoadedCells:
     kind = kind_of(file)
     if kind == "shards":
         raise InputError(f"{path}: must be one file, but is a folder of .h5ad files: see CellStore")
+    if modality is not None and kind not in ANNDATA:
+        raise InputError(f"{path}: --modality must be left out, as {kind} has none")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that are not unique are checked below
-            adata, notes = _reader(kind, layer)(file)
+            adata, notes = _reader(kind, layer, modality)(file)
     except MemoryError:
         raise
     except InputError as error:
@@ -81,7 +86,7 @@ def read_cells(path: str, layer: str | None = None) -> LoadedCells:
         raise InputError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from None
     except Exception as error:  # every format raises its own
         raise InputError(f"{path}: {unreadable(error, kind)}") from None
-    if kind in (".h5ad", ".zarr"):
+    if kind in ANNDATA:
         adata.var_names, more = names_of_genes(adata.var)
         notes += more
     elif not adata.var_names.is_unique:
@@ -126,7 +131,8 @@ def kind_of(file: Path) -> str:
     if kind not in SUFFIXES or kind == ".zarr":
         given = f"ends in {kind}" if kind else "has no suffix"
         raise InputError(
-            f"{file}: must be a .h5ad, .h5 or .loom file or a zarr or 10x mtx folder, {given}"
+            f"{file}: must be a .h5ad, .h5mu, .h5 or .loom file or a zarr or 10x mtx folder, "
+            f"{given}"
         )
     return kind_of_hdf5(file) or kind
 
@@ -179,15 +185,35 @@ def open_zarr(folder: Path) -> Any:
     return zarr.open_group(folder, mode="r", use_consolidated=False)
 
 
-def _read_h5ad(file: Path, layer: str | None) -> tuple[AnnData, list[str]]:
+def modality_in(root: Any, name: str | None) -> Any:
+    """Return the group of a modality in an opened file; without a name the file, if it has none.
+
+    Raises InputError if the file has no such modality, or several to choose from.
+    """
+    found = root.get("mod")
+    names = list(found.keys()) if hasattr(found, "keys") else []
+    if name is None and names and "X" not in root:
+        raise InputError(
+            f"must hold one modality, but holds {joined(names)}; vmm-fast prepare --modality "
+            f"{names[0]} makes a file of one"
+        )
+    if name is not None and name not in names:
+        raise InputError(
+            f"--modality {name}: must be one of the modalities, {describe_choices(names)}"
+        )
+    return root if name is None else found[name]
+
+
+def _read_h5ad(file: Path, layer: str | None, modality: str | None) -> tuple[AnnData, list[str]]:
     with h5py.File(file, "r") as opened:
-        if not _is_old(opened):
-            return read_elements(opened, layer)
+        group = modality_in(opened, modality)
+        if modality is not None or not _is_old(group):
+            return read_elements(group, layer)
     return read_h5ad(file), []
 
 
-def _read_zarr(folder: Path, layer: str | None) -> tuple[AnnData, list[str]]:
-    group = open_zarr(folder)
+def _read_zarr(folder: Path, layer: str | None, modality: str | None) -> tuple[AnnData, list[str]]:
+    group = modality_in(open_zarr(folder), modality)
     if _is_old(group):
         return read_zarr(group), []
     adata, notes = read_elements(group, layer)
@@ -199,10 +225,13 @@ def _is_old(group: Any) -> bool:
     return "raw.X" in group or not all(hasattr(group.get(n), "keys") for n in ("obs", "var"))
 
 
-def _reader(kind: str, layer: str | None) -> Callable[[Path], tuple[AnnData, list[str]]]:
+def _reader(
+    kind: str, layer: str | None, modality: str | None
+) -> Callable[[Path], tuple[AnnData, list[str]]]:
     readers: dict[str, Callable[[Path], tuple[AnnData, list[str]]]] = {
-        ".h5ad": partial(_read_h5ad, layer=layer),
-        ".zarr": partial(_read_zarr, layer=layer),
+        ".h5ad": partial(_read_h5ad, layer=layer, modality=modality),
+        ".h5mu": partial(_read_h5ad, layer=layer, modality=modality),
+        ".zarr": partial(_read_zarr, layer=layer, modality=modality),
         ".h5": read_10x_h5,
         ".mtx": read_10x_mtx,
         ".loom": read_loom,

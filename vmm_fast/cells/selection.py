@@ -13,11 +13,12 @@ from scipy.sparse import csr_matrix
 from vmm_fast._errors import InputError
 from vmm_fast._text import counted
 from vmm_fast.cells.columns import training_columns
+from vmm_fast.cells.elements import notes_on_omissions
 from vmm_fast.cells.names import notes_on_genes
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.reading import counts_of
 from vmm_fast.cells.settings import Settings
-from vmm_fast.cells.store import CellStore, notes_on_omissions
+from vmm_fast.cells.store import CellStore
 from vmm_fast.cells.writing import RESERVED, ROWS
 from vmm_fast.scvi.loading import window_of
 

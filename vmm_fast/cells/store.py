@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from vmm_fast._checks import not_counts
 from vmm_fast._errors import InputError
 from vmm_fast._text import joined
 from vmm_fast.cells import frames
-from vmm_fast.cells.elements import lacks_chunks, left_out, read_var
+from vmm_fast.cells.elements import lacks_chunks, left_out, list_other_elements, read_var
 from vmm_fast.cells.formats import visible
-from vmm_fast.cells.obsm import StoredRows
+from vmm_fast.cells.obsm import OtherModality, StoredRows
 from vmm_fast.cells.reading import (
     check_shape,
     check_unique,
     describe_choices,
     kind_of,
+    modality_in,
     names_of_genes,
     no_column,
     notes_on_chunks,
@@ -56,11 +58,13 @@ class CellStore:
     path : str or Path
         ``.h5ad``, a ``.zarr`` folder, or a folder of ``.h5ad`` files (shards), which are taken in
         the order of their names. Shards must have the genes of the first, in any order. obs has
-        the columns that are common to all.
+        the columns that are common to all. With `modality` also ``.h5mu``, as MuData writes it.
     layer : str, optional
         Layer with the counts; default X.
     preferred : str, optional
         Layer to use if `layer` is not given and the first file has this one.
+    modality : str, optional
+        The modality of a file of several, such as ``"rna"``; obs is its own, not that of all.
 
     Attributes
     ----------
@@ -103,12 +107,14 @@ class CellStore:
         layer: str | None = None,
         *,
         preferred: str | None = None,
+        modality: str | None = None,
     ) -> None:
         self.path, self.layer, self._preferred = Path(path), layer, preferred
+        self._modality, self._beside = modality, list[CellStore]()
         kind = kind_of(self.path)
         if kind == "shards":
             self.files = tuple(visible(self.path, "*.h5ad"))
-        elif kind in (".h5ad", ".zarr"):
+        elif kind in (".h5ad", ".h5mu", ".zarr"):
             self.files = (self.path,)
         else:
             raise CannotStream(
@@ -175,6 +181,8 @@ class CellStore:
         with self._lock:
             while self._open:
                 self._open.popitem()[1].close()
+            for other in self._beside:
+                other.close()
 
     # --- files ---
 
@@ -191,9 +199,9 @@ class CellStore:
         if file not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
-            self._open[file] = _Open(
-                open_zarr(file) if file.is_dir() else h5py.File(file, "r", rdcc_nbytes=CACHE)
-            )
+            in_folder = file.is_dir()
+            root = open_zarr(file) if in_folder else h5py.File(file, "r", rdcc_nbytes=CACHE)
+            self._open[file] = _Open(root, self._modality)
         self._open.move_to_end(file)
         return self._open[file]
 
@@ -212,7 +220,7 @@ class CellStore:
             except (MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:  # HDF5, zarr and each codec raise their own
-                kind = ".zarr" if file.is_dir() else ".h5ad"
+                kind = ".zarr" if file.is_dir() else file.suffix.lower()
                 raise InputError(f"{file}: {unreadable(error, kind)}") from None
 
     def reading(self, shard: _Shard) -> AbstractContextManager[_Open]:
@@ -223,9 +231,10 @@ class CellStore:
         """Return times and sizes of files, which differ if the counts or the file have changed."""
         places = [file]
         if file.is_dir():  # of zarr: chunks are new files in the folders of arrays
-            arrays = [file / self._element / name for name in ("", "data", "indices")]
+            group = file if self._modality is None else file / "mod" / self._modality
+            arrays = [group / self._element / name for name in ("", "data", "indices")]
             places += [array / name for array in arrays for name in ("", "c", "zarr.json")]
-            places += sorted((file / self._element / "c").glob("*"))  # by rows, of a dense array
+            places += sorted((group / self._element / "c").glob("*"))  # by rows, of a dense array
         found = [place.stat() for place in places if place == file or place.exists()]
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
 
@@ -269,7 +278,7 @@ class CellStore:
                 raise CannotStream(f"{self._where} must be a matrix of counts, but is a {encoding}")
             there = {name: group[name] for name in group if name in group}  # no links to nothing
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
-            others = list_other_elements(there.get, self._element)
+            others = list_other_elements(there.get, self._element) + opened.other_modalities()
             self.others += [name for name in others if name not in self.others]
             matrix = group[self._element]
             n_obs = frames.rows_of(group["obs"])
@@ -307,7 +316,8 @@ class CellStore:
     def _prepared(self, file: Path) -> str:
         """Return the advice for a file that cannot be read in parts, for an error message."""
         if file == self.path:
-            return "vmm-fast prepare makes a file that can"
+            option = "" if self._modality is None else f" --modality {self._modality}"
+            return f"vmm-fast prepare{option} makes a file that can"
         return f"replace {file.name} by what vmm-fast prepare makes of it alone"
 
     def _take_genes(self, genes: pd.Index) -> np.ndarray | None:
@@ -513,6 +523,16 @@ class CellStore:
         """Return counts in obsm, such as those of proteins, whose rows are read from disk."""
         return StoredRows(self, key)
 
+    def other_modality(self, name: str, layer: str | None = None) -> OtherModality:
+        """Return counts of another modality of the same cells, whose rows are read from disk.
+
+        The file is one of several modalities, of which this store has one. The counts are in
+        `layer` of the other; default X.
+        """
+        other = CellStore(self.path, layer, modality=name)
+        self._beside.append(other)
+        return OtherModality(self, other)
+
     def sample(
         self, number: int, keys: Sequence[str] = (), seed: int = 0, *, obsm: Sequence[str] = ()
     ) -> AnnData:
@@ -562,9 +582,19 @@ class _Shard:
 class _Open:
     """An opened file and the opened arrays of its counts: HDF5 caches chunks of open arrays."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, root: Any, modality: str | None) -> None:
+        self._root, self._modality = root, modality
         self._arrays: dict[str, Any] = {}
+
+    @cached_property
+    def group(self) -> Any:
+        """The group of the cells: the file, or that of its modality."""
+        return modality_in(self._root, self._modality)
+
+    def other_modalities(self) -> list[str]:
+        """Return the names of the other modalities, such as ``"mod/prot"``."""
+        names = () if self._modality is None else self._root["mod"]
+        return [f"mod/{name}" for name in names if name != self._modality]
 
     def __getitem__(self, name: str) -> Any:
         """Return the array of this name."""
@@ -573,28 +603,5 @@ class _Open:
         return self._arrays[name]
 
     def close(self) -> None:
-        if isinstance(self.group, h5py.File):
-            self.group.close()
-
-
-# --- what else a file has ---
-
-
-def list_other_elements(element: Callable[[str], Any], counts: str) -> list[str]:
-    """Return the names of the elements that cells have besides these counts, obs and var.
-
-    `element` returns the element of a name, such as "obsm", or None; `counts` is "X" or
-    "layers/NAME".
-    """
-    found = [name for name in ("X", "raw") if element(name) is not None]
-    for name in ("layers", "obsm", "obsp", "varm", "varp"):
-        # From anndata 0.13 on, X is a layer, too, and has no name there.
-        found += [f"{name}/{key}" for key in element(name) or () if key is not None]
-    if len(element("uns") or ()):
-        found.append("uns")
-    return [name for name in found if name != counts]
-
-
-def notes_on_omissions(kept: str, others: Sequence[str]) -> list[str]:
-    """Return a note that names the elements that a result leaves out, if there are any."""
-    return [f"{kept} alone are kept, not {joined(others)}"] if others else []
+        if isinstance(self._root, h5py.File):
+            self._root.close()

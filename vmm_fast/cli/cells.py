@@ -149,8 +149,8 @@ def add_commands(commands: Any) -> None:
         help="write single cells so that they are read fast, part by part",
         usage="vmm-fast prepare CELLS [options]",
         description="Write counts, obs and var to one .h5ad file of which integrate reads random\n"
-        "cells fast. In bounded memory, if CELLS is .h5ad, a zarr folder or a folder of\n"
-        ".h5ad files, with cells in its rows.\n\n"
+        "cells fast. In bounded memory, if CELLS is .h5ad, .h5mu, a zarr folder or a\n"
+        "folder of .h5ad files, with cells in its rows.\n\n"
         "  vmm-fast prepare cells.loom --out cells.h5ad",
     )
     prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")
@@ -158,6 +158,7 @@ def add_commands(commands: Any) -> None:
         prepare,
         ("--out", "FILE.h5ad", str, "(default: CELLS's name with -prepared.h5ad, here)"),
         ("--layer", "NAME", str, "layer with the counts, which become X (default: X)"),
+        ("--modality", "NAME", str, "the one to write of a .h5mu file, such as rna"),
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace FILE.h5ad")
     prepare.set_defaults(run=_prepare)
@@ -566,6 +567,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         Path(arguments.file),
         out,
         arguments.layer,
+        arguments.modality,
         progress=sys.stderr is not None and sys.stderr.isatty(),
         tell=lambda note: print(f"note: {note}", flush=True),
     )

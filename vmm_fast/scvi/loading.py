@@ -273,8 +273,8 @@ class CellDataModule(LightningDataModule):
     categorical : ndarray of int [cells, number of categorical covariates], optional
         Index of each cell's category.
     continuous : ndarray of float [cells, number of continuous covariates], optional
-    proteins : ndarray or StoredRows [cells, number of proteins], optional
-        Their counts, in memory or what ``CellStore.obsm`` returns.
+    proteins : ndarray, StoredRows or OtherModality [cells, number of proteins], optional
+        Their counts, in memory or what ``CellStore.obsm`` or ``other_modality`` returns.
     genes : ndarray of int, optional
         Columns to take; all by default.
     batch_size : int
