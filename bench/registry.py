@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import (
     abundance,
+    doublets,
     estimators,
     gpu,
     integration,
@@ -31,6 +32,7 @@ MEASUREMENTS = {
         quality.MEASUREMENT,
         integration.MEASUREMENT,
         novelty.MEASUREMENT,
+        doublets.MEASUREMENT,
         peers.MEASUREMENT,
         settings.MEASUREMENT,
         gpu.MEASUREMENT,

@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy.sparse import csr_matrix
+from support import separated_cells
 
 from bench import (
     __main__,
     alone,
+    doublets,
     estimators,
     gpu,
     gpu_bound,
     integration,
     likelihood,
+    novelty,
     peak,
     peers,
     providers,
@@ -422,6 +426,71 @@ def test_a_comparison_keeps_its_rows_and_has_a_line_for_each_method(bench, tmp_p
     leiden = "| N(0, I), same network, Leiden | 1 | found | test | 12.0 | 10.0 | 0.900 | 0.800 | "
     assert vmm + leiden in page
     assert peers.DATASETS["mnist"] in page and peers.DATASETS["demo"] not in page
+
+
+@pytest.fixture
+def cells_of_equal_size(tmp_path):
+    """Write cells with 200 counts each under the name of a data set; return their counts."""
+    pytest.importorskip("anndata", reason="anndata is not installed")
+    cells = separated_cells(300)
+    cells.obs["cell_type"] = cells.obs["cluster"]
+    rates = cells.X.toarray().astype(float)
+    counts = np.random.default_rng(0).multinomial(200, rates / rates.sum(1, keepdims=True))
+    cells.X = csr_matrix(counts.astype(np.float32))
+    cells.write_h5ad(tmp_path / "pbmc3k.h5ad")
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")  # scvi-tools' own
+def test_doublets_are_sums_of_two_cells(cells_of_equal_size, tmp_path, monkeypatch):
+    batches = np.array(["a"] * 40 + ["b"] * 60)
+    first, second = doublets.pairs(batches, 0.5, seed=0)
+    assert (batches[first] == batches[second]).all() and (first != second).all()
+    assert np.bincount(batches[first] == "b").tolist() == [20, 30]
+    monkeypatch.setattr(novelty, "trained", lambda *_: model)
+    model = Namespace(_latents=lambda cells: torch.from_numpy(cells.X.toarray()).log1p())
+    on = doublets.problem("pbmc3k", 0, str(tmp_path), 1)
+    counts = on.query.X.toarray()
+    assert np.array_equal(counts[:300], cells_of_equal_size)
+    assert (counts.sum(1) == [200] * 300 + [400] * 30).all()
+    kinds = (doublets.DIFFERENT, doublets.SAME)
+    assert (on.types[:300] == "").all() and np.isin(on.types[300:], kinds).all()
+    size = doublets.size(on.query)
+    assert novelty.area(size, on.types, *kinds) == 0.5
+    assert [novelty.area(size, on.types, kind) for kind in kinds] == [1, 1]
+    # Where nothing is lost in the latent space, simulated doublets lie about the others.
+    assert novelty.area(doublets.near(on, on.query.X), on.types, doublets.DIFFERENT) > 0.95
+
+
+@pytest.mark.slow("trains a model of scVI")
+@pytest.mark.filterwarnings("ignore")  # scvi-tools' and Lightning's own
+def test_doublets_by_every_method(bench, cells_of_equal_size, tmp_path):
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    options = ("--dataset", "pbmc3k", "--seeds", 0, "--epochs", 30, "--data", tmp_path)
+    assert bench("doublets", *options, "--kept", tmp_path / "kept", "--out", tmp_path)[0] == 0
+    rows = read_rows(tmp_path / "doublets.jsonl")
+    found = {row["method"]: row["auroc"] for row in rows}
+    assert list(found) == list(doublets.METHODS)
+    assert found["size"]["different"] == 1 and found["decoded"]["different"] > 0.7
+    assert (
+        "\n| number of counts | 1 | 1.000 | 1.000 | 0.500 |\n"
+        in (tmp_path / "doublets.md").read_text()
+    )
+
+
+def test_doublets_say_what_is_better_than_size():
+    areas = {"decoded": 0.8, "size": 0.9, "scrublet": 0.7, "sums": 0.8}
+    rows = [
+        {"method": name, "dataset": dataset, "seed": seed, "auroc": {"different": area}}
+        for name, area in areas.items()
+        for dataset in novelty.LEFT_OUT
+        for seed in range(3)
+    ]
+    assert doublets.COMPARISON.verdicts(rows) == [
+        "MISSED: AUROC of decoded pairs 0.800 above that of the number of counts, 0.900",
+        "met: AUROC of decoded pairs 0.800 above that of the score of Scrublet, 0.700",
+        "MISSED: AUROC of decoded pairs 0.800 above that of the pairs of cells' own counts, 0.800",
+    ]
 
 
 def test_means_under_the_normal_prior_are_kept(tmp_path, monkeypatch):
