@@ -432,7 +432,7 @@ def test_a_comparison_keeps_its_rows_and_has_a_line_for_each_method(bench, tmp_p
 def cells_of_equal_size(tmp_path):
     """Write cells with 200 counts each under the name of a data set; return their counts."""
     pytest.importorskip("anndata", reason="anndata is not installed")
-    cells = separated_cells(300)
+    cells = separated_cells(300, genes=300)
     cells.obs["cell_type"] = cells.obs["cluster"]
     rates = cells.X.toarray().astype(float)
     counts = np.random.default_rng(0).multinomial(200, rates / rates.sum(1, keepdims=True))
