@@ -73,6 +73,9 @@ def test_rows_of_the_other_modality_are_those_of_its_counts_in_any_order(both):
         np.testing.assert_array_equal(other[rows], dense(proteins.X)[rows])
         np.testing.assert_array_equal(other[np.array([5, 5])], dense(proteins.X)[[5, 5]])
         assert other[rows].dtype == np.float32 and other[rows[:0]].shape == (0, 6)
+        for wrong in (rows > 3, rows.astype(float), [1, 2]):
+            with pytest.raises(TypeError, match="rows must be an array of int"):
+                other[wrong]
         inner = other._counts
     assert not inner._open  # closed with the store
 
@@ -112,6 +115,23 @@ def test_a_modality_by_genes_is_not_streamed_but_prepared(tmp_path, capsys):
     prepared = read_h5ad(out)
     np.testing.assert_array_equal(dense(prepared.X), dense(rna.X))
     assert list(prepared.obs["batch"]) == list(rna.obs["batch"])
+
+
+@pytest.mark.parametrize("matrix", [csr_matrix, csc_matrix])
+def test_prepare_names_what_all_modalities_share(tmp_path, capsys, matrix):
+    rna = separated_cells()
+    rna.X = matrix(rna.X)
+    several = MuData({"rna": rna, "prot": make_proteins(rna.obs_names)})
+    several.obs["cell_type"] = "T"
+    several.obsm["X_wnn"] = np.ones((240, 2))
+    several.uns["made"] = "by hand"
+    several.write(path := tmp_path / "cells.h5mu")
+    out = tmp_path / "rna.h5ad"
+    assert cli.main(["prepare", str(path), "--modality", "rna", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("mod/prot", "/obs/cell_type", "/obsm/X_wnn", "/uns"):
+        assert name in said
+    assert "/obsm/prot" not in said and "mod/rna" not in said
 
 
 def test_prepare_says_what_it_leaves_out(both, tmp_path, capsys):

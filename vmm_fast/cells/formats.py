@@ -48,7 +48,7 @@ def kind_of_hdf5(file: Path) -> str | None:
     try:
         with h5py.File(file, "r") as opened:
             if "obs" in opened and "var" in opened:
-                return ".h5mu" if "mod" in opened and "X" not in opened else ".h5ad"
+                return ".h5mu" if "mod" in opened and "obsmap" in opened else ".h5ad"
             matrix = opened.get("matrix")
     except Exception:  # reported later, when the file is read
         return None

@@ -53,7 +53,7 @@ class StoredRows:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Return rows in the order that is asked for; consecutive ones are read together."""
-        order = np.argsort(rows)
+        order = _order(rows)
         found, at = np.empty((len(rows), self.shape[1]), np.float32), 0
         for shard, start, stop in self._store.runs(rows[order], rows[order] + 1):
             with self._store.reading(shard) as opened:
@@ -91,7 +91,7 @@ class OtherModality:
         ):
             raise InputError(
                 f"{store.path}: modalities must have the same cells in the same order, but have "
-                "not; keep those that both have"
+                "not; keep those that both have, in one order"
             )
 
     def __len__(self) -> int:
@@ -99,7 +99,14 @@ class OtherModality:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Return rows in the order that is asked for; consecutive ones are read together."""
-        order = np.argsort(rows)
+        order = _order(rows)
         found = np.empty((len(rows), self.shape[1]), np.float32)
         found[order] = self._counts.read(rows[order], rows[order] + 1).toarray()
         return found
+
+
+def _order(rows: np.ndarray) -> np.ndarray:
+    """Return the order in which rows are read; raise TypeError unless they are whole numbers."""
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu" or rows.ndim != 1:
+        raise TypeError(f"rows must be an array of int [n], but are {rows!r}")
+    return np.argsort(rows)

@@ -192,10 +192,11 @@ def modality_in(root: Any, name: str | None) -> Any:
     """
     found = root.get("mod")
     names = list(found.keys()) if hasattr(found, "keys") else []
-    if name is None and names and "X" not in root:
+    if name is None and names and "obsmap" in root:  # which anndata does not write
+        first = "rna" if "rna" in names else names[0]
         raise InputError(
             f"must hold one modality, but holds {joined(names)}; vmm-fast prepare --modality "
-            f"{names[0]} makes a file of one"
+            f"{first} makes a file of one"
         )
     if name is not None and name not in names:
         raise InputError(
@@ -204,20 +205,40 @@ def modality_in(root: Any, name: str | None) -> Any:
     return root if name is None else found[name]
 
 
+def beside_modality(root: Any, name: str) -> list[str]:
+    """Return the names of what a file has besides one modality; of all together with a "/"."""
+    names = list(root["mod"].keys())
+    columns = list(map(str, root["obs"].attrs.get("column-order", ()))) if "obs" in root else []
+    shared = [f"/obs/{key}" for key in columns]
+    for group in ("obsm", "obsp"):  # where each modality has its rows
+        shared += [f"/{group}/{key}" for key in root.get(group, ()) if key not in names]
+    shared += ["/uns"] if len(root.get("uns", ())) else []
+    return [f"mod/{other}" for other in names if other != name] + shared
+
+
 def _read_h5ad(file: Path, layer: str | None, modality: str | None) -> tuple[AnnData, list[str]]:
     with h5py.File(file, "r") as opened:
         group = modality_in(opened, modality)
         if modality is not None or not _is_old(group):
-            return read_elements(group, layer)
+            return _elements_of(opened, group, layer, modality)
     return read_h5ad(file), []
 
 
 def _read_zarr(folder: Path, layer: str | None, modality: str | None) -> tuple[AnnData, list[str]]:
-    group = modality_in(open_zarr(folder), modality)
-    if _is_old(group):
+    root = open_zarr(folder)
+    group = modality_in(root, modality)
+    if modality is None and _is_old(group):
         return read_zarr(group), []
-    adata, notes = read_elements(group, layer)
+    adata, notes = _elements_of(root, group, layer, modality)
     return adata, notes + notes_on_chunks(group.get("X"), "X")
+
+
+def _elements_of(
+    root: Any, group: Any, layer: str | None, modality: str | None
+) -> tuple[AnnData, list[str]]:
+    adata, notes = read_elements(group, layer)
+    others = [] if modality is None else beside_modality(root, modality)
+    return adata, notes + ([f"{modality} alone is read, not {joined(others)}"] if others else [])
 
 
 def _is_old(group: Any) -> bool:

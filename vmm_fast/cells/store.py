@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from vmm_fast.cells import frames
 from vmm_fast.cells.elements import lacks_chunks, left_out, list_other_elements, read_var
 from vmm_fast.cells.formats import visible
 from vmm_fast.cells.obsm import OtherModality, StoredRows
+from vmm_fast.cells.opened import Opened
 from vmm_fast.cells.reading import (
     check_shape,
     check_unique,
     describe_choices,
     kind_of,
-    modality_in,
     names_of_genes,
     no_column,
     notes_on_chunks,
@@ -122,7 +121,7 @@ class CellStore:
                 "vmm-fast prepare makes one of it"
             )
         self._lock = threading.RLock()
-        self._open: OrderedDict[Path, _Open] = OrderedDict()
+        self._open: OrderedDict[Path, Opened] = OrderedDict()
         self.shards: list[_Shard] = []
         self.others: list[str] = []
         self.notes: list[str] = []
@@ -194,19 +193,19 @@ class CellStore:
     def _where(self) -> str:
         return "X" if self.layer is None else f"layers[{self.layer!r}]"
 
-    def _opened(self, file: Path) -> _Open:
+    def _opened(self, file: Path) -> Opened:
         """Return the opened file; if too many are open, close the least recently used."""
         if file not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
             in_folder = file.is_dir()
             root = open_zarr(file) if in_folder else h5py.File(file, "r", rdcc_nbytes=CACHE)
-            self._open[file] = _Open(root, self._modality)
+            self._open[file] = Opened(root, self._modality)
         self._open.move_to_end(file)
         return self._open[file]
 
     @contextmanager
-    def _reading(self, file: Path, stamp: Any = None) -> Iterator[_Open]:
+    def _reading(self, file: Path, stamp: Any = None) -> Iterator[Opened]:
         """Provide the opened file; errors inside become InputErrors that name it."""
         with self._lock:
             try:
@@ -223,7 +222,7 @@ class CellStore:
                 kind = ".zarr" if file.is_dir() else file.suffix.lower()
                 raise InputError(f"{file}: {unreadable(error, kind)}") from None
 
-    def reading(self, shard: _Shard) -> AbstractContextManager[_Open]:
+    def reading(self, shard: _Shard) -> AbstractContextManager[Opened]:
         """Provide the opened file of a shard, unless it has changed."""
         return self._reading(shard.file, shard.stamp)
 
@@ -278,7 +277,7 @@ class CellStore:
                 raise CannotStream(f"{self._where} must be a matrix of counts, but is a {encoding}")
             there = {name: group[name] for name in group if name in group}  # no links to nothing
             there = {n: e for n, e in there.items() if e.attrs.get("encoding-type") != "null"}
-            others = list_other_elements(there.get, self._element) + opened.other_modalities()
+            others = list_other_elements(there.get, self._element) + opened.beside()
             self.others += [name for name in others if name not in self.others]
             matrix = group[self._element]
             n_obs = frames.rows_of(group["obs"])
@@ -398,7 +397,7 @@ class CellStore:
                     yield self.shards[number], start - first, min(stop, end) - first
                 start, number = max(start, min(stop, end)), number + 1
 
-    def _slice(self, shard: _Shard, opened: _Open, start: int, stop: int) -> tuple[Any, Any]:
+    def _slice(self, shard: _Shard, opened: Opened, start: int, stop: int) -> tuple[Any, Any]:
         """Return how many values each cell has, and all values with their genes, as stored."""
         if shard.indptr is None:
             rows = opened[self._element][start:stop]
@@ -577,31 +576,3 @@ class _Shard:
     indptr: np.ndarray | None = field(repr=False)  # None where rows are dense
     dtypes: dict[str, Any]  # of the columns of obs
     take: np.ndarray | None  # columns of its genes in the store
-
-
-class _Open:
-    """An opened file and the opened arrays of its counts: HDF5 caches chunks of open arrays."""
-
-    def __init__(self, root: Any, modality: str | None) -> None:
-        self._root, self._modality = root, modality
-        self._arrays: dict[str, Any] = {}
-
-    @cached_property
-    def group(self) -> Any:
-        """The group of the cells: the file, or that of its modality."""
-        return modality_in(self._root, self._modality)
-
-    def other_modalities(self) -> list[str]:
-        """Return the names of the other modalities, such as ``"mod/prot"``."""
-        names = () if self._modality is None else self._root["mod"]
-        return [f"mod/{name}" for name in names if name != self._modality]
-
-    def __getitem__(self, name: str) -> Any:
-        """Return the array of this name."""
-        if name not in self._arrays:
-            self._arrays[name] = self.group[name]
-        return self._arrays[name]
-
-    def close(self) -> None:
-        if isinstance(self._root, h5py.File):
-            self._root.close()

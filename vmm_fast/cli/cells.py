@@ -153,7 +153,7 @@ def add_commands(commands: Any) -> None:
         "folder of .h5ad files, with cells in its rows.\n\n"
         "  vmm-fast prepare cells.loom --out cells.h5ad",
     )
-    prepare.add_argument("file", metavar="CELLS", help="as integrate reads them")
+    prepare.add_argument("file", metavar="CELLS", help="as integrate reads them, or .h5mu")
     add_options(
         prepare,
         ("--out", "FILE.h5ad", str, "(default: CELLS's name with -prepared.h5ad, here)"),
