@@ -117,9 +117,9 @@ def _principal_components(adata: AnnData) -> np.ndarray:
 
 METHODS: dict[str, tuple[str, Method]] = {
     "vmm": ("VMM", trained("VMMSCVI", prior="vmm")),
-    "vmm-eight": (
-        "VMM, a step in eight",
-        trained("VMMSCVI", prior="vmm", prior_kwargs={"update_every": 8}),
+    "vmm-every": (
+        "VMM, pseudo-inputs move in every call",
+        trained("VMMSCVI", prior="vmm", prior_kwargs={"update_every": 1}),
     ),
     "vmm-own": ("VMM, own epochs", trained("VMMSCVI", own_epochs=True, prior="vmm")),
     "vmm-plain": (

@@ -56,9 +56,9 @@ CHANGED_PRIORS: dict[str, tuple[str, MakePrior]] = {
         "gradient, not through the responsibilities",
         prior(inference="gradient", responsibility_gradient=False),
     ),
-    "update-every-1": ("a step of the prior in every call", prior(update_every=1)),
+    "update-every-1": ("pseudo-inputs move in every call", prior(update_every=1)),
     "gradient-update-every-1": (
-        "gradient, a step of the prior in every call",
+        "gradient, pseudo-inputs move in every call",
         prior(inference="gradient", update_every=1),
     ),
     "gradient-no-map": (

@@ -17,7 +17,7 @@ void step(const AdamSettings& settings, const AdamParameter<T>& p, int threads) 
   const T beta1 = static_cast<T>(settings.beta1), beta2 = static_cast<T>(settings.beta2);
   const T rest1 = static_cast<T>(1.0 - settings.beta1);
   const T rest2 = static_cast<T>(1.0 - settings.beta2);
-  const T rate = static_cast<T>(settings.learning_rate / (1.0 - std::pow(settings.beta1, t)));
+  const T rate = static_cast<T>(p.rate / (1.0 - std::pow(settings.beta1, t)));
   const T root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(settings.beta2, t)));
   const T epsilon = static_cast<T>(settings.epsilon);
   // A square root and a division an element: some 20 multiply-adds.

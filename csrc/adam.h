@@ -1,7 +1,7 @@
 // Adam (Kingma & Ba 2015, algorithm 1, without weight decay), on raw pointers:
 //
 //   u <- beta1 u + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
-//   x <- x - learning_rate / (1 - beta1^t) u / (sqrt(v / (1 - beta2^t)) + epsilon)
+//   x <- x - rate / (1 - beta1^t) u / (sqrt(v / (1 - beta2^t)) + epsilon)
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,12 @@
 namespace vmm {
 
 struct AdamSettings {
-  double learning_rate, beta1, beta2, epsilon;
+  double beta1, beta2, epsilon;
 };
 
 template <class T>
 struct AdamParameter {
+  double rate;
   std::int64_t size;
   const T* gradient;
   T *parameter, *first_moment, *second_moment;

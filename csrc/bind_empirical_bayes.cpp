@@ -86,16 +86,18 @@ void bind(py::module_& m, const std::string& suffix) {
                               pointer<double>(running_centers), pointer<int64_t>(running_steps)});
         },
         nogil);
-  // A parameter is its size and the addresses of gradient, values, moments and step count.
+  // A parameter is its rate, its size and the addresses of gradient, values, moments and step count.
   m.def(("adam_step" + suffix).c_str(),
-        [](double learning_rate, double beta1, double beta2, double epsilon, int threads,
-           const std::vector<std::array<Address, 6>>& given) {
+        [](double beta1, double beta2, double epsilon, int threads,
+           const std::vector<std::pair<double, std::array<Address, 6>>>& given) {
           std::vector<vmm::AdamParameter<T>> parameters;
-          for (const auto& [size, gradient, parameter, first_moment, second_moment, steps] : given)
-            parameters.push_back({static_cast<int64_t>(size), pointer<const T>(gradient),
+          for (const auto& [rate, addresses] : given) {
+            const auto& [size, gradient, parameter, first_moment, second_moment, steps] = addresses;
+            parameters.push_back({rate, static_cast<int64_t>(size), pointer<const T>(gradient),
                                   pointer<T>(parameter), pointer<T>(first_moment),
                                   pointer<T>(second_moment), pointer<float>(steps)});
-          return vmm::adam_step<T>({learning_rate, beta1, beta2, epsilon}, parameters, threads);
+          }
+          return vmm::adam_step<T>({beta1, beta2, epsilon}, parameters, threads);
         },
         nogil);
 }

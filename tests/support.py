@@ -328,8 +328,7 @@ def prior_steps(model):
     private = prior.get_extra_state()
     if not private["state"]:
         return 0
-    before = prior.options.update_every * (int(private["state"][0]["step"]) - 1)
-    return before + private["since_step"]["calls"]
+    return max(int(entry["step"]) for entry in private["state"].values())
 
 
 # --- commands ---

@@ -34,12 +34,18 @@ def stated(function):
 def compiled(function):
     """Return the same from the docstring that pybind11 writes, in the wording of any version."""
     arguments, result = re.search(r"\((.*)\) -> (.*)", function.__doc__).groups()
+    inner = "Sequence[int]"
+    many = (
+        f"Sequence[tuple[float, {inner}]]"
+        if "tuple[" in arguments.lower()
+        else f"Sequence[{inner}]"
+    )
     arguments = re.sub(r"\w+\[\w.*FixedSize.*\]|[\w.]+\[typing.Annotated.*\]", "Many", arguments)
     types = []
     for argument in filter(None, arguments.split(", ")):
         kind = argument.split(": ")[1].split(" | ")[0].split(".")[-1]
         types.append({"SupportsInt": "int", "SupportsFloat": "float"}.get(kind, kind))
-    return [*("Sequence[Sequence[int]]" if kind == "Many" else kind for kind in types), result]
+    return [*(many if kind == "Many" else kind for kind in types), result]
 
 
 def parameters(operation):

@@ -160,8 +160,8 @@ def test_nothing_waits_for_the_device(monkeypatch, every):
             prior.kl(encoder(prior.pseudo_inputs), encoder).mean().backward()
             prior.update(z, encoder)
             prior.assign(z, encoder)
-    assert len(steps) == 2 // every
-    assert all(g.isfinite().all() for g in steps[-1][1])
+    assert len(steps) == 2
+    assert all(g.isfinite().all() for _, step in steps for g in step if g is not None)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")

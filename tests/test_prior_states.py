@@ -231,7 +231,10 @@ def test_constructors_have_the_defaults_of_the_options():
     mixtures = {VMMPrior: MixtureOptions(), GaussianMixturePrior: MixtureOptions()}
     for prior, options in {**mixtures, VampPrior: VampOptions()}.items():
         parameters = inspect.signature(prior).parameters
-        assert {name: parameters[name].default for name in vars(options)} == vars(options)
+        expected = vars(options).copy()
+        if prior is GaussianMixturePrior:  # it has no pseudo-inputs, which alone move seldom
+            del expected["update_every"]
+        assert {name: parameters[name].default for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", PRIORS)

@@ -24,7 +24,7 @@ def test_adam_is_torchs(dtype):
     ours = [torch.randn(7, 5, dtype=dtype, requires_grad=True), torch.zeros((), dtype=dtype)]
     ours[1].requires_grad_()
     theirs = [x.detach().clone().requires_grad_() for x in ours]
-    mine, other = PrivateAdam(ours, 1e-2), torch.optim.Adam(theirs, lr=1e-2, eps=1e-7)
+    mine, other = PrivateAdam([(ours, 1e-2)]), torch.optim.Adam(theirs, lr=1e-2, eps=1e-7)
     for step in range(5):
         gradients = [torch.randn_like(x) for x in ours]
         if step == 2:
@@ -47,7 +47,7 @@ def test_adam_is_torchs(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adam_takes_no_step_from_a_gradient_that_is_not_finite(dtype):
     x = torch.zeros(100, dtype=dtype, requires_grad=True)
-    adam = PrivateAdam([x], 1e-2)
+    adam = PrivateAdam([([x], 1e-2)])
     gradient = torch.zeros(100, dtype=dtype)
     gradient[77] = math.nan
     with pytest.raises(FloatingPointError, match="the prior is unchanged"):
@@ -72,10 +72,10 @@ def stored_encoder(total, d, full, dtype=torch.float32):
 
 def prior_of(kind, d=3, **options):
     """Return a prior of this kind with a step in every call, and its encoder if it has one."""
-    options = {"update_every": 1, **options}
     torch.manual_seed(0)
     if kind == "free":
         return GaussianMixturePrior(4, d, **options), None
+    options = {"update_every": 1, **options}
     return VMMPrior(torch.randn(4, 4), d, **options), stored_encoder(4, d, kind == "full")
 
 

@@ -100,7 +100,7 @@ def vmm(count=8, **settings):
 
 def gmm(**settings):
     centers = torch.randn(4, D, dtype=torch.float64)
-    return perturb(GaussianMixturePrior(4, D, centers=centers, **{"update_every": 1, **settings}))
+    return perturb(GaussianMixturePrior(4, D, centers=centers, **settings))
 
 
 def vamp(**settings):
@@ -450,7 +450,7 @@ def test_online_steps_approach_the_exact_fit():
     """On a standing data set, online EM ends where exact EM does; weights follow the counts."""
     torch.manual_seed(1)
     z = torch.cat([torch.randn(450, D) + 5, torch.randn(50, D) - 5]).double()
-    settings = {"centers": z[[0, 470]], "data_size": 500, "update_every": 1}
+    settings = {"centers": z[[0, 470]], "data_size": 500}
     exact = GaussianMixturePrior(2, D, **settings)
     exact.fit(z)
     # Even weights at the start do not hold the concentration up for ever.

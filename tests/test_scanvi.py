@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_labels_of_some_cells_predict_the_others_and_guide_components():
-    model = learnt("SCANVI", epochs=20)
+    model = learnt("SCANVI", epochs=30)
     cluster = model.adata.obs["cluster"].to_numpy()
     assert (model.predict()[::2] == cluster[::2]).mean() > 0.9
     components = model.get_components()

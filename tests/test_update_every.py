@@ -11,7 +11,6 @@ from test_priors import (
     Counted,
     D,
     Encoder,
-    gmm,
     inputs,
     same_state,
     state_of,
@@ -22,22 +21,20 @@ from torch.distributions import Independent, Normal
 from torch.func import functional_call
 
 from vmm_fast import VMMPrior
-from vmm_fast.priors import base
+from vmm_fast.priors import learnt
 
 EVERY = 3
 MAKERS = {
     "vmm": vmm,
     "vmm, closed form": lambda **options: vmm(inference="closed-form", **options),
     "vmm, two a component": lambda **options: vmm(pseudo_inputs_per_component=2, **options),
-    "gmm": gmm,
-    "gmm, closed form": lambda **options: gmm(inference="closed-form", **options),
     "vamp": vamp,
 }
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
-def test_all_priors_are_here():
-    assert MAKERS.keys() == LEARNT.keys()
+def test_all_priors_with_pseudo_inputs_are_here():
+    assert MAKERS.keys() == LEARNT.keys() - {"gmm", "gmm, closed form"}
 
 
 def network_step(encoder, prior, x):
@@ -53,27 +50,101 @@ def network_step(encoder, prior, x):
 
 
 @makers
-def test_the_first_of_so_many_calls_takes_the_step_at_so_many_times_the_rate(make):
-    encoder = Encoder()
-    prior = make(update_every=EVERY, learning_rate=0.01)
-    each = make(learning_rate=0.01 * EVERY)
-    each.load_state_dict({**state_of(prior), "_extra_state": {}})
-    closed_form = getattr(prior.options, "inference", None) == "closed-form"
+def test_pseudo_inputs_move_in_the_first_of_so_many_calls_and_all_else_in_each(make):
+    """By gradient it is torch's Adam with two rates."""
+    encoder, rate = Encoder(), 0.01
+    prior, points = make(update_every=EVERY, learning_rate=rate), []
+    if hasattr(prior, "data_size"):
+        prior.data_size = 50
+    twin = copy.deepcopy(prior)
+    others = [p for name, p in twin.named_parameters() if name != "pseudo_inputs"]
+    groups = [
+        {"params": [twin.pseudo_inputs], "lr": EVERY**0.5 * rate},
+        {"params": others, "lr": rate},
+    ]
+    adam = torch.optim.Adam(groups[: 1 + bool(others)], eps=1e-7)
     for number in range(2 * EVERY + 1):
         z, before = encoder(inputs()).sample(), state_of(prior)
         due = number % EVERY == 0
         assert prior.is_due == due
         prior.update(z, encoder)
         after = state_of(prior)
-        if closed_form:  # weights and precisions follow every batch
-            assert not torch.equal(before["logits"], after["logits"])
-            same = torch.equal(*(state.get("pseudo_inputs", z) for state in (before, after)))
-            assert same == (not due or "pseudo_inputs" not in after)
-        else:
-            assert same_state(before, after) == (not due)
-            if due:
-                each.update(z, encoder)
-            assert same_state(state_of(each), after)
+        for name in {"pseudo_inputs", "logits", "raw_precision"} & after.keys():
+            same = torch.equal(before[name], after[name])
+            assert same == (name == "pseudo_inputs" and not due)
+        if getattr(prior.options, "inference", None) != "closed-form":
+            points.append(z)
+            adam.zero_grad()
+            twin.map_loss(torch.cat(points) if due else z, encoder).backward()
+            if due:  # for the points of all calls since they moved last
+                points = []
+            else:
+                twin.pseudo_inputs.grad = None
+            adam.step()
+            for name, value in after.items():
+                torch.testing.assert_close(value, twin.state_dict()[name], **TIGHT)
+
+
+@makers
+def test_points_that_wait_for_a_step_are_the_priors_own(make):
+    encoder, prior, other = Encoder(), make(update_every=EVERY), None
+    for number in range(EVERY + 1):
+        z = encoder(inputs()).sample()
+        if number == 0:
+            other = copy.deepcopy(prior)
+        other.update(z.clone(), encoder)
+        prior.update(z, encoder)
+        z.zero_()
+    assert same_state(state_of(prior), state_of(other))
+
+
+@pytest.mark.parametrize("inference", ["gradient", "closed-form"])
+def test_n_is_the_size_of_one_batch_however_many_wait(inference):
+    encoder, prior = Encoder(), vmm(update_every=EVERY, inference=inference)
+    other = copy.deepcopy(prior)
+    other.data_size = 7
+    for _ in range(2 * EVERY):
+        z = encoder(inputs(7)).sample()
+        prior.update(z, encoder)
+        other.update(z, encoder)
+    assert same_state(state_of(prior), state_of(other))
+
+
+@makers
+@pytest.mark.parametrize("calls", range(EVERY))
+def test_points_that_are_not_finite_are_refused_at_once_and_forgotten(make, calls):
+    encoder, prior, x = Encoder(), make(update_every=EVERY), inputs()
+    for _ in range(calls):
+        prior.update(encoder(x).mean, encoder)
+    before = state_of(prior)
+    with pytest.raises((ValueError, FloatingPointError)):
+        prior.update(torch.full((5, D), torch.nan, dtype=torch.float64), encoder)
+    assert same_state(before, state_of(prior))
+    for _ in range(2 * EVERY):
+        prior.update(encoder(x).mean, encoder)
+    assert not torch.equal(before["pseudo_inputs"], state_of(prior)["pseudo_inputs"])
+
+
+def test_a_concentration_that_is_fixed_stays_whatever_requires_grad_says():
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY, map_prior="fixed"), inputs()
+    for _ in range(2 * EVERY):
+        prior.requires_grad_(True)
+        prior.update(encoder(x), encoder)
+    assert float(prior.concentration) == pytest.approx(1.7)
+
+
+def test_the_other_parameters_follow_around_the_centers_that_kl_keeps():
+    encoder, x = Encoder(), inputs()
+    prior = vmm(update_every=EVERY, learning_rate=0.01)
+    prior.update(encoder(x).mean, encoder)
+    prior.kl(encoder(x), encoder)
+    twin, there = copy.deepcopy(prior), copy.deepcopy(encoder)
+    with torch.no_grad():
+        encoder.linear.weight.add_(1)
+    z = encoder(x).mean.detach()
+    prior.update(z, encoder)
+    twin.update(z, there)  # encodes where the centers were
+    assert same_state(state_of(prior), state_of(twin))
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -98,13 +169,12 @@ def test_in_closed_form_every_batch_counts(kept):
 
 @makers
 def test_kl_keeps_the_mixture_between_two_steps(make):
-    """It is that of the first call after a step; evaluation and other methods see the newest.
+    """Its centers are those of the first call after a step, its weights and precisions the newest.
 
-    In closed form its weights and precisions are the newest, as free centers are.
+    Evaluation and other methods see the newest centers, too.
     """
     encoder, x = Encoder(), inputs()
     prior = make(update_every=EVERY)
-    closed_form = getattr(prior.options, "inference", None) == "closed-form"
     network_step(encoder, prior, x)
     for _ in range(3):
         z = encoder(x).sample()
@@ -124,9 +194,7 @@ def test_kl_keeps_the_mixture_between_two_steps(make):
                 )
             if not prior.is_due:
                 prior.update(z, encoder)
-                if closed_form:
-                    centers = getattr(prior, "centers", fresh.centers)
-                    fresh = prior._mixture(centers, fresh.scale).detach()
+                fresh = prior._mixture(fresh.centers, fresh.scale).detach()
 
 
 def test_pseudo_inputs_are_encoded_twice_in_so_many_steps():
@@ -146,7 +214,7 @@ def test_pseudo_inputs_are_encoded_twice_in_so_many_steps():
 @pytest.mark.parametrize("per_update", [1, 2, 3])
 def test_no_gradient_is_lost_or_doubled(per_update):
     """Whatever the number of kl per update: gradients of what was reused come with the next."""
-    encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
+    encoder, prior, x = Encoder(), vmm(update_every=EVERY, learning_rate=1e-30), inputs()
     z = encoder(x).mean.detach()
 
     def gradient(one, through_mixture=True):
@@ -339,12 +407,12 @@ def test_a_change_in_place_is_seen_whatever_follows(what, then, inference, reque
 
 def test_a_process_without_a_mixture_lets_all_build_one(monkeypatch):
     encoder, prior, x = Encoder(), vmm(update_every=EVERY), inputs()
-    monkeypatch.setattr(base, "number_of_processes", lambda: 2)
+    monkeypatch.setattr(learnt, "number_of_processes", lambda: 2)
     having = []
-    monkeypatch.setattr(base, "sum_over_processes", lambda x: having.extend(x) or 2)
+    monkeypatch.setattr(learnt, "sum_over_processes", lambda x: having.extend(x) or 2)
     mixture = prior.components(encoder).detach()
-    assert base._averaged(mixture, x.device) is None  # this one has, the other has not
-    assert base._averaged(None, x.device) is None
+    assert learnt._averaged(mixture, x.device) is None  # this one has, the other has not
+    assert learnt._averaged(None, x.device) is None
     assert having == [1, 0]  # each takes part in the exchange
 
 
@@ -360,7 +428,13 @@ def test_the_mixture_is_cast_with_the_prior():
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@makers
+def of_a_module(**options):
+    """Return a prior whose pseudo-inputs are a module, always the same."""
+    torch.manual_seed(0)
+    return VMMPrior(Given(), D, **options).double()
+
+
+@pytest.mark.parametrize("make", [*MAKERS.values(), of_a_module], ids=[*MAKERS, "module"])
 def test_copies_and_states_go_on_within_a_cycle(make):
     encoder, prior, x = Encoder(), make(update_every=EVERY), inputs()
     for _ in range(EVERY + 2):  # two steps of the network after the prior's

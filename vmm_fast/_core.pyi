@@ -157,10 +157,10 @@ def online_step_float64(
     data_size: float, free_centers: bool, priors: ParameterPriors, learnt: Learnt, num_threads: int,
     running_N: int, running_s: int, running_M: int, running_centers: int, running_steps: int, /
 ) -> None: ...
-# A parameter is its size and the addresses of gradient, values, moments and step count.
+# A parameter is its rate, its size and the addresses of gradient, values, moments and step count.
 def adam_step_float32(
-    learning_rate: float, beta1: float, beta2: float, epsilon: float, num_threads: int,
-    parameters: Sequence[Sequence[int]], /
+    beta1: float, beta2: float, epsilon: float, num_threads: int,
+    parameters: Sequence[tuple[float, Sequence[int]]], /
 ) -> bool: ...
 adam_step_float64 = adam_step_float32
 def maximise_concentration(counts: int, C: int, start: float, /) -> float: ...

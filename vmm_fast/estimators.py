@@ -363,7 +363,6 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             inference="closed-form",
             map_prior="learnt" if learnt else "fixed",
             concentration=1.0 if learnt else float(self.concentration),
-            update_every=1,
         )
         self._prior.precision_cholesky = torch.linalg.cholesky(precision).expand(count, -1, -1)
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -145,20 +146,21 @@ class PrivateAdam:
 
     Parameters
     ----------
-    parameters : iterable of Parameter
-        Those that have no ``requires_grad`` at the time of a step stay as they are.
-    learning_rate : float
+    rates : iterable of (list of Parameter, float)
+        Parameters, and the rate of their steps. Those that have no ``requires_grad`` at the time of
+        a step stay as they are.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float):
+    def __init__(self, rates: Iterable[tuple[list[torch.nn.Parameter], float]]):
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in rates]
         # eps is that of the authors' Keras optimizer.
-        self._adam = torch.optim.Adam(list(parameters), lr=learning_rate, eps=1e-7)
+        self._adam = torch.optim.Adam(groups, eps=1e-7)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters that a step would move now: those with ``requires_grad``."""
-        (group,) = self._adam.param_groups
-        return [p for p in group["params"] if p.requires_grad]
+        every = chain(*(group["params"] for group in self._adam.param_groups))
+        return [p for p in every if p.requires_grad]
 
     def descend(self, loss: float | Tensor, gradients: Sequence[Tensor | None]) -> None:
         """Take one Adam step with the given gradients.
@@ -212,21 +214,24 @@ class PrivateAdam:
         self, moved: Sequence[tuple[Tensor, Tensor]], states: Sequence[dict[str, Tensor]]
     ) -> bool:
         """Take the compiled step; return False, with no change, if a gradient is not finite."""
-        (group,) = self._adam.param_groups
+        groups = self._adam.param_groups
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         moved = [(p, in_memory(g)) for p, g in moved]
         taken: bool = getattr(_core, f"adam_step{SUFFIXES[moved[0][0].dtype]}")(
-            group["lr"],
-            *group["betas"],
-            group["eps"],
+            *groups[0]["betas"],
+            groups[0]["eps"],
             torch.get_num_threads(),
             [
                 (
-                    p.numel(),
-                    g.data_ptr(),
-                    p.data_ptr(),
-                    state["exp_avg"].data_ptr(),
-                    state["exp_avg_sq"].data_ptr(),
-                    state["step"].data_ptr(),
+                    rates[id(p)],
+                    (
+                        p.numel(),
+                        g.data_ptr(),
+                        p.data_ptr(),
+                        state["exp_avg"].data_ptr(),
+                        state["exp_avg_sq"].data_ptr(),
+                        state["step"].data_ptr(),
+                    ),
                 )
                 for (p, g), state in zip(moved, states, strict=True)
             ],
@@ -245,19 +250,42 @@ class PrivateAdam:
                 self._adam.load_state_dict(self._adam.state_dict())
                 return
 
+    def set_rates(self, rates: Iterable[float]) -> None:
+        """Set the rate of each group of parameters."""
+        for group, rate in zip(self._adam.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _grouped(self, state: Any) -> Any:
+        """Return a state in these groups; versions that had one rate had one group."""
+        own = self._adam.param_groups
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
+            return state
+        numbers = groups[0].get("params")
+        if not isinstance(numbers, list) or len(numbers) != sum(len(g["params"]) for g in own):
+            return state
+        rest = iter(numbers)
+        split = [{**groups[0], "params": list(islice(rest, len(g["params"])))} for g in own]
+        return {**state, "param_groups": split}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, step counts and settings, as ``torch.optim.Adam`` does."""
         return self._adam.state_dict()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError unless a state is a :meth:`state_dict` that fits these parameters."""
+        state = self._grouped(state)
         check_adam_state(self._adam, state)
+        for name in ("betas", "eps"):  # of the compiled step, which is one for all
+            if len({str(group[name]) for group in state["param_groups"]}) > 1:
+                raise ValueError(f"{name} must be the same for all parameters, but are not")
 
     def check_same_run(self, state: dict[str, Any]) -> None:
         """Raise ValueError unless a :meth:`state_dict` is of a run with these settings."""
-        check_same_settings(self._adam, state)
+        check_same_settings(self._adam, self._grouped(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a :meth:`state_dict`; if it does not fit, raise ValueError and change nothing."""
         self.check_state_dict(state)
-        self._adam.load_state_dict(copy.deepcopy(state))  # torch would share the moments
+        state = copy.deepcopy(self._grouped(state))
+        self._adam.load_state_dict(state)  # torch would share the moments

@@ -45,7 +45,7 @@ from vmm_fast.inference.gradient import check_adam_state, check_same_settings
 from vmm_fast.models.noise import noise_state, own_random_state, seed_noise, set_noise_state
 from vmm_fast.models.vae import VAE
 from vmm_fast.priors import StandardNormalPrior
-from vmm_fast.priors.base import LearntPrior
+from vmm_fast.priors.learnt import LearntPrior
 from vmm_fast.schedules import SCHEDULES, learning_rate_share
 
 ADAM_EPS = 1e-7  # the paper's (TensorFlow's default)

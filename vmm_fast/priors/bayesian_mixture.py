@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from vmm_fast._checks import check_integer
 from vmm_fast.inference import empirical_bayes
@@ -16,7 +17,8 @@ from vmm_fast.inference.closed_form import Statistics, summed_over_processes
 from vmm_fast.inference.empirical_bayes import MixtureParameters, Objective, Running
 from vmm_fast.inference.processes import number_of_processes
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.base import Encoder
+from vmm_fast.priors.learnt import LearntPrior
 from vmm_fast.priors.options import MixtureOptions
 
 __all__ = ["BayesianMixturePrior"]
@@ -53,10 +55,7 @@ class BayesianMixturePrior(LearntPrior):
         self.concentration = options.concentration
         if options.inference == "closed-form":
             self._register_running_statistics()
-            learnt = list(self._gradient_parameters())
-        else:
-            learnt = list(self.parameters())
-        self._learn(learnt)
+        self._learn(self.parameters() if options.inference == "gradient" else self._pseudo_inputs())
 
     # --- state ---
 
@@ -127,16 +126,14 @@ class BayesianMixturePrior(LearntPrior):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the optimizer's state and the options, or raise ValueError if they do not fit."""
         super().set_extra_state(state)
+        if self._free_centers:  # versions had such a number for them, too
+            self.options = replace(self.options, update_every=1)
         if "options" in state and self.logits.requires_grad:  # else it is frozen, and stays so
             self.raw_alpha.requires_grad_(self.options.map_prior == "learnt")
 
     # --- the mixture ---
 
     _free_centers: bool  # whether the centers are parameters of their own
-
-    def _gradient_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that follow a gradient even with ``inference="closed-form"``."""
-        raise NotImplementedError
 
     def _mixture_parameters(self, centers: Tensor, scale: Tensor | None) -> MixtureParameters:
         return MixtureParameters(centers, scale, self.raw_precision, self.logits, self.raw_alpha)
@@ -166,14 +163,21 @@ class BayesianMixturePrior(LearntPrior):
         scale: Tensor | None,
         z: Tensor,
         learnt: Sequence[Tensor],
+        batch: int,
     ) -> tuple[float | Tensor, Sequence[Tensor | None], Statistics | None]:
         return empirical_bayes.map_gradients(
             self._mixture_parameters(centers, scale),
             z,
-            self._objective(len(z)),
+            self._objective(batch),
             learnt,
             with_sums=self.options.inference == "closed-form",
         )
+
+    def update(self, q_or_z: Distribution | Tensor, encoder: Encoder | None = None) -> None:
+        """Take an empirical-Bayes step; see :meth:`LearntPrior.update`."""
+        if self.options.map_prior != "learnt" and self.raw_alpha.requires_grad:
+            self.raw_alpha.requires_grad_(False)  # as after model.requires_grad_(True)
+        super().update(q_or_z, encoder)
 
     def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
         """Take one Adam step on :meth:`map_loss`, or one step of online EM.
@@ -182,8 +186,6 @@ class BayesianMixturePrior(LearntPrior):
         maximisers under a decaying average of the batches' statistics; pseudo-inputs take an Adam
         step.
         """
-        if self.options.map_prior != "learnt" and self.raw_alpha.requires_grad:
-            self.raw_alpha.requires_grad_(False)  # as after model.requires_grad_(True)
         step = self._step(z, encoder)
         closed_form = self.options.inference == "closed-form"
         centers, scale = step.centers, step.scale
@@ -193,23 +195,30 @@ class BayesianMixturePrior(LearntPrior):
         if self._adam is not None:
             self._adam.descend(step.loss, step.gradients)
         if closed_form:
-            self._online_step(centers, scale, z, step.sums)
+            alone = len(step.z) == len(z)  # whose sums are the step's
+            self._online_step(centers, scale, z, step.sums if alone else None)
 
     def _follow(self, z: Tensor, encoder: Encoder | None) -> None:
-        """Take a step of online EM around the centers that kl keeps, if in closed form.
+        """Take a step with all but the pseudo-inputs, around the centers that kl keeps.
 
-        With an eighth of the batches the running statistics would be those of an eighth of the
-        points: images had fewer and mixed clusters.
+        With an eighth of the batches, at eight times the rate too, images and cells had fewer and
+        mixed clusters.
         """
-        if self.options.inference != "closed-form":
-            return
         kept = self._since.kept
-        if kept is None or self._free_centers:
+        if kept is None:
             with torch.no_grad():
                 centers, scale = self._centers(encoder, differentiable=True)
         else:
             centers, scale = kept.centers, kept.scale
-        self._online_step(centers, scale, z)
+        if self.options.inference == "closed-form":
+            self._online_step(centers, scale, z)
+        elif self._adam is not None:
+            own = {id(p) for p in self._pseudo_inputs()}
+            moved = [p for p in self._learnt() if id(p) not in own]
+            with torch.inference_mode(False), torch.enable_grad():
+                loss, found, _ = self._map_gradients(centers, scale, z, moved, len(z))
+            gradients = {id(p): g for p, g in zip(moved, found, strict=True)}
+            self._adam.descend(loss, [gradients.get(id(p)) for p in self._learnt()])
         if kept is not None:
             self._keep(self._mixture(centers, scale).detach())
 

@@ -27,8 +27,8 @@ class GaussianMixturePrior(BayesianMixturePrior):
         D.
     centers : Tensor [C, D], optional
         Initial m; drawn from N(0, I) unless given.
-    weights, inference, responsibility_gradient, data_size, learning_rate, update_every, joint, \
-    map_prior, concentration, discount, statistics_rate
+    weights, inference, responsibility_gradient, data_size, learning_rate, joint, map_prior, \
+    concentration, discount, statistics_rate
         As for :class:`vmm_fast.VMMPrior`. Centers have a closed form here too.
 
     Attributes
@@ -61,14 +61,13 @@ class GaussianMixturePrior(BayesianMixturePrior):
         responsibility_gradient: bool = MixtureOptions.responsibility_gradient,
         data_size: int | None = MixtureOptions.data_size,
         learning_rate: float = MixtureOptions.learning_rate,
-        update_every: int = MixtureOptions.update_every,
         joint: bool = MixtureOptions.joint,
         map_prior: Literal["none", "fixed", "learnt"] = MixtureOptions.map_prior,
         concentration: float = MixtureOptions.concentration,
         discount: float = MixtureOptions.discount,
         statistics_rate: float = MixtureOptions.statistics_rate,
     ):
-        options = MixtureOptions.of_arguments(locals())
+        options = MixtureOptions.of_arguments({**locals(), "update_every": 1})
         nn.Module.__init__(self)
         num_components = check_integer("num_components", num_components)
         latent_dim = check_integer("latent_dim", latent_dim)
@@ -90,5 +89,5 @@ class GaussianMixturePrior(BayesianMixturePrior):
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, None]:
         return (self.centers if differentiable else self.centers.detach()), None
 
-    def _gradient_parameters(self) -> Iterable[nn.Parameter]:
+    def _pseudo_inputs(self) -> Iterable[nn.Parameter]:
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.distributions import Distribution
 
 from vmm_fast._checks import check_integer
 from vmm_fast.mixture import Components
-from vmm_fast.priors.base import Encoder, LearntPrior
+from vmm_fast.priors.base import Encoder
+from vmm_fast.priors.learnt import LearntPrior
 from vmm_fast.priors.options import VampOptions
 from vmm_fast.priors.pseudo_inputs import as_pseudo_inputs, centers_at, encode_with
 
@@ -32,9 +33,9 @@ class VampPrior(LearntPrior):
     latent_dim : int
         D.
     learning_rate : float
-        Of the private Adam, per call of :meth:`update`.
+        Of the private Adam, as if pseudo-inputs moved in every call of :meth:`update`.
     update_every : int
-        How many calls of :meth:`update` there are to a step; see :class:`vmm_fast.VMMPrior`.
+        In how many calls of :meth:`update` pseudo-inputs move once; see :class:`vmm_fast.VMMPrior`.
     joint : bool
         Let :meth:`kl` train the pseudo-inputs together with the network, as the VampPrior's authors
         do; then :meth:`update` does nothing.
@@ -67,7 +68,10 @@ class VampPrior(LearntPrior):
         self.latent_dim = check_integer("latent_dim", latent_dim)
         self.pseudo_inputs, first = as_pseudo_inputs(pseudo_inputs)
         self.num_components = len(first)
-        self._learn(list(self.parameters()))
+        self._learn(self.parameters())
+
+    def _pseudo_inputs(self) -> Iterable[nn.Parameter]:
+        return self.parameters()
 
     def _centers(self, encoder: Encoder | None, differentiable: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_components, self.latent_dim)
@@ -96,6 +100,7 @@ class VampPrior(LearntPrior):
         scale: Tensor | None,
         z: Tensor,
         learnt: Sequence[Tensor],
+        batch: int,
     ) -> tuple[float | Tensor, Sequence[Tensor | None], None]:
         if not learnt:
             return 0.0, (), None
@@ -108,6 +113,11 @@ class VampPrior(LearntPrior):
         if len(z) == 0:
             raise ValueError("z must have at least one row, but is empty")
         return self._map_loss(*self._centers(encoder, differentiable=True), z)
+
+    def _follow(self, z: Tensor, encoder: Encoder | None) -> None:
+        """Refuse points that no step could learn from: nothing but pseudo-inputs is learnt."""
+        if not z.isfinite().all():
+            raise FloatingPointError("z must be finite, but is not; the prior is unchanged")
 
     def _take_step(self, z: Tensor, encoder: Encoder | None) -> None:
         """Take one Adam step on :meth:`map_loss` with the pseudo-inputs, if they are learnt."""

@@ -52,10 +52,11 @@ class VMMPrior(BayesianMixturePrior):
     learning_rate : float
         Of the private Adam, per call of :meth:`update`.
     update_every : int
-        How many calls of :meth:`update` there are to a step. The first takes it, at so many times
-        the rate; up to the next step :meth:`kl` in training mode takes the mixture as it was, and
-        no pseudo-input is encoded. The network's steps then cost what they cost under N(0, I). In
-        closed form, weights and precisions follow every call. 1 is the authors' rule.
+        In how many calls of :meth:`update` pseudo-inputs move once: in the first, at the rate times
+        the root of that number, for the points of all calls since they moved last. In training mode
+        only the first :meth:`kl` after that encodes them, so that the network's steps cost little
+        more than under N(0, I); its gradient counts for the calls before it. Weights, precisions
+        and concentration follow every call. 1 is the authors' rule.
     joint : bool
         Let :meth:`kl` train the prior's parameters together with the network; then :meth:`update`
         does nothing and the parameter priors play no part.
@@ -133,7 +134,7 @@ class VMMPrior(BayesianMixturePrior):
 
     _free_centers = False
 
-    def _gradient_parameters(self) -> Iterable[nn.Parameter]:
+    def _pseudo_inputs(self) -> Iterable[nn.Parameter]:
         if isinstance(self.pseudo_inputs, nn.Module):
             return self.pseudo_inputs.parameters()
         return (self.pseudo_inputs,)

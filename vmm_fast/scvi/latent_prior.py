@@ -34,7 +34,6 @@ PRIORS = ("vmm", "gmm", "vamp", "normal")
 # Five times scvi-tools' rate for the network. Training takes a few thousand steps: at the network's
 # rate superfluous components are not yet empty by then.
 PRIOR_LEARNING_RATE = 5e-3
-PRIOR_OPTIONS = {"learning_rate": PRIOR_LEARNING_RATE, "update_every": 1}
 KEPT_POINTS = 16_384  # latent means that a model keeps, at most, to cut the tree elsewhere later
 
 
@@ -93,9 +92,7 @@ class LatentPrior(BaseModuleClass):
     n_components : int
         C.
     prior_kwargs : dict, optional
-        Arguments of the prior's class; by default ``learning_rate`` is :data:`PRIOR_LEARNING_RATE`
-        and ``update_every`` 1. With 8, a step costs less, and cells of several batches had fewer
-        and mixed clusters.
+        Arguments of the prior's class; ``learning_rate`` is :data:`PRIOR_LEARNING_RATE` by default.
     **kwargs
         Further arguments of the module.
 
@@ -163,7 +160,7 @@ class LatentPrior(BaseModuleClass):
         check_choice("prior", prior, PRIORS)
         n_components = check_integer("n_components", n_components)
         self.n_categories = (n_batch, *(n_cats_per_cov or ()))
-        prior_kwargs = {**PRIOR_OPTIONS, **(prior_kwargs or {})}
+        prior_kwargs = {"learning_rate": PRIOR_LEARNING_RATE, **(prior_kwargs or {})}
         self.prior = None
         if prior == "gmm":
             self.prior = GaussianMixturePrior(n_components, self.n_latent, **prior_kwargs)
