@@ -323,8 +323,8 @@ class LearntPrior(Prior):
     def _step(self, z: Tensor, encoder: Encoder | None) -> EmpiricalBayesStep:
         """Return the step for points z [B, D] and those since the last one, without taking it."""
         batch = len(z)
-        z = torch.cat([z, *(points.to(z) for points in self._since.points)])
         with torch.inference_mode(False), torch.enable_grad():
+            z = torch.cat([z, *(points.to(z) for points in self._since.points)])
             centers, scale = self._centers(encoder, differentiable=True)
             gradients = self._map_gradients(centers, scale, z, self._learnt(), batch)
         return EmpiricalBayesStep(z, centers, scale, *gradients)
