@@ -210,7 +210,8 @@ class LearntPrior(Prior):
         """Take an empirical-Bayes step: the prior moves, the network is held fixed.
 
         Pseudo-inputs move in the first of ``update_every`` calls, for the points of all since they
-        moved last; all else moves in each. Nothing happens with ``joint=True``.
+        moved last, or in several processes for those of the call in all of them; all else moves in
+        each. Nothing happens with ``joint=True``.
 
         Parameters
         ----------
@@ -238,8 +239,9 @@ class LearntPrior(Prior):
             kept = self._recent()
             self._keep(_averaged(kept, z.device) if since.calls == 1 else kept)
             self._follow(z, encoder)
-            with torch.inference_mode(False):  # an inference tensor could not enter a graph
-                since.points.append(z.clone())
+            if number_of_processes() == 1:  # all go on from the checkpoint of one
+                with torch.inference_mode(False):  # an inference tensor could not enter a graph
+                    since.points.append(z.clone())
         since.calls += 1
         since.reusable = True
 
