@@ -169,7 +169,7 @@ def test_in_closed_form_every_batch_counts(kept):
 
 @makers
 def test_kl_keeps_the_mixture_between_two_steps(make):
-    """Its centers are those of the first call after a step, its weights and precisions the newest.
+    """The mixture has the centers of the first call after a move, and the newest of all else.
 
     Evaluation and other methods see the newest centers, too.
     """

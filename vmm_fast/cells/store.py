@@ -30,6 +30,7 @@ from vmm_fast.cells.formats import visible
 from vmm_fast.cells.obsm import OtherModality, StoredRows
 from vmm_fast.cells.opened import Opened
 from vmm_fast.cells.reading import (
+    ANNDATA,
     check_shape,
     check_unique,
     describe_choices,
@@ -113,7 +114,7 @@ class CellStore:
         kind = kind_of(self.path)
         if kind == "shards":
             self.files = tuple(visible(self.path, "*.h5ad"))
-        elif kind in (".h5ad", ".h5mu", ".zarr"):
+        elif kind in ANNDATA:
             self.files = (self.path,)
         else:
             raise CannotStream(
