@@ -15,6 +15,7 @@ from vmm_fast.scvi import (  # noqa: E402
     VMMSCVI,
     CellDataModule,
     MemoryCells,
+    loading,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,8 +61,11 @@ def test_mini_batches_are_those_of_scvi_tools(kind):
 
 @pytest.mark.parametrize("prior", ["vmm", "normal"])
 @pytest.mark.parametrize("kind", [VMMSCVI, VMMSCANVI, VMMPEAKVI])
-def test_models_train_from_disk_as_from_memory(tmp_path, kind, prior, monkeypatch):
-    monkeypatch.setattr(CellStore, "run", 1)  # the order of cells in memory
+@pytest.mark.parametrize("once", [True, False])
+def test_models_train_from_disk_as_from_memory(tmp_path, kind, prior, once, monkeypatch):
+    if not once:  # several windows, with the order of cells in memory
+        monkeypatch.setattr(loading, "WINDOW", 128)
+        monkeypatch.setattr(CellStore, "run", 1)
     adata = some_labelled()
     adata.obs["age"] = adata.obs["age"].astype(np.float32)
     adata.write_h5ad(tmp_path / "cells.h5ad")

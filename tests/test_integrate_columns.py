@@ -14,7 +14,7 @@ import anndata
 from test_integrate import resume, same_results, stop
 
 from vmm_fast import cli
-from vmm_fast.cells import CellStore, integration
+from vmm_fast.cells import integration
 from vmm_fast.cells.settings import PRIORS, Settings
 from vmm_fast.scvi import VMMSCANVI, VMMSCVI, latent_prior
 
@@ -44,12 +44,10 @@ def results(tmp_path_factory, no_report):
     """Return the results of a run with covariates and labels, in memory and on disk."""
     folder = tmp_path_factory.mktemp("columns")
     path = written(folder, with_columns())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CellStore, "run", 1)  # the order of cells in memory
-        for name, memory in (("memory", 1), ("disk", 0)):
-            options = [*OPTIONS, "--epochs", 15, "--memory", memory]
-            options += ["--batch-size", 16, "--learning-rate", 0.02]
-            assert integrated(path, folder / name, *options) == 0
+    for name, memory in (("memory", 1), ("disk", 0)):
+        options = [*OPTIONS, "--epochs", 15, "--memory", memory]
+        options += ["--batch-size", 16, "--learning-rate", 0.02]
+        assert integrated(path, folder / name, *options) == 0
     return folder
 
 
@@ -87,9 +85,7 @@ def test_a_run_is_repeated_from_its_own_settings(results, tmp_path, where, capsy
     assert found["version"] == 1 and found["on-disk"] == (where == "disk")
     command = ["integrate", results / "cells.h5ad", "--config", config, "--out", tmp_path / "again"]
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CellStore, "run", 1)
-        assert cli.main([*map(str, command), "--accelerator", "cpu", "--json"]) == 0
+    assert cli.main([*map(str, command), "--accelerator", "cpu", "--json"]) == 0
     same_results(results / where, tmp_path / "again")
     shown = capsys.readouterr()
     summary = json.loads(shown.out)

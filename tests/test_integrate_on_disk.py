@@ -33,6 +33,7 @@ def shards(tmp_path):
 
 def test_cells_on_disk(tmp_path, shards, capsys, monkeypatch):
     monkeypatch.setattr(CellStore, "run", 5)
+    monkeypatch.setattr(loading, "WINDOW", 32)
     monkeypatch.setattr(selection, "SAMPLE", 30)
     for path in shards.iterdir():
         part = anndata.read_h5ad(path)

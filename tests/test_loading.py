@@ -168,6 +168,7 @@ def test_genes_and_what_is_refused():
 @pytest.mark.parametrize("held_out", [0, 0.25])
 def test_cells_held_out(held_out, monkeypatch):
     monkeypatch.setattr(loading, "LEAST_RUNS", 5)
+    monkeypatch.setattr(loading, "WINDOW", 50)
     module = CellDataModule(Cells(97, 10), np.arange(97) % 7, held_out=held_out, batch_size=8)
     module.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)
     trained, held = cells_in(module.train_dataloader()), module.val_dataloader()
@@ -187,6 +188,41 @@ def test_cells_held_out(held_out, monkeypatch):
     # Runs are shortened where there are less than five.
     long = CellDataModule(Cells(97, 90), np.arange(97) % 7, held_out=held_out)
     assert long.n_val <= 2 * (97 // 5)
+
+
+def test_cells_on_disk_that_fit_into_a_window_are_read_once(monkeypatch):
+    def passes(cells, proteins):
+        module = CellDataModule(cells, np.arange(97) % 7, proteins=proteins, batch_size=8)
+        module.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)
+        return [
+            [{key: x.tolist() for key, x in tensors.items()} for tensors in batches]
+            for batches in (module.train_dataloader(), module.val_dataloader(), module.all_cells())
+        ]
+
+    counts = Cells(97, 10).read(np.array([0]), np.array([97]))
+    stored, proteins = Cells(97, 10), Rows(np.arange(194).reshape(97, 2))
+    found = passes(stored, proteins)
+    assert found == passes(MemoryCells(counts), proteins.values)
+    assert stored.reads == [97] and proteins.reads == 1
+    monkeypatch.setattr(loading, "WINDOW", 96)
+    passes(stored, proteins)
+    assert len(stored.reads) > 2 and proteins.reads > 2
+
+
+class Rows:
+    """Proteins on disk; they count how often they are read."""
+
+    reads = 0
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, rows):
+        self.reads += 1
+        return self.values[rows]
 
 
 # --- training ---
@@ -230,6 +266,7 @@ def test_stopped_at_any_step_and_resumed_equals_a_run_left_alone(
 ):
     monkeypatch.setattr(CellStore, "run", 8)
     monkeypatch.setattr(loading, "LEAST_RUNS", 10)
+    monkeypatch.setattr(loading, "WINDOW", 64)
     cells, where, chosen = prepared(on_disk, tmp_path)
 
     def run(**options):

@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from vmm_fast._errors import InputError
 from vmm_fast.cells import CellStore
-from vmm_fast.scvi import VMMTOTALVI, CellDataModule, MemoryCells
+from vmm_fast.scvi import VMMTOTALVI, CellDataModule, MemoryCells, loading
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,9 +104,12 @@ def stored(request, shards, tmp_path):
         yield adata, store, store.other_modality("prot")
 
 
-def test_the_model_is_the_one_of_memory(stored, monkeypatch, tmp_path):
+@pytest.mark.parametrize("once", [True, False])
+def test_the_model_is_the_one_of_memory(stored, once, monkeypatch, tmp_path):
     monkeypatch.setattr(scvi.settings, "logging_dir", tmp_path / "logs")
-    monkeypatch.setattr(CellStore, "run", 1)  # the order of cells in memory
+    if not once:  # several windows, with the order of cells in memory
+        monkeypatch.setattr(loading, "WINDOW", 100)
+        monkeypatch.setattr(CellStore, "run", 1)
     adata, store, proteins = stored
     some = store.sample(240, ["batch"])
     some.obsm["protein"] = proteins[some.uns["rows"]]

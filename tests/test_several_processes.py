@@ -24,7 +24,7 @@ from anndata import AnnData  # noqa: E402
 from scipy.sparse import csr_matrix  # noqa: E402
 
 from vmm_fast.cells import CellStore  # noqa: E402
-from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, checkpoints, training  # noqa: E402
+from vmm_fast.scvi import VMMSCVI, CellDataModule, Checkpoints, checkpoints, loading, training  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -76,7 +76,7 @@ def worker(rank, folder, inference, name, signal, at, keep, resume):
     dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
     scvi.settings.seed, scvi.settings.logging_dir = rank, folder
     Watched.signal, Watched.at = signal, at
-    CellStore.run, checkpoints.STEPS_BETWEEN_LOOKS = 8, 3
+    CellStore.run, loading.WINDOW, checkpoints.STEPS_BETWEEN_LOOKS = 8, 64, 3
     VMMSCVI._training_plan_cls = Watched
     kept = Kept(f"{folder}/{name}.ckpt", **keep[rank])
     store = CellStore(f"{folder}/cells.h5ad")

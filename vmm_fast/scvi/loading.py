@@ -3,7 +3,8 @@
 Single cells at random places are slow to read from disk, runs of consecutive ones are not. An epoch
 puts the runs in random order, reads some hundred of them together as a window, and takes the cells
 of a window in random order. In memory a run is one cell, so that all cells are shuffled. The next
-window is read while the network trains on this one.
+window is read while the network trains on this one. Cells on disk that fit into one window are read
+once: then their order, and the model, are those of cells in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 
 from vmm_fast._checks import check_integer, not_counts
+from vmm_fast._errors import InputError
 from vmm_fast.scvi.columns import cell_columns
 
 __all__ = ["CellBatches", "CellDataModule", "CellSource", "MemoryCells", "window_of"]
@@ -114,7 +116,7 @@ class CellBatches:
 
     Raises
     ------
-    ValueError
+    InputError
         If there are fewer cells than processes.
     """
 
@@ -138,7 +140,7 @@ class CellBatches:
         self.seed = seed
         number = int((stops - starts).sum())
         if number < world_size:
-            raise ValueError(
+            raise InputError(
                 f"world_size must be at most {number}, the cells to share, but is {world_size}: "
                 f"process {rank} would have none"
             )
@@ -288,6 +290,8 @@ class CellDataModule(LightningDataModule):
     ------
     ValueError
         If a column is not of all cells, or if proteins in memory are no counts.
+    InputError
+        If cells on disk that fit into one window cannot be read.
 
     Attributes
     ----------
@@ -325,12 +329,17 @@ class CellDataModule(LightningDataModule):
                     f"{key} must be of all {cells.n_obs} cells, but there are {len(values)}"
                 )
         self.batch_size, self.seed = check_integer("batch_size", batch_size), seed
+        self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
+        if cells.run > 1 and cells.n_obs <= window_of(cells):
+            cells = MemoryCells(cells.read(np.array([0]), np.array([cells.n_obs])))
+            if proteins is not None:
+                rows = np.arange(cells.n_obs)
+                self.columns[REGISTRY_KEYS.PROTEIN_EXP_KEY] = proteins[rows]
         self._pass_over = partial(
             CellBatches, cells, self.columns, genes=genes, batch_size=self.batch_size
         )
         # There must be enough runs to hold some out, and to mix many in a mini-batch.
         self._run = max(1, min(cells.run, cells.n_obs // LEAST_RUNS))
-        self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
         starts = np.arange(0, cells.n_obs, self._run)
         order = np.random.default_rng([seed]).permutation(len(starts))
         held = int(np.ceil(held_out * len(starts)))
