@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from scvi import REGISTRY_KEYS
 from torch import Tensor
@@ -33,10 +32,11 @@ from vmm_fast._files import write_atomically
 from vmm_fast._schema import check, list_of, number, table, whole
 from vmm_fast._text import print_step
 from vmm_fast.cells.preparing import cells_bar
+from vmm_fast.cells.processes import processes_of_run
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.cells.selection import OnDisk, counts_in
 from vmm_fast.cells.settings import Settings
-from vmm_fast.cells.training import Progress, training
+from vmm_fast.cells.training import Progress, part_from_others, trainer_options, training
 from vmm_fast.cells.writing import (
     LABEL,
     RESERVED,
@@ -117,8 +117,11 @@ def integrate(
     resume: bool = False,
     accelerator: str = "auto",
     progress: bool = False,
-) -> Integration:
+) -> Integration | None:
     """Train on `cells` of :func:`training_cells`, or on all cells of `on_disk`; find clusters.
+
+    The processes that torchrun started train together, each on cells of its own and with as many in
+    a step. Clusters are found by the first, the others return None.
 
     Parameters
     ----------
@@ -153,6 +156,7 @@ def integrate(
         callbacks.append(
             Checkpoints(checkpoint, seconds=CHECKPOINT_SECONDS, steps=checkpoint_steps)
         )
+    processes = processes_of_run()
     with training(during, settings.seed):
         model = _model(cells, settings)
         counts: CellSource = MemoryCells(counts_in(cells, settings.layer))
@@ -170,15 +174,17 @@ def integrate(
             settings.epochs,
             datamodule=loading,
             accelerator=accelerator,
-            devices=1,
             plan_kwargs={"lr": settings.learning_rate},
             check_val_every_n_epoch=1,
             enable_progress_bar=False,
             logger=False,
             callbacks=callbacks,
-            plugins=[_CheckpointFile(), LightningEnvironment()],
             ckpt_path=checkpoint if resume else None,
+            **trainer_options(processes, _CheckpointFile()),
         )
+        part_from_others(processes)
+        if processes.rank > 0:
+            return None
         model.history_ = {
             name: pd.DataFrame({name: values}).rename_axis("epoch")
             for name, values in during.history.items()
@@ -325,6 +331,7 @@ class Integration:
             "genes": self.model.adata.n_vars,
             "clusters_used": len(clusters.cat.categories),
             "components_used": len(components.cat.categories),
+            "processes": processes_of_run().number,
             "training_seconds": self.seconds,
             "held_out_cells": self.held_out,
             "held_out_elbo": -self.history["elbo_validation"][-1],

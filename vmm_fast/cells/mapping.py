@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 
 from vmm_fast._cut import LEAST_ROWS
 from vmm_fast._errors import InputError
+from vmm_fast.cells.processes import Processes
 from vmm_fast.cells.selection import cells_of_each_category
-from vmm_fast.cells.training import Progress, training
+from vmm_fast.cells.training import Progress, trainer_options, training
 from vmm_fast.scvi.loading import CellDataModule, CellSource
 from vmm_fast.scvi.model import VMMSCANVI, VMMSCVI
 
@@ -102,12 +102,11 @@ def map_cells(
         mapped.train(
             epochs,
             datamodule=loading,
-            devices=1,
             plan_kwargs={"weight_decay": 0.0},  # it would move weights whose gradients are 0
             enable_progress_bar=False,
             logger=False,
             callbacks=[during],
-            plugins=[LightningEnvironment()],
+            **trainer_options(Processes()),
         )
     return mapped
 

@@ -71,6 +71,7 @@ def sweep(
         kept_row = next((row for row in kept if row["settings"] == asdict(one)), None)
         if kept_row is None:
             found = integrate(cells, one, accelerator=accelerator, progress=progress)
+            assert found is not None  # the command is refused in several processes
             kept_row = {**_measure(found, cells, labels, measured), "settings": asdict(one)}
             kept.append(kept_row)
             write_json(path, {"runs": kept})

@@ -1,4 +1,4 @@
-"""Training as a command does it: quietly, in one process, with progress on stderr.
+"""Training as a command does it: quietly, in the processes of torchrun, with progress on stderr.
 
 What Lightning and torch raise becomes one of few errors, and Ctrl-C and SIGTERM end training alike.
 """
@@ -11,17 +11,22 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import scvi
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
 from vmm_fast._errors import InputError
 from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted, print_progress
+from vmm_fast.cells.processes import Processes, processes_of_run
 from vmm_fast.cells.quiet import quiet
 from vmm_fast.metrics import ACTIVE_SHARE
 
@@ -31,6 +36,8 @@ except ImportError:  # Windows: peak memory is not told there
     resource = None  # type: ignore[assignment]
 
 BAR_SECONDS = 0.5  # between two updates of the progress bar
+# How long to wait for a process that hangs: longer than to read a window or to write a checkpoint.
+PATIENCE = timedelta(minutes=10)
 
 
 class Progress(Callback):
@@ -130,7 +137,9 @@ def _active(trainer: Any) -> str:
 
 @contextmanager
 def training(during: Progress, seed: int) -> Iterator[None]:
-    """Train quietly in one process, with random numbers of this seed; `during` is a callback.
+    """Train quietly, with random numbers of this seed; `during` is a callback.
+
+    Each process has its own noise. Its parameters are those of the first.
 
     Raises
     ------
@@ -143,8 +152,10 @@ def training(during: Progress, seed: int) -> Iterator[None]:
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with torch.random.fork_rng(devices=[]), quiet(), _in_one_process():
-            scvi.settings.seed = seed
+        processes = processes_of_run()
+        alone = _in_one_process() if processes.number == 1 else nullcontext()
+        with torch.random.fork_rng(devices=[]), quiet(), alone:
+            scvi.settings.seed = (seed + processes.rank) % 2**32
             yield
     except SystemExit:
         # On Ctrl-C Lightning exits and disables further Ctrl-C; on SIGTERM it exits with status 0.
@@ -163,6 +174,25 @@ def training(during: Progress, seed: int) -> Iterator[None]:
         raise FloatingPointError(message) from None
     finally:
         during.close()
+
+
+def trainer_options(processes: Processes, *plugins: Any) -> dict[str, Any]:
+    """Return options of Lightning's trainer: where to train, and how processes work together."""
+    if processes.number == 1:
+        return {"devices": 1, "plugins": [*plugins, LightningEnvironment()]}
+    return {
+        "devices": processes.on_this_machine,
+        "num_nodes": processes.number // processes.on_this_machine,
+        "strategy": DDPStrategy(find_unused_parameters=True, timeout=PATIENCE),
+        "plugins": [*plugins, TorchElasticEnvironment()],
+    }
+
+
+def part_from_others(processes: Processes) -> None:
+    """End the work of several processes together; each goes on alone."""
+    if processes.number > 1:
+        distributed.barrier()  # one that leaves before the others would break their connections
+        distributed.destroy_process_group()
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
-from vmm_fast._errors import InputError
+from vmm_fast._errors import InputError, LostProcessError
 from vmm_fast._stopping import HungUp, Terminated, stoppable
+from vmm_fast.cells.processes import processes_of_run
 from vmm_fast.cli import arrays, cells
 from vmm_fast.cli.options import Parser
 
@@ -34,11 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stoppable():
         try:
             arguments = _parser().parse_args(argv)
+            if (number := processes_of_run().number) > 1 and arguments.command != "integrate":
+                raise InputError(
+                    f"{arguments.command}: must run in one process, but torchrun started {number}; "
+                    "integrate runs in several"
+                )
             arguments.run(arguments)
         except InputError as error:
             return _complain(str(error), 2)
         except FloatingPointError as error:
             return _complain(f"training diverged: {error}", 1)
+        except LostProcessError as error:
+            return _complain(str(error), 1)
         except (MemoryError, RuntimeError) as error:
             of_memory = re.search("allocate memory|out of memory|Storage size", str(error))
             if not isinstance(error, MemoryError) and not of_memory:
@@ -61,7 +69,9 @@ def _complain(message: str, code: int) -> int:
     # stderr is None if it was closed, and writing to it fails if the terminal is gone.
     with suppress(OSError):
         if sys.stderr is not None:
-            print("vmm-fast: " + " ".join(message.split()), file=sys.stderr)
+            rank, number, _ = processes_of_run()
+            who = "vmm-fast" if number == 1 else f"vmm-fast, process {rank}"
+            print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -26,6 +26,7 @@ from vmm_fast._cut import Cut
 from vmm_fast._errors import InputError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._text import counted, joined, print_step
+from vmm_fast.cells.processes import processes_of_run
 from vmm_fast.cells.settings import REPLACED, Settings, SweepSettings
 from vmm_fast.cli.config import read_config, write_config
 from vmm_fast.cli.options import (
@@ -198,11 +199,17 @@ def _summarised(
 ) -> None:
     """Run a command; with --json, print the summary that it returns, and nothing else, to stdout.
 
-    JSON has no nan: it becomes null.
+    JSON has no nan: it becomes null. Of several processes the first alone prints.
     """
-    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+    with ExitStack() as redirected:
+        first = processes_of_run().rank == 0
+        if not first:
+            nowhere = redirected.enter_context(open(os.devnull, "w"))
+            redirected.enter_context(redirect_stdout(nowhere))
+        elif arguments.json:
+            redirected.enter_context(redirect_stdout(sys.stderr))
         summary = command(arguments)
-    if arguments.json:
+    if arguments.json and first:
         print(json.dumps(json.loads(json.dumps(summary), parse_constant=lambda _: None), indent=1))
 
 
@@ -291,11 +298,13 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
             with quiet():
                 more = more + writing.notes_on_writing(cells)
         _check_accelerator(arguments.accelerator)
-        place.start(
-            {"input": source, "settings": asdict(settings)},
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-        )
+        processes = processes_of_run()
+        if processes.rank == 0:
+            place.start(
+                {"input": source, "settings": asdict(settings)},
+                overwrite=arguments.overwrite,
+                resume=arguments.resume,
+            )
         parts = [_size(cells)]
         if settings.batch_key is not None:
             batches = training.obs[settings.batch_key].nunique()
@@ -311,8 +320,11 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
         if arguments.accelerator != "auto":
             again += ["--accelerator", arguments.accelerator]
+        shown = shlex.join(again)
+        if processes.number > 1:
+            shown += f", in {processes.number} processes"
         opened.pop_all()
-        return _Run(cells, training, on_disk, settings, place, shlex.join(again), notes)
+        return _Run(cells, training, on_disk, settings, place, shown, notes)
 
 
 def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
@@ -428,8 +440,10 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
                 # A run that was stopped before its first checkpoint starts again.
                 resume=arguments.resume and folder.checkpoint.exists(),
                 accelerator=arguments.accelerator,
-                progress=sys.stderr is not None,
+                progress=processes_of_run().rank == 0 and sys.stderr is not None,
             )
+            if found is None:  # the first process writes the results
+                return {}
             print_step("writing the cells, finding marker genes, drawing the report")
             if run.on_disk is None:
                 record = found.add_to(run.cells)
@@ -513,6 +527,12 @@ def _check_accelerator(name: str) -> None:
     )
     if absent:
         raise InputError(f"--accelerator {name}: torch finds none on this machine")
+    started, gpus = processes_of_run().on_this_machine, torch.cuda.device_count()
+    if name != "cpu" and 0 < gpus < started:
+        raise InputError(
+            f"torchrun --nproc-per-node must be at most {gpus}, the GPUs of this machine, but is "
+            f"{started}; --accelerator cpu trains on its cores"
+        )
 
 
 def _assign(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vmm_fast._errors import LostProcessError
+
 __all__ = [
     "average_over_processes",
     "number_of_processes",
@@ -72,7 +74,7 @@ def telling_of_lost_processes() -> Iterator[None]:
 
     Raises
     ------
-    RuntimeError
+    LostProcessError
         With the explanation, in place of the original error.
     """
     try:
@@ -96,4 +98,4 @@ def telling_of_lost_processes() -> Iterator[None]:
                 f"has lost its connection to another of the {processes} processes, which has "
                 "failed or was killed: see its own output"
             )
-        raise RuntimeError(f"process {rank} {means}") from error
+        raise LostProcessError(f"process {rank} {means}") from error
