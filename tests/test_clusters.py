@@ -15,6 +15,7 @@ from torch.distributions import Normal
 import vmm_fast
 from vmm_fast import Components
 from vmm_fast.clusters import ONE_PEAK, Clusters, ClusterTree, Confusion, find_clusters
+from vmm_fast.clusters.tree import OWN_SHARE
 
 # Two classes of two components each, whose centers are 2 apart, and one component by itself.
 CENTERS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 2.0], [0.0, 30.0]])
@@ -58,7 +59,11 @@ def groups(of_component):
 
 
 def levels(confusion):
-    """By the definition: groups of components at every level, and the confusion that led there."""
+    """By the definition: groups of components at every level, and the confusion that led there.
+
+    Also the number of merges up to the last of groups with one peak together, and the least share
+    of its own points that a group has at every level.
+    """
     sums = confusion.sums.numpy()
     parts = [frozenset([c]) for c in range(len(sums))]
 
@@ -68,8 +73,11 @@ def levels(confusion):
     def mass(a):
         return sums[sorted(a)].sum()
 
-    found = [(set(parts), 1.0)]
-    one_peak = 0  # merges up to the last of groups that have one peak together
+    def least_own():
+        return min(shared(part, part) / mass(part) for part in parts)
+
+    found, own = [(set(parts), 1.0)], [least_own()]
+    one_peak = 0
     while len(parts) > 1:
         rates = {
             (a, b): shared(a, b) / min(mass(a), mass(b))
@@ -78,9 +86,10 @@ def levels(confusion):
         a, b = max(rates, key=rates.get)
         parts = [part for part in parts if part not in (a, b)] + [a | b]
         found.append((set(parts), min(found[-1][1], rates[a, b])))
+        own.append(least_own())
         if rates[a, b] > ONE_PEAK:
             one_peak = len(found) - 1
-    return found, one_peak
+    return found, one_peak, np.array(own)
 
 
 def modularity(parts, sums, resolution):
@@ -112,12 +121,20 @@ def test_sums_are_of_all_points_whatever_their_batches():
 # --- the tree ---
 
 
+@pytest.mark.parametrize("own_share", [0.0, 0.4, OWN_SHARE])
 @pytest.mark.parametrize("seed", range(2))
-def test_the_tree_merges_the_most_confused_pair(seed):
+def test_the_tree_merges_the_most_confused_pair(seed, own_share, monkeypatch):
+    monkeypatch.setattr("vmm_fast.clusters.tree.OWN_SHARE", own_share)
     components, z = overlapping(seed=seed)
     confusion = Confusion.of(components, z)
     assert confusion.counts.all()
-    tree, (expected, one_peak) = ClusterTree(confusion), levels(confusion)
+    tree, (expected, one_peak, own) = ClusterTree(confusion), levels(confusion)
+    first = max(np.flatnonzero(own < own_share), default=-1) + 1  # that is not too fine
+    assert first > 0 or own_share < OWN_SHARE
+
+    def coarse_enough(parts):
+        return min(parts, expected[first][0], key=len)
+
     np.testing.assert_allclose(tree.heights, [height for _, height in expected[1:]], rtol=1e-12)
     for parts, _ in expected:
         assert groups(tree.cut(n_clusters=len(parts)).numpy()) == parts
@@ -127,13 +144,14 @@ def test_the_tree_merges_the_most_confused_pair(seed):
             (p for p, _ in expected[one_peak:]),
             key=lambda p: modularity(p, confusion.sums, resolution),
         )
-        assert groups(tree.cut(resolution=resolution, separation=least).numpy()) == best
+        found = groups(tree.cut(resolution=resolution, separation=least).numpy())
+        assert found == coarse_enough(best)
     for separation in (0.01, 0.05, 0.2, 0.9):
         last = [parts for parts, height in expected if height > separation][-1]
         assert groups(tree.cut(resolution=0, separation=separation).numpy()) == last
         both = groups(tree.cut(separation=separation, resolution=5).numpy())
         alone = groups(tree.cut(resolution=5, separation=least).numpy())
-        assert both == max(last, alone, key=len)
+        assert both == coarse_enough(max(last, alone, key=len))
     default = tree.cut(resolution=2, separation=0.02)
     for cut in ({}, {"resolution": 2}, {"separation": 0.02}):
         assert torch.equal(tree.cut(**cut), default)
@@ -147,6 +165,17 @@ def test_scipy_draws_and_cuts_the_tree():
         theirs = fcluster(tree.linkage, 1 - separation - 1e-12, "distance") - 1
         assert groups(theirs) == groups(tree.cut(resolution=0, separation=separation).numpy())
     assert tree.linkage[-1, 3] == 12
+
+
+def test_components_that_divide_one_gaussian_are_one_cluster():
+    # Each shares half of its points, evenly with the others of its kind, and few with another.
+    kinds = torch.arange(60) // 30
+    sums = torch.where(kinds[:, None] == kinds, 0.5 / 29, 0.0).double()
+    sums.fill_diagonal_(0.5)
+    tree = ClusterTree(Confusion(100 * sums, torch.full((60,), 100)))
+    assert tree.heights.max() < 0.02
+    assert torch.equal(tree.cut(), kinds)
+    assert int(tree.cut(resolution=0).max()) == 59
 
 
 def test_scanpys_dendrogram_is_of_clusters():

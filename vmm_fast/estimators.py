@@ -30,7 +30,8 @@ from torch import Tensor
 
 from vmm_fast._checks import check_choice, check_integer, check_positive
 from vmm_fast._whitening import BATCH, Batches, Whitening, distinct
-from vmm_fast.clusters import Clusters, ClusterTree, Confusion, find_clusters
+from vmm_fast.clusters import Clusters, ClusterTree, Confusion, clusters_of_cut
+from vmm_fast.clusters.left_out import confusion_left_out
 from vmm_fast.inference.map_objective import wishart_scale
 from vmm_fast.priors import GaussianMixturePrior
 
@@ -114,7 +115,8 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
     component_clusters_ : ndarray [C], int64
         Cluster of each component.
     tree_ : ClusterTree
-        Tree of the components.
+        Tree of the components: after ``fit`` by what they share of points that are left out of the
+        fit, one at a time (:mod:`vmm_fast.clusters.left_out`).
     objective_ : list of float
         Log-posterior before each iteration, less a constant, in nats per point. It never falls, up
         to rounding. ``partial_fit``, which does not know it, removes it and ``converged_``.
@@ -218,11 +220,12 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             )
         self._seen = len(X) if weights is None else float(weights.sum())
         components = self._prior.components().detach()
-        self.tree_ = ClusterTree(Confusion.of(components, batches, own))
+        # The precision has one degree of freedom more than points, as in closed form.
+        self.tree_ = ClusterTree(confusion_left_out(components, batches, own, degrees=1))
         cut = self._cut(self.tree_)
         with warnings.catch_warnings():  # there are as many as hold points
             warnings.filterwarnings("ignore", message="n_clusters is")
-            clusters = find_clusters(components, batches, weights=own, tree=self.tree_, **cut)
+            clusters = clusters_of_cut(self.tree_, components, batches, own, **cut)
         return self._finish(clusters, X)
 
     @_all_or_nothing
@@ -325,7 +328,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
             return min(20, points)
         if check_integer("n_components", self.n_components) > points:
             raise ValueError(
-                f"n_components must be at most {points}, the number of points, "
+                f"n_components must be at most {points}, the number of points of a weight above 0, "
                 f"but is {self.n_components}"
             )
         return int(self.n_components)

@@ -34,8 +34,10 @@ The tree is cut by
 Resolution and separation hold both, each with a default: modularity alone takes two classes for one
 that have more to do with each other than with any third, however rarely they are confused. Groups
 that are confused by more than 0.22 are one cluster whatever the resolution: so much are two equal
-Gaussians two standard deviations apart, and closer ones have a single peak together. A resolution
-of 0 leaves the cut to the separation alone.
+Gaussians two standard deviations apart, and closer ones have a single peak together. And merging
+goes on until S_gg / N_g, what a cluster has of its own points' probability, is three quarters or
+more in each: where many components divide one Gaussian, each pair is confused little, but a
+component with all others together a lot. A resolution of 0 leaves the cut to the separation alone.
 
 Limits: a cluster is a union of components, so it is never finer than these. Confusion is measured
 on the points given, with the mixture that was trained on them, and training decides how crisp that
@@ -79,6 +81,7 @@ __all__ = [
     "Clusters",
     "Confusion",
     "Interval",
+    "clusters_of_cut",
     "find_clusters",
     "order_by_size",
 ]
@@ -208,7 +211,7 @@ def find_clusters(
         raise TypeError(f"points must be a tensor or an iterable of tensors, but is {kind}")
     if not isinstance(points, Tensor) and iter(points) is points:
         raise ValueError("points must be repeatable, such as a list of tensors, but is an iterator")
-    shares = _Shares(components, points, tree, weights)
+    shares = _Shares(components, points, weights, check=tree, over_processes=tree is None)
     if tree is None:
         confusion = Confusion.of(components, points, weights).over_processes()
         if not confusion.counts.any():
@@ -219,6 +222,28 @@ def find_clusters(
             f"tree must be of these {components.num_components} components, "
             f"but is of {len(tree.confusion.counts)}"
         )
+    return _of_cut(tree, shares, resolution, separation, n_clusters)
+
+
+@torch.no_grad()
+def clusters_of_cut(
+    tree: ClusterTree,
+    components: Components,
+    points: Iterable[Tensor],
+    weights: Tensor | None,
+    **cut: float | None,
+) -> Clusters:
+    """Return :func:`find_clusters` of a tree whose sums are not those of `points` as they are."""
+    return _of_cut(tree, _Shares(components, points, weights), **cut)
+
+
+def _of_cut(
+    tree: ClusterTree,
+    shares: _Shares,
+    resolution: float | None,
+    separation: float | None,
+    n_clusters: int | None,
+) -> Clusters:
     cut = tree.cut(resolution, separation, n_clusters)
     if n_clusters is None:
         return _that_hold_points(cut, shares, tree)
@@ -227,7 +252,7 @@ def find_clusters(
         warnings.warn(
             f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would "
             "hold no points",
-            stacklevel=2,
+            stacklevel=3,
         )
     return found
 
@@ -235,19 +260,20 @@ def find_clusters(
 class _Shares:
     """Responsibilities of points in parts, kept if they are few: a cut may need them many times.
 
-    Of a tree that was not made from these points, the first pass checks that it may be.
+    The first pass checks that a tree is of these points. With ``over_processes`` the other
+    processes make the same passes.
     """
 
     def __init__(
         self,
         components: Components,
         points: Tensor | Iterable[Tensor],
-        tree: ClusterTree | None,
         weights: Tensor | None,
+        check: ClusterTree | None = None,
+        over_processes: bool = False,
     ):
         self.components, self.points, self.weights = components, points, weights
-        self.over_processes = tree is None  # the other processes make the same passes
-        self._tree = tree
+        self.over_processes, self._tree = over_processes, check
         self._kept: list[tuple[Tensor, Tensor | None]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:

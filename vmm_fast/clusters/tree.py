@@ -32,6 +32,7 @@ __all__ = [
 RESOLUTION, SEPARATION = 2.0, 0.02
 # Confusion of N(-1, 1) and N(1, 1), the farthest apart that have one peak together.
 ONE_PEAK = 0.2248
+OWN_SHARE = 0.75  # least share of a cluster's points that is its own
 CHUNK = 16_384  # points whose responsibilities are in memory at once
 
 
@@ -197,7 +198,8 @@ class ClusterTree:
         """The merges in order: pairs of groups, by their first leaves [M, 2], and measures [M].
 
         The measures are the confusion, the number of points of the smaller group, and the gains of
-        the modularity's first and second term.
+        the modularity's first and second term. The last is the least share of its own points that a
+        group has before each merge, and after the last one [M + 1].
         """
         leaf_of, total = self._leaf_of, len(self.leaves)
         member = np.zeros((len(leaf_of), total))
@@ -210,16 +212,20 @@ class ClusterTree:
         everything = degree.sum() or 1.0
         pairs = np.zeros((total - 1, 2), dtype=int)
         confusion, smaller, linked, expected = (np.zeros(total - 1) for _ in range(4))
+        own, alive, least = sums.diagonal().copy(), np.ones(total, bool), np.ones(total)
         rate = between / np.minimum(mass[:, None], mass)
         np.fill_diagonal(rate, -1)
         best, value = rate.argmax(1), rate.max(1)
         for merge in range(total - 1):
+            least[merge] = (own[alive] / mass[alive]).min()
             a = int(value.argmax())
             a, b = sorted((a, int(best[a])))
             pairs[merge], confusion[merge] = (a, b), rate[a, b]
             smaller[merge] = min(mass[a], mass[b])
             linked[merge] = 2 * between[a, b] / everything
             expected[merge] = 2 * degree[a] * degree[b] / everything**2
+            own[a] += own[b] + 2 * between[a, b]
+            alive[b] = False
             between[a] += between[b]
             between[:, a] += between[:, b]
             between[a, a] = 0
@@ -232,7 +238,7 @@ class ClusterTree:
             changed = np.flatnonzero((best == a) | (best == b) | (rate[a] >= value))
             changed = np.union1d(changed[value[changed] >= 0], [a])
             best[changed], value[changed] = rate[changed].argmax(1), rate[changed].max(1)
-        return pairs, np.minimum(confusion, 1.0), smaller, linked, expected
+        return pairs, np.minimum(confusion, 1.0), smaller, linked, expected, least
 
     @property
     def heights(self) -> np.ndarray:
@@ -330,9 +336,11 @@ class ClusterTree:
         Parameters
         ----------
         resolution : float, optional
-            At least 0; :data:`RESOLUTION` unless given. It does not divide what has one peak.
+            At least 0; :data:`RESOLUTION` unless given. It does not divide what has one peak. 0
+            leaves the cut to the separation alone.
         separation : float, optional
-            In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken.
+            In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken, but not one
+            with a cluster to which less than three quarters of its points' probability belong.
         n_clusters : int, optional
             Number of clusters, instead of both; at most the number of components that hold points.
 
@@ -353,7 +361,7 @@ class ClusterTree:
     def _number_of_merges(
         self, resolution: float | None, separation: float | None, n_clusters: int | None
     ) -> int:
-        pairs, confusion, _, linked, expected = self._merges
+        pairs, confusion, _, linked, expected, least = self._merges
         if n_clusters is not None:
             if resolution is not None or separation is not None:
                 raise ValueError("n_clusters must be given without resolution and separation")
@@ -378,7 +386,8 @@ class ClusterTree:
         one_peak = int(max(np.flatnonzero(confusion > ONE_PEAK), default=-1)) + 1
         modularity = np.cumsum([0, *(linked - resolution * expected)])[one_peak:]
         finest = int((modularity > modularity.max() - 1e-9).argmax())  # the finest of equal cuts
-        return min(by_separation, one_peak + finest)
+        too_fine = int(max(np.flatnonzero(least < OWN_SHARE), default=-1))
+        return max(min(by_separation, one_peak + finest), too_fine + 1)
 
 
 def between(of_component: Tensor, sums: Tensor) -> Tensor:
