@@ -158,6 +158,13 @@ class Folder:
                 f"--resume: {error}; replace the run by {self.command} --overwrite"
             ) from None
         changed = {name: value for name, value in given.items() if value is not None}
+        processes = stored.get("processes", 1)
+        if changed.get("processes", processes) != processes:
+            raise InputError(
+                f"--resume: the run in {self.path} must go on in {processes} process"
+                f"{'es, started by torchrun' * (processes > 1)}, but is given "
+                f"{changed['processes']}"
+            )
         for name, value in changed.items():
             if value != stored[name] and name not in self.changeable:
                 option = "--" + name.replace("_", "-")

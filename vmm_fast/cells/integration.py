@@ -331,7 +331,6 @@ class Integration:
             "genes": self.model.adata.n_vars,
             "clusters_used": len(clusters.cat.categories),
             "components_used": len(components.cat.categories),
-            "processes": processes_of_run().number,
             "training_seconds": self.seconds,
             "held_out_cells": self.held_out,
             "held_out_elbo": -self.history["elbo_validation"][-1],
@@ -397,12 +396,12 @@ class Integration:
         cells in memory have there. The report needs the last two.
         """
         store, settings = cells.store, self.settings
+        self.write_model(folder)
         obs = self.clusters.copy()
         for key in (settings.batch_key, settings.labels_key):
             if key is not None:
                 obs[key] = store.column(key)
         record = self.record(None if settings.labels_key is None else obs[settings.labels_key])
-        self.write_model(folder)
         write_markers(folder / "markers.csv", self.markers)
         genes = self.model.adata.var_names
         write_results(store, folder, self.z, self.clusters, genes, self.uns(record))

@@ -58,6 +58,8 @@ class Settings(Cut):
     seed: Annotated[int, whole(0, 2**32 - 1), "N", "of all randomness (default: 0)"] = 0
     # Whether counts are read from disk while training, which changes the order of the cells.
     on_disk: Annotated[bool, flag] = False
+    # The processes that train together, each with cells and noise of its own.
+    processes: Annotated[int, whole(1)] = 1
 
     @classmethod
     def for_cells(cls, cells: AnnData | CellStore, **given: Any) -> Settings:

@@ -28,6 +28,7 @@ from vmm_fast._stopping import Terminated
 from vmm_fast._text import counted, print_progress
 from vmm_fast.cells.processes import Processes, processes_of_run
 from vmm_fast.cells.quiet import quiet
+from vmm_fast.inference.processes import telling_of_lost_processes
 from vmm_fast.metrics import ACTIVE_SHARE
 
 try:
@@ -191,7 +192,8 @@ def trainer_options(processes: Processes, *plugins: Any) -> dict[str, Any]:
 def part_from_others(processes: Processes) -> None:
     """End the work of several processes together; each goes on alone."""
     if processes.number > 1:
-        distributed.barrier()  # one that leaves before the others would break their connections
+        with telling_of_lost_processes():
+            distributed.barrier()  # one that leaves before the others would break their connections
         distributed.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 
 from vmm_fast._errors import InputError, LostProcessError
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (``sys.argv`` if None) and return its exit code."""
     # All pictures go to files; a notebook's backend may not be there.
     os.environ["MPLBACKEND"] = "agg"
-    with stoppable():
+    # Of several processes the first alone has something to say, and nothing keeps the others.
+    with stoppable() if processes_of_run().rank == 0 else nullcontext():
         try:
             arguments = _parser().parse_args(argv)
             if (number := processes_of_run().number) > 1 and arguments.command != "integrate":
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except FloatingPointError as error:
             return _complain(f"training diverged: {error}", 1)
         except LostProcessError as error:
-            return _complain(str(error), 1)
+            return _complain(str(error), 1, of_process=False)
         except (MemoryError, RuntimeError) as error:
             of_memory = re.search("allocate memory|out of memory|Storage size", str(error))
             if not isinstance(error, MemoryError) and not of_memory:
@@ -65,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str, code: int, of_process: bool = True) -> int:
     # stderr is None if it was closed, and writing to it fails if the terminal is gone.
     with suppress(OSError):
         if sys.stderr is not None:
             rank, number, _ = processes_of_run()
-            who = "vmm-fast" if number == 1 else f"vmm-fast, process {rank}"
+            named = of_process and number > 1
+            who = f"vmm-fast, process {rank}" if named else "vmm-fast"
             print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

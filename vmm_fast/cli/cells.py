@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmm_fast._cut import Cut
-from vmm_fast._errors import InputError
+from vmm_fast._errors import InputError, LostProcessError
 from vmm_fast._folder import Folder, digest, folder_of_model, must_hold_run
 from vmm_fast._text import counted, joined, print_step
 from vmm_fast.cells.processes import processes_of_run
@@ -48,6 +48,8 @@ from vmm_fast.cli.options import (
 )
 
 SCVI_NEEDS = ("scvi", "vmm_fast.scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
+TORCHRUN = ("torchrun", "--nproc-per-node")
+CELLS_OF_PROCESS = 10  # at least: a tenth of them is held out
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
 ASSIGN = """\
 Genes are matched by name; up to 5 % of the model's may be missing and are taken
@@ -85,7 +87,8 @@ def add_commands(commands: Any) -> None:
         usage="vmm-fast integrate FILE [options]",
         description="Integrate batches of single cells and cluster them: scVI with a mixture "
         "prior.\n\n"
-        "  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type",
+        "  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type\n"
+        "  torchrun --nproc-per-node 2 -m vmm_fast.cli integrate cells.h5ad  # in 2 processes",
         epilog=CELLS,
     )
     _add_cells_options(integrate, Settings, "-vmm")
@@ -274,6 +277,13 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
     names = [f.name for f in fields(kind) if getattr(arguments, f.name, None) is not None]
     in_config = {f"--{name.replace('_', '-')}" for name in given.keys() - names}
     given |= {name: getattr(arguments, name) for name in names}
+    processes = processes_of_run()
+    if (before := given.get("processes", processes.number)) != processes.number:
+        notes.append(
+            f"{arguments.config} is of a run in {counted(before, 'process', 'processes')}: in "
+            f"{processes.number} the results differ"
+        )
+    given["processes"] = processes.number
     if arguments.resume:
         with _naming(file or EXAMPLE):
             given = place.resumed(source, given)
@@ -298,7 +308,11 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
             with quiet():
                 more = more + writing.notes_on_writing(cells)
         _check_accelerator(arguments.accelerator)
-        processes = processes_of_run()
+        if processes.number > 1 and cells.n_obs < CELLS_OF_PROCESS * processes.number:
+            raise InputError(
+                f"{file}: must have at least {CELLS_OF_PROCESS * processes.number} cells for "
+                f"{processes.number} processes, but has {cells.n_obs}"
+            )
         if processes.rank == 0:
             place.start(
                 {"input": source, "settings": asdict(settings)},
@@ -317,14 +331,14 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         notes += more
         for note in notes:
             print(f"note: {note}", flush=True)
-        again = ["vmm-fast", command, file or "--example", "--out", out, "--resume"]
+        start = ["vmm-fast"]
+        if processes.number > 1:
+            start = [*TORCHRUN, str(processes.on_this_machine), "-m", "vmm_fast.cli"]
+        again = [*start, command, file or "--example", "--out", out, "--resume"]
         if arguments.accelerator != "auto":
             again += ["--accelerator", arguments.accelerator]
-        shown = shlex.join(again)
-        if processes.number > 1:
-            shown += f", in {processes.number} processes"
         opened.pop_all()
-        return _Run(cells, training, on_disk, settings, place, shown, notes)
+        return _Run(cells, training, on_disk, settings, place, shlex.join(again), notes)
 
 
 def _check_before_imports(arguments: argparse.Namespace, suffix: str) -> None:
@@ -455,8 +469,10 @@ def _integrate(arguments: argparse.Namespace) -> dict[str, Any]:
             tree = (found.model.get_cluster_tree(), found.model.kept_clusters())
             page, cells = folder.path / "report.html", (shown, found.history, found.markers)
             report.write_report(page, *cells, drawn_from, tree)
-        except KeyboardInterrupt as stop:
-            raise type(stop)(f"; go on with: {run.again}") from None
+        except (KeyboardInterrupt, LostProcessError) as stop:
+            if processes_of_run().rank > 0:
+                raise
+            raise type(stop)(f"{stop}; go on with: {run.again}") from None
     rows = [
         (f"{s.upper()}, by {settings.labels_key}", f"{value:.3f}")
         for s, value in record.get("scores", {}).items()

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_matrix, issparse, vstack
 from scvi import REGISTRY_KEYS
 from torch import Tensor
 
@@ -80,6 +80,21 @@ class MemoryCells:
 def window_of(cells: CellSource) -> int:
     """Return how many cells to keep in memory together, by how many counts they have."""
     return max(1, min(WINDOW, VALUES * cells.n_obs // max(1, cells.nbytes // 8)))
+
+
+def _read_whole(cells: CellSource, genes: np.ndarray | None) -> csr_matrix | None:
+    """Return the counts of all cells, of these genes, if they fit into one window; else None."""
+    if cells.n_obs > WINDOW:
+        return None
+    parts: list[csr_matrix] = []
+    step, values = window_of(cells), 0
+    for start in range(0, max(1, cells.n_obs), step):
+        part = cells.read(np.array([start]), np.array([min(start + step, cells.n_obs)]))
+        parts.append(part if genes is None else part[:, genes])
+        values += parts[-1].nnz
+        if values > VALUES:
+            return None
+    return vstack(parts, format="csr")
 
 
 def _rows(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -330,8 +345,8 @@ class CellDataModule(LightningDataModule):
                 )
         self.batch_size, self.seed = check_integer("batch_size", batch_size), seed
         self.n_obs, self.n_vars = cells.n_obs, cells.n_vars if genes is None else len(genes)
-        if cells.run > 1 and cells.n_obs <= window_of(cells):
-            cells = MemoryCells(cells.read(np.array([0]), np.array([cells.n_obs])))
+        if cells.run > 1 and (counts := _read_whole(cells, genes)) is not None:
+            cells, genes = MemoryCells(counts), None
             if proteins is not None:
                 rows = np.arange(cells.n_obs)
                 self.columns[REGISTRY_KEYS.PROTEIN_EXP_KEY] = proteins[rows]
