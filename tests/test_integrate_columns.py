@@ -192,7 +192,7 @@ def test_odd_columns_are_noted(tmp_path, capsys):
     shown = capsys.readouterr().out
     for note in (
         "constant has one value alone, as a covariate it tells nothing",
-        r"age has values up to \d+\.?\d*, which the network sees as they are",
+        r"age has values up to \d+\.?\d*: scale it to about 1",
         "40 of 60 cells have one of 3 labels",
         "a label of fewer than 3 cells: rare",
         "scores are of labels that were trained on, those of label",

@@ -137,8 +137,8 @@ def _notes_on_numbers(key: str, numbers: np.ndarray) -> list[str]:
     if (largest := float(np.abs(numbers).max())) <= LARGE:
         return []
     return [
-        f"{key} has values up to {largest:g}, which the network sees as they are: about 1 "
-        "is learnt better"
+        f"{key} has values up to {largest:g}: scale it to about 1, for instance by its mean and "
+        "standard deviation, since the network sees values as they are"
     ]
 
 

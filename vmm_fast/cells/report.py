@@ -178,10 +178,15 @@ def _page(
     # A label has the colour of its cluster, a batch none of either.
     own = drawing.distinct_colors(len(clusters.names))
     taken = set(clusters.colors)
-    for title in {"label", "predicted label"} & shown.keys():
-        shared = shown[title].counts_in(clusters)[:, :-1]
-        shown[title] = replace(shown[title], palette=matched_colors(shared, own))
-        taken.update(shown[title].colors)
+    by_name: dict[str, str] = {}  # a label has one colour, whether given or predicted
+    for title in ("label", "predicted label"):
+        if title in shown:
+            shared = shown[title].counts_in(clusters)[:, :-1]
+            named = zip(shown[title].names, matched_colors(shared, own), strict=False)
+            palette = [by_name.get(name, to_hex(color)) for name, color in named]
+            shown[title] = replace(shown[title], palette=palette)
+            by_name |= dict(shown[title].legend)
+            taken.update(shown[title].colors)
     if "batch" in shown:
         others = [color for color in drawing.PALETTE if color not in taken]
         shown["batch"] = replace(shown["batch"], palette=others or drawing.PALETTE)

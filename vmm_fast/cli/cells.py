@@ -49,6 +49,7 @@ from vmm_fast.cli.options import (
 
 SCVI_NEEDS = ("scvi", "vmm_fast.scvi", "scanpy", "matplotlib", "sklearn", "tqdm")
 TORCHRUN = ("torchrun", "--nproc-per-node")
+NEW = 0.95  # novelty above which one in twenty cells like those of the training lie
 CELLS_OF_PROCESS = 10  # at least: a tenth of them is held out
 EXAMPLE = "pbmc68k"  # names the example's results, and stands for the input file in run.json
 ASSIGN = """\
@@ -587,9 +588,17 @@ def _assign(arguments: argparse.Namespace) -> dict[str, Any]:
     clusters = len(found.clusters["vmm_cluster"].cat.categories)
     probability = float(found.clusters["vmm_cluster_probability"].median())
     print(f"{counted(clusters, 'cluster')}, median probability {probability:.3f}, in {out}")
+    novelty = found.clusters["vmm_novelty"]
+    new = math.nan if novelty.isna().any() else float((novelty > NEW).mean())
+    if math.isfinite(new):
+        like = f"{1 - NEW:.0%} of cells like those of the training"
+        print(f"vmm_novelty above {NEW}: {new:.1%} of the cells ({like})")
     sizes = {"cells": cells.n_obs, "genes": cells.n_vars, "clusters_used": clusters}
     sizes |= found.trained
-    return {"out": str(out), **sizes, "median_probability": probability, "notes": notes}
+    return {
+        **{"out": str(out), **sizes, "median_probability": probability},
+        **{"share_of_new": new, "notes": notes},
+    }
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
