@@ -211,7 +211,7 @@ def test_scores_are_those_of_the_run(full):
     (scores,) = [table for table in page.tables if table[0][0] == "score"]
     assert [row[:2] for row in scores[1:]] == [["ARI", "0.250"], ["NMI", "0.500"]]
     assert "The clusters against type of 240 labelled cells." in page.text
-    assert "Labels were used for these scores alone" in page.text
+    assert "This column was used for these scores alone" in page.text
 
 
 def test_nothing_is_fetched_or_run(full):

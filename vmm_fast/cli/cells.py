@@ -69,8 +69,7 @@ can name. KEY is a column of obs, FILE as for integrate.
 CELLS = """\
 KEY is a column of obs. FILE is .h5ad, .zarr, .loom, the .h5 or the folder with
 matrix.mtx of 10x Genomics (genes alone are read), or a folder of .h5ad files
-with the same genes. Values must be counts; the file is only read. The results
-have all its cells and genes.
+with the same genes. Values must be counts. Results have all cells and genes.
 """
 
 
@@ -89,7 +88,7 @@ def add_commands(commands: Any) -> None:
         description="Integrate batches of single cells and cluster them: scVI with a mixture "
         "prior.\n\n"
         "  vmm-fast integrate cells.h5ad --batch-key batch --labels-key type\n"
-        "  torchrun --nproc-per-node 2 -m vmm_fast.cli integrate cells.h5ad  # in 2 processes",
+        "  torchrun --nproc-per-node 2 -m vmm_fast.cli integrate cells.h5ad",
         epilog=CELLS,
     )
     _add_cells_options(integrate, Settings, "-vmm")

@@ -28,7 +28,7 @@ from vmm_fast.mixture import Components
 __all__ = ["confusion_left_out"]
 
 LEAST_REST = 1e-3  # of a component, below which it would be none without the point
-LEAST = 1e-9  # 1 - h, which rounding may bring to 0
+LEAST_KEPT = 1e-9  # 1 - h, which rounding may bring to 0
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _log_joint_without(
     square = (2 * (log_weights + log_norm - joint)).clamp(min=0)
     rest = (own - share).clamp(min=LEAST_REST * own)
     fewer = (nu - share) / nu
-    kept = (1 - share * own / rest * square / nu).clamp(min=LEAST)
+    kept = (1 - share * own / rest * square / nu).clamp(min=LEAST_KEPT)
     square = fewer * (own / rest).square() * square / kept
     log_norm = log_norm + 0.5 * (dim * fewer.log() - kept.log())
     without = log_weights + (rest / own).log() + log_norm - 0.5 * square
