@@ -62,6 +62,35 @@ def test_only_the_first_process_makes_the_folder_and_prints(monkeypatch, tmp_pat
     assert error.startswith(f"vmm-fast, process 1: {h5ad}: --batch-key x: must be a column of obs")
 
 
+def test_settings_and_runs_of_other_numbers_of_processes(monkeypatch, tmp_path, capsys, h5ad):
+    from vmm_fast.cells import integration
+
+    out, config = tmp_path / "out", tmp_path / "two.toml"
+    config.write_text("processes = 2\n")
+    with monkeypatch.context() as patch:
+        as_process(patch, 0)
+        patch.setattr(integration, "integrate", lambda *args, **options: None)
+        assert integrated(h5ad, out, "--config", config) == 0
+        assert "is of a run in" not in capsys.readouterr().out
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"]["processes"] == 2
+    assert integrated(h5ad, out, "--resume", "--clusters", 2) == 2
+    assert (
+        "must go on in 2 processes, started by torchrun, but is given 1" in capsys.readouterr().err
+    )
+    assert json.loads((out / "run.json").read_text()) == record
+    assert integrated(h5ad, tmp_path / "one", "--config", config) == 0
+    note = f"note: {config} is of a run in 2 processes: in 1 the results differ"
+    assert note in capsys.readouterr().out
+
+
+def test_each_process_has_cells_enough(monkeypatch, tmp_path, capsys, h5ad):
+    as_process(monkeypatch, 0, 7)
+    assert integrated(h5ad, tmp_path / "out") == 2
+    expected = f"vmm-fast, process 0: {h5ad}: must have at least 70 cells for 7 processes, but has"
+    assert capsys.readouterr().err.startswith(expected) and not (tmp_path / "out").exists()
+
+
 def test_more_processes_than_gpus(monkeypatch, tmp_path, capsys, h5ad):
     as_process(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -291,7 +291,8 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
     with ExitStack() as opened:  # a store is closed if anything else is refused
         if file is not None and command == "integrate":
             before = given["on_disk"] if arguments.resume or arguments.memory is None else None
-            cells, notes = _on_disk(file, given["layer"], arguments.memory, before)
+            cells, on_reading = _on_disk(file, given["layer"], arguments.memory, before)
+            notes += on_reading
             opened.enter_context(cells or nullcontext())
         given["on_disk"] = cells is not None
         if cells is None:

@@ -52,6 +52,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def clusters_of_cut(
     components: Components,
     points: Iterable[Tensor],
     weights: Tensor | None,
-    **cut: float | None,
+    **cut: Any,
 ) -> Clusters:
     """Return :func:`find_clusters` of a tree whose sums are not those of `points` as they are."""
     return _of_cut(tree, _Shares(components, points, weights), **cut)
