@@ -109,6 +109,9 @@ def cells(folder, monkeypatch):
     adata.obsm["protein_expression"] = random.poisson(5.0, (adata.n_obs, 6)).astype(np.float32)
     for name in ("cells", "atlas", "cite-seq"):
         adata.write_h5ad(f"{name}.h5ad")
+    assigned = adata.copy()
+    assigned.obs["vmm_cluster"], assigned.obs["vmm_novelty"] = adata.obs["batch"].array, 0.5
+    assigned.write_h5ad("MORE-vmm.h5ad")
     from anndata import AnnData
     from mudata import MuData
 
