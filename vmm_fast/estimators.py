@@ -280,9 +280,11 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
                 prior.options, statistics_rate=rate, data_size=max(1, round(self._seen))
             )
             with _naming_rows(start):
+                # Of points that the mixture has not learnt from: later ones before it does.
+                confusion = Confusion.of(prior.components().detach(), z) if before else None
                 prior.update(z)
                 components = prior.components().detach()
-                confusion = Confusion.of(components, z)
+                confusion = confusion or confusion_left_out(components, [z], None, degrees=1)
             self.n_iter_ += 1
             if before and hasattr(self, "tree_"):
                 old = self.tree_.confusion

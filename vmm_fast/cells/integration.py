@@ -64,7 +64,7 @@ from vmm_fast.scvi.pseudo_cells import Cells
 
 RESULTS = {
     "cells.h5ad": "the cells with X_vmm, vmm_cluster, its probability and entropy (nats)",
-    "clusters.csv": "the same of every cell, its component and any predicted label",
+    "clusters.csv": "cluster, probability, entropy, component and any predicted label",
     "markers.csv": "marker genes of every cluster, with fold changes and probabilities",
     "model": "what VMMSCVI.load (VMMSCANVI.load with labels) and vmm-fast assign take",
     "settings.toml": "the settings: integrate --config settings.toml repeats the run",

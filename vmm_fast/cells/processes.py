@@ -25,7 +25,7 @@ class Processes(NamedTuple):
 
 def processes_of_run() -> Processes:
     """Return the processes of the run, from the environment that torchrun sets."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Processes()
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    if not {"TORCHELASTIC_RUN_ID", *names} <= os.environ.keys():
+        return Processes()
     return Processes(*(int(os.environ[name]) for name in names))

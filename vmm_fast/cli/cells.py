@@ -309,9 +309,10 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
             with quiet():
                 more = more + writing.notes_on_writing(cells)
         _check_accelerator(arguments.accelerator)
-        if processes.number > 1 and cells.n_obs < CELLS_OF_PROCESS * processes.number:
+        needed = CELLS_OF_PROCESS * processes.number
+        if processes.number > 1 and cells.n_obs < needed:
             raise InputError(
-                f"{file}: must have at least {CELLS_OF_PROCESS * processes.number} cells for "
+                f"{file or EXAMPLE}: must have at least {needed} cells for "
                 f"{processes.number} processes, but has {cells.n_obs}"
             )
         if processes.rank == 0:
@@ -335,6 +336,8 @@ def _read_cells(arguments: argparse.Namespace, kind: Any, checkpoint: str, **fol
         start = ["vmm-fast"]
         if processes.number > 1:
             start = [*TORCHRUN, str(processes.on_this_machine), "-m", "vmm_fast.cli"]
+        if processes.number > processes.on_this_machine:
+            start = ["..", *start[3:]]  # as it was started on several machines
         again = [*start, command, file or "--example", "--out", out, "--resume"]
         if arguments.accelerator != "auto":
             again += ["--accelerator", arguments.accelerator]

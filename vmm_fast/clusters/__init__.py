@@ -28,15 +28,15 @@ The tree is cut by
                   sum_g [ S_gg / T - resolution (S_g. / T)^2 ]; T the sum of all. It does not depend
                   on how crisp the mixture is, and is what users of Leiden know: more gives more
                   clusters.
-    separation    no pair that is less confused than this is merged
+    separation    no pair that is less confused than this is merged, but for the last step below
     n_clusters    merge until so many are left
 
 Resolution and separation hold both, each with a default: modularity alone takes two classes for one
 that have more to do with each other than with any third, however rarely they are confused. Groups
 that are confused by more than 0.22 are one cluster whatever the resolution: so much are two equal
-Gaussians two standard deviations apart, and closer ones have a single peak together. And merging
-goes on until S_gg / N_g, what a cluster has of its own points' probability, is three quarters or
-more in each: where many components divide one Gaussian, each pair is confused little, but a
+Gaussians two standard deviations apart, and closer ones have a single peak together. Last, a group
+that keeps less than three quarters of its points' probability, S_gg / N_g, joins the one that it
+shares most with: where many components divide one Gaussian, each pair is confused little, but a
 component with all others together a lot. A resolution of 0 leaves the cut to the separation alone.
 
 Limits: a cluster is a union of components, so it is never finer than these. Confusion is measured
@@ -253,7 +253,7 @@ def _of_cut(
         warnings.warn(
             f"n_clusters is {n_clusters}, but {found.num_clusters} were found: the others would "
             "hold no points",
-            stacklevel=3,
+            stacklevel=4,  # past find_clusters and torch.no_grad
         )
     return found
 

@@ -37,23 +37,24 @@ def confusion_left_out(
 ) -> Confusion:
     """Return what components share of the points that they were fitted to, each one left out.
 
-    A component that would be no point's most probable one has the sums of its present points and of
-    where these would belong.
+    A component that would be left with nothing, as one of a single point, shares its points with
+    the components that would have them (which have them, too).
 
     Parameters
     ----------
     components : Components
         Without pseudo-inputs, and fitted to the points.
     points : iterable of Tensor [B, D]
+        Read twice, so it must be repeatable.
     weights : Tensor [N], float64, optional
         How many points each counts as, in the order in which they are read. One is left out.
     degrees : float
         nu - n, the degrees of freedom that the precision has from its prior.
     """
     count = components.num_components
-    own = Confusion.of(components, points, weights).sums.sum(1)
-    left_out = Confusion(torch.zeros(count, count).double(), torch.zeros(count).long())
-    moved = torch.zeros(count, count, dtype=torch.float64)
+    present = Confusion.of(components, points, weights)
+    own = present.sums.sum(1)
+    sums, moved = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
     read = 0
     for z in points:
         weight = None if weights is None else weights[read : read + len(z)]
@@ -62,13 +63,13 @@ def confusion_left_out(
         shared = joint.softmax(1)
         share = shared if weight is None else shared * weight.clamp(max=1)[:, None]
         without = _log_joint_without(components, joint, share, own, degrees).softmax(1)
-        found = Confusion.of_shares(without, weight)
-        left_out = left_out.plus(found)
+        sums += Confusion.of_shares(without, weight).sums
         moved += (shared if weight is None else shared * weight[:, None]).mT @ without
-    sums, gone = left_out.sums, left_out.counts == 0
+    gone = sums.sum(1) < LEAST_REST * own
     sums[gone] = moved[gone]
     sums[:, gone] = moved[gone].mT
-    return Confusion((sums + sums.mT) / 2, left_out.counts)
+    sums.diagonal().clamp_(min=torch.finfo(sums.dtype).tiny)
+    return Confusion((sums + sums.mT) / 2, present.counts)
 
 
 def _log_joint_without(

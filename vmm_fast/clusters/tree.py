@@ -198,8 +198,7 @@ class ClusterTree:
         """The merges in order: pairs of groups, by their first leaves [M, 2], and measures [M].
 
         The measures are the confusion, the number of points of the smaller group, and the gains of
-        the modularity's first and second term. The last is the least share of its own points that a
-        group has before each merge, and after the last one [M + 1].
+        the modularity's first and second term.
         """
         leaf_of, total = self._leaf_of, len(self.leaves)
         member = np.zeros((len(leaf_of), total))
@@ -212,20 +211,16 @@ class ClusterTree:
         everything = degree.sum() or 1.0
         pairs = np.zeros((total - 1, 2), dtype=int)
         confusion, smaller, linked, expected = (np.zeros(total - 1) for _ in range(4))
-        own, alive, least = sums.diagonal().copy(), np.ones(total, bool), np.ones(total)
         rate = between / np.minimum(mass[:, None], mass)
         np.fill_diagonal(rate, -1)
         best, value = rate.argmax(1), rate.max(1)
         for merge in range(total - 1):
-            least[merge] = (own[alive] / mass[alive]).min()
             a = int(value.argmax())
             a, b = sorted((a, int(best[a])))
             pairs[merge], confusion[merge] = (a, b), rate[a, b]
             smaller[merge] = min(mass[a], mass[b])
             linked[merge] = 2 * between[a, b] / everything
             expected[merge] = 2 * degree[a] * degree[b] / everything**2
-            own[a] += own[b] + 2 * between[a, b]
-            alive[b] = False
             between[a] += between[b]
             between[:, a] += between[:, b]
             between[a, a] = 0
@@ -238,7 +233,7 @@ class ClusterTree:
             changed = np.flatnonzero((best == a) | (best == b) | (rate[a] >= value))
             changed = np.union1d(changed[value[changed] >= 0], [a])
             best[changed], value[changed] = rate[changed].argmax(1), rate[changed].max(1)
-        return pairs, np.minimum(confusion, 1.0), smaller, linked, expected, least
+        return pairs, np.minimum(confusion, 1.0), smaller, linked, expected
 
     @property
     def heights(self) -> np.ndarray:
@@ -339,8 +334,9 @@ class ClusterTree:
             At least 0; :data:`RESOLUTION` unless given. It does not divide what has one peak. 0
             leaves the cut to the separation alone.
         separation : float, optional
-            In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken, but not one
-            with a cluster to which less than three quarters of its points' probability belong.
+            In (0, 1); :data:`SEPARATION` unless given. The finer of both cuts is taken. Of its
+            groups, one that keeps less than three quarters of its points' probability joins the one
+            that it shares most with.
         n_clusters : int, optional
             Number of clusters, instead of both; at most the number of components that hold points.
 
@@ -353,6 +349,8 @@ class ClusterTree:
         group = np.arange(len(self.leaves))
         for a, b in self._merges[0][:merges]:
             group[group == b] = a
+        if n_clusters is None and resolution != 0:
+            group = self._with_shares(np.unique(group, return_inverse=True)[1])
         counts = self.confusion.counts.cpu().numpy()[self.leaves]
         groups, inverse = np.unique(group, return_inverse=True)
         held = np.bincount(inverse, counts, len(groups))
@@ -361,7 +359,7 @@ class ClusterTree:
     def _number_of_merges(
         self, resolution: float | None, separation: float | None, n_clusters: int | None
     ) -> int:
-        pairs, confusion, _, linked, expected, least = self._merges
+        pairs, confusion, _, linked, expected = self._merges
         if n_clusters is not None:
             if resolution is not None or separation is not None:
                 raise ValueError("n_clusters must be given without resolution and separation")
@@ -386,8 +384,36 @@ class ClusterTree:
         one_peak = int(max(np.flatnonzero(confusion > ONE_PEAK), default=-1)) + 1
         modularity = np.cumsum([0, *(linked - resolution * expected)])[one_peak:]
         finest = int((modularity > modularity.max() - 1e-9).argmax())  # the finest of equal cuts
-        too_fine = int(max(np.flatnonzero(least < OWN_SHARE), default=-1))
-        return max(min(by_separation, one_peak + finest), too_fine + 1)
+        return min(by_separation, one_peak + finest)
+
+    def _with_shares(self, group: np.ndarray) -> np.ndarray:
+        """Merge groups of leaves until each keeps its share of its own points.
+
+        Those that have merged may have one peak with another: then they merge, too.
+        """
+        of_leaf = torch.from_numpy(group)
+        of_component = of_leaf[torch.from_numpy(self._leaf_of)]
+        shared = between(of_component, self.confusion.sums.cpu()).numpy()
+        changed = False
+        while len(shared) > 1:
+            mass = shared.sum(1)
+            own = shared.diagonal() / mass
+            others = shared - np.diag(shared.diagonal())
+            rate = others / np.minimum(mass[:, None], mass)
+            if own.min() < OWN_SHARE:
+                a = int(own.argmin())
+                b = int(others[a].argmax())
+            elif changed and rate.max() > ONE_PEAK:
+                a, b = divmod(int(rate.argmax()), len(rate))
+            else:
+                break
+            a, b, changed = min(a, b), max(a, b), True
+            shared[a] += shared[b]
+            shared[:, a] += shared[:, b]
+            shared = np.delete(np.delete(shared, b, 0), b, 1)
+            group = np.where(group == b, a, group)
+            group = group - (group > b)
+        return group
 
 
 def between(of_component: Tensor, sums: Tensor) -> Tensor:
