@@ -116,7 +116,7 @@ class DirichletMixture(ClusterMixin, DensityMixin, BaseEstimator):
         Cluster of each component.
     tree_ : ClusterTree
         Tree of the components: after ``fit`` by what they share of points that are left out of the
-        fit, one at a time (:mod:`vmm_fast.clusters.left_out`).
+        fit, one at a time (``vmm_fast/clusters/left_out.py`` has the formulas).
     objective_ : list of float
         Log-posterior before each iteration, less a constant, in nats per point. It never falls, up
         to rounding. ``partial_fit``, which does not know it, removes it and ``converged_``.
