@@ -27,6 +27,7 @@ from vmm_fast.mixture import Components
 
 __all__ = ["confusion_left_out"]
 
+PAIRS = 1 << 18  # of points and components that are in memory at once
 LEAST_REST = 1e-3  # of a component, below which it would be none without the point
 LEAST_KEPT = 1e-9  # 1 - h, which rounding may bring to 0
 
@@ -56,7 +57,7 @@ def confusion_left_out(
     own = present.sums.sum(1)
     sums, moved = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
     read = 0
-    for z in points:
+    for z in (part for batch in points for part in batch.split(max(1, PAIRS // count))):
         weight = None if weights is None else weights[read : read + len(z)]
         read += len(z)
         joint = components.log_joint(z).double()
